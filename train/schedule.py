@@ -30,12 +30,13 @@ KINDS = ("constant", "linear", "cosine")
 class BatchRampConfig:
     """Growth of the global batch from `start` to `train.global_batch_size` sequences, linear over the first `tokens`.
 
-    The size moves in jumps of `quantum` sequences: the largest multiple that the straight line has reached.
+    The size moves in jumps of `quantum` sequences, to the largest size that the straight line has reached.
+    Without a `start` the batch has one size.
     """
 
-    start: int
-    tokens: int
-    quantum: int
+    start: int | None = None
+    tokens: int = 0
+    quantum: int = 1
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class TrainConfig:
     `global_batch_size` count sequences of `seq_len` tokens.
     """
 
-    seq_len: int
-    micro_batch_size: int
-    global_batch_size: int
+    seq_len: int = 256
+    micro_batch_size: int = 4
+    global_batch_size: int = 32
     max_steps: int | None = None
     max_tokens: int | None = None
     seed: int = 1234
-    batch_ramp: BatchRampConfig | None = None
+    batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class LrPhaseConfig:
     may leave it out: it fills the run.
     """
 
-    kind: str
+    kind: str = "constant"
     lr: float | None = None
     end_lr: float | None = None
     tokens: int | None = None
@@ -78,7 +79,7 @@ class LrPhaseConfig:
 class LrSchedulerConfig:
     """Learning rate (config group `lr_scheduler`): 0 to `lr` in `warmup_steps`, then `phases`; none: constant."""
 
-    lr: float
+    lr: float = 1e-3
     warmup_steps: int = 0
     phases: list[LrPhaseConfig] = field(default_factory=list)
 
@@ -170,7 +171,8 @@ def batch_sizes(train: TrainConfig) -> tuple[int, ...]:
     """
     ramp, final = train.batch_ramp, train.global_batch_size
     _check_positive(train__global_batch_size=final)
-    if ramp is None:
+    if ramp.start is None:
+        _refuse(ramp.tokens != 0, f"train.batch_ramp.tokens={ramp.tokens} is set, but train.batch_ramp.start is not")
         return (final,)
     _check_positive(
         train__batch_ramp__start=ramp.start,
@@ -197,7 +199,7 @@ def batch_runs(train: TrainConfig) -> tuple[BatchRun, ...]:
     step = sequence = level = 0
     runs = []
     num_jumps = len(sizes) - 1
-    ramp_tokens = train.batch_ramp.tokens if train.batch_ramp else 0
+    ramp_tokens = train.batch_ramp.tokens
     while level < num_jumps:
         runs.append(BatchRun(step, sequence, sizes[level]))
         # First position of the next size, rounded up: k * tokens / n need not be a whole token.
@@ -361,7 +363,7 @@ class Schedule:
     def borders(self) -> tuple[tuple[int, str], ...]:
         """(tokens, what begins there), ascending, for people: the recipe's events inside the run."""
         events = [(self.warmup_tokens, "warm-up ends")] if self.warmup_tokens else []
-        if self.train.batch_ramp is not None:
+        if self.train.batch_ramp.start is not None:
             events.append((self.train.batch_ramp.tokens, f"batch {self.train.global_batch_size} sequences"))
         for phase in self.phases:
             rates = f"{phase.lr:.3g}" if phase.lr == phase.end_lr else f"{phase.lr:.3g} -> {phase.end_lr:.3g}"
