@@ -1,0 +1,185 @@
+"""ZeRO-1 behind one interface: reduce-scatter, global norm and clipping here; masters, AdamW, all-gather in an engine.
+
+Gradients are plain sums: losses are divided by the step's global counts beforehand, so nothing is averaged here.
+Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5 (P_os), with
+gradients reduced once per step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from parallel.collectives import reduce_scatter
+from parallel.shards import FlatLayout, ParamInfo, Piece, shard_pieces
+from parallel.zero.deepspeed_engine import DeepSpeedEngine
+from parallel.zero.native import NativeEngine
+from parallel.zero.norm import global_norm
+from parallel.zero.sets import ParamSet, ReplicaGroups, split_sets, views
+
+MakeAdamW = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine(Protocol):
+    """What owns the shards. The lists have one entry for each `ParamSet`."""
+
+    layouts: list[FlatLayout]
+    main_grads: list[Tensor]  # flat accumulators, whole
+    masters: list[Any]  # 1-D, the shard that this rank owns
+    optimizer: torch.optim.Optimizer
+
+    def update(self, grads: list[Tensor]) -> None: ...
+
+    def publish(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of a step, the same on all ranks: the norm before clipping, and whether the step was taken."""
+
+    grad_norm: float
+    finite: bool
+
+
+class ZeroOptimizer:
+    """Sharded optimizer over flat `main_grad` buffers. Made by `build`."""
+
+    def __init__(
+        self, engine: Engine, sets: list[ParamSet], groups: ReplicaGroups, clip_grad_norm: float | None
+    ) -> None:
+        self._engine, self._sets, self._groups, self._clip_grad_norm = engine, sets, groups, clip_grad_norm
+        self.num_steps = 0
+        for each, layout, flat in zip(sets, engine.layouts, engine.main_grads, strict=True):
+            for param, view in zip(each.params, views(flat, layout, each.params), strict=True):
+                param.main_grad = view  # type: ignore[attr-defined]
+        self._create_state()
+
+    def zero_grad(self) -> None:
+        """Set all `main_grad` to zero."""
+        for flat in self._engine.main_grads:
+            flat.zero_()
+
+    @torch.no_grad()
+    def step(self, lr: float) -> StepResult:
+        """Reduce, clip and apply what `main_grad` holds. Collective over all groups.
+
+        When the norm is not finite nothing is changed, on any rank. The content of `main_grad` is undefined afterwards
+        until `zero_grad`.
+        """
+        grads = self._reduce()
+        norm = global_norm(self._sets, grads, self._groups)
+        if not math.isfinite(norm):
+            return StepResult(norm, False)
+        if self._clip_grad_norm is not None and (factor := self._clip_grad_norm / (norm + 1e-6)) < 1:
+            for grad in grads:
+                grad.mul_(factor)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.update(grads)
+        self.num_steps += 1
+        return StepResult(norm, True)
+
+    def _reduce(self) -> list[Tensor]:
+        """This rank's shard of each set's gradient, summed over the replicas; in a world of one the buffer itself."""
+        pending = [
+            flat if each.group is None or each.num_shards == 1 else reduce_scatter(flat, each.group)
+            for each, flat in zip(self._sets, self._engine.main_grads, strict=True)
+        ]
+        return [handle if isinstance(handle, Tensor) else handle.wait() for handle in pending]
+
+    def _moments(self, index: int) -> dict[str, Tensor]:
+        return self._engine.optimizer.state[self._engine.masters[index]]
+
+    @torch.no_grad()
+    def _create_state(self) -> None:
+        """Make the moments exist (as zeros) before the first step, so that a checkpoint can be read into them.
+
+        A step with a learning rate of zero leaves masters as they are, whatever the optimizer's class.
+        """
+        optimizer = self._engine.optimizer
+        for each, layout, flat, master in zip(
+            self._sets, self._engine.layouts, self._engine.main_grads, self._engine.masters, strict=True
+        ):
+            master.grad = flat[layout.shard_slice(each.shard)]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        optimizer.step()
+        for index, master in enumerate(self._engine.masters):
+            master.grad = None
+            for value in self._moments(index).values():
+                value.zero_()
+
+    def state(self) -> dict[str, list[Piece]]:
+        """All state of this rank as ranges of global tensors, keyed "master.NAME", "exp_avg.NAME", "exp_avg_sq.NAME".
+
+        Tensors are views: writing them loads them (then call `load_finished`). Names of which this rank holds nothing
+        are absent. The other ranks of the replica group hold the other ranges.
+        """
+        state = {}
+        for index, (each, layout) in enumerate(zip(self._sets, self._engine.layouts, strict=True)):
+            moments = self._moments(index)
+            values = {"master": self._engine.masters[index].detach(), **{key: moments[key] for key in MOMENTS}}
+            for key, value in values.items():
+                for name, pieces in shard_pieces(each.infos, layout, each.shard, value).items():
+                    state[f"{key}.{name}"] = pieces
+        return state
+
+    @torch.no_grad()
+    def load_finished(self, num_steps: int) -> None:
+        """To be called on all ranks once the pieces of `state` are written: masters to weights, on all replicas.
+
+        Args:
+            num_steps: optimizer steps taken so far (Adam's bias correction).
+        """
+        self.num_steps = num_steps
+        for index in range(len(self._sets)):
+            self._moments(index)["step"].fill_(num_steps)
+        self._engine.publish()
+
+    def state_bytes(self) -> int:
+        """Bytes of masters and moments on this rank (weights that are their own masters count as masters)."""
+        tensors = list(self._engine.masters)
+        tensors += [self._moments(index)[key] for index in range(len(self._sets)) for key in MOMENTS]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+_ENGINES: dict[str, Callable[[list[ParamSet], MakeAdamW], Engine]] = {
+    "native": NativeEngine,
+    "deepspeed": DeepSpeedEngine,
+}
+
+
+def build(
+    engine: str,
+    params: Sequence[tuple[ParamInfo, nn.Parameter, bool]],
+    groups: ReplicaGroups,
+    make_adamw: MakeAdamW,
+    *,
+    clip_grad_norm: float | None = 1.0,
+    weight_decay: float = 0.1,
+) -> ZeroOptimizer:
+    """Move parameters into flat storage, give each a `main_grad` and shard the optimizer state over its replicas.
+
+    Args:
+        engine: "native" or "deepspeed".
+        params: (place in the global tensor, local parameter with its initial values, whether it decays), in an order
+            that is the same on all replicas. `main_grad` is fp32, and fp64 for an fp64 parameter.
+        make_adamw: makes the inner optimizer from torch's `param_groups`; its state must be "step", "exp_avg" and
+            "exp_avg_sq". The learning rate is set at each step.
+        clip_grad_norm: largest global norm; None for no clipping.
+        weight_decay: decay of those that decay.
+
+    Raises ValueError for an unknown engine, or for one that cannot hold these parameters.
+    """
+    if engine not in _ENGINES:
+        raise ValueError(f"zero.engine={engine} is not one of {', '.join(_ENGINES)}")
+    sets = split_sets(params, groups, weight_decay)
+    if not sets:
+        raise ValueError("params: a sharded optimizer needs at least one parameter")
+    return ZeroOptimizer(_ENGINES[engine](sets, make_adamw), sets, groups, clip_grad_norm)

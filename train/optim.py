@@ -1,0 +1,129 @@
+"""AdamW: its settings, which parameters decay, and a variant that keeps its moments in bf16.
+
+Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), Algorithm 2. DeepSeek-V3 technical
+report (arXiv 2412.19437): section 4.2 for the hyper-parameters, section 3.3.3 for moments in bf16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+# Elements that are widened to the masters' dtype at a time: small enough for a CPU's cache, large for a GPU's kernels.
+_CHUNK_CPU = 1 << 16
+_CHUNK_GPU = 1 << 25
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The `optimizer` group of the config. The learning rate comes from the schedule at each step.
+
+    Attributes:
+        clip_grad_norm: largest L2 norm of the whole model's gradient; 0 for no clipping.
+        moments_dtype: dtype in which exp_avg and exp_avg_sq are kept: "fp32" (fp64 in an fp64 run) or "bf16".
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad_norm: float = 1.0
+    moments_dtype: str = "fp32"
+
+    def check(self) -> None:
+        """Raises ValueError for a value out of range."""
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} is not in [0, 1)")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"optimizer.eps={self.eps} is not above 0")
+        for name in ("weight_decay", "clip_grad_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} is not 0 or above")
+        if self.moments_dtype not in ("fp32", "bf16"):
+            raise ValueError(f"optimizer.moments_dtype={self.moments_dtype} is not one of fp32, bf16")
+
+
+def decays(shape: torch.Size | tuple[int, ...]) -> bool:
+    """Whether a parameter decays: matrices do (embedding, head, router and stacked experts too), vectors do not."""
+    return len(shape) >= 2
+
+
+def adamw_factory(config: OptimConfig) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    """What makes an optimizer from `param_groups` (dicts of "params" and "weight_decay"); the caller sets "lr"."""
+
+    def make(param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        betas = (config.beta1, config.beta2)
+        if config.moments_dtype == "bf16":
+            return Bf16MomentsAdamW(param_groups, betas=betas, eps=config.eps)
+        return torch.optim.AdamW(param_groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
+
+    return make
+
+
+class Bf16MomentsAdamW(torch.optim.Optimizer):
+    """AdamW with exp_avg and exp_avg_sq kept in bf16 (rounded to nearest); arithmetic in the parameters' dtype.
+
+    The moments of a chunk are widened, go through torch's fused AdamW with the chunk's parameters and gradients, and
+    are rounded back; the update uses them before they are rounded.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a `.grad`. Parameters must be contiguous fp32 or fp64."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._update(param, param.grad, group)
+        return loss
+
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"] = torch.zeros_like(param, dtype=torch.bfloat16)
+            state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.bfloat16)
+        size = _CHUNK_CPU if param.device.type == "cpu" else _CHUNK_GPU
+        tensors = (param.detach(), grad, state["exp_avg"], state["exp_avg_sq"])
+        chunks = zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
+        for weight, slope, exp_avg, exp_avg_sq in chunks:
+            wide_avg, wide_sq = exp_avg.to(weight.dtype), exp_avg_sq.to(weight.dtype)
+            adamw(
+                [weight],
+                [slope],
+                [wide_avg],
+                [wide_sq],
+                [],
+                [state["step"].clone()],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            exp_avg.copy_(wide_avg)
+            exp_avg_sq.copy_(wide_sq)
+        state["step"] += 1
