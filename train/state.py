@@ -1,0 +1,116 @@
+"""What a run is besides its tensors: how far it has come, its random numbers, and of which model, data and recipe."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import yaml
+
+MAX_NAMED_DIFFERENCES = 8
+
+
+def capture_rng() -> str:
+    """The state of torch's CPU random number generator, as text."""
+    return base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+
+
+def restore_rng(text: str) -> None:
+    """Set torch's CPU random number generator to what `capture_rng` returned."""
+    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8))
+
+
+def fingerprint(settings: Any) -> str:
+    """Canonical text of the settings that make one thing what it is: a dataclass or a mapping, nested as it may be.
+
+    Two texts are equal exactly when the settings are, and `differences` can name the keys in which they are not.
+    """
+    plain = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) else settings  # type: ignore[arg-type]
+    return json.dumps(plain, sort_keys=True, indent=0)
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything small that a run needs to go on as if it had never stopped. The data position is `consumed_sequences`:
+    batches are a pure function of it.
+
+    Attributes:
+        step: finished steps.
+        consumed_tokens: predicted tokens so far, over all ranks.
+        consumed_sequences: sequences so far, over all ranks.
+        num_optimizer_steps: updates that AdamW has made (its bias correction counts them).
+        rng: torch's CPU generator, from `capture_rng`; one for all ranks, as nothing in a step draws per rank.
+        wandb_id: run id of Weights & Biases, None without one.
+        fingerprints: text of the model, the data and the recipe (keys of that name).
+        config: resolved config as YAML; kept in a file of its own.
+    """
+
+    step: int
+    consumed_tokens: int
+    consumed_sequences: int
+    num_optimizer_steps: int
+    rng: str
+    wandb_id: str | None
+    fingerprints: dict[str, str]
+    config: str
+
+    def to_json(self) -> str:
+        """All fields but `config`."""
+        fields = dataclasses.asdict(self)
+        del fields["config"]
+        return json.dumps(fields, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, config: str) -> TrainState:
+        """What `to_json` wrote. ValueError when fields are missing or unknown."""
+        try:
+            return cls(config=config, **json.loads(text))
+        except TypeError as error:
+            raise ValueError(f"the checkpoint's state is of another version of this program: {error}") from None
+
+
+def differences(now: TrainState, saved: TrainState) -> list[str]:
+    """One phrase per setting in which the model, data or recipe of two runs differ: key, saved value, value now.
+
+    Settings are read from the fingerprints; where those are no list of settings, from the resolved configs.
+    """
+    configs = _flat(now.config), _flat(saved.config)
+    found: list[str] = []
+    for room in sorted({*now.fingerprints, *saved.fingerprints}):
+        texts = now.fingerprints.get(room, ""), saved.fingerprints.get(room, "")
+        if texts[0] == texts[1]:
+            continue
+        phrases = _phrases(_flat(texts[0]), _flat(texts[1]), known=configs[0], room=room)
+        found += phrases or _phrases(*configs, known=configs[0], room=room) or [f"{room}: {texts[1]!r} != {texts[0]!r}"]
+    return list(dict.fromkeys(found))
+
+
+def _phrases(now: dict[str, Any], saved: dict[str, Any], known: Mapping[str, Any], room: str) -> list[str]:
+    phrases = []
+    for key in sorted({*now, *saved}):
+        if now.get(key) != saved.get(key):
+            name = key if key in known or key.startswith(f"{room}.") else f"{room}.{key}"
+            phrases.append(f"{name} was {saved.get(key)} there and is {now.get(key)} here")
+    return phrases
+
+
+def _flat(text: str) -> dict[str, Any]:
+    """Dotted key to value of a YAML (or JSON) mapping; empty for any other text."""
+
+    def walk(node: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, Mapping) and value:
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return dict(walk(tree, "")) if isinstance(tree, Mapping) else {}
