@@ -1,0 +1,39 @@
+"""`python -m launch prepare`: prepare the tokens of a configuration and report what they hold."""
+
+from __future__ import annotations
+
+from train.data.config import DataConfig
+from train.data.meta import Meta
+from train.data.prepare import prepare
+
+
+def prepare_command(config: DataConfig) -> None:
+    """Prepare the data of `config` unless it is there, and print what it holds. ValueError as `prepare` raises it."""
+    meta = prepare(config, say=lambda line: print(line, flush=True))
+    print(report(meta), flush=True)
+    print(f"The tokens lie in {config.folder}.", flush=True)
+
+
+def report(meta: Meta) -> str:
+    """What a folder of prepared tokens holds: a table of its splits, and a sentence for all that was passed over."""
+    lines = [f"{'split':<8}{'documents':>12}{'MB':>10}{'tokens':>16}{'bytes/token':>13}{'unigram nats':>14}"]
+    for name, split in meta.splits.items():
+        if split.unigram_entropy_nats is None:
+            lines.append(f"{name:<8}{0:>12}")
+            continue
+        lines.append(
+            f"{name:<8}{split.num_documents:>12,}{split.num_bytes / 1e6:>10.2f}{split.num_tokens:>16,}"
+            f"{split.num_bytes / split.num_tokens:>13.2f}{split.unigram_entropy_nats:>14.4f}"
+        )
+    lines += list(meta.notes)
+    said = {
+        "cut": "longer than data.max_document_bytes, cut at line ends",
+        "empty": "empty, passed over",
+        "undecodable": "not UTF-8 text, passed over",
+        "unreadable": "could not be read, passed over",
+    }
+    for kind, skipped in meta.skipped.items():
+        if skipped.count:
+            more = ", ..." if skipped.count > 3 else ""
+            lines.append(f"{said[kind]}: {skipped.count}, {', '.join(skipped.examples[:3])}{more}")
+    return "\n".join(lines)

@@ -1,0 +1,65 @@
+"""Rows of tokens for training: an endless stream of epochs over the packed documents of one split."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from train.data.permutation import Permutation
+from train.data.tokens import Document, Tokens
+
+ORDERS = ("shuffled", "sequential")
+
+
+class Rows:
+    """The split's stream of tokens cut into rows: row i is tokens [i * seq_len, i * seq_len + seq_len + 1).
+
+    Neighbouring rows share one token, so every token but the stream's first is predicted once an epoch (those after
+    the last whole row excepted). Position p of the endless stream is in epoch p // num_rows; with order "shuffled"
+    each epoch is its own permutation, drawn by (seed, epoch). Nothing here has a state: which rows a step reads is a
+    function of (seed, position) alone.
+    """
+
+    def __init__(self, tokens: Tokens, seq_len: int, seed: int = 0, order: str = "shuffled") -> None:
+        """Raises ValueError when the split is too short for one row."""
+        if seq_len < 1:
+            raise ValueError(f"seq_len={seq_len} must be at least 1")
+        if order not in ORDERS:
+            raise ValueError(f"order={order} must be one of {', '.join(ORDERS)}")
+        self.num_rows = (tokens.num_tokens - 1) // seq_len
+        if self.num_rows < 1:
+            raise ValueError(
+                f"seq_len={seq_len} needs at least {seq_len + 1} tokens, and the {tokens.split} split of "
+                f"{tokens.folder} holds {tokens.num_tokens}: use more text, a larger share or a shorter seq_len"
+            )
+        self.tokens, self.seq_len, self.seed, self.order = tokens, seq_len, seed, order
+
+    def rows(self, first: int, count: int) -> torch.Tensor:
+        """Rows at positions [first, first + count) of the endless stream: int64 [count, seq_len + 1].
+
+        Inputs are `[:, :-1]`, labels `[:, 1:]`.
+        """
+        out = np.empty((count, self.seq_len + 1), dtype=np.int64)
+        for row, index in zip(out, self.indices(first, count).tolist(), strict=True):
+            self.tokens.copy(index * self.seq_len, row)
+        return torch.from_numpy(out)
+
+    def indices(self, first: int, count: int) -> np.ndarray:
+        """Which rows of the split lie at positions [first, first + count): int64 [count], values < num_rows."""
+        if first < 0 or count < 0:
+            raise ValueError(f"first={first} and count={count} must not be negative")
+        out = np.empty(count, dtype=np.int64)
+        done = 0
+        while done < count:
+            epoch, start = divmod(first + done, self.num_rows)
+            places = np.arange(start, min(start + count - done, self.num_rows))
+            if self.order == "shuffled":
+                places = Permutation(self.num_rows, self.seed, epoch)(places)
+            out[done : done + len(places)] = places
+            done += len(places)
+        return out
+
+    def documents(self, position: int) -> list[Document]:
+        """The documents that the row at this position is cut from: to find the text behind a bad step."""
+        start = int(self.indices(position, 1)[0]) * self.seq_len
+        return self.tokens.documents(start, start + self.seq_len + 1)

@@ -1,0 +1,84 @@
+"""The one door to the `tokenizers` library: train, load, save, encode and decode byte-level BPE."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_DOCUMENT = "<|endoftext|>"
+# What published tokenizers call the token that ends a document; the first that a tokenizer has is taken.
+_KNOWN_ENDS = (END_OF_DOCUMENT, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")  # noqa: RUF001
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Every text, the names of special tokens included, is plain text: the end-of-document id never comes out of
+    `encode`. `vocab_size` is one more than the largest id. `digest` is the SHA-256 of the tokenizer's text form.
+    """
+
+    def __init__(self, text: str, end_of_document: str | None = None) -> None:
+        """Build from the text of a `tokenizer.json`; `end_of_document` null looks for a known name.
+
+        Raises ValueError when the text is no tokenizer or the end-of-document token is missing.
+        """
+        try:
+            self._backend = Backend.from_str(text)
+        except Exception as error:  # the library raises a bare Exception
+            raise ValueError(f"this is no tokenizer.json: {error}") from None
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        names = _KNOWN_ENDS if end_of_document is None else (end_of_document,)
+        found = [name for name in names if name in vocab]
+        if not found:
+            raise ValueError(f"none of its tokens ends a document: data.end_of_document must be one, not {names}")
+        self.text = text
+        self.end_of_document = found[0]
+        self.eod: int = vocab[found[0]]
+        self.vocab_size = max(vocab.values()) + 1
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Train byte-level BPE; equal texts give equal tokenizers. Too little text gives a smaller vocabulary."""
+        backend = Backend(models.BPE())
+        # Without a prefix space, so that decoding gives back exactly what was encoded.
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_DOCUMENT],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend.to_str(pretty=False), END_OF_DOCUMENT)
+
+    @classmethod
+    def load(cls, path: str | Path, end_of_document: str | None = None) -> Tokenizer:
+        """Read a `tokenizer.json`; ValueError names the file when it cannot be used."""
+        try:
+            return cls(Path(path).read_bytes().decode(), end_of_document)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"tokenizer {path} cannot be used: {error}") from None
+
+    def save(self, path: Path) -> None:
+        """Write the text form, whose SHA-256 is `digest`."""
+        path.write_bytes(self.text.encode())
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text, int64, without an end-of-document token."""
+        # One text a call: a larger batch would start a thread per core inside each of several worker processes.
+        encoded = (self._backend.encode_batch_fast([text], add_special_tokens=False)[0] for text in texts)
+        return [np.array(each.ids, dtype=np.int64) for each in encoded]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids, the names of special tokens included."""
+        return self._backend.decode([int(id) for id in ids], skip_special_tokens=False)
