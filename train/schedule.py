@@ -320,11 +320,7 @@ class Schedule:
     def _count_steps(self) -> int:
         limits = [] if self.train.max_steps is None else [self.train.max_steps]
         if self.train.max_tokens is not None:
-            # The run of equal steps in which the last token before max_tokens lies.
-            index = bisect_right(self._run_tokens, self.train.max_tokens - 1) - 1
-            run = self._runs[index]
-            tokens_per_step = run.num_sequences * self.train.seq_len
-            limits.append(run.first_step - (self._run_tokens[index] - self.train.max_tokens) // tokens_per_step)
+            limits.append(self.step_at(self.train.max_tokens))
         return min(limits)
 
     def _sequences_before(self, step: int) -> tuple[int, int]:
@@ -335,6 +331,12 @@ class Schedule:
     def tokens_before(self, step: int) -> int:
         """Position of a step's first token on the run's axis."""
         return self._sequences_before(step)[0] * self.train.seq_len
+
+    def step_at(self, tokens: int) -> int:
+        """The first step that begins at or past a position: the first of a phase whose border lies there."""
+        index = bisect_right(self._run_tokens, max(0, tokens - 1)) - 1
+        run = self._runs[index]
+        return run.first_step - (self._run_tokens[index] - tokens) // (run.num_sequences * self.train.seq_len)
 
     def _lr(self, first_token: int, last_token: int) -> float:
         phase = self.phases[bisect_right(self._phase_tokens, first_token) - 1]
