@@ -1,0 +1,146 @@
+"""Asynchronous collectives with a handle, and sums whose order is fixed.
+
+On CPU (gloo) everything is built from point-to-point messages, every receive posted before the first send: gloo sends
+the receiver's "ready" notice over the connection that carries the payload, so a receive posted after a send waits
+behind one's own payload and the two directions of a link run one after the other, as they do in gloo's
+`all_to_all_single`. On CUDA (NCCL) the library's own collectives are used; that path has not yet run on several GPUs.
+
+All ranks of a group must launch the same operations in the same order. A tensor handed to an operation must not change
+before its handle has been waited for. Code that overlaps communication is written as a generator that yields once
+after each communication it has launched; `drive` runs one to its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+
+
+def drive(steps: Steps[T]) -> T:
+    """Run a generator of communication steps to its end and return its result."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+
+
+class Handle:
+    """A communication under way. Holds its tensors and requests until `wait`, which may be called again."""
+
+    def __init__(self, works: Iterable[Any], keep: Sequence[Tensor], finish: Callable[[], Tensor]) -> None:
+        self._works = [work for work in works if work is not None]
+        self._keep: Sequence[Tensor] = keep
+        self._finish: Callable[[], Tensor] | None = finish
+        self._result: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """The result, after everything sent from and received into this rank's tensors is complete.
+
+        Raises RuntimeError when a peer's connection broke or the group's timeout passed.
+        """
+        if self._finish is not None:
+            for work in self._works:
+                work.wait()
+            self._result = self._finish()
+            self._works, self._keep, self._finish = [], (), None
+        assert self._result is not None
+        return self._result
+
+
+def _post(receive: Sequence[Tensor], send: Sequence[Tensor], group: dist.ProcessGroup) -> list[Any]:
+    """Post one receive from, then one send to, every other rank of the group; empty tensors are left out.
+
+    Peers are met in a rotated order, so that at any time the ranks send to different peers.
+    """
+    size, me = dist.get_world_size(group), dist.get_rank(group)
+    sources = [(me - i) % size for i in range(1, size)]
+    targets = [(me + i) % size for i in range(1, size)]
+    works = [dist.irecv(receive[peer], group=group, group_src=peer) for peer in sources if receive[peer].numel()]
+    works += [dist.isend(send[peer], group=group, group_dst=peer) for peer in targets if send[peer].numel()]
+    return works
+
+
+def exchange(send: Tensor, send_counts: list[int], recv_counts: list[int], group: dist.ProcessGroup) -> Handle:
+    """Uneven all-to-all along dim 0.
+
+    send: [sum(send_counts), ...], the rows for rank 0 of the group first. The handle's result, [sum(recv_counts), ...],
+    holds the rows from rank 0 first. `recv_counts[i]` must equal rank i's `send_counts[this rank]`.
+    """
+    size, me = dist.get_world_size(group), dist.get_rank(group)
+    assert len(send_counts) == len(recv_counts) == size and send_counts[me] == recv_counts[me]
+    assert sum(send_counts) == send.shape[0], (send_counts, send.shape)
+    send = send.contiguous()
+    received = send.new_empty((sum(recv_counts), *send.shape[1:]))
+    if send.is_cuda:
+        work = dist.all_to_all_single(received, send, recv_counts, send_counts, group=group, async_op=True)
+        return Handle([work], (send, received), lambda: received)
+    outgoing, incoming = send.split(send_counts), received.split(recv_counts)
+    works = _post(incoming, outgoing, group)
+    incoming[me].copy_(outgoing[me])
+    return Handle(works, (send, received), lambda: received)
+
+
+def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Handle:
+    """counts: integers [group size, ...], row i for rank i. The handle's result has in row i what rank i had for us."""
+    ones = [1] * counts.shape[0]
+    return exchange(counts, ones, ones, group)
+
+
+def reduce_scatter(flat: Tensor, group: dist.ProcessGroup) -> Handle:
+    """Sum `flat` [n] over the group; the handle's result, [n / group size], is this rank's piece of the sum.
+
+    Each rank receives all pieces of its own part and adds them in rank order (bf16: in fp32, rounded once), so the sum
+    depends on nothing but the values. Raises ValueError when the group's size does not divide n.
+    """
+    size, me = dist.get_world_size(group), dist.get_rank(group)
+    if flat.dim() != 1 or flat.numel() % size:
+        raise ValueError(f"reduce_scatter of {tuple(flat.shape)}: {size} ranks must divide a one-dimensional tensor")
+    flat = flat.contiguous()
+    if flat.is_cuda:
+        piece = flat.new_empty(flat.numel() // size)
+        work = dist.reduce_scatter_tensor(piece, flat, group=group, async_op=True)
+        return Handle([work], (flat, piece), lambda: piece)
+    own = flat.view(size, -1)
+    parts = torch.empty_like(own)
+    works = _post(parts.unbind(), own.unbind(), group)
+    parts[me].copy_(own[me])
+    return Handle(works, (flat, parts), lambda: _sum_in_order(parts))
+
+
+def all_gather(shard: Tensor, group: dist.ProcessGroup) -> Handle:
+    """The handle's result, [group size * n, ...], holds every rank's `shard` [n, ...] in rank order."""
+    size, me = dist.get_world_size(group), dist.get_rank(group)
+    shard = shard.contiguous()
+    gathered = shard.new_empty((size * shard.shape[0], *shard.shape[1:]))
+    if shard.is_cuda:
+        work = dist.all_gather_into_tensor(gathered, shard, group=group, async_op=True)
+        return Handle([work], (shard, gathered), lambda: gathered)
+    parts = gathered.split([shard.shape[0]] * size)
+    works = _post(parts, [shard] * size, group)
+    parts[me].copy_(shard)
+    return Handle(works, (shard, gathered), lambda: gathered)
+
+
+def ordered_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum `x` (any shape) over the group, in rank order on every rank: identical bits everywhere. Blocks."""
+    return _sum_in_order(all_gather(x.reshape(1, -1), group).wait()).view(x.shape)
+
+
+def _sum_in_order(parts: Tensor) -> Tensor:
+    """parts [ranks, n] -> [n], added from the first row to the last; 16-bit floats in fp32, rounded once."""
+    total = parts[0].to(torch.promote_types(parts.dtype, torch.float32)) if _is_short(parts) else parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total.to(parts.dtype)
+
+
+def _is_short(x: Tensor) -> bool:
+    return x.is_floating_point() and x.element_size() < 4

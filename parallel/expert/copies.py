@@ -1,0 +1,111 @@
+"""Copying rows to several places and summing what comes back: the arithmetic of every step of a dispatch.
+
+Legend: M rows go in, K experts are chosen per token, C copies come out, d is the hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Copies made of M rows, in the order in which they leave.
+
+    source: [C], the row that each copy is made of.
+    back: [C], numbers of copies grouped by their row: the fixed order in which a row's copies are summed.
+    offsets: [M], where each row's copies begin in `back`; None when every row has exactly one copy.
+    slots: [C], where a copy's routing weight lies in the flattened [M, K] weights; None when a copy takes along all
+        that its row has.
+    num_slots: K where `slots` is given.
+    """
+
+    source: Tensor
+    back: Tensor
+    offsets: Tensor | None
+    slots: Tensor | None = None
+    num_slots: int = 0
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """rows [M, ...] -> copies [C, ...]."""
+        return rows.index_select(0, self.source)
+
+    def fold(self, copies: Tensor) -> Tensor:
+        """The transpose of `spread`: copies [C, d] -> the sum of each row's copies [M, d].
+
+        16-bit floats are summed in fp32 and rounded once.
+        """
+        if self.offsets is None:
+            return copies.index_select(0, self.back)
+        return F.embedding_bag(self.back, copies, self.offsets, mode="sum")
+
+    def spread_weights(self, weights: Tensor) -> Tensor:
+        """weights [M, K] -> [C] where each copy takes one of them, else [C, K] (or [M] -> [C])."""
+        if self.slots is None:
+            return self.spread(weights)
+        return weights.reshape(-1).index_select(0, self.slots)
+
+    def fold_weights(self, d_weights: Tensor) -> Tensor:
+        """The transpose of `spread_weights`."""
+        if self.slots is None:
+            return self.fold(d_weights)
+        folded = d_weights.new_zeros(self.num_rows * self.num_slots)
+        return folded.index_copy_(0, self.slots, d_weights).view(self.num_rows, self.num_slots)
+
+    @property
+    def num_rows(self) -> int:
+        """M."""
+        return self.back.numel() if self.offsets is None else self.offsets.numel()
+
+
+def arrange(wanted: Tensor, keys: Tensor, weighted: bool) -> Copies:
+    """One copy of row m for every true `wanted[m, p]`, ordered by `keys[m, p]`, then by m, then by p.
+
+    wanted: bool [M, P]; keys: integers [M, P]. With `weighted`, P is K and copy (m, p) takes weight (m, p) along.
+    """
+    num_columns = wanted.shape[1]
+    natural = wanted.reshape(-1).nonzero().squeeze(1)
+    order = keys.reshape(-1).index_select(0, natural).argsort(stable=True)
+    pairs = natural.index_select(0, order)
+    per_row = wanted.sum(1)
+    return Copies(
+        source=pairs.div(num_columns, rounding_mode="floor"),
+        back=inverse(order),
+        offsets=per_row.cumsum(0) - per_row,
+        slots=pairs if weighted else None,
+        num_slots=num_columns if weighted else 0,
+    )
+
+
+def one_per_place(places: Tensor, num_places: int) -> tuple[Copies, Tensor]:
+    """One copy of each row for every distinct place among places[m, :], ordered by place, then by row.
+
+    places: integers [M, K]; numbers outside 0..num_places-1 count for nothing. Returns the copies and the bool
+    [M, num_places] that says which exist.
+    """
+    inside = (places >= 0) & (places < num_places)
+    reached = places.new_zeros((places.shape[0], num_places + 1), dtype=torch.bool)
+    reached = reached.scatter_(1, torch.where(inside, places, num_places), True)[:, :num_places]
+    columns = torch.arange(num_places, device=places.device).expand_as(reached)
+    return arrange(reached, columns, weighted=False), reached
+
+
+def regroup(counts: Tensor) -> Tensor:
+    """Rows lie in blocks (a, b) of counts[a, b] rows, a slowest; return the order that makes b slowest.
+
+    counts: [A, B] integers. Returns [sum(counts)]: `rows[regroup(counts)]` has the blocks in the order (b, a).
+    """
+    lengths = counts.t().reshape(-1)
+    starts = (counts.reshape(-1).cumsum(0) - counts.reshape(-1)).view_as(counts).t().reshape(-1)
+    shifts = starts - (lengths.cumsum(0) - lengths)
+    moved = shifts.repeat_interleave(lengths)
+    return moved + torch.arange(moved.numel(), device=counts.device)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The inverse of a permutation [n]."""
+    return torch.empty_like(order).index_copy_(0, order, torch.arange(order.numel(), device=order.device))

@@ -1,0 +1,133 @@
+"""Tokens to their experts and back: what every way of travelling shares.
+
+A dispatch is a chain of hops. Each hop copies rows (`Copies.spread`) and exchanges the copies inside one group; at the
+end the received rows are spread over this rank's experts. The way back runs the chain in reverse and sums the copies
+of each row (`Copies.fold`) after every exchange. The two are each other's transpose, so one pair of walks serves all
+four directions: dispatch and the backward of combine go out, combine and the backward of dispatch come back.
+
+Legend: T tokens of this rank, K experts per token, d hidden size, R rows that reach this rank's experts.
+
+All methods are generators that yield once after each communication they have launched (see parallel.collectives); every
+rank of the expert-parallel group must run them in the same order. They take and return plain tensors: no autograd.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.collectives import Handle, Steps, exchange
+from parallel.expert.copies import Copies, arrange
+from parallel.expert.placement import Placement
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One exchange: the copies that leave, how many go to and come from each rank, which ranks are on other nodes."""
+
+    copies: Copies
+    group: dist.ProcessGroup
+    send_counts: list[int]
+    recv_counts: list[int]
+    is_remote: list[bool]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where each token's copies went: made by `dispatch`, only read afterwards.
+
+    tokens_per_expert: rows of each local expert, in the order of the rows; sums to R.
+    """
+
+    hops: tuple[Hop, ...]
+    experts: Copies
+    tokens_per_expert: list[int]
+
+
+Dispatched = tuple[Tensor, Tensor, Plan]
+
+
+class Dispatch:
+    """Base of the ways in which tokens travel. `placement` says which experts this rank holds."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self.num_local_experts = placement.num_local_experts
+        self.first_expert = placement.first_expert
+        self.internode_bytes = 0
+
+    def take_internode_bytes(self) -> int:
+        """Payload bytes (rows, weights, expert ids; not the counts) sent to other nodes since the last call."""
+        taken, self.internode_bytes = self.internode_bytes, 0
+        return taken
+
+    def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
+        """Bring every token to its experts.
+
+        x: [T, d]; weights: [T, K]; indices: int64 [T, K], global expert numbers, distinct within a token; -1 is none.
+        Returns rows [R, d], the routing weight of each row [R], and the plan. Rows are sorted by local expert, then by
+        the source's rank, then by token.
+        """
+        raise NotImplementedError
+
+    def combine(self, rows: Tensor, plan: Plan) -> Steps[Tensor]:
+        """rows [R, d] -> [T, d]: the plain sum of each token's rows, zero for a token without any."""
+        return self._walk_back(rows, plan)
+
+    def dispatch_backward(self, d_rows: Tensor, d_row_weights: Tensor, plan: Plan) -> Steps[tuple[Tensor, Tensor]]:
+        """d_rows [R, d], d_row_weights [R] -> dx [T, d], d_weights [T, K]."""
+        dx, d_weights = plan.experts.fold(d_rows), plan.experts.fold_weights(d_row_weights)
+        for hop in reversed(plan.hops):
+            arriving = self._send_back(hop, d_weights), self._send_back(hop, dx)
+            yield
+            d_weights = hop.copies.fold_weights(arriving[0].wait())
+            dx = hop.copies.fold(arriving[1].wait())
+        return dx, d_weights
+
+    def combine_backward(self, dy: Tensor, plan: Plan) -> Steps[Tensor]:
+        """dy [T, d] -> d_rows [R, d]."""
+        rows = dy
+        for hop in plan.hops:
+            arriving = self._send(hop, hop.copies.spread(rows))
+            yield
+            rows = arriving.wait()
+        return plan.experts.spread(rows)
+
+    def _walk_back(self, rows: Tensor, plan: Plan) -> Steps[Tensor]:
+        y = plan.experts.fold(rows)
+        for hop in reversed(plan.hops):
+            arriving = self._send_back(hop, y)
+            yield
+            y = hop.copies.fold(arriving.wait())
+        return y
+
+    def _send(self, hop: Hop, payload: Tensor) -> Handle:
+        """Payload [sum(send_counts), ...] out along a hop."""
+        return self._transfer(hop, payload, hop.send_counts, hop.recv_counts)
+
+    def _send_back(self, hop: Hop, payload: Tensor) -> Handle:
+        """Payload [sum(recv_counts), ...] back along a hop."""
+        return self._transfer(hop, payload, hop.recv_counts, hop.send_counts)
+
+    def _transfer(self, hop: Hop, payload: Tensor, send_counts: list[int], recv_counts: list[int]) -> Handle:
+        """The one place where payload leaves this rank: what travels could be encoded here, and is counted here."""
+        remote_rows = sum(count for count, remote in zip(send_counts, hop.is_remote, strict=True) if remote)
+        row_bytes = payload[:1].numel() * payload.element_size() if remote_rows else 0
+        self.internode_bytes += remote_rows * row_bytes
+        return exchange(payload, send_counts, recv_counts, hop.group)
+
+
+class LocalDispatch(Dispatch):
+    """All experts on this rank: tokens are only sorted. Also the twin that the other two are held against."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(Placement(num_experts, ep=1, ep_rank=0, num_nodes=1))
+
+    def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
+        yield from ()
+        copies = arrange(indices >= 0, indices, weighted=True)
+        chosen = indices.reshape(-1).index_select(0, copies.slots) if copies.slots is not None else indices
+        plan = Plan((), copies, chosen.bincount(minlength=self.num_local_experts).tolist())
+        return copies.spread(x), copies.spread_weights(weights), plan

@@ -1,0 +1,112 @@
+"""Starting and stopping the processes' groups: a Mesh joined with torch process groups.
+
+Every group is made at the start, in one order on all ranks. Each stream of communication has groups of its own,
+because inside one group a small message waits behind a large one: expert dispatch (`ep`, `node`, `rail`), gradients
+(`dense`, `expert`), the step's scalars (`world`), checkpoints (`checkpoint`, gloo on every device).
+
+How a dead rank ends the others. On gloo a process that dies closes its connections, and whatever waits for it raises at
+once; those ranks die in turn, so the news crosses the job in milliseconds. Only a rank that hangs alive is left to
+`timeout_s`. On NCCL the launcher (torchrun, or ours) sees the death and ends the others; the watchdog's `timeout_s` is
+the backstop. For this to work a rank must not call `stop` after an exception: it simply exits.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from parallel.mesh import KINDS, Mesh, ParallelConfig
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place in the mesh, its device, and the process group of each kind that it belongs to."""
+
+    mesh: Mesh
+    device: torch.device
+    dense: dist.ProcessGroup
+    expert: dist.ProcessGroup
+    ep: dist.ProcessGroup
+    node: dist.ProcessGroup
+    rail: dist.ProcessGroup
+    world: dist.ProcessGroup
+    checkpoint: dist.ProcessGroup
+    started_default: bool
+
+
+def start(config: ParallelConfig, device: str = "cpu", mirrored: bool = False, timeout_s: float = 600) -> Groups:
+    """Join the job and make its groups; blocks until all ranks have.
+
+    Uses the default process group if there is one, else the environment of torchrun (RANK, WORLD_SIZE, MASTER_ADDR,
+    MASTER_PORT), else this process alone is the world. `device` is "cpu" (gloo) or "cuda" (NCCL, one device per
+    LOCAL_RANK). Raises ValueError for sizes the mesh refuses or that differ from the number of processes.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r} is not one of cpu, cuda")
+    # Refuse before connecting: a wrong size must be a sentence on every rank, not a time-out.
+    in_job = dist.is_initialized()
+    world_size = dist.get_world_size() if in_job else int(os.environ.get("WORLD_SIZE", "1"))
+    rank = dist.get_rank() if in_job else int(os.environ.get("RANK", "0"))
+    if config.world_size != world_size:
+        raise ValueError(
+            f"parallel.pp={config.pp} times parallel.dp={config.dp} must equal the number of processes, {world_size}"
+        )
+    mesh = Mesh(config, rank, mirrored)
+    place = torch.device("cpu")
+    if device == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(place)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "nccl" if device == "cuda" else "gloo"
+    if not in_job:
+        _join(backend, rank, world_size, timeout)
+    everyone = (tuple(range(world_size)),)
+    made = {kind: _own_group(rank, mesh.groups(kind), kind, backend, timeout) for kind in KINDS}
+    return Groups(
+        mesh=mesh,
+        device=place,
+        **made,
+        world=_own_group(rank, everyone, "world", backend, timeout),
+        checkpoint=_own_group(rank, everyone, "checkpoint", "gloo", timeout),
+        started_default=not in_job,
+    )
+
+
+def stop(groups: Groups) -> None:
+    """Wait for all ranks, then end the groups that `start` made. For a job that ended well; see the module's text."""
+    # A connection closed while a peer still reads from it would look like a death to that peer.
+    dist.barrier(groups.checkpoint)
+    for name in (*KINDS, "world", "checkpoint"):
+        dist.destroy_process_group(getattr(groups, name))
+    if groups.started_default:
+        dist.destroy_process_group()
+
+
+def _join(backend: str, rank: int, world_size: int, timeout: datetime.timedelta) -> None:
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    elif world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=1, timeout=timeout)
+    else:
+        raise ValueError(f"WORLD_SIZE={world_size} is set but MASTER_ADDR is not: start the ranks with torchrun")
+
+
+def _own_group(
+    rank: int, all_ranks: tuple[tuple[int, ...], ...], kind: str, backend: str, timeout: datetime.timedelta
+) -> dist.ProcessGroup:
+    """Make all groups of a kind and return this rank's.
+
+    torch asks every rank to take part in making every group. (`use_local_synchronization` would spare that, but it
+    names groups by their ranks, so groups made again in one job would meet the addresses of the ended ones.)
+    """
+    own = None
+    for ranks in all_ranks:
+        group = dist.new_group(list(ranks), timeout=timeout, backend=backend, group_desc=kind)
+        if rank in ranks:
+            own = group
+    assert own is not None, f"rank {rank} is in no {kind} group"
+    return own

@@ -1,0 +1,222 @@
+"""Every dispatch against a twin in Python loops over (rank, token, choice), forward and backward, on every mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel import process
+from parallel.collectives import drive
+from parallel.expert.build import build
+from parallel.expert.dispatch import Dispatch
+from parallel.mesh import DISPATCHES, Mesh, ParallelConfig
+from tests.spawn import Ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    config: ParallelConfig
+    num_experts: int
+    num_chosen: int
+    hidden: int
+    max_tokens: int
+    dtype: torch.dtype
+    weight_dtype: torch.dtype
+    seed: int
+    routing: str  # "any", "one_node" (group-limited), "one_expert" (all others empty), "some_none" (-1 among them)
+
+
+@dataclasses.dataclass
+class Inputs:
+    x: Tensor
+    weights: Tensor
+    indices: Tensor
+    dy: Tensor
+
+
+def inputs(case: Case, rank: int) -> Inputs:
+    """What one rank feeds in; any rank can recompute it for any other."""
+    gen = torch.Generator().manual_seed(case.seed * 1000 + rank)
+    num_tokens = int(torch.randint(0, case.max_tokens + 1, (), generator=gen)) if rank % 3 != 1 or rank == 1 else 0
+    if rank == 1 and case.seed % 2:
+        num_tokens = 0
+    scores = torch.rand(num_tokens, case.num_experts, generator=gen)
+    if case.routing == "one_node":
+        nodes = case.config.nodes_per_ep_group
+        kept = torch.randint(0, nodes, (num_tokens, 1), generator=gen)
+        scores[torch.arange(case.num_experts) * nodes // case.num_experts != kept] = -1
+    indices = scores.topk(case.num_chosen, 1)[1]
+    if case.routing == "one_expert":
+        indices = torch.full((num_tokens, 1), case.num_experts - 1)
+    if case.routing == "some_none":
+        indices[torch.rand(indices.shape, generator=gen) < 0.4] = -1
+    num_chosen = indices.shape[1]
+    return Inputs(
+        torch.randn(num_tokens, case.hidden, generator=gen, dtype=torch.float64).to(case.dtype),
+        torch.rand(num_tokens, num_chosen, generator=gen, dtype=torch.float64).to(case.weight_dtype),
+        indices,
+        torch.randn(num_tokens, case.hidden, generator=gen, dtype=torch.float64).to(case.dtype),
+    )
+
+
+def rows_of(case: Case, mesh: Mesh, experts: range) -> list[tuple[int, int, int, int]]:
+    """The twin's plan: (expert, source rank, token, choice) of every row, in the promised order."""
+    found = []
+    for expert in experts:
+        for source in mesh.ep_ranks:
+            for token, chosen in enumerate(inputs(case, source).indices.tolist()):
+                found += [(expert, source, token, slot) for slot, other in enumerate(chosen) if other == expert]
+    return found
+
+
+def expert_output(rows: Tensor, row_weights: Tensor, experts: Tensor) -> Tensor:
+    """A stand-in for experts: differs per expert, and by more than rounding."""
+    return rows * row_weights.to(rows.dtype).unsqueeze(1) * (1 + experts.to(rows.dtype).unsqueeze(1))
+
+
+def twin(case: Case, mesh: Mesh) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, dx, d_weights of this rank's tokens in fp64, one (token, choice) at a time, for y = sum of w * (1 + e) * x.
+
+    The last value is d_weights without cancellation, the scale of its rounding errors.
+    """
+    mine = inputs(case, mesh.rank)
+    x, weights, dy = mine.x.double(), mine.weights.double(), mine.dy.double()
+    y, dx, d_weights = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(weights)
+    scale = torch.zeros_like(weights)
+    for token, chosen in enumerate(mine.indices.tolist()):
+        for slot, expert in enumerate(chosen):
+            if expert >= 0:
+                y[token] += weights[token, slot] * (1 + expert) * x[token]
+                dx[token] += weights[token, slot] * (1 + expert) * dy[token]
+                d_weights[token, slot] = (1 + expert) * (dy[token] @ x[token])
+                scale[token, slot] = (1 + expert) * (dy[token].abs() @ x[token].abs())
+    return y, dx, d_weights, scale
+
+
+def gap(actual: Tensor, expected: Tensor, scale: Tensor) -> float:
+    """Largest error over the largest value of `scale`."""
+    if not expected.numel():
+        return 0.0
+    return float((actual.double() - expected).abs().max() / scale.abs().max().clamp_min(1e-30))
+
+
+def counted_bytes(case: Case, mesh: Mesh) -> tuple[int, int]:
+    """The counting argument: payload bytes this rank sends to other nodes when it sends (out) its own tokens' copies,
+    and when it answers (back) for the copies that it has of others' tokens."""
+    experts_per_node = case.num_experts // case.config.nodes_per_ep_group
+    first_node = mesh.ep_ranks[0] // case.config.ranks_per_node
+
+    def node_of(expert: int) -> int:
+        return first_node + expert // experts_per_node
+
+    row = case.hidden * case.dtype.itemsize
+    weight = case.weight_dtype.itemsize
+    out = back = 0
+    for source in mesh.ep_ranks:
+        source_node = source // case.config.ranks_per_node
+        for chosen in inputs(case, source).indices.tolist():
+            away = [expert for expert in chosen if expert >= 0 and node_of(expert) != source_node]
+            if case.config.dispatch == "flat":
+                owners = [mesh.ep_ranks[expert // (case.num_experts // case.config.ep)] for expert in away]
+                copies, riding = len(away), weight
+                answering = sum(owner == mesh.rank for owner in owners)
+            else:
+                nodes = {node_of(expert) for expert in away}
+                copies, riding = len(nodes), len(chosen) * (weight + 2)
+                answering = int(source in mesh.rail_ranks and mesh.node in nodes)
+            out += copies * (row + riding) if source == mesh.rank else 0
+            back += answering * row
+    return out, back
+
+
+def check_rows(case: Case, mesh: Mesh, dispatch: Dispatch) -> None:
+    """Rows, weights and counts exactly as the twin lists them; results within `tolerance` of it; bytes as counted."""
+    mine = inputs(case, mesh.rank)
+    before = dispatch.take_internode_bytes()
+    assert before == 0
+    rows, row_weights, plan = drive(dispatch.dispatch(mine.x, mine.weights, mine.indices))
+    sent_out = dispatch.take_internode_bytes()
+    experts = range(dispatch.first_expert, dispatch.first_expert + dispatch.num_local_experts)
+    expected = rows_of(case, mesh, experts)
+    sources = {rank: inputs(case, rank) for rank in mesh.ep_ranks}
+    wanted_rows = [sources[source].x[token] for _, source, token, _ in expected]
+    wanted_weights = [sources[source].weights[token, slot] for _, source, token, slot in expected]
+    if expected:
+        assert torch.equal(rows, torch.stack(wanted_rows))
+        assert torch.equal(row_weights, torch.stack(wanted_weights))
+    assert rows.shape == (len(expected), case.hidden) and row_weights.shape == (len(expected),)
+    assert plan.tokens_per_expert == [sum(row[0] == expert for row in expected) for expert in experts]
+
+    numbers = torch.tensor([row[0] for row in expected], dtype=torch.int64)
+    y = drive(dispatch.combine(expert_output(rows, row_weights, numbers), plan))
+    sent_back = dispatch.take_internode_bytes()
+    d_out = drive(dispatch.combine_backward(mine.dy, plan))
+    if expected:
+        assert torch.equal(d_out, torch.stack([sources[source].dy[token] for _, source, token, _ in expected]))
+    d_rows = expert_output(d_out, row_weights, numbers)
+    d_row_weights = ((d_out * rows).double().sum(1) * (1 + numbers)).to(case.weight_dtype)
+    dx, d_weights = drive(dispatch.dispatch_backward(d_rows, d_row_weights, plan))
+    assert [y.dtype, dx.dtype, d_weights.dtype] == [case.dtype, case.dtype, case.weight_dtype]
+
+    # One rounding per summed level and per product: a few units in the last place of the largest value.
+    eps = torch.finfo(case.dtype).eps
+    wanted_y, wanted_dx, wanted_d_weights, scale = twin(case, mesh)
+    assert gap(y, wanted_y, wanted_y) < 8 * eps
+    assert gap(dx, wanted_dx, wanted_dx) < 8 * eps
+    assert gap(d_weights, wanted_d_weights, scale) < 8 * max(eps, torch.finfo(case.weight_dtype).eps)
+    assert (sent_out, sent_back) == counted_bytes(case, mesh)
+
+
+def one_rank(cases: list[Case]) -> None:
+    for case in cases:
+        groups = process.start(case.config)
+        dispatch = build(case.num_experts, groups)
+        try:
+            check_rows(case, groups.mesh, dispatch)
+        except AssertionError as error:
+            raise AssertionError(f"rank {groups.mesh.rank} of {case}") from error
+        process.stop(groups)
+
+
+def meshes(world_size: int) -> list[ParallelConfig]:
+    """Every legal mesh of this many ranks."""
+    sizes = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    found = []
+    for pp, ep, nodes, dispatch in itertools.product(sizes, sizes, sizes, DISPATCHES):
+        config = ParallelConfig(pp, world_size // pp, ep, nodes, dispatch)
+        try:
+            Mesh(config, 0)
+        except ValueError:
+            continue
+        found.append(config)
+    return found
+
+
+def cases_for(world_size: int) -> list[Case]:
+    """All meshes, each with shapes, dtypes and routing of its own, drawn from a fixed seed."""
+    random_ = random.Random(world_size)
+    cases = []
+    for number, config in enumerate(meshes(world_size)):
+        num_local_experts = random_.choice([1, 2, 3, 5])
+        num_experts = config.ep * num_local_experts
+        dtype, weight_dtype = [
+            (torch.float64, torch.float64),
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.float32),
+        ][number % 3]
+        routing = random_.choice(["any", "any", "one_node", "one_expert", "some_none"])
+        per_node = num_experts // config.nodes_per_ep_group
+        chosen = random_.randint(1, min(per_node, 8) if routing == "one_node" else min(num_experts, 8))
+        hidden, tokens = random_.choice([1, 3, 8, 33]), random_.choice([1, 7, 40])
+        cases.append(Case(config, num_experts, chosen, hidden, tokens, dtype, weight_dtype, number, routing))
+    return cases
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_every_mesh_agrees_with_the_loops(ranks: Ranks, world_size: int) -> None:
+    ranks.run(one_rank, cases_for(world_size), world_size=world_size)
