@@ -1,0 +1,59 @@
+"""Multi-head latent attention (technical report, Eq. 1-11).
+
+Queries pass through a latent of `q_lora_rank`, keys and values through one of `kv_lora_rank`; each latent is normed.
+Position lives in `qk_rope_head_dim` extra dimensions, of which the key's are one vector shared by all heads.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from train.model.config import ModelConfig
+from train.model.kernels import join_heads
+from train.model.layers import Backend, RMSNorm
+
+# The released code norms the latents with this constant; `rms_norm_eps` speaks of the hidden state alone.
+LATENT_NORM_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """Causal self-attention of one layer: x [B, S, hidden] -> [B, S, hidden]."""
+
+    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+        super().__init__()
+        heads, hidden, rank = config.num_attention_heads, config.hidden_size, config.q_lora_rank
+        self.num_heads = heads
+        self.latent_widths = [config.kv_lora_rank, config.qk_rope_head_dim]
+        self.v_head_dim = config.v_head_dim
+        # Flash kernels want values as wide as keys; padding costs less than the kernel that takes any width.
+        self.v_width = max(config.v_head_dim, config.qk_head_dim)
+        self.softmax_scale = config.softmax_scale
+        if rank is None:
+            self.q_proj = backend.linear(hidden, heads * config.qk_head_dim)
+            self.project_q = self._direct_q
+        else:
+            self.q_a_proj = backend.linear(hidden, rank)
+            self.q_a_layernorm = RMSNorm(rank, LATENT_NORM_EPS, backend)
+            self.q_b_proj = backend.linear(rank, heads * config.qk_head_dim)
+            self.project_q = self._latent_q
+        self.kv_a_proj_with_mqa = backend.linear(hidden, sum(self.latent_widths))
+        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, backend)
+        self.kv_b_proj = backend.linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
+        self.o_proj = backend.linear(heads * config.v_head_dim, hidden)
+
+    def _direct_q(self, x: Tensor) -> Tensor:
+        return self.q_proj(x)
+
+    def _latent_q(self, x: Tensor) -> Tensor:
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """`table` is the rotation table of the S positions (rope.rotation_table)."""
+        per_head = (self.num_heads, -1)
+        q = self.project_q(x).unflatten(-1, per_head)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split(self.latent_widths, dim=-1)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, per_head)
+        q, k, v = (heads.transpose(1, 2) for heads in join_heads(q, kv, k_rope, table, self.v_width))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+        return self.o_proj(out[..., : self.v_head_dim].transpose(1, 2).flatten(2))

@@ -1,0 +1,157 @@
+"""Shape of a model, under the keys of Hugging Face's DeepSeek-V3 config.json."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+_YARN_REQUIRED = ("factor", "original_max_position_embeddings")
+_YARN_OPTIONAL = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a DeepSeek-V3 model. `check` refuses what cannot be built.
+
+    `q_lora_rank=None` projects queries without a latent. `rope_scaling` is None, or YaRN's keys: `type` (or
+    `rope_type`) = "yarn", `factor`, `original_max_position_embeddings`, and optionally `beta_fast` (32), `beta_slow`
+    (1), `mscale`, `mscale_all_dim`. `num_nextn_predict_layers` is the depth D of multi-token prediction.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    first_k_dense_replace: int
+    num_nextn_predict_layers: int
+    q_lora_rank: int | None
+    max_position_embeddings: int
+    routed_scaling_factor: float = 2.5
+    norm_topk_prob: bool = True
+    initializer_range: float = 0.006
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a head's queries and keys: the part without position, then the rotated part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE layers of the main model."""
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    @property
+    def num_routers(self) -> int:
+        """Routers in order of their global layer index: the main model's, then one per prediction depth."""
+        return self.num_moe_layers + self.num_nextn_predict_layers
+
+    @property
+    def softmax_scale(self) -> float:
+        """1/sqrt(qk head), times YaRN's temperature (0.1 mscale_all_dim ln(factor) + 1)² where one is set."""
+        scaling = self.rope_scaling or {}
+        temperature = yarn_mscale(scaling.get("factor", 1.0), scaling.get("mscale_all_dim") or 0.0)
+        return self.qk_head_dim**-0.5 * temperature**2
+
+    def check(self) -> None:
+        """Raise ValueError for the first rule broken, naming field, value and rule."""
+        for field in _POSITIVE:
+            _require(getattr(self, field) > 0, f"{self._show(field)} must be positive")
+        _require(
+            self.q_lora_rank is None or self.q_lora_rank > 0, f"{self._show('q_lora_rank')} must be positive or null"
+        )
+        _require(self.qk_rope_head_dim % 2 == 0, f"{self._show('qk_rope_head_dim')} must be even: RoPE rotates pairs")
+        _require(
+            0 <= self.first_k_dense_replace <= self.num_hidden_layers,
+            f"{self._show('first_k_dense_replace')} must lie in 0..{self._show('num_hidden_layers')}",
+        )
+        _require(self.num_nextn_predict_layers >= 0, f"{self._show('num_nextn_predict_layers')} must not be negative")
+        self._check_routing()
+        self._check_yarn()
+
+    def _check_routing(self) -> None:
+        experts, groups = self.n_routed_experts, self.n_group
+        _require(experts % groups == 0, f"{self._show('n_group')} does not divide {self._show('n_routed_experts')}")
+        _require(
+            experts // groups >= 2,
+            f"{self._show('n_group')} leaves {experts // groups} of {self._show('n_routed_experts')} a group: "
+            "a group is scored by its two best experts",
+        )
+        _require(self.topk_group <= groups, f"{self._show('topk_group')} exceeds {self._show('n_group')}")
+        reachable = self.topk_group * (experts // groups)
+        _require(
+            self.num_experts_per_tok <= reachable,
+            f"{self._show('num_experts_per_tok')} exceeds the {reachable} experts of {self._show('topk_group')} groups",
+        )
+
+    def _check_yarn(self) -> None:
+        if self.rope_scaling is None:
+            return
+        scaling = dict(self.rope_scaling)
+        kinds = {scaling.pop(key) for key in ("type", "rope_type") if key in scaling}
+        _require(kinds == {"yarn"}, f"model.rope_scaling.type={sorted(map(str, kinds))} must be yarn")
+        unknown = sorted(set(scaling) - set(_YARN_REQUIRED) - set(_YARN_OPTIONAL))
+        _require(not unknown, f"model.rope_scaling has unknown keys {unknown}")
+        for key in _YARN_REQUIRED:
+            _require(key in scaling, f"model.rope_scaling.{key} is missing: yarn needs it")
+        for key, value in scaling.items():
+            _require(_is_number(value) and value > 0, f"model.rope_scaling.{key}={value} must be a positive number")
+        _require(scaling["factor"] >= 1, f"model.rope_scaling.factor={scaling['factor']} must be at least 1")
+        fast, slow = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
+        _require(fast >= slow, f"model.rope_scaling.beta_fast={fast} must not be below beta_slow={slow}")
+        _require(self.rope_theta != 1, f"{self._show('rope_theta')} must differ from 1 under yarn")
+
+    def _show(self, field: str) -> str:
+        return f"model.{field}={getattr(self, field)}"
+
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "max_position_embeddings",
+    "routed_scaling_factor",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_theta",
+)
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention magnitude, sqrt(t) = 0.1 mscale ln(factor) + 1 (technical report, section 4.3)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise ValueError(sentence)

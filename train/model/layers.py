@@ -1,0 +1,118 @@
+"""The small layers that every block is made of, and the bundle of tools they are built with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.model.kernels import Kernels
+from train.precision.grads import Sink, main_grad, run_now
+from train.precision.linear import Engine, Gemm, Linear
+
+
+@dataclass(frozen=True)
+class Backend:
+    """How a model computes: the engine of its matrix products, its elementwise kernels, where weight gradients go."""
+
+    engine: Engine
+    kernels: Kernels = field(default_factory=Kernels)
+    sink: Sink = run_now
+
+    def linear(self, num_inputs: int, num_outputs: int) -> Linear:
+        return Linear(num_inputs, num_outputs, self.engine, self.sink)
+
+
+class RMSNorm(nn.Module):
+    """x [..., d] -> x / sqrt(mean(x²) + eps) * weight."""
+
+    def __init__(self, width: int, eps: float, backend: Backend) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps, self.kernels = eps, backend.kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernels.rms_norm(x, self.weight, self.eps)
+
+
+class _EmbeddingFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor, sink: Sink) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        ctx.sink = sink
+        return nn.functional.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        tokens, weight = ctx.saved_tensors
+        buffer = main_grad(weight)
+        rows = dy.reshape(-1, dy.shape[-1]).to(buffer.dtype)
+        ctx.sink(partial(buffer.index_add_, 0, tokens.reshape(-1), rows))
+        return None, None, None
+
+
+class Embedding(nn.Module):
+    """tokens [...] -> rows of the table [..., hidden]. The gradient touches only the rows looked up."""
+
+    def __init__(self, num_rows: int, width: int, backend: Backend) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, width))
+        self.sink = backend.sink
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return _EmbeddingFunction.apply(tokens, self.weight, self.sink)
+
+
+class _SwiGLUFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        row_weights: Tensor | None,
+        gate_up: Tensor,
+        down: Tensor,
+        gemm: Gemm,
+        backend: Backend,
+    ) -> Tensor:
+        h = gemm.fprop(x, gate_up)
+        ctx.save_for_backward(x, row_weights, gate_up, down, h)
+        ctx.gemm, ctx.backend = gemm, backend
+        return gemm.fprop(backend.kernels.swiglu_forward(h, row_weights), down)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, row_weights, gate_up, down, h = ctx.saved_tensors
+        gemm, backend, dy = ctx.gemm, ctx.backend, dy.contiguous()
+        a, dh, d_row_weights = backend.kernels.swiglu_backward(gemm.dgrad(dy, down), h, row_weights)
+        dx = gemm.dgrad(dh, gate_up)
+        backend.sink(partial(gemm.wgrad_, main_grad(down), dy, a))
+        backend.sink(partial(gemm.wgrad_, main_grad(gate_up), dh, x))
+        return dx, d_row_weights, None, None, None, None
+
+
+def swiglu_mlp(
+    x: Tensor, row_weights: Tensor | None, gate_up: Tensor, down: Tensor, gemm: Gemm, backend: Backend
+) -> Tensor:
+    """(row_weights silu(x gateᵀ) (x upᵀ)) downᵀ as one autograd node; dense or grouped by what `gemm` is.
+
+    x [R, d], row_weights [R] or None, gate_up [(E,) 2f, d], down [(E,) d, f] -> [R, d]. Saves x and the product with
+    gate_up; the activation is recomputed in backward (technical report, section 3.3.3).
+    """
+    return _SwiGLUFunction.apply(x, row_weights, gate_up, down, gemm, backend)
+
+
+class FeedForward(nn.Module):
+    """The SwiGLU MLP of dense layers and shared experts: x [T, d] -> [T, d]."""
+
+    def __init__(self, hidden: int, inter: int, backend: Backend) -> None:
+        super().__init__()
+        self.gate_up_proj = backend.linear(hidden, 2 * inter)
+        self.down_proj = backend.linear(inter, hidden)
+        self.backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate_up_proj.weight, self.down_proj.weight
+        return swiglu_mlp(x, None, *weights, self.backend.engine, self.backend)

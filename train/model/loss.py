@@ -1,0 +1,84 @@
+"""Cross-entropy behind the output head, in chunks of tokens: the logits of a whole batch never exist."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from train.model.layers import Backend
+from train.precision.grads import main_grad, wide_dtype
+
+# Logits of one chunk: enough rows for an efficient product, few enough to stay in a cache.
+_CHUNK_LOGITS = 2**21
+_MIN_CHUNK_TOKENS = 256
+
+
+class LossTerms(NamedTuple):
+    """Factor of each loss per summed unit, known before the step: gradients of micro-batches and ranks then just add.
+
+    main: 1 / predicted tokens of the global batch. mtp: lambda / (D * the same). balance: alpha / sequences of the
+    global batch.
+    """
+
+    main: float
+    mtp: float
+    balance: float
+
+
+def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:
+    size = max(_MIN_CHUNK_TOKENS, _CHUNK_LOGITS // vocab_size)
+    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+
+def _softmax_and_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(probabilities [C, V], summed cross-entropy) of logits [C, V] and labels [C, 1].
+
+    ln Σ exp(logits) is recovered from the largest probability, which cannot underflow: the softmax is the only pass
+    that takes exponentials.
+    """
+    probabilities = torch.softmax(logits, -1)
+    log_sum = logits.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log_()
+    return probabilities, (log_sum - logits.gather(1, labels)).sum()
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, backend: Backend) -> Tensor:
+        engine, wide = backend.engine, wide_dtype(x.dtype)
+        total = x.new_zeros((), dtype=wide)
+        dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
+        for rows in _chunks(len(x), len(weight)):
+            target = labels[rows, None]
+            d_logits, loss = _softmax_and_loss(engine.fprop(x[rows], weight).to(wide), target)
+            total += loss
+            d_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
+            d_logits = d_logits.to(x.dtype)
+            dx[rows] = engine.dgrad(d_logits, weight)
+            engine.wgrad_(dweight, d_logits, x[rows])
+        ctx.save_for_backward(dx, dweight, weight)
+        ctx.sink = backend.sink
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor) -> Any:
+        dx, dweight, weight = ctx.saved_tensors
+        ctx.sink(partial(main_grad(weight).addcmul_, dweight, d_total))
+        return dx * d_total, None, None, None
+
+
+def cross_entropy_sum(x: Tensor, weight: Tensor, labels: Tensor, backend: Backend) -> Tensor:
+    """Σ over tokens of -ln softmax(x weightᵀ)[label], in nats; scalar, float32 or wider.
+
+    x [N, d], weight [V, d], labels int64 [N]. With gradients enabled they are formed on the way, while a chunk's
+    logits are at hand.
+    """
+    if torch.is_grad_enabled():
+        return _CrossEntropySum.apply(x, weight, labels, backend)
+    total = x.new_zeros((), dtype=wide_dtype(x.dtype))
+    for rows in _chunks(len(x), len(weight)):
+        logits = backend.engine.fprop(x[rows], weight).to(total.dtype)
+        total += _softmax_and_loss(logits, labels[rows, None])[1]
+    return total

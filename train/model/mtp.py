@@ -1,0 +1,35 @@
+"""One depth of multi-token prediction (technical report, section 2.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from train.model.block import MoEBlock
+from train.model.config import ModelConfig
+from train.model.layers import Backend, RMSNorm
+from train.model.moe import Dispatch
+from train.model.router import RouterStats
+
+
+class MTPModule(nn.Module):
+    """Joins a hidden state with the embedding of a later token and runs one MoE layer (Eq. 21-22).
+
+    The projection reads [embedding ; hidden], the order of the released weights. `hidden` is a normed state: the main
+    model's after its final norm, or the previous depth's after its own. Embedding table and head are the main model's.
+    """
+
+    def __init__(self, config: ModelConfig, dispatch: Dispatch, backend: Backend) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm = RMSNorm(hidden, eps, backend)
+        self.hnorm = RMSNorm(hidden, eps, backend)
+        self.eh_proj = backend.linear(2 * hidden, hidden)
+        self.layer = MoEBlock(config, dispatch, backend)
+        self.norm = RMSNorm(hidden, eps, backend)
+
+    def forward(self, hidden: Tensor, embedding: Tensor, table: Tensor) -> tuple[Tensor, RouterStats]:
+        """hidden and embedding [B, N, hidden], table of N positions -> (normed state of that shape, router's report)."""
+        x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
+        x, stats = self.layer(x, table)
+        return self.norm(x), stats

@@ -1,0 +1,131 @@
+"""One table between our names and those of a Hugging Face DeepSeek-V3 checkpoint, read in both directions.
+
+On disk every expert has its own tensors, gate and up are apart, and prediction depth k is layer `num_hidden_layers +
+k`. Here experts are stacked and gate and up joined, so a disk tensor is a slice of one of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The disk tensor `theirs` is `ours[expert, rows]`; None means all of that dimension."""
+
+    ours: str
+    theirs: str
+    expert: int | None = None
+    rows: slice | None = None
+
+    def slice_of(self, tensor: Tensor) -> Tensor:
+        """The part of our tensor that the disk tensor holds, as a view."""
+        part = tensor if self.expert is None else tensor[self.expert]
+        return part if self.rows is None else part[self.rows]
+
+
+def table(config: ModelConfig) -> Iterator[Entry]:
+    """Every parameter and router bias of the model, each element exactly once."""
+    yield Entry("embed_tokens.weight", "model.embed_tokens.weight")
+    for index in range(config.num_hidden_layers):
+        yield from _layer(config, f"layers.{index}", f"model.layers.{index}", index >= config.first_k_dense_replace)
+    yield Entry("norm.weight", "model.norm.weight")
+    yield Entry("lm_head.weight", "lm_head.weight")
+    for k, prefix in enumerate(_mtp_prefixes(config)):
+        for name in ("enorm", "hnorm", "eh_proj"):
+            yield Entry(f"mtp.{k}.{name}.weight", f"{prefix}.{name}.weight")
+        yield Entry(f"mtp.{k}.norm.weight", f"{prefix}.shared_head.norm.weight")
+        yield from _layer(config, f"mtp.{k}.layer", prefix, is_moe=True)
+
+
+def copies(config: ModelConfig) -> Iterator[Entry]:
+    """The copies of embedding and head that a checkpoint stores with every prediction depth."""
+    for prefix in _mtp_prefixes(config):
+        yield Entry("embed_tokens.weight", f"{prefix}.embed_tokens.weight")
+        yield Entry("lm_head.weight", f"{prefix}.shared_head.head.weight")
+
+
+def to_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our whole state (all experts) -> disk tensors, the copies beside prediction depths included. Tensors are views."""
+    return {entry.theirs: entry.slice_of(state[entry.ours]) for entries in (table, copies) for entry in entries(config)}
+
+
+def from_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Disk tensors -> our whole state.
+
+    Raises ValueError naming what is missing, unknown, of another shape, or a copy that differs from its original.
+    """
+    entries, duplicates = list(table(config)), list(copies(config))
+    _check_keys(state, entries, duplicates)
+    ours: dict[str, Tensor] = {}
+    for entry in entries:
+        tensor = state[entry.theirs]
+        if entry.expert is None and entry.rows is None:
+            ours[entry.ours] = tensor.clone()
+            continue
+        if entry.ours not in ours:
+            ours[entry.ours] = tensor.new_empty(_joined_shape(entry, config))
+        target = entry.slice_of(ours[entry.ours])
+        if target.shape != tensor.shape:
+            raise ValueError(f"{entry.theirs} has shape {tuple(tensor.shape)}, the model needs {tuple(target.shape)}")
+        target.copy_(tensor)
+    for entry in duplicates:
+        if entry.theirs in state and not torch.equal(state[entry.theirs], ours[entry.ours]):
+            raise ValueError(f"{entry.theirs} differs from {entry.ours}, which the model shares with it")
+    return ours
+
+
+def _mtp_prefixes(config: ModelConfig) -> list[str]:
+    return [f"model.layers.{config.num_hidden_layers + k}" for k in range(config.num_nextn_predict_layers)]
+
+
+def _layer(config: ModelConfig, ours: str, theirs: str, is_moe: bool) -> Iterator[Entry]:
+    attention = ["kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"]
+    attention += ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_a_layernorm", "q_b_proj"]
+    names = ["input_layernorm", "post_attention_layernorm", *(f"self_attn.{name}" for name in attention)]
+    for name in names + (["mlp.gate"] if is_moe else []):
+        yield Entry(f"{ours}.{name}.weight", f"{theirs}.{name}.weight")
+    if not is_moe:
+        yield from _feed_forward(f"{ours}.mlp", f"{theirs}.mlp", config.intermediate_size)
+        return
+    bias, inter = "mlp.gate.e_score_correction_bias", config.moe_intermediate_size
+    yield Entry(f"{ours}.{bias}", f"{theirs}.{bias}")
+    shared = "mlp.shared_experts"
+    yield from _feed_forward(f"{ours}.{shared}", f"{theirs}.{shared}", config.n_shared_experts * inter)
+    for expert in range(config.n_routed_experts):
+        prefix = f"{theirs}.mlp.experts.{expert}"
+        yield Entry(f"{ours}.mlp.experts.gate_up_proj", f"{prefix}.gate_proj.weight", expert, slice(0, inter))
+        yield Entry(f"{ours}.mlp.experts.gate_up_proj", f"{prefix}.up_proj.weight", expert, slice(inter, 2 * inter))
+        yield Entry(f"{ours}.mlp.experts.down_proj", f"{prefix}.down_proj.weight", expert)
+
+
+def _feed_forward(ours: str, theirs: str, inter: int) -> Iterator[Entry]:
+    yield Entry(f"{ours}.gate_up_proj.weight", f"{theirs}.gate_proj.weight", None, slice(0, inter))
+    yield Entry(f"{ours}.gate_up_proj.weight", f"{theirs}.up_proj.weight", None, slice(inter, 2 * inter))
+    yield Entry(f"{ours}.down_proj.weight", f"{theirs}.down_proj.weight")
+
+
+def _joined_shape(entry: Entry, config: ModelConfig) -> tuple[int, ...]:
+    """Shape of our tensor that a sliced entry belongs to."""
+    hidden, inter = config.hidden_size, config.moe_intermediate_size
+    if entry.expert is not None:
+        matrix = (2 * inter, hidden) if entry.rows is not None else (hidden, inter)
+        return (config.n_routed_experts, *matrix)
+    if "shared_experts" in entry.ours:
+        return (2 * config.n_shared_experts * inter, hidden)
+    return (2 * config.intermediate_size, hidden)
+
+
+def _check_keys(state: Mapping[str, Tensor], entries: list[Entry], duplicates: list[Entry]) -> None:
+    known = {entry.theirs for entry in entries}
+    missing = sorted(known - set(state))
+    unknown = sorted(set(state) - known - {entry.theirs for entry in duplicates})
+    for what, names in (("lacks", missing), ("has unknown", unknown)):
+        if names:
+            raise ValueError(f"the checkpoint {what} {len(names)} tensors, first {names[:3]}")
