@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-_ROUNDS = 4
+_ROUNDS = 3
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio, odd: products spread over the high bits
 _SHIFT = np.uint64(32)
 
@@ -40,14 +40,14 @@ class Permutation:
     def _once(self, values: np.ndarray) -> np.ndarray:
         left, right = np.divmod(values, self._b)
         for key_left, key_right in self._keys:
-            left = (left + _hash(right, key_left) % self._a) % self._a
-            right = (right + _hash(left, key_right) % self._b) % self._b
+            left = (left + _hash(right, key_left)) % self._a
+            right = (right + _hash(left, key_right)) % self._b
         return left * self._b + right
 
 
 def _hash(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """64 well-mixed bits of each value and the key (two rounds of xor, multiply, fold)."""
+    """32 well-mixed bits of each value and the key: multiplied and folded twice, the high bits of the result."""
     mixed = (values ^ key) * _MULTIPLIER
     mixed ^= mixed >> _SHIFT
     mixed *= _MULTIPLIER
-    return mixed ^ (mixed >> _SHIFT)
+    return mixed >> _SHIFT

@@ -40,7 +40,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Meta:
 
     say: is given progress and what was done, in sentences.
     Raises ValueError when the source is missing, unreadable or without text, when the folder holds something else or
-    has been changed, and when it cannot be written.
+    has been changed, and when it cannot be written or a worker dies.
     """
     folder = config.folder
     if (folder / META).exists():
@@ -56,7 +56,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Meta:
             _clear(folder)
             return _prepare(config, source, tokenizer, folder, say)
     except OSError as error:
-        raise ValueError(f"data.dir={folder} cannot be written: {error}") from None
+        raise ValueError(f"data.dir={folder} could not be prepared: {error}") from None
 
 
 def _prepare(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 
@@ -9,6 +11,8 @@ from train.data.permutation import Permutation
 from train.data.tokens import Document, Tokens
 
 ORDERS = ("shuffled", "sequential")
+# Positions are permuted this many at a time and the last results kept: a micro-batch asks for only a few.
+_BLOCK_ROWS = 1024
 
 
 class Rows:
@@ -33,6 +37,7 @@ class Rows:
                 f"{tokens.folder} holds {tokens.num_tokens}: use more text, a larger share or a shorter seq_len"
             )
         self.tokens, self.seq_len, self.seed, self.order = tokens, seq_len, seed, order
+        self._block = functools.lru_cache(maxsize=4)(self._permuted)
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """Rows at positions [first, first + count) of the endless stream: int64 [count, seq_len + 1].
@@ -51,13 +56,17 @@ class Rows:
         out = np.empty(count, dtype=np.int64)
         done = 0
         while done < count:
-            epoch, start = divmod(first + done, self.num_rows)
-            places = np.arange(start, min(start + count - done, self.num_rows))
-            if self.order == "shuffled":
-                places = Permutation(self.num_rows, self.seed, epoch)(places)
-            out[done : done + len(places)] = places
-            done += len(places)
+            epoch, place = divmod(first + done, self.num_rows)
+            block, offset = divmod(place, _BLOCK_ROWS)
+            part = self._block(epoch, block)[offset : offset + count - done]
+            out[done : done + len(part)] = part
+            done += len(part)
         return out
+
+    def _permuted(self, epoch: int, block: int) -> np.ndarray:
+        """The rows at one block of an epoch's places; the last block of an epoch is shorter."""
+        places = np.arange(block * _BLOCK_ROWS, min((block + 1) * _BLOCK_ROWS, self.num_rows))
+        return Permutation(self.num_rows, self.seed, epoch)(places) if self.order == "shuffled" else places
 
     def documents(self, position: int) -> list[Document]:
         """The documents that the row at this position is cut from: to find the text behind a bad step."""

@@ -36,14 +36,14 @@ class _Worker:
         )
 
     def encode(self, task: Task) -> Encoded:
-        """RuntimeError when the process has died."""
+        """ChildProcessError when the process has died."""
         assert self._process.stdin is not None and self._process.stdout is not None, "both are pipes"
         try:
             pickle.dump(task, self._process.stdin)
             self._process.stdin.flush()
             return pickle.load(self._process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError):
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"a tokenising worker died (exit code {self._process.wait()}; killed from outside, or out of memory): "
                 "run it again, with a smaller data.num_workers if memory is short"
             ) from None
@@ -56,7 +56,7 @@ class _Worker:
 def encode_in_order(tasks: Iterable[Task], num_workers: int) -> Iterator[Encoded]:
     """Encode tasks on `num_workers` processes (one: in this process), results in the order of the tasks.
 
-    Tasks are taken as workers become free, so neither they nor results pile up. RuntimeError when a worker dies.
+    Tasks are taken as workers become free, so neither they nor results pile up. ChildProcessError when a worker dies.
     """
     if num_workers == 1:
         yield from map(encode, tasks)
