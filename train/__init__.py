@@ -1,0 +1,1 @@
+"""What one run is: model, precision, data, recipe, loop. Only `assemble` knows how ranks cooperate."""

@@ -1,0 +1,35 @@
+# Two commands carry the project: `make train` and `make test`. Both make their own environment first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: setup train test test-slow lint clean
+
+setup: $(STAMP)
+
+# Installed again only when the dependencies change.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Halocline needs Python 3.11 or newer; say make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+# ARGS are settings, for example: make train ARGS='run.dir=runs/wide model.hidden_size=192'
+train: $(STAMP)
+	$(BIN)/python -m launch local experiment=first_run $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,49 @@
+"""`python -m launch VERB key=value ...`: everything that happens before or beside a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from launch import emulate
+from launch.local import local
+from launch.prepare import prepare_command
+from launch.schedule import schedule_command
+from train.compose import compose
+
+
+def _prepare(settings: Sequence[str]) -> int:
+    prepare_command(compose(settings).data)
+    return 0
+
+
+def _schedule(settings: Sequence[str]) -> int:
+    out = next((setting.split("=", 1)[1] for setting in settings if setting.startswith("out=")), "schedule.png")
+    config = compose([setting for setting in settings if not setting.startswith("out=")])
+    schedule_command(config.schedule(), out)
+    return 0
+
+
+VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "local": (local, "train on this machine's processes; with --multirun sweep over a grid: a=1,2 b=3"),
+    "prepare": (_prepare, "turn text into token shards: data.source=PATH data.dir=PATH"),
+    "schedule": (_schedule, "print and draw the recipe over tokens: experiment=NAME out=FILE"),
+    "emulate": (emulate.main, "run a command on an emulated cluster: nodes=2 per_node=2 rate=200mbit -- COMMAND"),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one verb; a user's mistake is one sentence on standard error and exit code 2."""
+    if not arguments or arguments[0] not in VERBS:
+        known = "\n".join(f"  {verb:10} {text}" for verb, (_, text) in VERBS.items())
+        print(f"usage: python -m launch VERB key=value ...\n{known}", file=sys.stderr)
+        return 2
+    try:
+        return VERBS[arguments[0]][0](arguments[1:])
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,139 @@
+"""The house's plan: imports go down only, each heavy library has one door, files and functions keep their size."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("train", "parallel", "launch")
+FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+
+# library -> the files that may import it
+DOORS = {
+    "deepspeed": {"parallel/zero/deepspeed_engine.py"},
+    "wandb": {"train/track.py"},
+    "hydra": {"train/compose.py"},
+    "tokenizers": {"train/data/tokenizer.py"},
+    "matplotlib": {"train/picture.py"},
+    "transformer_engine": set(),
+    "datasets": set(),
+    "safetensors": set(),
+    "transformers": set(),
+}
+# Outside assembly, rules between rooms may read the pure arithmetic of `parallel`: no torch, no processes.
+RULES = "train/config.py"
+PURE = {"parallel.mesh", "parallel.expert.placement", "parallel", "parallel.expert"}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def ours(path: Path) -> set[str]:
+    return {name for name in imports(path) if name in MODULES and MODULES[name] != path}
+
+
+def forbidden(me: str, targets: set[str]) -> set[str]:
+    """Those arrows from the file `me` to modules `targets` that the plan does not have."""
+    bad = set()
+    for target in targets:
+        room = target.split(".")[0]
+        if me.startswith("parallel/") and room != "parallel":
+            bad.add(target)
+        if me.startswith("train/"):
+            meets = me == "train/assemble.py" or (me == RULES and target in PURE)
+            if room == "launch" or (room == "parallel" and not meets):
+                bad.add(target)
+            for inner in ("train/model/", "train/precision/", "train/data/"):
+                home = inner.rstrip("/").replace("/", ".")
+                allowed = target == "train" or target.startswith(home)
+                allowed |= inner == "train/model/" and target.startswith("train.precision")
+                if me.startswith(inner) and room == "train" and not allowed:
+                    bad.add(target)
+    return bad
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_go_down_only(path: Path) -> None:
+    assert not forbidden(path.relative_to(ROOT).as_posix(), ours(path))
+
+
+@pytest.mark.parametrize("name", sorted(PURE))
+def test_pure_arithmetic_needs_no_torch(name: str) -> None:
+    assert not any(module.split(".")[0] == "torch" for module in imports(MODULES[name]))
+
+
+@pytest.mark.parametrize("library", sorted(DOORS))
+def test_heavy_libraries_have_one_door(library: str) -> None:
+    users = {
+        path.relative_to(ROOT).as_posix() for path in FILES if any(n.split(".")[0] == library for n in imports(path))
+    }
+    assert users <= DOORS[library]
+
+
+def test_no_cycle_between_files() -> None:
+    graph = {name: {t for t in ours(path) if not path.name.startswith("__init__")} for name, path in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, road: tuple[str, ...]) -> None:
+        assert name not in road, " -> ".join((*road, name))
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, (*road, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_sizes(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse("\n".join(lines))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION_LINES, f"{path.name}:{node.lineno} {node.name}"
+
+
+@pytest.mark.parametrize(
+    ("me", "target", "allowed"),
+    [
+        ("parallel/mesh.py", "train.config", False),
+        ("parallel/mesh.py", "parallel.process", True),
+        ("train/model/moe.py", "parallel.expert.dispatch", False),
+        ("train/model/moe.py", "train.data.rows", False),
+        ("train/model/moe.py", "train.precision.linear", True),
+        ("train/data/rows.py", "train.model.config", False),
+        ("train/loop.py", "parallel.mesh", False),
+        ("train/config.py", "parallel.mesh", True),
+        ("train/config.py", "parallel.process", False),
+        ("train/loop.py", "launch.local", False),
+        ("train/assemble.py", "parallel.mesh", True),
+        ("launch/local.py", "parallel.mesh", True),
+    ],
+)
+def test_the_rule_itself(me: str, target: str, allowed: bool) -> None:
+    assert (target not in forbidden(me, {target})) == allowed

@@ -1,0 +1,215 @@
+"""Config + mesh -> job: the only place where the model meets the ranks that share it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.collectives import all_gather
+from parallel.expert.build import build as build_dispatch
+from parallel.expert.dispatch import Dispatch
+from parallel.process import Groups
+from parallel.shards import ParamInfo, Piece, stacked_experts
+from parallel.zero.optimizer import MOMENTS, ZeroOptimizer
+from parallel.zero.optimizer import build as build_optimizer
+from parallel.zero.sets import ReplicaGroups
+from train import compose, flops
+from train.checkpoint import Checkpoints
+from train.config import RunConfig
+from train.data.rows import Rows
+from train.data.tokens import Tokens
+from train.model.init import init_weights
+from train.model.kernels import Kernels
+from train.model.transformer import Transformer
+from train.optim import adamw_factory, decays
+from train.precision.grads import attach_main_grads
+from train.precision.linear import TorchEngine
+from train.schedule import Schedule, StepPlan
+from train.state import TrainState, capture_rng, fingerprint, restore_rng
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Job:
+    """Everything that a rank needs to train, and how far it has come."""
+
+    config: RunConfig
+    groups: Groups
+    schedule: Schedule
+    model: Transformer
+    dispatch: Dispatch
+    optimizer: ZeroOptimizer
+    train_rows: Rows
+    valid_rows: Rows
+    checkpoints: Checkpoints
+    flops_per_token: float
+    wandb_id: str | None = None
+    step: int = 0  # finished steps
+
+    @property
+    def device(self) -> torch.device:
+        return self.groups.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank speaks for the run: console, metrics, pictures."""
+        return self.groups.mesh.rank == 0
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.dir)
+
+    def micro_batches(self, plan: StepPlan) -> Iterator[tuple[int, int]]:
+        """(position of the first sequence, number of sequences) of each of this rank's micro-batches of a step.
+
+        A step's sequences are dealt out in runs, one per data-parallel rank, so that a batch is a function of
+        (seed, step) and never of the topology.
+        """
+        mesh, count = self.groups.mesh, self.config.train.micro_batch_size
+        share = plan.num_sequences // mesh.config.dp
+        first = plan.first_sequence + mesh.dp_rank * share
+        return ((position, count) for position in range(first, first + share, count))
+
+    def no_load(self) -> Tensor:
+        """Zeros [num_routers, n_routed_experts] to count tokens into."""
+        shape = (self.config.model.num_routers, self.config.model.n_routed_experts)
+        return torch.zeros(shape, dtype=torch.int64, device=self.device)
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """numbers [n] of every rank, in rank order: [ranks, n]."""
+        return all_gather(numbers.reshape(1, -1), self.groups.world).wait()
+
+    def sum_counts(self, counts: Tensor) -> Tensor:
+        """Integers summed over all ranks, exact in any order."""
+        dist.all_reduce(counts, group=self.groups.world)
+        return counts
+
+    def gather_objects(self, thing: Any) -> list[Any]:
+        """One small object of every rank, in rank order. Not for the hot path."""
+        self.checkpoints.wait()
+        everyone = [thing] * self.groups.mesh.world_size
+        dist.all_gather_object(everyone, thing, group=self.groups.checkpoint)
+        return everyone
+
+    def state(self) -> TrainState:
+        """The small state of a checkpoint taken now."""
+        tokens = self.schedule.tokens_before(self.step)
+        return TrainState(
+            step=self.step,
+            consumed_tokens=tokens,
+            consumed_sequences=tokens // self.config.train.seq_len,
+            num_optimizer_steps=self.optimizer.num_steps,
+            rng=capture_rng(),
+            wandb_id=self.wandb_id,
+            fingerprints=self._fingerprints(),
+            config=compose.text(self.config),
+        )
+
+    def _fingerprints(self) -> dict[str, str]:
+        """What makes the numbers of this run: never resumed under another model, data or recipe."""
+        config = self.config
+        recipe = {
+            **json.loads(self.schedule.fingerprint()),
+            "optimizer": asdict(config.optimizer),
+            "precision": config.precision.name,
+        }
+        tokens = {"train": self.train_rows.tokens.fingerprint, "source": config.data.name}
+        return {
+            "model": fingerprint({"model": asdict(config.model)}),
+            "data": fingerprint({"data": tokens}),
+            "recipe": fingerprint(recipe),
+        }
+
+    def pieces(self) -> tuple[dict[str, list[Piece]], dict[str, int]]:
+        """All large state of this rank as ranges of global tensors, and the sizes of those: what a checkpoint holds.
+
+        Weights are the masters rounded to the run's precision, so they are not stored a second time.
+        """
+        pieces = dict(self.optimizer.state())
+        sizes = {f"{kind}.{info.name}": info.global_numel for info in self._infos() for kind in ("master", *MOMENTS)}
+        for name, bias in self.model.named_buffers():
+            pieces[name] = [Piece(0, bias)]
+            sizes[name] = bias.numel()
+        return pieces, sizes
+
+    def _infos(self) -> list[ParamInfo]:
+        return [place(self.model, self.dispatch, name) for name, _ in self.model.named_parameters()]
+
+    def save(self) -> None:
+        """Take a checkpoint of the finished step; returns when it is copied."""
+        self.checkpoints.save(self.state(), *self.pieces())
+
+    def resume(self) -> Path | None:
+        """Go on from the checkpoint that `checkpoint.resume` allows; its folder, or None for a fresh start.
+
+        Raises ValueError when it is of another model, data or recipe, or damaged.
+        """
+        found = self.checkpoints.resume(self.state())
+        if found is None:
+            return None
+        folder, state = found
+        self.checkpoints.load(folder, *self.pieces())
+        self.optimizer.load_finished(state.num_optimizer_steps)
+        self.step, self.wandb_id = state.step, state.wandb_id
+        restore_rng(state.rng)
+        return folder
+
+
+def place(model: Transformer, dispatch: Dispatch, name: str) -> ParamInfo:
+    """Where a local parameter lies in the global tensor of its name."""
+    shape = model.get_parameter(name).shape
+    if not model.is_expert(name):
+        return ParamInfo(name, tuple(shape))
+    return stacked_experts(name, shape, model.config.n_routed_experts, dispatch.first_expert)
+
+
+def assemble(config: RunConfig, groups: Groups) -> Job:
+    """Build this rank's part of the run, with its initial weights.
+
+    Raises ValueError for what needs ranks or data to be seen: missing or changed tokens, or a split too short.
+    """
+    if config.parallel.pp > 1:
+        raise ValueError(
+            f"parallel.pp={config.parallel.pp}: this version checks and plans pipelines, but trains with one stage only"
+        )
+    dispatch = build_dispatch(config.model.n_routed_experts, groups)
+    model = build_model(config, dispatch, groups.device)
+    params = [(place(model, dispatch, name), param, decays(param.shape)) for name, param in model.named_parameters()]
+    optimizer = build_optimizer(
+        config.zero.engine,
+        params,
+        ReplicaGroups(groups.dense, groups.expert, groups.ep),
+        adamw_factory(config.optimizer),
+        clip_grad_norm=config.optimizer.clip_grad_norm or None,
+        weight_decay=config.optimizer.weight_decay,
+    )
+    attach_main_grads(model)
+    train, data = config.train, config.data.folder
+    return Job(
+        config=config,
+        groups=groups,
+        schedule=config.schedule(),
+        model=model,
+        dispatch=dispatch,
+        optimizer=optimizer,
+        train_rows=Rows(Tokens.open(data, "train"), train.seq_len, train.seed),
+        valid_rows=Rows(Tokens.open(data, "valid"), train.seq_len, order="sequential"),
+        checkpoints=Checkpoints(config.checkpoint.folder(config.run.dir), config.checkpoint, groups.checkpoint),
+        flops_per_token=flops.training_flops_per_token(config.model, train.seq_len),
+    )
+
+
+def build_model(config: RunConfig, dispatch: Dispatch, device: torch.device) -> Transformer:
+    """The model with this rank's experts: laid out without memory, then filled with (seed, name)'s values."""
+    with torch.device("meta"):
+        model = Transformer(config.model, dispatch, TorchEngine(device), kernels=Kernels(compile=config.run.compile))
+    init_weights(model, config.model, config.train.seed, DTYPES[config.precision.name], device)
+    return model

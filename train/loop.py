@@ -1,0 +1,200 @@
+"""The step loop: it reads like the training section of the paper (DeepSeek-V3 report, section 4.2)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from train import metrics
+from train.assemble import Job
+from train.balance import update_bias
+from train.evaluate import evaluate
+from train.metrics import StepReport, StepTimer
+from train.model.transformer import LossTerms
+from train.schedule import StepPlan
+from train.track import Tracker
+
+log = logging.getLogger(__name__)
+
+
+class NotFinite(ArithmeticError):
+    """A loss or a gradient is NaN or infinite: every rank raises it after the same step, weights unchanged."""
+
+
+@dataclass
+class StopRequest:
+    """Set by a signal on any rank; the ranks agree on it at the end of a step."""
+
+    asked: bool = False
+
+
+@dataclass
+class Tally:
+    """What one step adds up to, on one rank and then over all: sums only, never means."""
+
+    losses: Tensor  # [3]: cross-entropy, MTP, balance
+    load: Tensor  # [num_routers, n_routed_experts]: tokens that chose each expert
+    bad_sequences: list[int] = field(default_factory=list)
+
+
+def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) -> bool:
+    """Train until the schedule is done or a stop was asked for; True when it is done. Saved either way.
+
+    Raises NotFinite; the last good checkpoint then stays as it is.
+    """
+    config, schedule, timer = job.config, job.schedule, StepTimer()
+    while job.step < schedule.num_steps:
+        plan = schedule.at(job.step)
+        tally = accumulate(job, plan, timer)
+        update = job.optimizer.step(plan.lr)
+        step_stats, stopping = reduce(job, tally, stop)
+        if not (update.finite and bool(tally.losses.isfinite().all())):
+            record_not_finite(job, plan, update.grad_norm, tally)
+        update_bias(job.model, tally.load, plan.bias_update_rate)
+        job.step += 1
+        last = job.step == schedule.num_steps
+        report = describe(job, plan, tally, update.grad_norm, step_stats, timer.stop(), peak_flops_per_s)
+        if last or (config.evaluate.interval and job.step % config.evaluate.interval == 0):
+            report["valid_loss"] = evaluate(job)
+            timer.stop()
+        tracker.write(StepReport(**report))
+        if stopping or config.checkpoint.due(job.step, schedule.num_steps):
+            tracker.checkpoint()
+            job.save()
+        if stopping and not last:
+            log.info("asked to stop: saved after step %d", job.step)
+            break
+    job.checkpoints.wait()
+    return job.step == schedule.num_steps
+
+
+def accumulate(job: Job, plan: StepPlan, timer: StepTimer) -> Tally:
+    """Forward and backward of this rank's micro-batches; gradients add up in `main_grad`."""
+    job.optimizer.zero_grad()
+    terms = loss_terms(job, plan)
+    tally = Tally(torch.zeros(3, dtype=torch.float64, device=job.device), job.no_load())
+    for first, count in job.micro_batches(plan):
+        with timer.waiting_for_data():
+            tokens = job.train_rows.rows(first, count).to(job.device)
+        output = job.model(tokens, terms)
+        output.total.backward()
+        tally.losses += output.sums
+        tally.load += output.load
+        if not bool(output.sums.isfinite().all()):
+            tally.bad_sequences += range(first, first + count)
+    return tally
+
+
+def loss_terms(job: Job, plan: StepPlan) -> LossTerms:
+    """What every unit of a loss weighs: known before the step, so that gradients are plain sums (report, Eq. 17, 25)."""
+    num_tokens = plan.num_sequences * job.config.train.seq_len
+    depth = max(1, job.config.model.num_nextn_predict_layers)
+    return LossTerms(
+        main=1 / num_tokens,
+        mtp=plan.mtp_loss_weight / (depth * num_tokens),
+        balance=job.config.moe.seq_aux_coeff / plan.num_sequences,
+    )
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What the ranks know of a step besides losses, over all of them."""
+
+    nodes_per_token: float
+    internode_bytes: int
+    peak_bytes: int
+
+
+def reduce(job: Job, tally: Tally, stop: StopRequest) -> tuple[StepStats, bool]:
+    """Sum the tally over all ranks, in place and in rank order; also whether any rank was asked to stop."""
+    nodes, tokens = job.dispatch.take_node_visits()
+    mine = [nodes, tokens, job.dispatch.take_internode_bytes(), metrics.peak_memory_bytes(job.device), stop.asked]
+    numbers = torch.tensor(mine, dtype=torch.float64, device=job.device)
+    everyone = job.gather(torch.cat([tally.losses, numbers]))
+    total = everyone[0].clone()
+    for row in everyone[1:]:
+        total += row
+    tally.losses = total[:3]
+    tally.load = job.sum_counts(tally.load)
+    nodes, tokens, internode_bytes = total[3:6].tolist()
+    stats = StepStats(nodes / max(tokens, 1), int(internode_bytes), int(everyone[:, 6].max()))
+    return stats, bool(total[7] > 0)
+
+
+def describe(
+    job: Job,
+    plan: StepPlan,
+    tally: Tally,
+    grad_norm: float,
+    stats: StepStats,
+    times_s: tuple[float, float],
+    peak_flops_per_s: float,
+) -> dict[str, object]:
+    """The fields of this step's StepReport."""
+    model = job.config.model
+    num_tokens = plan.num_sequences * job.config.train.seq_len
+    main, mtp, balance = tally.losses.tolist()
+    step_s, data_wait_s = times_s
+    report: dict[str, object] = {
+        "step": plan.step + 1,
+        "loss": main / num_tokens,
+        "grad_norm": grad_norm,
+        "lr": plan.lr,
+        "consumed_tokens": plan.consumed_tokens,
+        "tokens_per_s": num_tokens / step_s,
+        "step_s": step_s,
+        "data_wait_s": data_wait_s,
+        "peak_bytes": stats.peak_bytes,
+        "mfu": metrics.mfu(job.flops_per_token, num_tokens / step_s, peak_flops_per_s),
+    }
+    if model.num_nextn_predict_layers:
+        report["mtp_loss"] = mtp / (model.num_nextn_predict_layers * num_tokens)
+    if tally.load.numel():
+        report["seq_balance_loss"] = balance / plan.num_sequences
+        report["max_vio"] = metrics.max_vio(tally.load)
+        report["min_load"] = metrics.min_load(tally.load)
+        report["nodes_per_token"] = stats.nodes_per_token
+        report["internode_bytes"] = stats.internode_bytes
+    return report
+
+
+def record_not_finite(job: Job, plan: StepPlan, grad_norm: float, tally: Tally) -> None:
+    """Write which sequences made the step's loss or gradient not finite, then raise NotFinite on all ranks."""
+    if not any(job.gather_objects(tally.bad_sequences)):
+        # The losses were finite: the weights have not changed, so each micro-batch can be asked for its gradient.
+        tally.bad_sequences = sequences_with_bad_gradients(job, plan)
+    found = job.gather_objects(tally.bad_sequences)
+    path = job.folder / "not_finite.json"
+    if job.is_main:
+        sequences = [
+            {"rank": rank, "sequence": sequence, "documents": job.train_rows.documents_of(sequence)}
+            for rank, bad in enumerate(found)
+            for sequence in bad
+        ]
+        what = {"step": plan.step + 1, "grad_norm": repr(grad_norm), "sequences": sequences}
+        path.write_text(json.dumps(what, indent=1) + "\n")
+    norm = f"gradient norm {grad_norm}" if math.isfinite(grad_norm) else "gradient not finite"
+    raise NotFinite(
+        f"step {plan.step + 1}: loss or gradient is not finite ({norm}, {sum(map(len, found))} sequences): stopped "
+        f"without changing the weights; the sequences are in {path}, the last checkpoint is of an earlier step"
+    )
+
+
+def sequences_with_bad_gradients(job: Job, plan: StepPlan) -> list[int]:
+    """Those of this rank's sequences whose micro-batch, alone, makes a dense gradient that is not finite.
+
+    An expert's gradient also comes from other ranks' tokens, so it accuses nobody.
+    """
+    bad: list[int] = []
+    dense = [param for name, param in job.model.named_parameters() if not job.model.is_expert(name)]
+    for first, count in job.micro_batches(plan):
+        job.optimizer.zero_grad()
+        job.model(job.train_rows.rows(first, count).to(job.device), loss_terms(job, plan)).total.backward()
+        if not all(bool(param.main_grad.isfinite().all()) for param in dense):
+            bad += range(first, first + count)
+    return bad
