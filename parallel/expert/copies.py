@@ -81,17 +81,20 @@ def arrange(wanted: Tensor, keys: Tensor, weighted: bool) -> Copies:
     )
 
 
-def one_per_place(places: Tensor, num_places: int) -> tuple[Copies, Tensor]:
-    """One copy of each row for every distinct place among places[m, :], ordered by place, then by row.
+def reach(places: Tensor, num_places: int) -> Tensor:
+    """places: integers [M, K] -> bool [M, num_places]: whether row m has place p among places[m, :].
 
-    places: integers [M, K]; numbers outside 0..num_places-1 count for nothing. Returns the copies and the bool
-    [M, num_places] that says which exist.
+    Numbers outside 0..num_places-1 count for nothing.
     """
     inside = (places >= 0) & (places < num_places)
     reached = places.new_zeros((places.shape[0], num_places + 1), dtype=torch.bool)
-    reached = reached.scatter_(1, torch.where(inside, places, num_places), True)[:, :num_places]
-    columns = torch.arange(num_places, device=places.device).expand_as(reached)
-    return arrange(reached, columns, weighted=False), reached
+    return reached.scatter_(1, torch.where(inside, places, num_places), True)[:, :num_places]
+
+
+def one_per_place(reached: Tensor) -> Copies:
+    """One copy of row m for each place p that it reaches (bool [M, places]), ordered by place, then by row."""
+    columns = torch.arange(reached.shape[1], device=reached.device).expand_as(reached)
+    return arrange(reached, columns, weighted=False)
 
 
 def regroup(counts: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.collectives import Handle, Steps, exchange
-from parallel.expert.copies import Copies, arrange
+from parallel.expert.copies import Copies, arrange, reach
 from parallel.expert.placement import Placement
 
 
@@ -49,6 +50,11 @@ class Plan:
 Dispatched = tuple[Tensor, Tensor, Plan]
 
 
+def owners(ids: Tensor, num_each: int) -> Tensor:
+    """Place of each expert when places hold runs of `num_each` experts; -1 stays negative."""
+    return ids.div(num_each, rounding_mode="floor")
+
+
 class Dispatch:
     """Base of the ways in which tokens travel. `placement` says which experts this rank holds."""
 
@@ -57,11 +63,22 @@ class Dispatch:
         self.num_local_experts = placement.num_local_experts
         self.first_expert = placement.first_expert
         self.internode_bytes = 0
+        self._num_tokens = 0
+        self._num_visits: list[Tensor] = []
 
     def take_internode_bytes(self) -> int:
         """Payload bytes (rows, weights, expert ids; not the counts) sent to other nodes since the last call."""
         taken, self.internode_bytes = self.internode_bytes, 0
         return taken
+
+    def take_node_visits(self) -> tuple[int, int]:
+        """(nodes visited by this rank's tokens, number of those tokens) since the last call.
+
+        A token visits every node that has at least one of its experts, its own node too.
+        """
+        num_visits = int(torch.stack(self._num_visits).sum()) if self._num_visits else 0
+        num_tokens, self._num_tokens, self._num_visits = self._num_tokens, 0, []
+        return num_visits, num_tokens
 
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
         """Bring every token to its experts.
@@ -103,6 +120,13 @@ class Dispatch:
             y = hop.copies.fold(arriving.wait())
         return y
 
+    def _nodes_reached(self, indices: Tensor) -> Tensor:
+        """indices [T, K] -> bool [T, nodes]; counted for `take_node_visits`."""
+        reached = reach(owners(indices, self.placement.experts_per_node), self.placement.num_nodes)
+        self._num_tokens += indices.shape[0]
+        self._num_visits.append(reached.sum())  # stays on the device: reading it here would wait for the device
+        return reached
+
     def _send(self, hop: Hop, payload: Tensor) -> Handle:
         """Payload [sum(send_counts), ...] out along a hop."""
         return self._transfer(hop, payload, hop.send_counts, hop.recv_counts)
@@ -127,6 +151,7 @@ class LocalDispatch(Dispatch):
 
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
         yield from ()
+        self._nodes_reached(indices)
         copies = arrange(indices >= 0, indices, weighted=True)
         chosen = indices.reshape(-1).index_select(0, copies.slots) if copies.slots is not None else indices
         plan = Plan((), copies, chosen.bincount(minlength=self.num_local_experts).tolist())

@@ -25,6 +25,7 @@ class FlatDispatch(Dispatch):
         self.is_remote = [rank // ranks_per_node != self.placement.node for rank in range(self.placement.ep)]
 
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
+        self._nodes_reached(indices)
         chosen = indices >= 0
         copies = arrange(chosen, indices, weighted=True)
         counts = indices[chosen].bincount(minlength=self.placement.num_experts)

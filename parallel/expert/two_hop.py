@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from parallel.collectives import Steps, exchange_counts
-from parallel.expert.copies import arrange, inverse, one_per_place, regroup
-from parallel.expert.dispatch import Dispatch, Dispatched, Hop, Plan
+from parallel.expert.copies import arrange, inverse, one_per_place, reach, regroup
+from parallel.expert.dispatch import Dispatch, Dispatched, Hop, Plan, owners
 from parallel.expert.placement import Placement
 from parallel.process import Groups
 
@@ -35,8 +35,8 @@ class TwoHopDispatch(Dispatch):
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
         place, local = self.placement, [False] * self.placement.ranks_per_node
 
-        copies, reached = one_per_place(_owner(indices, place.experts_per_node), place.num_nodes)
-        leaving = reached.sum(0)
+        reached = self._nodes_reached(indices)
+        copies, leaving = one_per_place(reached), reached.sum(0)
         counts_arriving = exchange_counts(leaving, self.rail)
         yield
         counts = counts_arriving.wait()
@@ -48,7 +48,8 @@ class TwoHopDispatch(Dispatch):
         yield
         weights, ids = _unpack(routes_arriving.wait(), weights.dtype, self.id_dtype)
 
-        copies, reached = one_per_place(_owner(ids, self.num_local_experts), place.ranks_per_node)
+        reached = reach(owners(ids, self.num_local_experts), place.ranks_per_node)
+        copies = one_per_place(reached)
         by_source = torch.stack([block.sum(0) for block in reached.split(rail.recv_counts)], 1)  # [rank, source node]
         counts_arriving = exchange_counts(by_source, self.node)
         yield
@@ -66,11 +67,6 @@ class TwoHopDispatch(Dispatch):
         tokens_per_expert = ids[ids >= 0].bincount(minlength=self.num_local_experts).tolist()
         plan = Plan((rail, node), experts, tokens_per_expert)
         return experts.spread(rows_arriving.wait()), experts.spread_weights(weights), plan
-
-
-def _owner(ids: Tensor, num_each: int) -> Tensor:
-    """Place of each expert when places hold runs of `num_each`; -1 stays negative."""
-    return ids.div(num_each, rounding_mode="floor")
 
 
 def _within(ids: Tensor, counts: Tensor, num_each: int) -> Tensor:

@@ -134,6 +134,13 @@ def counted_bytes(case: Case, mesh: Mesh) -> tuple[int, int]:
     return out, back
 
 
+def counted_visits(case: Case, mine: Inputs) -> tuple[int, int]:
+    """(distinct nodes summed over tokens, tokens)."""
+    experts_per_node = case.num_experts // case.config.nodes_per_ep_group
+    chosen = mine.indices.tolist()
+    return sum(len({expert // experts_per_node for expert in row if expert >= 0}) for row in chosen), len(chosen)
+
+
 def check_rows(case: Case, mesh: Mesh, dispatch: Dispatch) -> None:
     """Rows, weights and counts exactly as the twin lists them; results within `tolerance` of it; bytes as counted."""
     mine = inputs(case, mesh.rank)
@@ -141,6 +148,7 @@ def check_rows(case: Case, mesh: Mesh, dispatch: Dispatch) -> None:
     assert before == 0
     rows, row_weights, plan = drive(dispatch.dispatch(mine.x, mine.weights, mine.indices))
     sent_out = dispatch.take_internode_bytes()
+    assert dispatch.take_node_visits() == counted_visits(case, mine)
     experts = range(dispatch.first_expert, dispatch.first_expert + dispatch.num_local_experts)
     expected = rows_of(case, mesh, experts)
     sources = {rank: inputs(case, rank) for rank in mesh.ep_ranks}
