@@ -59,7 +59,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     )
 
 
-def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True, mtp: bool = False) -> float:
+def training_flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool = True, mtp: bool = False) -> float:
     """Floating-point operations to train on one token: forward, and a backward of twice as many.
 
     6 per activated weight, plus the attention core, of which a causal mask needs half. DeepSeek-V3 at 4096 tokens: 250

@@ -52,7 +52,7 @@ def copies(config: ModelConfig) -> Iterator[Entry]:
 
 
 def to_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our whole state (all experts) -> disk tensors, the copies beside prediction depths included. Tensors are views."""
+    """Our whole state (all experts) -> disk tensors, copies beside prediction depths included. Tensors are views."""
     return {entry.theirs: entry.slice_of(state[entry.ours]) for entries in (table, copies) for entry in entries(config)}
 
 

@@ -29,7 +29,7 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(hidden, eps, backend)
 
     def forward(self, hidden: Tensor, embedding: Tensor, table: Tensor) -> tuple[Tensor, RouterStats]:
-        """hidden and embedding [B, N, hidden], table of N positions -> (normed state of that shape, router's report)."""
+        """hidden and embedding [B, N, hidden], table of N positions -> (state of that shape, router's report)."""
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
         x, stats = self.layer(x, table)
         return self.norm(x), stats
