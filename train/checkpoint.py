@@ -178,14 +178,14 @@ class Checkpoints:
         Raises ValueError for a missing or damaged file and for a name, size or kind of number that does not agree.
         """
         self.wait()
-        self._together(lambda: self._check_load(path, pieces, sizes))
+        self._together(lambda: self._verify_share(path))
+        self._together(lambda: check_loadable(tensors(FlatReader(path).read_metadata()), pieces, sizes))
         self._together(lambda: FlatReader(path).fill(pieces))
 
-    def _check_load(self, path: Path, pieces: Pieces, sizes: Mapping[str, int]) -> None:
+    def _verify_share(self, path: Path) -> None:
         manifest = step_folders.read_manifest(path)
         by_size = sorted(manifest, key=lambda name: (-manifest[name].num_bytes, name))
         step_folders.verify(path, manifest, by_size[self._rank :: self._world_size])
-        check_loadable(tensors(FlatReader(path).read_metadata()), pieces, sizes)
 
     def _make_ready(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)

@@ -140,10 +140,12 @@ def find_latest(root: Path) -> Path | None:
         return named
     if named is None and not complete and not broken:
         return None
+    if named is None:
+        trouble = f"{root / LATEST} does not name a checkpoint"
+    else:
+        trouble = f"{root / LATEST} names {named.name}, but {broken.get(named, 'there is no such folder')}"
     choice = complete[0] if complete else None
-    why = f"{root / LATEST} names {named.name}" if named else f"{root / LATEST} names no checkpoint"
-    trouble = "; ".join(broken.values()) or "that folder is not there"
-    log.warning("%s, but not soundly (%s): falling back to %s", why, trouble, choice.name if choice else "none")
+    log.warning("%s: %s", trouble, f"falling back to {choice.name}" if choice else "and no other one is complete")
     return choice
 
 
