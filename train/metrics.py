@@ -77,18 +77,18 @@ def max_vio(load: Tensor) -> float:
     """
     loads = load.double()
     mean = loads.mean(dim=1)
-    excess = (loads.amax(dim=1) - mean) / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    excess = torch.where(mean > 0, (loads.amax(dim=1) - mean) / mean, 0.0)
     return float(excess.max())
 
 
 def min_load(load: Tensor) -> float:
     """Worst router's smallest expert load as a share of its mean, from `load` [num_routers, num_experts].
 
-    1 is even, 0 means that some expert got nothing.
+    1 is even, 0 means that some expert got nothing. A router that saw no token counts as even.
     """
     loads = load.double()
     mean = loads.mean(dim=1)
-    shares = loads.amin(dim=1) / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    shares = torch.where(mean > 0, loads.amin(dim=1) / mean, 1.0)
     return float(shares.min())
 
 

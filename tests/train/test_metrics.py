@@ -1,0 +1,144 @@
+"""Numbers of a step: names, balance measures against plain loops, timers, memory, rates."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train import metrics
+from train.metrics import UNITS, StepReport, StepTimer, gemm_flops_per_s, max_vio, mfu, min_load, peak_memory_bytes
+
+NAMES = {
+    "step",
+    *("train/" + name for name in ("loss", "mtp_loss", "seq_balance_loss", "grad_norm", "lr", "consumed_tokens")),
+    "valid/loss",
+    *("perf/" + name for name in ("tokens_per_s", "step_s", "data_wait_s", "mfu")),
+    *("moe/" + name for name in ("max_vio", "min_load", "nodes_per_token", "internode_bytes")),
+    "memory/peak_bytes",
+}
+
+
+def report(step: int = 1, **values: Any) -> StepReport:
+    """A report with every required number set."""
+    required = {
+        "loss": 5.0 / step,
+        "grad_norm": 1.5,
+        "lr": 1e-3,
+        "consumed_tokens": 1000 * step,
+        "tokens_per_s": 2000.0,
+        "step_s": 0.5,
+        "data_wait_s": 0.001,
+        "peak_bytes": 10**8,
+    }
+    return StepReport(step=step, **(required | values))
+
+
+def test_names_and_units_are_the_published_ones() -> None:
+    assert set(UNITS) == NAMES
+    assert all(UNITS.values())
+
+
+def test_values_leave_out_what_was_not_measured() -> None:
+    values = report(step=3).values()
+    assert next(iter(values)) == "step" and values["step"] == 3
+    assert "valid/loss" not in values and "moe/max_vio" not in values
+    full = report(
+        mtp_loss=1.0,
+        seq_balance_loss=1.0,
+        valid_loss=0.0,
+        mfu=0.5,
+        max_vio=0.0,
+        min_load=1.0,
+        nodes_per_token=1.0,
+        internode_bytes=0,
+    ).values()
+    assert set(full) == NAMES  # zeros are measurements
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 50), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_balance_measures_equal_plain_loops(rows: list[list[int]]) -> None:
+    vios = [max(row) / (sum(row) / 3) - 1 if sum(row) else 0 for row in rows]
+    shares = [min(row) / (sum(row) / 3) if sum(row) else 1 for row in rows]
+    load = torch.tensor(rows)
+    assert max_vio(load) == pytest.approx(max(vios), abs=1e-12)
+    assert min_load(load) == pytest.approx(min(shares), abs=1e-12)
+
+
+def test_balance_measures_at_their_ends() -> None:
+    assert (max_vio(torch.tensor([[5, 5, 5, 5]])), min_load(torch.tensor([[5, 5, 5, 5]]))) == (0, 1)
+    # All tokens to 1 of 4 experts: the worst there is. One bad router is not averaged away.
+    worst = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0]])
+    assert (max_vio(worst), min_load(worst)) == (3, 0)
+
+
+def test_timer_counts_waits_inside_the_step() -> None:
+    timer = StepTimer()
+    with timer.waiting_for_data():
+        time.sleep(0.02)
+    time.sleep(0.01)
+    step_s, data_wait_s = timer.stop()
+    assert 0.02 <= data_wait_s <= step_s - 0.01
+    with pytest.raises(KeyError), timer.waiting_for_data():
+        time.sleep(0.005)
+        raise KeyError
+    step_s, data_wait_s = timer.stop()
+    assert 0.005 <= data_wait_s <= step_s  # the failed wait counts, the first step does not
+
+
+def test_peak_memory_sees_what_was_held_and_not_the_parent() -> None:
+    held = torch.ones(64 * 2**20 // 4)
+    before = peak_memory_bytes(torch.device("cpu"))
+    assert before > held.nbytes
+    code = "import torch; from train.metrics import peak_memory_bytes as p; a = p(torch.device('cpu'))\n"
+    code += "x = torch.ones(2**26); print(a, p(torch.device('cpu')))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    at_first, at_last = map(int, out.split())
+    assert 0.9 * 2**28 < at_last - at_first < 1.2 * 2**28
+
+
+def _rate(window_s: float) -> tuple[float, float]:
+    device = torch.device("cpu")
+    own: list[float] = []
+
+    def total(rate: float) -> float:
+        own.append(rate)
+        tensor = torch.tensor([rate], dtype=torch.float64)
+        dist.all_reduce(tensor)
+        return float(tensor)
+
+    rate = gemm_flops_per_s(device, torch.float32, dist.barrier, total, size=128, window_s=window_s)
+    return own[0], rate
+
+
+def test_peak_rate_is_the_sum_over_ranks(ranks: Any) -> None:
+    rates = ranks.run(_rate, 0.05, world_size=2)
+    total = sum(own for own, _ in rates)
+    assert [rate for _, rate in rates] == pytest.approx([total, total])
+
+
+def test_rate_counts_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that ticks once per reading, the number of products is known."""
+    ticks = iter(range(100))
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(ticks))
+    # Start at 0; products after the readings 1, 2, 3; the reading 4 ends a window of 4.
+    assert gemm_flops_per_s(torch.device("cpu"), torch.float32, size=16, window_s=4) == 3 * 2 * 16**3 / 4
+
+
+def test_mfu_is_a_share_of_the_peak() -> None:
+    # H800 figures of the DeepSeek hardware paper: 1542 tokens/s per device at 249.7 GFLOP per token is 38.9 %.
+    assert mfu(249.7e9, 1542, 989.4e12) == pytest.approx(0.389, abs=5e-4)
+
+
+def test_devices_are_told_apart_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, rate in (("NVIDIA H800", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989.4e12)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device, name=name: name)
+        assert metrics.peak_flops_per_s(torch.device("cuda", 0), 8) == 8 * rate
