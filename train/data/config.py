@@ -43,6 +43,8 @@ class DataConfig:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.suffixes, str):
+            raise ValueError(f"data.suffixes={self.suffixes} must be a list, as in [{self.suffixes}]")
         object.__setattr__(self, "suffixes", tuple(self.suffixes))  # a configuration file gives a list
         self.check()
 

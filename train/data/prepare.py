@@ -174,6 +174,8 @@ def _write(
     """Encode and write; when the hashes leave one split without a document, move the nearest one over and repeat."""
     notes: tuple[str, ...] = ()
     while True:
+        for path in partial.glob("*.bin"):  # of the first of two rounds
+            path.unlink()
         writer = Writer(partial, tasks[0].dtype, config.shard_tokens, threshold)
         skipped: list[tuple[str, int, int]] = []
         with Progress("tokenising", source.num_bytes, say) as progress:

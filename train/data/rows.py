@@ -44,8 +44,9 @@ class Rows:
 
         Inputs are `[:, :-1]`, labels `[:, 1:]`.
         """
+        indices = self.indices(first, count).tolist()
         out = np.empty((count, self.seq_len + 1), dtype=np.int64)
-        for row, index in zip(out, self.indices(first, count).tolist(), strict=True):
+        for row, index in zip(out, indices, strict=True):
             self.tokens.copy(index * self.seq_len, row)
         return torch.from_numpy(out)
 

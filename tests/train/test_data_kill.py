@@ -1,0 +1,142 @@
+"""What a killed, doubled or broken preparation leaves behind."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.train.data_texts import all_bytes, write_folder
+from train.data.config import DataConfig
+from train.data.prepare import prepare
+from train.data.tokens import Tokens
+
+ROOT = Path(__file__).parents[2]
+START = """
+import sys
+from train.data.config import DataConfig
+from train.data.prepare import prepare
+source, folder, workers, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+config = DataConfig(source=source, dir=folder, vocab_size=280, valid_fraction=0.3, shard_tokens=3000,
+                    num_workers=workers)
+"""
+# Ends itself by SIGKILL before the n-th of the calls that change what lies on the disk.
+KILL = """
+import os, pathlib, signal
+import train.data.prepare, train.data.writer
+calls = 0
+def deadly(owner, name):
+    real = getattr(owner, name)
+    def call(*arguments, **keywords):
+        global calls
+        calls += 1
+        if calls == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **keywords)
+    setattr(owner, name, call)
+for owner, name in ((os, "fsync"), (pathlib.Path, "replace"), (pathlib.Path, "rmdir"), (pathlib.Path, "mkdir"),
+                    (train.data.writer.Writer, "add"), (train.data.tokenizer.Tokenizer, "save")):
+    deadly(owner, name)
+"""
+
+
+def start(source: Path, folder: Path, workers: int = 1, kill_at: int = 0) -> subprocess.Popen[str]:
+    code = START + (KILL if kill_at else "") + "prepare(config)"
+    arguments = [sys.executable, "-c", code, str(source), str(folder), str(workers), str(kill_at)]
+    return subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def clean(source: Path, folder: Path) -> dict[str, bytes]:
+    config = DataConfig(
+        source=str(source), dir=str(folder), vocab_size=280, valid_fraction=0.3, shard_tokens=3000, num_workers=1
+    )
+    prepare(config, lambda line: None)
+    return all_bytes(folder)
+
+
+def test_a_kill_before_any_change_of_the_disk_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    source, folder = write_folder(tmp_path / "text", 20), tmp_path / "tokens"
+    num_kills = 0
+    for kill_at in range(1, 80, 2):  # over what the kills before have left
+        child = start(source, folder, kill_at=kill_at)
+        _, errors = child.communicate(timeout=60)
+        if child.returncode == 0:
+            break
+        assert child.returncode == -signal.SIGKILL, errors
+        num_kills += 1
+        if (folder / "meta.json").exists():  # killed behind the last rename: whole
+            Tokens.open(folder, "train", verify=True)
+            (folder / "meta.json").unlink()
+        else:
+            for split in ("train", "valid"):
+                with pytest.raises(ValueError, match="holds no prepared tokens"):
+                    Tokens.open(folder, split)
+    assert num_kills > 8
+    assert all_bytes(folder) == clean(source, tmp_path / "clean")
+
+
+def children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds worker processes through /proc")
+def test_a_kill_at_any_moment_ends_the_workers_and_the_next_call_finishes(tmp_path: Path) -> None:
+    source, folder = write_folder(tmp_path / "text", 60, least_words=1000, most_words=2000), tmp_path / "tokens"
+    for seed in range(2):
+        child = start(source, folder, workers=2)
+        workers: list[int] = []
+        while child.poll() is None and len(workers) < 2:
+            workers = children(child.pid)
+            time.sleep(0.01)
+        time.sleep(random.Random(seed).uniform(0, 0.8))
+        child.kill()
+        child.communicate()
+        until = time.monotonic() + 20
+        while any(alive(pid) for pid in workers):
+            assert time.monotonic() < until, "a worker outlived its parent"
+            time.sleep(0.02)
+        if not (folder / "meta.json").exists():
+            with pytest.raises(ValueError, match="holds no prepared tokens"):
+                Tokens.open(folder, "train")
+    last = start(source, folder, workers=2)
+    assert last.communicate(timeout=60) and last.returncode == 0
+    assert all_bytes(folder) == clean(source, tmp_path / "clean")
+
+
+def test_two_calls_at_once_prepare_once(tmp_path: Path) -> None:
+    source, folder = write_folder(tmp_path / "text", 30, least_words=500, most_words=1000), tmp_path / "tokens"
+    both = [start(source, folder) for _ in range(2)]
+    said = [child.communicate(timeout=60) for child in both]
+    assert [child.returncode for child in both] == [0, 0], said
+    assert sum("trained a tokenizer" in out for out, _ in said) == 1
+    assert sum("nothing to do" in out for out, _ in said) == 1
+    assert all_bytes(folder) == clean(source, tmp_path / "clean")
+
+
+def test_a_worker_that_dies_is_a_sentence_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_folder(tmp_path / "text", 10)
+    config = DataConfig(source=str(source), dir=str(tmp_path / "t"), vocab_size=280, valid_fraction=0.3, num_workers=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", shutil.which("false"))
+        with pytest.raises(ValueError, match=r"a tokenising worker died .exit code 1"):
+            prepare(config, lambda line: None)
+    assert prepare(config, lambda line: None).splits["train"].num_tokens > 0
+
+
+def test_workers_do_without_torch() -> None:
+    """Each worker imports what tokenising needs: torch would cost more than a core gains on small data."""
+    code = "import sys, train.data.workers, train.data.prepare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ)).returncode == 0
