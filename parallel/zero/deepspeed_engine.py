@@ -114,7 +114,8 @@ def _build(inner: torch.optim.Optimizer, sets: list[ParamSet], process_groups: l
             # Gradients are set to zero once, by `ZeroOptimizer.zero_grad`.
             pass
 
-    quiet, bf16_optimizer.see_memory_usage = bf16_optimizer.see_memory_usage, lambda *_, **__: None
+    # It prints a report, after a garbage collection, twice per set.
+    report, bf16_optimizer.see_memory_usage = bf16_optimizer.see_memory_usage, lambda *_, **__: None
     try:
         return Sharded(
             inner,
@@ -127,4 +128,4 @@ def _build(inner: torch.optim.Optimizer, sets: list[ParamSet], process_groups: l
             grad_acc_dtype=torch.float32,
         )
     finally:
-        bf16_optimizer.see_memory_usage = quiet
+        bf16_optimizer.see_memory_usage = report

@@ -50,9 +50,7 @@ class StepResult:
 class ZeroOptimizer:
     """Sharded optimizer over flat `main_grad` buffers. Made by `build`."""
 
-    def __init__(
-        self, engine: Engine, sets: list[ParamSet], groups: ReplicaGroups, clip_grad_norm: float | None
-    ) -> None:
+    def __init__(self, engine: Engine, sets: list[ParamSet], groups: ReplicaGroups, clip_grad_norm: float) -> None:
         self._engine, self._sets, self._groups, self._clip_grad_norm = engine, sets, groups, clip_grad_norm
         self.num_steps = 0
         for each, layout, flat in zip(sets, engine.layouts, engine.main_grads, strict=True):
@@ -76,7 +74,9 @@ class ZeroOptimizer:
         norm = global_norm(self._sets, grads, self._groups)
         if not math.isfinite(norm):
             return StepResult(norm, False)
-        if self._clip_grad_norm is not None and (factor := self._clip_grad_norm / (norm + 1e-6)) < 1:
+        # The factor of torch.nn.utils.clip_grad_norm_, in double.
+        factor = self._clip_grad_norm / (norm + 1e-6) if self._clip_grad_norm else 1.0
+        if factor < 1:
             for grad in grads:
                 grad.mul_(factor)
         for group in self._engine.optimizer.param_groups:
@@ -161,7 +161,7 @@ def build(
     groups: ReplicaGroups,
     make_adamw: MakeAdamW,
     *,
-    clip_grad_norm: float | None = 1.0,
+    clip_grad_norm: float = 1.0,
     weight_decay: float = 0.1,
 ) -> ZeroOptimizer:
     """Move parameters into flat storage, give each a `main_grad` and shard the optimizer state over its replicas.
@@ -172,7 +172,7 @@ def build(
             that is the same on all replicas. `main_grad` is fp32, and fp64 for an fp64 parameter.
         make_adamw: makes the inner optimizer from torch's `param_groups`; its state must be "step", "exp_avg" and
             "exp_avg_sq". The learning rate is set at each step.
-        clip_grad_norm: largest global norm; None for no clipping.
+        clip_grad_norm: largest global norm; 0 for no clipping.
         weight_decay: decay of those that decay.
 
     Raises ValueError for an unknown engine, or for one that cannot hold these parameters.
