@@ -53,7 +53,7 @@ class LibraryFlatDispatch(FlatDispatch):
 
 
 def route(num_tokens: int, num_nodes: int, rank: int) -> Tensor:
-    """Group-limited choice by random scores: the 2 nodes whose two best experts sum highest, then the 8 best experts."""
+    """Group-limited choice by random scores: the 2 nodes whose two best experts sum highest, then the best 8."""
     scores = torch.rand(num_tokens, num_nodes, NUM_EXPERTS // num_nodes, generator=torch.Generator().manual_seed(rank))
     kept = scores.topk(2, -1)[0].sum(-1).topk(min(NODES_KEPT, num_nodes), -1)[1]
     outside = torch.ones(num_tokens, num_nodes, dtype=torch.bool).scatter_(1, kept, False)

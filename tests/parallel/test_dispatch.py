@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from parallel import process
-from parallel.collectives import drive
+from parallel.collectives import Steps, drive
 from parallel.expert.build import build
 from parallel.expert.dispatch import Dispatch
 from parallel.mesh import DISPATCHES, Mesh, ParallelConfig
@@ -39,12 +41,11 @@ class Inputs:
     dy: Tensor
 
 
+@functools.lru_cache(maxsize=64)
 def inputs(case: Case, rank: int) -> Inputs:
     """What one rank feeds in; any rank can recompute it for any other."""
     gen = torch.Generator().manual_seed(case.seed * 1000 + rank)
-    num_tokens = int(torch.randint(0, case.max_tokens + 1, (), generator=gen)) if rank % 3 != 1 or rank == 1 else 0
-    if rank == 1 and case.seed % 2:
-        num_tokens = 0
+    num_tokens = 0 if (rank + case.seed) % 4 == 1 else int(torch.randint(0, case.max_tokens + 1, (), generator=gen))
     scores = torch.rand(num_tokens, case.num_experts, generator=gen)
     if case.routing == "one_node":
         nodes = case.config.nodes_per_ep_group
@@ -180,15 +181,19 @@ def check_rows(case: Case, mesh: Mesh, dispatch: Dispatch) -> None:
     assert (sent_out, sent_back) == counted_bytes(case, mesh)
 
 
-def one_rank(cases: list[Case]) -> None:
+def one_rank(config: ParallelConfig, cases: list[Case]) -> None:
+    groups = process.start(config)
     for case in cases:
-        groups = process.start(case.config)
-        dispatch = build(case.num_experts, groups)
         try:
-            check_rows(case, groups.mesh, dispatch)
+            check_rows(case, groups.mesh, build(case.num_experts, groups))
         except AssertionError as error:
             raise AssertionError(f"rank {groups.mesh.rank} of {case}") from error
-        process.stop(groups)
+    process.stop(groups)
+
+
+def all_meshes(world_size: int) -> None:
+    for number, config in enumerate(meshes(world_size)):
+        one_rank(config, draw(config, number))
 
 
 def meshes(world_size: int) -> list[ParallelConfig]:
@@ -205,26 +210,86 @@ def meshes(world_size: int) -> list[ParallelConfig]:
     return found
 
 
-def cases_for(world_size: int) -> list[Case]:
-    """All meshes, each with shapes, dtypes and routing of its own, drawn from a fixed seed."""
-    random_ = random.Random(world_size)
+def draw(config: ParallelConfig, seed: int, num_cases: int = 6) -> list[Case]:
+    """Shapes, dtypes and routing for one mesh, from a fixed seed."""
+    random_ = random.Random(seed)
     cases = []
-    for number, config in enumerate(meshes(world_size)):
-        num_local_experts = random_.choice([1, 2, 3, 5])
-        num_experts = config.ep * num_local_experts
+    for number in range(num_cases):
+        num_experts = config.ep * random_.choice([1, 2, 3, 5])
         dtype, weight_dtype = [
             (torch.float64, torch.float64),
             (torch.float32, torch.float32),
             (torch.bfloat16, torch.float32),
         ][number % 3]
         routing = random_.choice(["any", "any", "one_node", "one_expert", "some_none"])
-        per_node = num_experts // config.nodes_per_ep_group
-        chosen = random_.randint(1, min(per_node, 8) if routing == "one_node" else min(num_experts, 8))
+        reachable = num_experts // config.nodes_per_ep_group if routing == "one_node" else num_experts
+        chosen = random_.randint(1, min(reachable, 8))
         hidden, tokens = random_.choice([1, 3, 8, 33]), random_.choice([1, 7, 40])
-        cases.append(Case(config, num_experts, chosen, hidden, tokens, dtype, weight_dtype, number, routing))
+        cases.append(
+            Case(config, num_experts, chosen, hidden, tokens, dtype, weight_dtype, seed * 10 + number, routing)
+        )
     return cases
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_mesh_agrees_with_the_loops(ranks: Ranks, world_size: int) -> None:
-    ranks.run(one_rank, cases_for(world_size), world_size=world_size)
+    ranks.run(all_meshes, world_size, world_size=world_size)
+
+
+def interleaved(config: ParallelConfig) -> None:
+    """Two micro-batches whose steps alternate, as in a pipeline: the second's way back under the first's way out."""
+    groups = process.start(config)
+    first, second = draw(config, 1)[0], draw(config, 2)[0]
+    one, two = build(first.num_experts, groups), build(second.num_experts, groups)
+    a, b = inputs(first, groups.mesh.rank), inputs(second, groups.mesh.rank)
+    rows, _, plan = drive(two.dispatch(b.x, b.weights, b.indices))
+    alone = [drive(one.dispatch(a.x, a.weights, a.indices))[0], drive(two.combine(rows, plan))]
+    under_way: list[Steps[Any]] = [one.dispatch(a.x, a.weights, a.indices), two.combine(rows, plan)]
+    results: dict[int, Tensor] = {}
+    while len(results) < 2:
+        for place, steps in enumerate(under_way):
+            if place not in results:
+                try:
+                    next(steps)
+                except StopIteration as stop:
+                    results[place] = stop.value if place else stop.value[0]
+    assert torch.equal(results[0], alone[0]) and torch.equal(results[1], alone[1])
+    process.stop(groups)
+
+
+@pytest.mark.parametrize("dispatch", ["flat", "two_hop"])
+def test_two_dispatches_may_be_interleaved(ranks: Ranks, dispatch: str) -> None:
+    ranks.run(interleaved, ParallelConfig(dp=4, ep=4, nodes=2, dispatch=dispatch), world_size=4)
+
+
+def sums(dispatches: list[str]) -> list[Tensor]:
+    """The combined tokens of the same input on each way, on the one mesh that has all of them."""
+    outputs = []
+    for name in dispatches:
+        groups = process.start(ParallelConfig(dispatch=name))
+        dispatch = build(8, groups)
+        gen = torch.Generator().manual_seed(3)
+        x, weights = torch.randn(50, 16, generator=gen), torch.rand(50, 4, generator=gen)
+        indices = torch.rand(50, 8, generator=gen).topk(4, 1)[1]
+        rows, row_weights, plan = drive(dispatch.dispatch(x, weights, indices))
+        outputs.append(drive(dispatch.combine(rows * row_weights.unsqueeze(1), plan)))
+        process.stop(groups)
+    return outputs
+
+
+def test_ways_are_interchangeable_bit_for_bit_on_one_rank(ranks: Ranks) -> None:
+    local, *others = ranks.run(sums, ["local", "flat", "two_hop"], world_size=1)[0]
+    assert all(torch.equal(local, other) for other in others)
+
+
+def uneven() -> str:
+    groups = process.start(ParallelConfig(dp=2, ep=2))
+    with pytest.raises(ValueError) as error:
+        build(3, groups)
+    process.stop(groups)
+    return str(error.value)
+
+
+def test_experts_must_be_dealt_out_evenly(ranks: Ranks) -> None:
+    said = ranks.run(uneven, world_size=2)
+    assert said == ["parallel.ep=2 does not divide model.n_routed_experts=3"] * 2
