@@ -264,7 +264,14 @@ class WandbSink:
     def close(self, failed: bool) -> None:
         """Finishes the wandb run, with exit code 1 if ours failed."""
         if self._run is not None:
-            self._try("finish", lambda: self._run.finish(exit_code=int(failed)))
+            self._try("finish", lambda: self._finish(int(failed)))
+
+    def _finish(self, exit_code: int) -> None:
+        import wandb
+
+        self._run.finish(exit_code=exit_code)
+        # `finish` returns before wandb's own process has written the file; this waits for that process.
+        wandb.teardown(exit_code=exit_code)
 
 
 # --- picture ---

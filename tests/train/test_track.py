@@ -276,6 +276,9 @@ class BrokenWandb:
     def finish(self, exit_code: int) -> None:
         self._call("finish")
 
+    def teardown(self, exit_code: int) -> None:
+        pass
+
 
 @pytest.mark.parametrize(
     ("failing", "sentences"),
