@@ -1,0 +1,174 @@
+"""Random model shapes and the oracle, shared by the model's tests."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.reference import LocalDispatch
+from train import names
+from train.model.config import ModelConfig
+from train.model.init import init_weights
+from train.model.kernels import Kernels
+from train.model.transformer import Transformer
+from train.precision.grads import attach_main_grads
+from train.precision.linear import TorchEngine
+
+TINY = ModelConfig(
+    vocab_size=89,
+    hidden_size=24,
+    intermediate_size=40,
+    moe_intermediate_size=12,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    kv_lora_rank=10,
+    qk_nope_head_dim=7,
+    qk_rope_head_dim=6,
+    v_head_dim=5,
+    n_routed_experts=8,
+    n_shared_experts=1,
+    num_experts_per_tok=3,
+    n_group=4,
+    topk_group=2,
+    first_k_dense_replace=1,
+    num_nextn_predict_layers=2,
+    q_lora_rank=14,
+    max_position_embeddings=64,
+    initializer_range=0.08,
+)
+
+# DeepSeek-V3 as published (technical report, section 4.2).
+V3 = ModelConfig(
+    vocab_size=129280,
+    hidden_size=7168,
+    intermediate_size=18432,
+    moe_intermediate_size=2048,
+    num_hidden_layers=61,
+    num_attention_heads=128,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    n_routed_experts=256,
+    n_shared_experts=1,
+    num_experts_per_tok=8,
+    n_group=8,
+    topk_group=4,
+    first_k_dense_replace=3,
+    num_nextn_predict_layers=1,
+    q_lora_rank=1536,
+    max_position_embeddings=4096,
+)
+
+
+def random_config(seed: int, **fixed: Any) -> ModelConfig:
+    """A legal model of random small sizes, multiples of nothing in particular."""
+    draw = random.Random(seed)
+    num_layers, num_groups = draw.randint(1, 4), draw.choice([1, 2, 3, 4])
+    group_size = draw.randint(2, 5)
+    kept = draw.randint(1, num_groups)
+    yarn = {
+        "type": "yarn",
+        "factor": draw.choice([4.0, 40.0]),
+        "original_max_position_embeddings": draw.choice([8, 16, 64]),
+        "beta_fast": draw.choice([4, 32]),
+        "beta_slow": 1,
+        "mscale": draw.choice([1.0, 0.7]),
+        "mscale_all_dim": 1.0,
+    }
+    config = ModelConfig(
+        vocab_size=draw.randint(30, 300),
+        hidden_size=draw.randint(12, 70),
+        intermediate_size=draw.randint(9, 80),
+        moe_intermediate_size=draw.randint(5, 40),
+        num_hidden_layers=num_layers,
+        num_attention_heads=draw.randint(1, 5),
+        kv_lora_rank=draw.randint(5, 40),
+        qk_nope_head_dim=draw.randint(1, 19),
+        qk_rope_head_dim=2 * draw.randint(1, 8),
+        v_head_dim=draw.randint(3, 40),
+        n_routed_experts=num_groups * group_size,
+        n_shared_experts=draw.randint(1, 2),
+        num_experts_per_tok=draw.randint(1, min(6, kept * group_size)),
+        n_group=num_groups,
+        topk_group=kept,
+        first_k_dense_replace=draw.randint(0, num_layers),
+        num_nextn_predict_layers=0,
+        q_lora_rank=draw.choice([None, draw.randint(5, 40)]),
+        max_position_embeddings=64,
+        routed_scaling_factor=draw.choice([1.0, 2.5]),
+        norm_topk_prob=draw.random() < 0.8,
+        initializer_range=0.08,
+        rms_norm_eps=draw.choice([1e-6, 1e-5]),
+        rope_theta=draw.choice([100.0, 10000.0]),
+        rope_scaling=yarn if draw.random() < 0.4 else None,
+    )
+    return replace(config, **fixed)
+
+
+def build(
+    config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0, kernels: Kernels | None = None, **parts: Any
+) -> Transformer:
+    """A model with all experts, seeded weights, router biases that matter, norms that are not one."""
+    with torch.device("meta"):
+        model = Transformer(config, LocalDispatch(config.n_routed_experts), TorchEngine(), kernels, **parts)
+    init_weights(model, config, seed, dtype, "cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(dtype))
+        for router in model.routers().values():
+            bias = router.e_score_correction_bias
+            bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
+    attach_main_grads(model)
+    return model
+
+
+def random_tokens(config: ModelConfig, num_sequences: int, seq_len: int, seed: int = 0) -> Tensor:
+    """[num_sequences, seq_len + 1]"""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, config.vocab_size, (num_sequences, seq_len + 1), generator=generator)
+
+
+def hugging_face(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """`transformers`' model of this shape, loaded from our state under the names of a checkpoint on disk."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    scaling = dict(config.rope_scaling or {})
+    scaling["rope_type"] = scaling.pop("type", "default")
+    keys = {key: value for key, value in vars(config).items() if key not in ("rope_theta", "rope_scaling")}
+    theirs = DeepseekV3Config(
+        **keys,
+        num_key_value_heads=config.num_attention_heads,
+        rope_parameters={"rope_theta": config.rope_theta, **scaling},
+        use_cache=False,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    disk = {name: tensor.detach().clone() for name, tensor in names.to_hf(state, config).items()}
+    return DeepseekV3ForCausalLM.from_pretrained(None, config=theirs, state_dict=disk, dtype=dtype).train()
+
+
+def gradients_in_our_names(oracle: Any, config: ModelConfig) -> dict[str, Tensor]:
+    """The oracle's gradients, taken apart to disk names and put together under ours."""
+    disk = {}
+    for name, parameter in oracle.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if name.endswith("experts.gate_up_proj"):
+            prefix, inter = name.removesuffix("gate_up_proj"), config.moe_intermediate_size
+            for expert in range(config.n_routed_experts):
+                disk[f"{prefix}{expert}.gate_proj.weight"] = grad[expert, :inter]
+                disk[f"{prefix}{expert}.up_proj.weight"] = grad[expert, inter:]
+        elif name.endswith("experts.down_proj"):
+            prefix = name.removesuffix("down_proj")
+            disk.update({f"{prefix}{expert}.down_proj.weight": grad[expert] for expert in range(len(grad))})
+        else:
+            disk[name] = grad
+    disk.update({name: buffer for name, buffer in oracle.named_buffers() if name.endswith("correction_bias")})
+    ours = names.from_hf(disk, config)
+    return {name: grad for name, grad in ours.items() if not name.endswith("correction_bias")}

@@ -1,0 +1,50 @@
+"""Every shape that cannot be built is refused in a sentence that names field, value and rule."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.train.model_cases import TINY, V3, random_config
+
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"hidden_size": 0}, "model.hidden_size=0 must be positive"),
+        ({"n_shared_experts": 0}, "model.n_shared_experts=0 must be positive"),
+        ({"q_lora_rank": 0}, "model.q_lora_rank=0 must be positive or null"),
+        ({"qk_rope_head_dim": 5}, "model.qk_rope_head_dim=5 must be even"),
+        ({"first_k_dense_replace": 4}, "model.first_k_dense_replace=4 must lie in 0..model.num_hidden_layers=3"),
+        ({"num_nextn_predict_layers": -1}, "model.num_nextn_predict_layers=-1 must not be negative"),
+        ({"n_group": 3}, "model.n_group=3 does not divide model.n_routed_experts=8"),
+        ({"n_group": 8}, "model.n_group=8 leaves 1 of model.n_routed_experts=8 a group"),
+        ({"topk_group": 5}, "model.topk_group=5 exceeds model.n_group=4"),
+        ({"num_experts_per_tok": 5}, "model.num_experts_per_tok=5 exceeds the 4 experts of model.topk_group=2"),
+        ({"rope_scaling": {**YARN, "type": "linear"}}, r"model.rope_scaling.type=\['linear'\] must be yarn"),
+        ({"rope_scaling": {}}, "must be yarn"),
+        ({"rope_scaling": {**YARN, "beta": 1}}, r"model.rope_scaling has unknown keys \['beta'\]"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, "original_max_position_embeddings is missing"),
+        ({"rope_scaling": {**YARN, "factor": "4"}}, "model.rope_scaling.factor=4 must be a positive number"),
+        ({"rope_scaling": {**YARN, "factor": 0.5}}, "model.rope_scaling.factor=0.5 must be at least 1"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 2}}, "beta_fast=1 must not be below beta_slow=2"),
+    ],
+)
+def test_refused(change: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        replace(TINY, **change).check()
+
+
+def test_legal_shapes_pass() -> None:
+    for config in (TINY, V3, replace(V3, rope_scaling=YARN), *(random_config(seed) for seed in range(200))):
+        config.check()
+
+
+def test_the_softmax_scale_of_the_extended_model() -> None:
+    """sqrt(t) = 1.3689 at a factor of 40 (technical report, section 4.3)."""
+    assert V3.softmax_scale == pytest.approx(192**-0.5)
+    extended = replace(V3, rope_scaling={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0})
+    assert extended.softmax_scale == pytest.approx(192**-0.5 * 1.3689**2, rel=1e-4)

@@ -1,0 +1,158 @@
+"""Kernels: hand-written backwards against finite differences, compiled against eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.nn import functional as F
+
+from tests import reference
+from train.model.kernels import Kernels, join_heads, rms_norm_forward, rotate, swiglu_backward, swiglu_forward
+from train.model.layers import Backend, swiglu_mlp
+from train.model.loss import cross_entropy_sum
+from train.precision.linear import TorchEngine
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def with_main_grad(*shape: int) -> torch.nn.Parameter:
+    weight = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    weight.main_grad = torch.zeros_like(weight)
+    return weight
+
+
+def test_rms_norm() -> None:
+    x, weight = random(2, 5, 7), random(7)
+    torch.testing.assert_close(Kernels().rms_norm(x, weight, 1e-3), reference.rms_norm(x, weight, 1e-3))
+    assert gradcheck(lambda x, w: Kernels().rms_norm(x, w, 1e-3), (x, weight))
+    # A strided input, as the latent beside the rotary key is.
+    assert gradcheck(lambda x, w: Kernels().rms_norm(x[..., :4], w[:4], 1e-3), (x, weight))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_swiglu(weighted: bool) -> None:
+    h, row_weights = random(5, 8), random(5) if weighted else None
+    gate, up = h.chunk(2, -1)
+    expected = F.silu(gate) * up * (row_weights.unsqueeze(-1) if weighted else 1)
+    torch.testing.assert_close(swiglu_forward(h, row_weights), expected)
+    da = torch.randn(5, 4, dtype=torch.float64)
+    with torch.no_grad():
+        a, dh, d_row_weights = swiglu_backward(da, h, row_weights)
+    torch.testing.assert_close(a, expected)
+    inputs = (h, row_weights) if weighted else (h,)
+    grads = torch.autograd.grad(expected, inputs, da)
+    torch.testing.assert_close((dh, d_row_weights) if weighted else (dh,), grads)
+
+
+@pytest.mark.parametrize("v_width", [3, 11])
+def test_joined_heads(v_width: int) -> None:
+    """Widths that divide nothing, an odd offset of the rotary part, values padded or not."""
+    table = torch.polar(torch.ones(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64))
+    q, kv, k_rope = random(2, 4, 2, 5 + 6), random(2, 4, 2, 5 + 3), random(2, 4, 6)
+    out_q, out_k, out_v = join_heads(q, kv, k_rope, table, v_width)
+    for b, s, h, j in torch.cartesian_prod(*(torch.arange(n) for n in (2, 4, 2, 3))).tolist():
+        angle = torch.angle(table[s, j])
+        turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+        pair = slice(5 + 2 * j, 7 + 2 * j)
+        torch.testing.assert_close(out_q[b, s, h, pair], turn @ q[b, s, h, pair])
+        torch.testing.assert_close(out_k[b, s, h, pair], turn @ k_rope[b, s, 2 * j : 2 * j + 2])
+    assert torch.equal(out_q[..., :5], q[..., :5])
+    assert torch.equal(out_k[..., :5], kv[..., :5])
+    assert torch.equal(out_v, F.pad(kv[..., 5:], (0, v_width - 3)))
+    assert gradcheck(lambda *inputs: join_heads(*inputs, table, v_width), (q, kv, k_rope))
+
+
+@pytest.mark.parametrize("splits", [None, [3, 0, 2]])
+def test_swiglu_mlp(splits: list[int] | None) -> None:
+    engine = TorchEngine()
+    gemm = engine if splits is None else engine.grouped(splits)
+    lead = () if splits is None else (3,)
+    gate_up, down = with_main_grad(*lead, 12, 4), with_main_grad(*lead, 4, 6)
+    x, row_weights = random(5, 4), random(5)
+
+    def apply(x: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
+        return swiglu_mlp(x, row_weights, gate_up, down, gemm, Backend(engine))
+
+    assert gradcheck(apply, (x, row_weights))
+    groups = torch.zeros(5, dtype=torch.int64) if splits is None else torch.tensor([0, 0, 0, 2, 2])
+    twins = [weight.detach().clone().requires_grad_() for weight in (gate_up, down)]
+    stacked = [weight.view(-1, *weight.shape[-2:]) for weight in twins]
+    outputs = []
+    for row, group in enumerate(groups.tolist()):
+        gate, up = (stacked[0][group] @ x[row]).chunk(2)
+        outputs.append(stacked[1][group] @ (F.silu(gate) * up) * row_weights[row])
+    expected = torch.stack(outputs)
+    gate_up.main_grad.zero_(), down.main_grad.zero_()
+    y = apply(x, row_weights)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    grads = torch.autograd.grad(expected, twins, dy)
+    torch.testing.assert_close((gate_up.main_grad, down.main_grad), grads)
+
+
+def test_cross_entropy_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.model.loss._MIN_CHUNK_TOKENS", 3)
+    monkeypatch.setattr("train.model.loss._CHUNK_LOGITS", 1)
+    weight, labels = with_main_grad(11, 5), torch.randint(0, 11, (8,))
+    x, backend = random(8, 5), Backend(TorchEngine())
+    assert gradcheck(lambda x: 0.3 * cross_entropy_sum(x, weight, labels, backend), (x,))
+    weight.main_grad.zero_()
+    (0.3 * cross_entropy_sum(x, weight, labels, backend)).backward()
+    twin = weight.detach().clone().requires_grad_()
+    expected = F.cross_entropy(x @ twin.T, labels, reduction="sum")
+    torch.testing.assert_close(weight.main_grad, torch.autograd.grad(0.3 * expected, twin)[0])
+    with torch.no_grad():
+        torch.testing.assert_close(cross_entropy_sum(x, weight, labels, backend), expected)
+
+
+def test_cross_entropy_of_extreme_logits() -> None:
+    """A label whose probability underflows still has a finite loss."""
+    weight = with_main_grad(3, 1)
+    weight.data = torch.tensor([[1e5], [0.0], [-1e5]], dtype=torch.float64)
+    x, backend = torch.tensor([[1.0], [-1.0]], dtype=torch.float64), Backend(TorchEngine())
+    loss = cross_entropy_sum(x.requires_grad_(), weight, torch.tensor([2, 2]), backend)
+    assert loss.item() == 2e5
+
+
+def test_wide_sums_for_bfloat16() -> None:
+    x = 300 * torch.randn(4, 64)
+    exact = rms_norm_forward(x.bfloat16().double(), torch.ones(64).double(), 1e-6)[0]
+    assert torch.equal(rms_norm_forward(x.bfloat16(), torch.ones(64).bfloat16(), 1e-6)[0], exact.float().bfloat16())
+    h = torch.randn(4, 64)
+    exact = swiglu_forward(h.bfloat16().double(), None)
+    torch.testing.assert_close(swiglu_forward(h.bfloat16(), None).double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_rotation_keeps_the_scores_relative() -> None:
+    """q_m . k_n depends on m - n alone."""
+    positions = torch.arange(9, dtype=torch.float64)
+    table = torch.polar(
+        torch.ones(9, 4, dtype=torch.float64), torch.outer(positions, torch.rand(4, dtype=torch.float64))
+    )
+    q, k = (rotate(torch.randn(8, dtype=torch.float64).expand(9, 8), table) for _ in range(2))
+    scores = q @ k.T
+    for offset in range(9):
+        diagonal = scores.diagonal(offset)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+
+
+def test_compiled_equals_eager() -> None:
+    eager, compiled = Kernels(), Kernels(compile=True)
+    for num_rows in (6, 9):
+        h, da, x = torch.randn(num_rows, 16), torch.randn(num_rows, 8), torch.randn(num_rows, 10)
+        weights, norm = torch.rand(num_rows), torch.rand(10)
+        torch.testing.assert_close(compiled.swiglu_forward(h, weights), eager.swiglu_forward(h, weights))
+        torch.testing.assert_close(compiled.swiglu_backward(da, h, weights), eager.swiglu_backward(da, h, weights))
+        y, scale = eager.rms_norm_forward(x, norm, 1e-6)
+        torch.testing.assert_close(compiled.rms_norm_forward(x, norm, 1e-6), (y, scale))
+        expected = eager.rms_norm_backward(y, x, norm, scale)
+        torch.testing.assert_close(compiled.rms_norm_backward(y, x, norm, scale), expected)
