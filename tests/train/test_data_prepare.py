@@ -38,8 +38,9 @@ def straight(config: DataConfig, split: str) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_shards_hold_what_the_slow_twin_reads(tmp_path: Path, seed: int) -> None:
+def test_the_shards_hold_what_the_slow_twin_reads(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(seed)
+    monkeypatch.setattr("train.data.prepare._TASK_BYTES", int(random.integers(100, 5000)))
     config, meta = prepared(
         tmp_path,
         num_documents=int(random.integers(20, 80)),

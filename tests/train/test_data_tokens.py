@@ -35,7 +35,10 @@ def test_documents_are_those_between_the_end_tokens(folder: Path) -> None:
     owner = np.concatenate([[0], np.cumsum(stream == tokens.eod)[:-1]])  # the slow twin: which document a token is of
     whole = tokens.documents(0, tokens.num_tokens)
     assert len(whole) == tokens.num_documents == owner[-1] + 1
-    for start in range(0, tokens.num_tokens - 100, 37):
+    ends = np.flatnonzero(stream == tokens.eod)
+    for start in (*range(0, tokens.num_tokens, 37), *ends, *(ends + 1)):  # within documents, at and behind their ends
+        if start + 100 > tokens.num_tokens:
+            continue
         assert tokens.documents(start, start + 100) == whole[owner[start] : owner[start + 99] + 1]
 
 

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from train.data.config import DataConfig
 from train.data.encode import Task, document_hash, read_text
@@ -68,16 +69,21 @@ def _prepare(
     trouble: Trouble = {kind: [] for kind in ("empty", "undecodable", "unreadable", "cut")}
     trouble["unreadable"] += source.unreadable
     pieces = _plan(source, config.max_document_bytes, trouble)
-    threshold = int(config.valid_fraction * 2.0**64)
     if tokenizer is None:
-        tokenizer = Tokenizer.train(_sample(source, pieces, threshold), config.vocab_size)
+        tokenizer = Tokenizer.train(_sample(source, pieces, _threshold(config)), config.vocab_size)
         say(f"trained a tokenizer: byte-level BPE with {tokenizer.vocab_size} tokens")
     tokenizer.save(partial / TOKENIZER)
     tasks = _tasks(source, pieces, tokenizer, partial, "<u2" if config.vocab_size <= 1 << 16 else "<u4")
-    splits, files, notes = _write(config, source, tasks, partial, threshold, trouble, say)
-    files[TOKENIZER] = FileSum((partial / TOKENIZER).stat().st_size, tokenizer.digest)
+    written, notes = _write(config, source, tasks, partial, say)
+    for why, file, start in written.skipped:
+        name = source.files[file].name
+        trouble[why].append(name if start == 0 else f"{name} (from byte {start})")
     names = ",\n".join(json.dumps(file.name) for file in source.files)
-    files[FILES] = write_flushed(partial / FILES, f"[\n{names}\n]\n".encode())
+    files = {
+        **written.files,
+        TOKENIZER: FileSum((partial / TOKENIZER).stat().st_size, tokenizer.digest),
+        FILES: write_flushed(partial / FILES, f"[\n{names}\n]\n".encode()),
+    }
     meta = Meta(
         settings=config.settings(),
         source_num_files=len(source.files),
@@ -87,17 +93,22 @@ def _prepare(
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
         tokenizer_digest=tokenizer.digest,
-        splits=splits,
+        splits=written.splits,
         skipped={kind: Skipped(len(each), tuple(each[:_NUM_EXAMPLES])) for kind, each in trouble.items()},
         notes=notes,
         files=dict(sorted(files.items())),
     )
+    _publish(meta, partial, folder)
+    return meta
+
+
+def _publish(meta: Meta, partial: Path, folder: Path) -> None:
+    """Move the finished files into place, and only when the disk has them there say so in `meta.json`."""
     for name in meta.files:
         (partial / name).replace(folder / name)
     partial.rmdir()
     flush_folder(folder)
     meta.save(folder)
-    return meta
 
 
 def _plan(source: Source, max_document_bytes: int, trouble: Trouble) -> list[Piece]:
@@ -162,52 +173,64 @@ def _tasks(source: Source, pieces: list[Piece], tokenizer: Tokenizer, partial: P
     ]
 
 
+class _Written(NamedTuple):
+    """What one round of encoding has written, and the pieces that it passed over."""
+
+    splits: dict[str, Split]
+    files: dict[str, FileSum]
+    skipped: list[tuple[str, int, int]]
+    least_hash: int
+    largest_hash: int
+
+
 def _write(
-    config: DataConfig,
-    source: Source,
-    tasks: list[Task],
-    partial: Path,
-    threshold: int,
-    trouble: Trouble,
-    say: Callable[[str], None],
-) -> tuple[dict[str, Split], dict[str, FileSum], tuple[str, ...]]:
+    config: DataConfig, source: Source, tasks: list[Task], partial: Path, say: Callable[[str], None]
+) -> tuple[_Written, tuple[str, ...]]:
     """Encode and write; when the hashes leave one split without a document, move the nearest one over and repeat."""
-    notes: tuple[str, ...] = ()
-    while True:
-        for path in partial.glob("*.bin"):  # of the first of two rounds
-            path.unlink()
-        writer = Writer(partial, tasks[0].dtype, config.shard_tokens, threshold)
-        skipped: list[tuple[str, int, int]] = []
-        with Progress("tokenising", source.num_bytes, say) as progress:
-            for encoded in encode_in_order(tasks, _num_workers(config, source)):
-                writer.add(encoded)
-                skipped += encoded.skipped
-                progress.add(encoded.num_bytes)
-        splits, files = writer.close()
-        num_documents = sum(split.num_documents for split in splits.values())
-        if not num_documents:
-            raise ValueError(f"data.source={source.root} holds no text: {_in_words(tasks, skipped)}")
-        bare = [name for name in SPLITS if not splits[name].num_documents]
-        if not bare or not config.valid_fraction:
-            break
-        if writer.least_hash == writer.largest_hash:
-            raise ValueError(
-                f"data.source={source.root} holds one document ({num_documents} times), and data.valid_fraction="
-                f"{config.valid_fraction} asks for two splits: add text, lower data.max_document_bytes="
-                f"{config.max_document_bytes} so that it is cut, or set data.valid_fraction=0"
-            )
-        threshold = writer.least_hash + 1 if bare == ["valid"] else writer.largest_hash
-        notes = (
-            f"data.valid_fraction={config.valid_fraction} left no document to {bare[0]} among {num_documents}: "
-            "the one with the nearest hash was moved there",
+    written = _write_once(config, source, tasks, partial, _threshold(config), say)
+    num_documents = sum(split.num_documents for split in written.splits.values())
+    if not num_documents:
+        raise ValueError(f"data.source={source.root} holds no text: {_in_words(written.skipped)}")
+    bare = [name for name in SPLITS if not written.splits[name].num_documents]
+    if not bare or not config.valid_fraction:
+        return written, ()
+    if written.least_hash == written.largest_hash:
+        raise ValueError(
+            f"data.source={source.root} holds one document ({num_documents} times), and data.valid_fraction="
+            f"{config.valid_fraction} asks for two splits: add text, lower data.max_document_bytes="
+            f"{config.max_document_bytes} so that it is cut, or set data.valid_fraction=0"
         )
-    for why, file, start in skipped:
-        name = source.files[file].name
-        trouble[why].append(name if start == 0 else f"{name} (from byte {start})")
-    return splits, files, notes
+    for path in partial.glob("*.bin"):
+        path.unlink()
+    nearest = written.least_hash + 1 if bare == ["valid"] else written.largest_hash
+    note = (
+        f"data.valid_fraction={config.valid_fraction} left no document to {bare[0]} among {num_documents}: "
+        "the one with the nearest hash was moved there"
+    )
+    return _write_once(config, source, tasks, partial, nearest, say), (note,)
 
 
-def _in_words(tasks: list[Task], skipped: list[tuple[str, int, int]]) -> str:
+def _write_once(
+    config: DataConfig, source: Source, tasks: list[Task], partial: Path, threshold: int, say: Callable[[str], None]
+) -> _Written:
+    """Encode all tasks; documents with hashes below `threshold` validate."""
+    writer = Writer(partial, tasks[0].dtype, config.shard_tokens, threshold)
+    skipped: list[tuple[str, int, int]] = []
+    with Progress("tokenising", source.num_bytes, say) as progress:
+        for encoded in encode_in_order(tasks, _num_workers(config, source)):
+            writer.add(encoded)
+            skipped += encoded.skipped
+            progress.add(encoded.num_bytes)
+    splits, files = writer.close()
+    return _Written(splits, files, skipped, writer.least_hash, writer.largest_hash)
+
+
+def _threshold(config: DataConfig) -> int:
+    """Documents whose hash is below it validate."""
+    return int(config.valid_fraction * 2.0**64)
+
+
+def _in_words(skipped: list[tuple[str, int, int]]) -> str:
     """What became of all pieces when none became a document."""
     counts = {why: sum(each[0] == why for each in skipped) for why in ("empty", "undecodable", "unreadable")}
     found = ", ".join(f"{count} {why}" for why, count in counts.items() if count)
