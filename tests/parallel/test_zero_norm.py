@@ -1,0 +1,67 @@
+"""The sum of squares: right in size and range for every length, whatever fp32 can hold."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel.shards import ParamInfo
+from parallel.zero.norm import global_norm, sum_of_squares
+from parallel.zero.sets import ReplicaGroups, split_sets
+from tests.spawn import Ranks
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-18, 1e-9, 1.0, 1e18, 1e30, 1e37])
+@pytest.mark.parametrize("numel", [1, 5, 4095, 4096, 12_289, 150_001])
+def test_equal_to_an_exact_sum(numel: int, scale: float) -> None:
+    values = torch.randn(numel, generator=torch.Generator().manual_seed(numel), dtype=torch.float64) * scale
+    for dtype, tolerance in ((torch.float32, 3e-7), (torch.float64, 1e-13)):
+        rounded = values.to(dtype)
+        exact = math.fsum(x * x for x in rounded.tolist())
+        total = sum_of_squares(rounded)
+        assert total.shape == (1,) and total.dtype == torch.float64
+        # A row is a sum in fp32 (2^-24 of rounding, in several lanes); rows err in both directions.
+        assert total.item() == pytest.approx(exact, rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("where", [0, 4096, 8199])
+def test_one_bad_element_is_enough(dtype: torch.dtype, bad: float, where: int) -> None:
+    values = torch.ones(8200, dtype=dtype)
+    values[where] = bad
+    assert not math.isfinite(sum_of_squares(values).item())
+
+
+def test_nothing_weighs_nothing() -> None:
+    assert sum_of_squares(torch.zeros(10_000)).item() == 0
+
+
+def test_a_few_large_among_tiny_elements() -> None:
+    """The squares of the tiny ones leave fp32's range; the sum does not notice."""
+    values = torch.full((20_000,), 1e-25)
+    values[::1000] = 1e-3
+    assert sum_of_squares(values).item() == pytest.approx(20 * float(values[0]) ** 2, rel=1e-7)
+
+
+def norm_of_a_stage() -> float:
+    """On each of 4 ranks: two stages of two replicas, whose experts are spread over both; shards of ones, of any size."""
+    stage, replica = divmod(dist.get_rank(), 2)
+
+    def own(members: list[list[int]]) -> dist.ProcessGroup:
+        made = [(ranks, dist.new_group(ranks)) for ranks in members]
+        return next(group for ranks, group in made if dist.get_rank() in ranks)
+
+    replicas = own([[0, 1], [2, 3]])
+    groups = ReplicaGroups(dense=replicas, ep=replicas, norm=(own([[0, 2], [1, 3]]),))
+    param = torch.nn.Parameter(torch.zeros(1))
+    sets = split_sets([(ParamInfo(str(e), (1,), expert=e), param, True) for e in (False, True)], groups, 0.1)
+    return global_norm(sets, [torch.ones(1 + stage), torch.ones(10 + replica)], groups)
+
+
+def test_every_shard_of_every_stage_counts_once(ranks: Ranks) -> None:
+    norms = ranks.run(norm_of_a_stage, world_size=4)
+    assert norms == [math.sqrt(2 * (1 + 2) + 2 * (10 + 11))] * 4
