@@ -11,17 +11,14 @@ import netrc
 import os
 import secrets
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 from urllib.parse import urlparse
 
-from tqdm import tqdm
-
+from train.console import ConsoleSink
+from train.leveldb_log import last_records
 from train.metrics import StepReport
 from train.metrics_file import JsonlSink, read_metrics
 from train.picture import draw_loss
@@ -70,96 +67,6 @@ def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
-# --- console ---
-
-
-def _short(count: float) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.3g}"
-
-
-class ConsoleSink:
-    """Progress for people: one moving line on a terminal, plain `key=value` lines in a log.
-
-    A log gets every `log_interval`-th step, the first, the last and those with a validation loss. The time left is
-    what the tokens left take at the rate of the last 20 reports, all between them included.
-    """
-
-    def __init__(
-        self,
-        log_interval: int,
-        total_steps: int,
-        total_tokens: int,
-        consumed_tokens: int = 0,
-        stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._stream = stream or sys.stdout
-        self._log_interval, self._total_steps, self._total_tokens = log_interval, total_steps, total_tokens
-        self._clock = clock
-        self._seen = deque([(clock(), consumed_tokens)], maxlen=20)
-        self._is_first = True
-        self._bar: tqdm[Any] | None = None
-        if self._stream.isatty():
-            layout = "{percentage:3.0f}% |{bar:24}| {desc}"
-            self._bar = tqdm(
-                total=total_tokens, initial=consumed_tokens, file=self._stream, bar_format=layout, dynamic_ncols=True
-            )
-
-    def _time_left(self, report: StepReport) -> str:
-        self._seen.append((self._clock(), report.consumed_tokens))
-        (first_s, first_tokens), (last_s, last_tokens) = self._seen[0], self._seen[-1]
-        seconds_per_token = (last_s - first_s) / max(1, last_tokens - first_tokens)
-        return str(timedelta(seconds=round(seconds_per_token * max(0, self._total_tokens - report.consumed_tokens))))
-
-    def write(self, report: StepReport) -> None:
-        """Moves the line, or prints one when it is due."""
-        time_left = self._time_left(report)
-        if self._bar is not None:
-            valid = "" if report.valid_loss is None else f" valid {report.valid_loss:.3f}"
-            rate = f"{_short(report.tokens_per_s)} tokens/s"
-            self._bar.n = min(report.consumed_tokens, self._total_tokens)
-            if valid:
-                self._bar.write(f"step {report.step}: loss {report.loss:.4f}{valid}", file=self._stream)
-            self._bar.set_description_str(
-                f"step {report.step}/{self._total_steps}  loss {report.loss:.4f}  {rate}  ETA {time_left}"
-            )
-            return
-        is_last = report.step >= self._total_steps
-        if self._is_first or is_last or report.step % self._log_interval == 0 or report.valid_loss is not None:
-            print(self._line(report, time_left), file=self._stream, flush=True)
-        self._is_first = False
-
-    def _line(self, report: StepReport, time_left: str) -> str:
-        optional = (
-            ("valid_loss", report.valid_loss, ".4f"),
-            ("mtp_loss", report.mtp_loss, ".4f"),
-            ("max_vio", report.max_vio, ".2f"),
-            ("mfu", report.mfu, ".3f"),
-        )
-        parts = [
-            f"step={report.step}/{self._total_steps}",
-            f"tokens={_short(report.consumed_tokens)}",
-            f"loss={report.loss:.4f}",
-            *(f"{name}={value:{style}}" for name, value, style in optional if value is not None),
-            f"grad_norm={report.grad_norm:.3f}",
-            f"lr={report.lr:.2e}",
-            f"tokens_per_s={report.tokens_per_s:.0f}",
-            f"eta={time_left}",
-        ]
-        return " ".join(parts)
-
-    def checkpoint(self) -> None:
-        """Nothing to show: the checkpoint speaks for itself."""
-
-    def close(self, failed: bool) -> None:
-        """Leaves the moving line where it stands."""
-        if self._bar is not None:
-            self._bar.close()
-
-
 # --- wandb ---
 
 
@@ -187,8 +94,10 @@ def wandb_mode(setting: str, environ: Mapping[str, str]) -> str:
 class WandbSink:
     """Reports as wandb history over tokens, in `run_dir`/wandb; never asks, never fails the run.
 
-    `run_id` is made once per run and belongs in its checkpoints: a resumed run hands it back and sends only steps
-    after `finished_steps`, each with its own number (an offline run cannot find out where it stood).
+    `run_id` is made once per run and belongs in its checkpoints. A resumed run hands it back, with the steps that its
+    checkpoint holds (rows of metrics.jsonl). wandb then gets exactly the steps that it has not: a killed run may have
+    left it some past the checkpoint, and its process dies with ours and takes up to 32 KiB of steps along. Online
+    wandb says itself where it stands; offline it cannot, so its files are read.
     """
 
     def __init__(
@@ -196,14 +105,15 @@ class WandbSink:
         config: TrackConfig,
         run_dir: Path,
         run_config: dict[str, Any],
-        finished_steps: int = 0,
+        finished: Sequence[Mapping[str, float]] = (),
         run_id: str | None = None,
         say: Callable[[str], None] = _say,
     ) -> None:
         self.run_id = run_id or secrets.token_hex(4)
         self._config, self._run_dir, self._run_config = config, run_dir, run_config
-        self._finished_steps, self._say = finished_steps, say
+        self._finished, self._say = finished, say
         self._run: Any = None
+        self._last_step = 0
         self.mode = wandb_mode(config.wandb, os.environ)
         if self.mode == "offline" and config.wandb == "online":
             say("track.wandb=online, but no API key is set: wandb keeps the run offline")
@@ -221,6 +131,7 @@ class WandbSink:
         )
         config = self._config
         self._run_dir.mkdir(parents=True, exist_ok=True)
+        kept = self._last_kept_step()
         run = wandb.init(
             mode=self.mode,  # type: ignore[arg-type]
             dir=str(self._run_dir),
@@ -237,6 +148,26 @@ class WandbSink:
         run.define_metric("train/consumed_tokens")
         run.define_metric("*", step_metric="train/consumed_tokens")
         self._run = run
+        self._last_step = run.starting_step - 1 if self.mode == "online" else kept
+        for row in self._finished:
+            self._log(dict(row))
+
+    def _last_kept_step(self) -> int:
+        """The last step in this run's offline files; without any, an online run before this one holds the steps."""
+        from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+        files = list(self._run_dir.glob(f"wandb/offline-run-*-{self.run_id}/*.wandb"))
+        if not files:
+            return int(self._finished[-1]["step"]) if self._finished else 0
+        records = (Record.FromString(data) for path in files for data in last_records(path))
+        return max((record.history.step.num for record in records if record.HasField("history")), default=0)
+
+    def _log(self, values: dict[str, float]) -> None:
+        step = int(values.pop("step"))
+        if step > self._last_step:
+            # Committed at once: otherwise the step waits in memory for the next one.
+            self._run.log(values, step=step, commit=True)
+            self._last_step = step
 
     def _try(self, verb: str, call: Callable[[], object], after: str = "goes on without it") -> bool:
         """Whether a call into wandb worked; if not, one sentence and no more calls."""
@@ -250,13 +181,9 @@ class WandbSink:
         return True
 
     def write(self, report: StepReport) -> None:
-        """Sends the step, unless a run before this one did."""
-        if self._run is None or report.step <= self._finished_steps:
-            return
-        values = report.values()
-        del values["step"]
-        # Committed at once: otherwise the step waits in memory for the next one, and a kill loses it.
-        self._try("take a step", lambda: self._run.log(values, step=report.step, commit=True))
+        """Sends the step, unless wandb has it."""
+        if self._run is not None:
+            self._try("take a step", lambda: self._log(report.values()))
 
     def checkpoint(self) -> None:
         """Nothing: wandb writes as it goes."""
@@ -363,7 +290,8 @@ def open_tracker(
     metrics, picture = run_dir / "metrics.jsonl", run_dir / "loss.png"
     jsonl = JsonlSink(metrics, span.finished_steps, _say)
     console = ConsoleSink(config.log_interval, span.total_steps, span.total_tokens, span.consumed_tokens)
-    wandb_sink = WandbSink(config, run_dir, run_config, span.finished_steps, wandb_id)
+    finished = read_metrics(metrics) if span.finished_steps else []
+    wandb_sink = WandbSink(config, run_dir, run_config, finished, wandb_id)
     drawn = PictureSink(metrics, picture, config.name or run_dir.name, unigram_entropy)
     places = {"loss curve": picture, "metrics": metrics}
     if wandb_sink.mode != "disabled":

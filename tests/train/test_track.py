@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -19,8 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.test_metrics import report
+from train.console import ConsoleSink
 from train.metrics_file import JsonlSink, read_metrics
-from train.track import ConsoleSink, PictureSink, RunSpan, TrackConfig, Tracker, WandbSink, open_tracker, wandb_mode
+from train.track import PictureSink, RunSpan, TrackConfig, Tracker, WandbSink, open_tracker, wandb_mode
 
 # --- metrics.jsonl ---
 
@@ -183,7 +185,7 @@ def wandb_history(folder: Path) -> list[tuple[int, dict[str, Any]]]:
 def offline(folder: Path, first: int, last: int, **where: Any) -> WandbSink:
     sink = WandbSink(TrackConfig(wandb="offline"), folder, {"train": {"seq_len": 8}}, **where)
     for step in range(first, last + 1):
-        sink.write(report(step, max_vio=1 / step))
+        sink.write(report(step, max_vio=1 / 3))
     sink.close(failed=False)
     return sink
 
@@ -200,39 +202,106 @@ def _no_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_wandb_files_equal_metrics_jsonl(tmp_path: Path) -> None:
-    """A run of 30 steps, and its resume from step 20: new steps only, under the same id, each as in metrics.jsonl."""
+    """A run of 30 steps, and a run that goes on from there: new steps only, each as in metrics.jsonl, under one id."""
     metrics = tmp_path / "metrics.jsonl"
-    write_steps(metrics, 1, 30)
+    write_steps(metrics, 1, 30, max_vio=1 / 3)
     first = offline(tmp_path, 1, 30)
     time.sleep(1.1)  # wandb names folders by the second
-    write_steps(metrics, 21, 40, finished_steps=20)
-    second = offline(tmp_path, 15, 40, finished_steps=20, run_id=first.run_id)
+    finished = read_metrics(metrics)
+    write_steps(metrics, 31, 40, finished_steps=30, max_vio=1 / 3)
+    second = offline(tmp_path, 31, 40, finished=finished, run_id=first.run_id)
     assert first.run_id == second.run_id
     histories = [wandb_history(folder) for folder in runs_of(tmp_path)]
-    assert [[step for step, _ in history] for history in histories] == [list(range(1, 31)), list(range(21, 41))]
+    assert [[step for step, _ in history] for history in histories] == [list(range(1, 31)), list(range(31, 41))]
     assert all(first.run_id in folder.name for folder in runs_of(tmp_path))
-    rows = {int(values.pop("step")): values for values in read_metrics(metrics)}
-    merged = dict(histories[0]) | dict(histories[1])
-    for step, values in merged.items():
-        assert values.pop("moe/max_vio") == 1 / step
-        assert values == rows[step]
-    assert merged.keys() == rows.keys()
+    rows = [dict(values) for values in read_metrics(metrics)]
+    assert histories[0] + histories[1] == [(row.pop("step"), row) for row in rows]
 
 
-def test_wandb_keeps_what_a_killed_run_sent(tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys\nfrom pathlib import Path\nfrom tests.train.test_metrics import report\n"
-        "from train.track import TrackConfig, WandbSink\n"
-        "sink = WandbSink(TrackConfig(wandb='offline'), Path(sys.argv[1]), {})\n"
-        "for step in range(1, 8):\n    sink.write(report(step))\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == -signal.SIGKILL
-    (folder,) = runs_of(tmp_path)
-    deadline = time.monotonic() + 30  # wandb's own process outlives the run and finishes the file
-    while len(wandb_history(folder)) < 7 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert [step for step, _ in wandb_history(folder)] == list(range(1, 8))
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tests.train.test_metrics import report
+from train.track import RunSpan, TrackConfig, open_tracker
+print("wandb" in sys.modules, flush=True)
+tracker = open_tracker(TrackConfig(wandb="offline"), Path(sys.argv[1]), RunSpan(500, 500_000), {}, wandb_id="0a1b2c3d")
+for step in range(1, 201):
+    tracker.write(report(step, max_vio=1 / 3))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was killed after 200 steps."""
+    folder = tmp_path_factory.mktemp("killed")
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert killed.returncode == -signal.SIGKILL
+    # Importing wandb takes most of a second: only a run that uses it pays for it.
+    assert killed.stdout.startswith("False")
+    deadline = time.monotonic() + 30  # wandb's own process outlives the run by a moment
+    while len(wandb_history(runs_of(folder)[0])) < 40 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    return folder
+
+
+@pytest.mark.parametrize("checkpoint_step", [20, 199])
+def test_wandb_gets_every_step_once_through_a_kill(checkpoint_step: int, killed_run: Path, tmp_path: Path) -> None:
+    """A kill leaves wandb's file some way behind metrics.jsonl, past the checkpoint or not: the next run fills in."""
+    folder = tmp_path / "run"
+    shutil.copytree(killed_run, folder, symlinks=True)
+    assert 20 < len(wandb_history(runs_of(folder)[0])) < 199, "a step is about 700 bytes, wandb keeps blocks of 32 KiB"
+    span = RunSpan(500, 500_000, checkpoint_step, 1000 * checkpoint_step)
+    tracker = open_tracker(TrackConfig(wandb="offline"), folder, span, {}, wandb_id="0a1b2c3d")
+    for step in range(checkpoint_step + 1, 220):
+        tracker.write(report(step, max_vio=1 / 3))
+    tracker.close()
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(1, 220))
+    steps = sorted(step for part in runs_of(folder) for step, _ in wandb_history(part))
+    assert steps == list(range(1, 220))
+
+
+def test_a_run_that_was_online_sends_only_what_follows_its_checkpoint(tmp_path: Path) -> None:
+    finished = [report(step).values() for step in range(1, 21)]
+    offline(tmp_path, 21, 25, finished=finished, run_id="0a1b2c3d")
+    assert [step for step, _ in wandb_history(runs_of(tmp_path)[0])] == [21, 22, 23, 24, 25]
+
+
+class OnlineWandb:
+    """Stands for a wandb whose server holds steps up to 12."""
+
+    Settings = dict
+    starting_step = 13
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+
+    def init(self, mode: str, **_: Any) -> OnlineWandb:
+        assert mode == "online"
+        return self
+
+    def define_metric(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def log(self, values: dict[str, float], step: int, commit: bool) -> None:
+        assert commit and "step" not in values
+        self.sent.append(step)
+
+
+@pytest.mark.parametrize("checkpoint_step", [8, 12, 15])
+def test_an_online_run_sends_what_its_server_lacks(
+    checkpoint_step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    server = OnlineWandb()
+    monkeypatch.setitem(sys.modules, "wandb", server)
+    monkeypatch.setattr(WandbSink, "_last_kept_step", lambda self: 0)
+    finished = [report(step).values() for step in range(1, checkpoint_step + 1)]
+    sink = WandbSink(TrackConfig(), tmp_path, {}, finished=finished, run_id="0a1b2c3d")
+    for step in range(checkpoint_step + 1, 20):
+        sink.write(report(step))
+    assert server.sent == list(range(13, 20))
 
 
 def test_mode_follows_the_setting_then_the_environment_then_the_key(tmp_path: Path) -> None:
@@ -255,6 +324,7 @@ class BrokenWandb:
     """Stands for wandb and for its run; one of the calls fails."""
 
     Settings = dict
+    starting_step = 0
 
     def __init__(self, failing: str) -> None:
         self.failing = failing
@@ -371,8 +441,3 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path: Path) -> 
     sink.checkpoint()
     sink.close(failed=False)
     assert len(said) == 1 and said[0].startswith(f"{tmp_path / 'loss.png'} could not be drawn")
-
-
-def test_wandb_is_imported_only_when_it_is_used() -> None:
-    code = "import sys, train.track; print('wandb' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
