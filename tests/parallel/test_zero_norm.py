@@ -48,7 +48,7 @@ def test_a_few_large_among_tiny_elements() -> None:
 
 
 def norm_of_a_stage() -> float:
-    """On each of 4 ranks: two stages of two replicas, whose experts are spread over both; shards of ones, of any size."""
+    """On each of 4 ranks: two stages of two replicas with experts spread over both; shards are ones of any size."""
     stage, replica = divmod(dist.get_rank(), 2)
 
     def own(members: list[list[int]]) -> dist.ProcessGroup:
