@@ -233,7 +233,7 @@ def draw(config: ParallelConfig, seed: int, num_cases: int = 6) -> list[Case]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_mesh_agrees_with_the_loops(ranks: Ranks, world_size: int) -> None:
-    ranks.run(all_meshes, world_size, world_size=world_size)
+    ranks.run(all_meshes, world_size, world_size=world_size, timeout_s=600)
 
 
 def interleaved(config: ParallelConfig) -> None:
