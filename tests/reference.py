@@ -57,7 +57,7 @@ def balance_loss(scores: Tensor, num_selected: int) -> Tensor:
     for i in range(num_experts):
         hits = 0
         for t in range(num_tokens):
-            better = sum(float(scores[t, j]) > float(scores[t, i]) for j in range(num_experts))
+            better = int((scores[t] > scores[t, i]).sum())
             hits += better < num_selected
         f_i = num_experts / (num_selected * num_tokens) * hits
         p_i = sum(scores[t, i] / scores[t].sum() for t in range(num_tokens)) / num_tokens
