@@ -11,7 +11,7 @@ import netrc
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ from train.leveldb_log import last_records
 from train.metrics import StepReport
 from train.metrics_file import JsonlSink, read_metrics
 from train.picture import draw_loss
+
+__all__ = ["ConsoleSink", "JsonlSink", "PictureSink", "Sink", "TrackConfig", "Tracker", "WandbSink", "read_metrics"]
 
 MODES = ("auto", "online", "offline", "disabled")
 
@@ -94,10 +96,10 @@ def wandb_mode(setting: str, environ: Mapping[str, str]) -> str:
 class WandbSink:
     """Reports as wandb history over tokens, in `run_dir`/wandb; never asks, never fails the run.
 
-    `run_id` is made once per run and belongs in its checkpoints. A resumed run hands it back, with the steps that its
-    checkpoint holds (rows of metrics.jsonl). wandb then gets exactly the steps that it has not: a killed run may have
-    left it some past the checkpoint, and its process dies with ours and takes up to 32 KiB of steps along. Online
-    wandb says itself where it stands; offline it cannot, so its files are read.
+    `run_id` is made once per run and belongs in its checkpoints. A run that resumes after `finished_steps` hands it
+    back, and wandb gets exactly the steps that it has not. That may be some past the checkpoint, or fewer than it: its
+    process dies with ours and takes up to 32 KiB of steps along, which are then sent from `run_dir`/metrics.jsonl.
+    Online, wandb says itself where it stands; offline it cannot, so its files are read.
     """
 
     def __init__(
@@ -105,13 +107,13 @@ class WandbSink:
         config: TrackConfig,
         run_dir: Path,
         run_config: dict[str, Any],
-        finished: Sequence[Mapping[str, float]] = (),
+        finished_steps: int = 0,
         run_id: str | None = None,
         say: Callable[[str], None] = _say,
     ) -> None:
         self.run_id = run_id or secrets.token_hex(4)
         self._config, self._run_dir, self._run_config = config, run_dir, run_config
-        self._finished, self._say = finished, say
+        self._finished_steps, self._say = finished_steps, say
         self._run: Any = None
         self._last_step = 0
         self.mode = wandb_mode(config.wandb, os.environ)
@@ -149,8 +151,10 @@ class WandbSink:
         run.define_metric("*", step_metric="train/consumed_tokens")
         self._run = run
         self._last_step = run.starting_step - 1 if self.mode == "online" else kept
-        for row in self._finished:
-            self._log(dict(row))
+        if self._last_step < self._finished_steps:
+            for row in read_metrics(self._run_dir / "metrics.jsonl"):
+                if row["step"] <= self._finished_steps:
+                    self._log(row)
 
     def _last_kept_step(self) -> int:
         """The last step in this run's offline files; without any, an online run before this one holds the steps."""
@@ -158,7 +162,7 @@ class WandbSink:
 
         files = list(self._run_dir.glob(f"wandb/offline-run-*-{self.run_id}/*.wandb"))
         if not files:
-            return int(self._finished[-1]["step"]) if self._finished else 0
+            return self._finished_steps
         records = (Record.FromString(data) for path in files for data in last_records(path))
         return max((record.history.step.num for record in records if record.HasField("history")), default=0)
 
@@ -238,15 +242,10 @@ class PictureSink:
 
 
 class Tracker:
-    """Fans every report out to the sinks it was handed, in their order; over none, on all ranks but 0, it does nothing.
+    """Fans every report out to the sinks it was handed, in their order; over none, on all ranks but 0, does nothing."""
 
-    `wandb_id` belongs in the run's checkpoints. `places` says where the run's records lie, for people.
-    """
-
-    def __init__(self, sinks: Iterable[Sink] = (), wandb_id: str | None = None, places: dict[str, Path] | None = None):
+    def __init__(self, sinks: Iterable[Sink] = ()) -> None:
         self._sinks = list(sinks)
-        self.wandb_id = wandb_id
-        self.places = places or {}
 
     def write(self, report: StepReport) -> None:
         """One finished step, to all."""
@@ -262,38 +261,3 @@ class Tracker:
         """Closes all; call it once."""
         for sink in self._sinks:
             sink.close(failed)
-
-
-@dataclass(frozen=True)
-class RunSpan:
-    """How far a run goes, and where it stands when it is opened (0 unless it is resumed)."""
-
-    total_steps: int
-    total_tokens: int
-    finished_steps: int = 0
-    consumed_tokens: int = 0
-
-
-def open_tracker(
-    config: TrackConfig,
-    run_dir: Path,
-    span: RunSpan,
-    run_config: dict[str, Any],
-    wandb_id: str | None = None,
-    unigram_entropy: float | None = None,
-) -> Tracker:
-    """Every sink of a run, for its rank 0: files in `run_dir`, `run_config` (the resolved config) for wandb.
-
-    `wandb_id` is the one a checkpoint kept, when there is one. `unigram_entropy` (nats per token) is drawn as the
-    line that a model without context would reach.
-    """
-    metrics, picture = run_dir / "metrics.jsonl", run_dir / "loss.png"
-    jsonl = JsonlSink(metrics, span.finished_steps, _say)
-    console = ConsoleSink(config.log_interval, span.total_steps, span.total_tokens, span.consumed_tokens)
-    finished = read_metrics(metrics) if span.finished_steps else []
-    wandb_sink = WandbSink(config, run_dir, run_config, finished, wandb_id)
-    drawn = PictureSink(metrics, picture, config.name or run_dir.name, unigram_entropy)
-    places = {"loss curve": picture, "metrics": metrics}
-    if wandb_sink.mode != "disabled":
-        places["wandb files"] = run_dir / "wandb"
-    return Tracker([jsonl, console, wandb_sink, drawn], wandb_sink.run_id, places)

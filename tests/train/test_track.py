@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tests.train.test_metrics import report
 from train.console import ConsoleSink
 from train.metrics_file import JsonlSink, read_metrics
-from train.track import PictureSink, RunSpan, TrackConfig, Tracker, WandbSink, open_tracker, wandb_mode
+from train.track import PictureSink, TrackConfig, Tracker, WandbSink, wandb_mode
 
 # --- metrics.jsonl ---
 
@@ -207,9 +207,8 @@ def test_wandb_files_equal_metrics_jsonl(tmp_path: Path) -> None:
     write_steps(metrics, 1, 30, max_vio=1 / 3)
     first = offline(tmp_path, 1, 30)
     time.sleep(1.1)  # wandb names folders by the second
-    finished = read_metrics(metrics)
     write_steps(metrics, 31, 40, finished_steps=30, max_vio=1 / 3)
-    second = offline(tmp_path, 31, 40, finished=finished, run_id=first.run_id)
+    second = offline(tmp_path, 31, 40, finished_steps=30, run_id=first.run_id)
     assert first.run_id == second.run_id
     histories = [wandb_history(folder) for folder in runs_of(tmp_path)]
     assert [[step for step, _ in history] for history in histories] == [list(range(1, 31)), list(range(31, 41))]
@@ -222,9 +221,12 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests.train.test_metrics import report
-from train.track import RunSpan, TrackConfig, open_tracker
+from train.metrics_file import JsonlSink
+from train.track import TrackConfig, Tracker, WandbSink
 print("wandb" in sys.modules, flush=True)
-tracker = open_tracker(TrackConfig(wandb="offline"), Path(sys.argv[1]), RunSpan(500, 500_000), {}, wandb_id="0a1b2c3d")
+folder = Path(sys.argv[1])
+sinks = [WandbSink(TrackConfig(wandb="offline"), folder, {}, 0, "0a1b2c3d"), JsonlSink(folder / "metrics.jsonl")]
+tracker = Tracker(sinks)
 for step in range(1, 201):
     tracker.write(report(step, max_vio=1 / 3))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -252,8 +254,8 @@ def test_wandb_gets_every_step_once_through_a_kill(checkpoint_step: int, killed_
     folder = tmp_path / "run"
     shutil.copytree(killed_run, folder, symlinks=True)
     assert 20 < len(wandb_history(runs_of(folder)[0])) < 199, "a step is about 700 bytes, wandb keeps blocks of 32 KiB"
-    span = RunSpan(500, 500_000, checkpoint_step, 1000 * checkpoint_step)
-    tracker = open_tracker(TrackConfig(wandb="offline"), folder, span, {}, wandb_id="0a1b2c3d")
+    wandb = WandbSink(TrackConfig(wandb="offline"), folder, {}, checkpoint_step, "0a1b2c3d")
+    tracker = Tracker([wandb, JsonlSink(folder / "metrics.jsonl", checkpoint_step)])
     for step in range(checkpoint_step + 1, 220):
         tracker.write(report(step, max_vio=1 / 3))
     tracker.close()
@@ -263,8 +265,8 @@ def test_wandb_gets_every_step_once_through_a_kill(checkpoint_step: int, killed_
 
 
 def test_a_run_that_was_online_sends_only_what_follows_its_checkpoint(tmp_path: Path) -> None:
-    finished = [report(step).values() for step in range(1, 21)]
-    offline(tmp_path, 21, 25, finished=finished, run_id="0a1b2c3d")
+    write_steps(tmp_path / "metrics.jsonl", 1, 20)
+    offline(tmp_path, 21, 25, finished_steps=20, run_id="0a1b2c3d")
     assert [step for step, _ in wandb_history(runs_of(tmp_path)[0])] == [21, 22, 23, 24, 25]
 
 
@@ -297,8 +299,8 @@ def test_an_online_run_sends_what_its_server_lacks(
     server = OnlineWandb()
     monkeypatch.setitem(sys.modules, "wandb", server)
     monkeypatch.setattr(WandbSink, "_last_kept_step", lambda self: 0)
-    finished = [report(step).values() for step in range(1, checkpoint_step + 1)]
-    sink = WandbSink(TrackConfig(), tmp_path, {}, finished=finished, run_id="0a1b2c3d")
+    write_steps(tmp_path / "metrics.jsonl", 1, 17)
+    sink = WandbSink(TrackConfig(), tmp_path, {}, finished_steps=checkpoint_step, run_id="0a1b2c3d")
     for step in range(checkpoint_step + 1, 20):
         sink.write(report(step))
     assert server.sent == list(range(13, 20))
@@ -408,29 +410,20 @@ def test_illegal_settings_are_refused(config: TrackConfig, sentence: str) -> Non
 # --- all together ---
 
 
-def test_a_tracked_run_leaves_its_records_where_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = TrackConfig(wandb="offline", log_interval=2, name="first")
-    tracker = open_tracker(config, tmp_path, RunSpan(4, 4000), {}, unigram_entropy=5.5)
-    picture = tracker.places["loss curve"]
+def test_a_tracker_feeds_all_its_sinks(tmp_path: Path) -> None:
+    stream, metrics, out = io.StringIO(), tmp_path / "metrics.jsonl", tmp_path / "loss.png"
+    sinks = [JsonlSink(metrics), ConsoleSink(2, 4, 4000, 0, stream), PictureSink(metrics, out, "first", 5.5)]
+    tracker = Tracker(sinks)
     for step in (1, 2, 3, 4):
         tracker.write(report(step))
         if step == 2:
-            assert not picture.exists()
+            assert not out.exists()
             tracker.checkpoint()
-            assert picture.read_bytes().startswith(b"\x89PNG")
+            assert out.read_bytes().startswith(b"\x89PNG")
+            out.unlink()
     tracker.close()
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step=1/4", "step=2/4", "step=4/4"]
-    assert set(tracker.places) == {"loss curve", "metrics", "wandb files"}
-    assert all(path.exists() for path in tracker.places.values())
-    assert tracker.wandb_id and tracker.wandb_id in runs_of(tmp_path)[0].name
-
-
-def test_other_ranks_track_nothing() -> None:
-    tracker = Tracker()
-    tracker.write(report(1))
-    tracker.checkpoint()
-    tracker.close()
-    assert tracker.wandb_id is None and tracker.places == {}
+    assert out.exists() and len(read_metrics(metrics)) == 4
+    assert [line.split()[0] for line in stream.getvalue().splitlines()] == ["step=1/4", "step=2/4", "step=4/4"]
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path: Path) -> None:
