@@ -145,7 +145,7 @@ def _alone() -> None:
 def gemm_flops_per_s(
     device: torch.device,
     dtype: torch.dtype,
-    barrier: Callable[[], None] = _alone,
+    barrier: Callable[[], object] = _alone,
     sum_over_ranks: Callable[[float], float] = float,
     size: int = 1024,
     window_s: float = 0.5,
@@ -174,7 +174,7 @@ def gemm_flops_per_s(
 def peak_flops_per_s(
     device: torch.device,
     world_size: int,
-    barrier: Callable[[], None] = _alone,
+    barrier: Callable[[], object] = _alone,
     sum_over_ranks: Callable[[float], float] = float,
 ) -> float:
     """The rate, of all ranks together, that MFU calls 1.

@@ -150,9 +150,10 @@ class WandbSink:
         run.define_metric("train/consumed_tokens")
         run.define_metric("*", step_metric="train/consumed_tokens")
         self._run = run
-        self._last_step = run.starting_step - 1 if self.mode == "online" else kept
-        if self._last_step < self._finished_steps:
-            for row in read_metrics(self._run_dir / "metrics.jsonl"):
+        self._last_step = max(0, run.starting_step - 1) if self.mode == "online" else kept
+        metrics = self._run_dir / "metrics.jsonl"
+        if self._last_step < self._finished_steps and metrics.exists():
+            for row in read_metrics(metrics):
                 if row["step"] <= self._finished_steps:
                     self._log(row)
 
