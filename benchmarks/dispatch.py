@@ -2,14 +2,14 @@
 
     python -m benchmarks.dispatch [nodes=4 per_node=2 rate=200mbit tokens=512 hidden=1024 rounds=9]
 
-Needs what `python -m launch emulate check` asks for (Linux, root, iproute2). Prints two tables from one run each:
+Needs what `python -m launch emulate check` asks for (Linux, root, iproute2). Prints one table per emulated cluster:
 
 dispatch  8 of 32 experts per token, limited to 2 nodes by routing groups, bf16 rows, fp32 weights. `two_hop` and `flat`
           are ours; `flat, library` is the same flat dispatch over `all_to_all_single`, which is what an all-to-all
           after a sort by expert sends elsewhere. A side's time is that of the slowest rank for dispatch and combine.
           "wire" is what the kernel counted on the nodes' links, "counted" what the dispatch says it sent.
-duplex    4 MB from each node to each other one, one rank per node: `exchange`, which posts receives first, against
-          `all_to_all_single`. "link" is the share of the link's rate that the payload reached, each way.
+duplex    4 MB from each node to each other one, one rank per node, on 2 nodes and on `nodes`: `exchange`, which posts
+          receives first, against `all_to_all_single`. "link" is the share of the link's rate that the payload reached.
 
 Times are ratios inside one run: keep the machine quiet, and the rate low enough that the wire is the limit.
 """
@@ -167,10 +167,12 @@ def main(arguments: list[str]) -> int:
         return 0
     if reason := able():
         raise SystemExit(f"this machine cannot emulate a cluster: {reason}")
-    given = [f"{key}={value}" for key, value in settings.items()]
-    print("settings: " + " ".join(given), flush=True)
-    for part, per_node in (("dispatch", int(settings["per_node"])), ("duplex", 1)):
-        with Lab(int(settings["nodes"]), settings["rate"]) as lab, Neighbours() as neighbours:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # names of hosts do not resolve in a namespace; never mind
+    print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
+    for part, nodes in (("dispatch", settings["nodes"]), ("duplex", "2"), ("duplex", settings["nodes"])):
+        given = [f"{key}={value}" for key, value in (settings | {"nodes": nodes}).items()]
+        per_node = int(settings["per_node"]) if part == "dispatch" else 1
+        with Lab(int(nodes), settings["rate"]) as lab, Neighbours() as neighbours:
             result = lab.run([sys.executable, "-m", "benchmarks.dispatch", part, *given], per_node)
         print(result.outputs[0].strip() if result.ok else "\n".join(result.outputs))
         print(f"({neighbours}; {settings['rounds']} rounds in turns)", flush=True)
