@@ -226,6 +226,24 @@ def test_the_operating_system_refuses_to_write(ranks: Ranks, tmp_path: Path) -> 
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "latest"}
 
 
+def test_what_the_disk_does_not_give_back_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = FlatWriter.finish
+
+    def spoil(writer: FlatWriter, *args: Any, **kwargs: Any) -> None:
+        original(writer, *args, **kwargs)
+        file = next(tmp_path.glob(".step-*/*.distcp"))
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+
+    monkeypatch.setattr(FlatWriter, "finish", spoil)
+    checkpoints = open_checkpoints(tmp_path)
+    save_case(checkpoints, 5, 1)
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp reads back as"):
+        checkpoints.wait()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_hole_between_pieces_is_refused(tmp_path: Path) -> None:
     checkpoints = open_checkpoints(tmp_path)
     for pieces in (
