@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from parallel.shards import Piece
+from train.checkpoint import CheckpointConfig, Checkpoints
 from train.state import TrainState, capture_rng
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -80,3 +84,24 @@ def sizes(tensors: dict[str, Tensor]) -> dict[str, int]:
 def state(step: int, model: str = "m", tokens: int = 0) -> TrainState:
     prints = {"model": model, "data": "d", "recipe": "r"}
     return TrainState(step, tokens, step, step, capture_rng(), None, prints, f"train:\n  seed: {step}\n")
+
+
+def open_checkpoints(root: Path, **keys: Any) -> Checkpoints:
+    group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+    return Checkpoints(root, CheckpointConfig(**keys), group)
+
+
+def rank_and_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def save_case(checkpoints: Checkpoints, case: int, step: int) -> None:
+    tensors = truth(case)
+    checkpoints.save(state(step), spread(tensors, case, *rank_and_size()), sizes(tensors))
+
+
+def load_case(checkpoints: Checkpoints, path: Path, case: int, seed: int = 0) -> None:
+    tensors = truth(case)
+    buffers, pieces = empty_pieces(tensors, 1000 * case + 10 * seed + rank_and_size()[0])
+    checkpoints.load(path, pieces, sizes(tensors))
+    check_filled(tensors, buffers, pieces)
