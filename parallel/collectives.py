@@ -3,7 +3,7 @@
 On CPU (gloo) everything is built from point-to-point messages, every receive posted before the first send: gloo sends
 the receiver's "ready" notice over the connection that carries the payload, so a receive posted after a send waits
 behind one's own payload and the two directions of a link run one after the other, as they do in gloo's
-`all_to_all_single`. On CUDA (NCCL) the library's own collectives are used; that path has not yet run on several GPUs.
+`all_to_all_single`. On CUDA (NCCL) the library's own collectives are used; that path has not yet run on a GPU.
 
 All ranks of a group must launch the same operations in the same order. A tensor handed to an operation must not change
 before its handle has been waited for. Code that overlaps communication is written as a generator that yields once
@@ -115,17 +115,21 @@ def reduce_scatter(flat: Tensor, group: dist.ProcessGroup) -> Handle:
     return Handle(works, (flat, parts), lambda: _sum_in_order(parts))
 
 
-def all_gather(shard: Tensor, group: dist.ProcessGroup) -> Handle:
-    """The handle's result, [group size * n, ...], holds every rank's `shard` [n, ...] in rank order."""
+def all_gather(shard: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Handle:
+    """The handle's result, [group size * n, ...], holds every rank's `shard` [n, ...] in rank order.
+
+    It is `out` where one is given; `shard` may be this rank's part of it.
+    """
     size, me = dist.get_world_size(group), dist.get_rank(group)
     shard = shard.contiguous()
-    gathered = shard.new_empty((size * shard.shape[0], *shard.shape[1:]))
+    gathered = shard.new_empty((size * shard.shape[0], *shard.shape[1:])) if out is None else out
     if shard.is_cuda:
         work = dist.all_gather_into_tensor(gathered, shard, group=group, async_op=True)
         return Handle([work], (shard, gathered), lambda: gathered)
     parts = gathered.split([shard.shape[0]] * size)
     works = _post(parts, [shard] * size, group)
-    parts[me].copy_(shard)
+    if parts[me].data_ptr() != shard.data_ptr():
+        parts[me].copy_(shard)
     return Handle(works, (shard, gathered), lambda: gathered)
 
 

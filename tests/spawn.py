@@ -1,4 +1,4 @@
-"""Long-lived gloo ranks for tests: starting Python, torch and a process group takes seconds, calling a function on them does not.
+"""Long-lived gloo ranks for tests: starting Python and torch takes seconds, calling a function does not.
 
 `Ranks` keeps worker processes alive for the whole test session. Each `run` gives the first `world_size` of them a
 fresh default process group, calls one top-level function on every rank and returns what each rank returned.

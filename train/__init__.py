@@ -1,1 +1,7 @@
 """What one run is: model, precision, data, recipe, loop. Only `assemble` knows how ranks cooperate."""
+
+import os
+
+# Read once, when torch loads its OpenMP: threads that spin at a barrier while another process wants the core make a
+# small product ten times slower. Sleeping costs a fifth where a machine is otherwise idle; say `active` there.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

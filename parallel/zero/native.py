@@ -65,9 +65,9 @@ class NativeEngine:
             if shard.dtype != master.dtype:
                 shard.copy_(master)
             if each.group is not None and each.num_shards > 1:
-                pending.append((flat, all_gather(shard, each.group)))
-        for flat, handle in pending:
-            flat.copy_(handle.wait())
+                pending.append(all_gather(shard, each.group, out=flat))
+        for handle in pending:
+            handle.wait()
 
 
 @torch.no_grad()

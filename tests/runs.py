@@ -1,0 +1,112 @@
+"""Runs driven through the entry point of `python -m train`, in long-lived ranks or in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.spawn import Ranks
+from train.checkpoint import CheckpointConfig, Checkpoints
+from train.data.config import DataConfig
+from train.data.prepare import prepare
+from train.flat import FlatReader, tensors
+from train.track import read_metrics
+
+# A DeepSeek-V3 in every part whose numbers a test can afford: 3 layers, 8 experts in 4 groups, one prediction depth.
+SMALL = [
+    # model
+    *("model.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=48", "model.moe_intermediate_size=16"),
+    *("model.num_hidden_layers=3", "model.num_attention_heads=2", "model.n_routed_experts=8"),
+    *("model.num_experts_per_tok=3", "model.n_group=4", "model.topk_group=2", "model.q_lora_rank=16"),
+    *("model.kv_lora_rank=8", "model.qk_nope_head_dim=8", "model.qk_rope_head_dim=4", "model.v_head_dim=8"),
+    # recipe
+    *("train.seq_len=24", "train.micro_batch_size=1", "train.global_batch_size=8", "train.max_steps=10"),
+    *("lr_scheduler.warmup_steps=4", "evaluate.interval=5", "evaluate.num_sequences=10", "checkpoint.interval=0"),
+    # place
+    *("track.wandb=disabled", "zero.engine=native", "run.num_threads=1", "run.device=cpu"),
+]
+
+
+def prepare_text(folder: Path) -> list[str]:
+    """Tokens of a little real text in `folder`, and the settings that use them."""
+    source = Path(sysconfig.get_paths()["stdlib"]) / "email"
+    data = DataConfig(source=str(source), dir=str(folder), suffixes=(".py",), vocab_size=300, valid_fraction=0.2)
+    prepare(data, say=lambda line: None)
+    return [
+        f"data.source={source}",
+        f"data.dir={folder}",
+        "data.suffixes=[.py]",
+        "data.vocab_size=300",
+        "data.valid_fraction=0.2",
+    ]
+
+
+def train_main(settings: list[str], fault: Callable[[], Any] | None = None) -> int:
+    """What `torchrun ... -m train SETTINGS` runs on this rank; `fault`, a context manager's maker, spoils it."""
+    from train.__main__ import main
+
+    if fault is None:
+        return main(settings)
+    with fault():
+        return main(settings)
+
+
+@dataclass
+class Finished:
+    """What a run left behind."""
+
+    folder: Path
+    rows: list[dict[str, float]]
+
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """Every state of the last checkpoint whole, by name: "master.NAME", moments and router biases."""
+        return read_checkpoint(sorted((self.folder / "checkpoints").glob("step-*"))[-1])
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, flat, by its name."""
+    from parallel.shards import Piece
+
+    stored = tensors(FlatReader(path).read_metadata())
+    whole = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    checkpoints = Checkpoints(path.parent, CheckpointConfig())
+    checkpoints.load(
+        path, {name: [Piece(0, value)] for name, value in whole.items()}, {k: v.numel() for k, v in whole.items()}
+    )
+    return whole
+
+
+def run_in(
+    ranks: Ranks,
+    folder: Path,
+    settings: list[str],
+    world_size: int,
+    fault: Callable[[], Any] | None = None,
+    exit_code: int | None = 0,
+) -> Finished:
+    """Train in `folder` on long-lived ranks, to the exit code that is expected (None: any)."""
+    codes = ranks.run(
+        train_main, [*settings, f"run.dir={folder}"], fault, world_size=world_size, with_group=False, timeout_s=300
+    )
+    assert exit_code is None or codes == [exit_code] * world_size, codes
+    path = folder / "metrics.jsonl"
+    return Finished(folder, read_metrics(path) if path.exists() else [])
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference over the norm of `b`."""
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300))
+
+
+def environment() -> Mapping[str, str]:
+    """For processes of their own: one thread, no wandb, no accident with the ranks' variables."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
+    return {**kept, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
