@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from launch import emulate
 from launch.local import local
 from launch.prepare import prepare_command
-from launch.schedule import schedule_command
+from launch.schedule import draw
 from train.compose import compose
 
 
@@ -20,7 +21,8 @@ def _prepare(settings: Sequence[str]) -> int:
 def _schedule(settings: Sequence[str]) -> int:
     out = next((setting.split("=", 1)[1] for setting in settings if setting.startswith("out=")), "schedule.png")
     config = compose([setting for setting in settings if not setting.startswith("out=")])
-    schedule_command(config.schedule(), out)
+    print(draw(config.schedule(), Path(out)))
+    print(f"\npicture: {out}")
     return 0
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter
 
 from train.picture import COLORS, FAINT, headline, paper, save, short_rate, short_tokens
 from train.schedule import Schedule, StepPlan
@@ -57,7 +56,7 @@ def draw(schedule: Schedule, out: Path) -> str:
         top, low = max(values), min(values)
         axes.set_ylim(0, top * 1.08 or 1)
         axes.set_yticks([0.0, low, top] if 0.15 * top < low < 0.85 * top else [0.0, top])
-        axes.yaxis.set_major_formatter(FuncFormatter(shown))
+        axes.yaxis.set_major_formatter(shown)
         for border in {border for border, _ in schedule.borders() if border}:
             axes.axvline(border, color=FAINT, linewidth=0.7, linestyle=(0, (2, 3)), zorder=0.5)
     all_axes[-1].set_xlim(0, ends)
