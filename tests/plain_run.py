@@ -41,6 +41,8 @@ class PlainModel:
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], biases: Tensor) -> None:
         self.config, self.weights, self.biases = config, weights, biases
+        #: Of every (sequence, router) so far, in order: the experts of each token, and how close its choice was.
+        self.routes: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, tokens: Tensor) -> Sums:
         """tokens [B, S + 1]."""
@@ -126,6 +128,7 @@ class PlainModel:
         chosen = torch.tensor(
             select(scores.detach(), self.biases[router], c.n_group, c.topk_group, c.num_experts_per_tok)
         )
+        self.routes.append((chosen, self._gaps(scores.detach() + self.biases[router])))
         sums.load[router] += chosen.flatten().bincount(minlength=c.n_routed_experts)
         weights = scores.gather(1, chosen)
         weights = weights / weights.sum(-1, keepdim=True) * c.routed_scaling_factor
@@ -141,6 +144,18 @@ class PlainModel:
         sums.balance = sums.balance + (share * (scores / scores.sum(-1, keepdim=True)).mean(0)).sum()
         return y
 
+    def _gaps(self, choice: Tensor) -> Tensor:
+        """How much each token's biased scores [T, E] may change before it visits other experts: [T]."""
+        c = self.config
+        grouped = choice.unflatten(-1, (c.n_group, -1))
+        strength, order = grouped.topk(2, -1).values.sum(-1).sort(-1, descending=True)
+        gap = torch.full((len(choice),), float("inf"), dtype=choice.dtype)
+        if c.topk_group < c.n_group:
+            gap = strength[:, c.topk_group - 1] - strength[:, c.topk_group]
+        kept = torch.zeros_like(strength, dtype=torch.bool).scatter_(1, order[:, : c.topk_group], True)
+        allowed = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1).sort(-1, descending=True).values
+        return torch.minimum(gap, allowed[:, c.num_experts_per_tok - 1] - allowed[:, c.num_experts_per_tok])
+
 
 @dataclass
 class PlainRun:
@@ -149,6 +164,7 @@ class PlainRun:
     rows: list[dict[str, float]]
     weights: dict[str, Tensor]
     biases: Tensor
+    routes: list[tuple[Tensor, Tensor]]
 
 
 def plain_run(config: RunConfig) -> PlainRun:
@@ -193,7 +209,7 @@ def plain_run(config: RunConfig) -> PlainRun:
                 "moe/min_load": float((sums.load.amin(-1) / mean[:, 0]).min()),
             }
         )
-    return PlainRun(rows, {name: p.detach() for name, p in weights.items()}, model.biases)
+    return PlainRun(rows, {name: p.detach() for name, p in weights.items()}, model.biases, model.routes)
 
 
 def _initial(config: RunConfig) -> tuple[dict[str, Tensor], PlainModel]:
