@@ -334,7 +334,7 @@ class Schedule:
 
     def step_at(self, tokens: int) -> int:
         """The first step that begins at or past a position: the first of a phase whose border lies there."""
-        index = bisect_right(self._run_tokens, max(0, tokens - 1)) - 1
+        index = bisect_right(self._run_tokens, tokens) - 1
         run = self._runs[index]
         return run.first_step - (self._run_tokens[index] - tokens) // (run.num_sequences * self.train.seq_len)
 
