@@ -1,1 +1,1 @@
-"""Prepares, starts, sweeps, draws and watches jobs; everything here runs before or beside a job, never inside a step."""
+"""Prepares, starts, sweeps, draws and watches jobs; all before or beside a job, never inside a step."""

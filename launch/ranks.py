@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 # A worker saves after the step it is in; past this it is killed, and the launcher says so.
 GRACE_S = 60.0
@@ -20,28 +22,48 @@ GRACE_S = 60.0
 PATIENCE_S = 2.0
 # glibc hands every large block back to the kernel and faults it in again each step: 5 to 10 % of a small step.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "67108864"}
+# With these codes the ranks end together, and their last words are a sentence for people (see train/__main__.py).
+EXPLAINED = (2, 3, 4)
+_PR_SET_PDEATHSIG = 1
 
 
-def start_ranks(command: Sequence[str], num_ranks: int, logs: Path) -> int:
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended: its exit code, a sentence that says why unless that is 0, whether it was asked to stop."""
+
+    code: int
+    reason: str = ""
+    was_asked: bool = False
+
+
+@dataclass
+class _Rank:
+    process: subprocess.Popen[bytes]
+    log: Path
+    log_start: int  # bytes that earlier jobs have written
+
+
+def start_ranks(command: Sequence[str], num_ranks: int, logs: Path) -> Ended:
     """Run `command` once per rank with torchrun's environment, and wait for all of them.
 
     Rank 0 keeps this process's standard output; everything else that a rank prints goes to `logs/rank_R.log`.
-    SIGTERM and SIGINT are passed on as SIGTERM: the ranks save and end.
+    SIGTERM and SIGINT are passed on as SIGTERM: the ranks save and end. If this process dies, they do so too.
 
-    Returns the exit code of the job: 0, or that of the rank that failed first, which a sentence on standard error names.
+    The job's exit code is 0, or that of the rank that failed first, which the reason names.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    with _signals() as asked:
-        ranks, files = _spawn(command, num_ranks, logs)
+    ranks: list[_Rank] = []
+    with _signals() as asked, ExitStack() as files:
         try:
-            return _watch(ranks, asked, logs)
+            environment = _shared_environment(num_ranks)
+            for rank in range(num_ranks):
+                ranks.append(_spawn(command, environment, rank, logs / f"rank_{rank}.log", files))
+            return _watch(ranks, asked)
         finally:
             _kill(ranks)
-            for file in files:
-                file.close()
 
 
-def _spawn(command: Sequence[str], num_ranks: int, logs: Path) -> tuple[list[subprocess.Popen[bytes]], list[IO[bytes]]]:
+def _shared_environment(num_ranks: int) -> dict[str, str]:
     shared = {
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
@@ -52,69 +74,93 @@ def _spawn(command: Sequence[str], num_ranks: int, logs: Path) -> tuple[list[sub
     if num_ranks > 1:
         # Threads that spin at a barrier starve the other ranks of the same cores.
         polite["OMP_WAIT_POLICY"] = "passive"
-    ranks, files = [], []
-    for rank in range(num_ranks):
-        log = (logs / f"rank_{rank}.log").open("ab")
-        files.append(log)
-        ranks.append(
-            subprocess.Popen(
-                list(command),
-                env={**polite, **os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=None if rank == 0 else log,
-                stderr=log,
-                # A terminal's Ctrl-C reaches this process alone, which then asks the ranks to save.
-                start_new_session=True,
-            )
-        )
-    return ranks, files
+    return {**polite, **os.environ, **shared}
 
 
-def _watch(ranks: list[subprocess.Popen[bytes]], asked: list[int], logs: Path) -> int:
+def _spawn(command: Sequence[str], environment: dict[str, str], rank: int, log: Path, files: ExitStack) -> _Rank:
+    file = files.enter_context(log.open("ab"))
+    process = subprocess.Popen(
+        list(command),
+        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        stdin=subprocess.DEVNULL,
+        stdout=None if rank == 0 else file,
+        stderr=file,
+        # A terminal's Ctrl-C reaches this process alone, which then asks the ranks to save.
+        start_new_session=True,
+        preexec_fn=_follow_into_death if sys.platform == "linux" else None,
+    )
+    return _Rank(process, log, file.tell())
+
+
+def _follow_into_death() -> None:
+    """In a rank, before its program: the kernel sends SIGTERM when the launcher dies. Else it would go on unwatched."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _watch(ranks: list[_Rank], asked: list[int]) -> Ended:
+    """Wait until all ranks have ended, a failed one has had its peers' patience, or the grace of a stop is over."""
+    failed: list[int] = []  # in the order of their ends
     failed_at_s = asked_at_s = None
-    while any(rank.poll() is None for rank in ranks):
+    while any(rank.process.poll() is None for rank in ranks):
         now_s = time.monotonic()
+        failed += _newly_failed(ranks, failed)
         if asked and asked_at_s is None:
             asked_at_s = now_s
             for rank in ranks:
-                if rank.poll() is None:
-                    rank.terminate()
-        if failed_at_s is None and any(rank.returncode for rank in ranks):
+                rank.process.terminate()
+        if failed and failed_at_s is None:
             failed_at_s = now_s
         if failed_at_s is not None and now_s - failed_at_s > PATIENCE_S:
             break
         if asked_at_s is not None and now_s - asked_at_s > GRACE_S:
-            print(f"the ranks did not save and end within {GRACE_S:.0f} s and were killed", file=sys.stderr)
-            return 1
+            late = ", ".join(str(number) for number, rank in enumerate(ranks) if rank.process.poll() is None)
+            return Ended(1, f"asked to stop, ranks {late} did not save and end within {GRACE_S:.0f} s: killed", True)
         time.sleep(0.05)
-    return _verdict(ranks, logs)
+    failed += _newly_failed(ranks, failed)
+    return _verdict(ranks, failed, bool(asked))
 
 
-def _verdict(ranks: list[subprocess.Popen[bytes]], logs: Path) -> int:
-    """The job's exit code; says which rank failed. One killed by a signal is the cause, the others its victims."""
-    codes = [rank.poll() for rank in ranks]
-    failed = [number for number, code in enumerate(codes) if code]
+def _newly_failed(ranks: list[_Rank], known: list[int]) -> list[int]:
+    """Ranks that have failed since the last look: those ended by a signal first, then those that can say why."""
+    found = [number for number, rank in enumerate(ranks) if number not in known and rank.process.poll()]
+
+    def order(number: int) -> tuple[bool, bool]:
+        code = ranks[number].process.returncode
+        return code > 0, code not in EXPLAINED
+
+    return sorted(found, key=order)
+
+
+def _verdict(ranks: list[_Rank], failed: list[int], was_asked: bool) -> Ended:
+    """The job's end. A rank that was killed outright is the cause, else the first to fail: the others are victims."""
     if not failed:
-        return 0
-    first = min(failed, key=lambda number: (codes[number] or 0) > 0)
-    code = codes[first] or 1
+        return Ended(0, "", was_asked)
+    killed = [number for number in failed if ranks[number].process.returncode == -signal.SIGKILL]
+    cause = (killed or failed)[0]
+    code, log, words = ranks[cause].process.returncode, ranks[cause].log, _last_words(ranks[cause])
+    if code in EXPLAINED and words:
+        return Ended(code, words, was_asked)
+    if code == -signal.SIGTERM and was_asked:
+        return Ended(128 - code, "stopped before the ranks had met: there was nothing to save", True)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    log = logs / f"rank_{first}.log"
-    print(f"{last_words(log)}\nrank {first} {how}; its log: {log}".strip(), file=sys.stderr)
-    return code if code > 0 else 128 - code
+    why = f" ({words})" if words and code != -signal.SIGKILL else ""
+    return Ended(code if code > 0 else 128 - code, f"rank {cause} {how}{why}; its log: {log}", was_asked)
 
 
-def last_words(log: Path) -> str:
-    """The last line of a log, where a rank says why it stops; empty if there is none."""
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1].strip() if lines else ""
+def _last_words(rank: _Rank) -> str:
+    """Why a rank says it stops: the last error in its log, else the log's last line; empty if it says nothing."""
+    with rank.log.open("rb") as file:
+        file.seek(rank.log_start)
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    errors = [found[1] for line in lines if (found := re.fullmatch(r"\d{4}-\S+ \S+ ERROR (.+)", line))]
+    return (errors or lines or [""])[-1].strip()
 
 
-def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
+def _kill(ranks: list[_Rank]) -> None:
     for rank in ranks:
-        if rank.poll() is None:
-            rank.kill()
+        rank.process.kill()
     for rank in ranks:
-        rank.wait()
+        rank.process.wait()
 
 
 @contextmanager

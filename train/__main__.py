@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,49 +16,65 @@ from types import FrameType
 
 import torch
 
-from parallel import process
-from parallel.process import Groups
-from train import compose, metrics
-from train.assemble import Job, assemble
+from train import compose, metrics, run_folder
+from train.assemble import Job, assemble, join
 from train.checkpoint import CheckpointError
 from train.config import RunConfig
 from train.data.prepare import prepare
-from train.loop import NotFinite, StopRequest, run
-from train.track import ConsoleSink, JsonlSink, PictureSink, Tracker, WandbSink
+from train.loop import NotFiniteError, StopRequest, run
+from train.track import ConsoleSink, JsonlSink, PictureSink, Tracker, WandbSink, read_metrics
 
 log = logging.getLogger("train")
+
+# A sentence explains these: the settings, the data or a checkpoint were refused before anything was changed; a loss or
+# gradient was not finite; a checkpoint could not be written.
+EXIT_CODES = {ValueError: 2, NotFiniteError: 3, CheckpointError: 4}
+# All ranks meet the same mistake in the settings, and torchrun ends the rest when the first one exits.
+LET_RANK_0_SPEAK_S = 10.0
 
 
 def main(arguments: Sequence[str]) -> int:
     """One rank from settings to the end of its run; returns the exit code.
 
-    0: the schedule is done, or a checkpoint was saved on SIGTERM. 2: the settings, the data or a checkpoint were
-    refused before anything was changed. 3: a loss or gradient was not finite. 4: a checkpoint could not be written.
-    Anything unexpected is raised, so that the launcher ends the other ranks.
+    0: the schedule is done, or a checkpoint was saved on SIGTERM. Others: `EXIT_CODES`. Anything unexpected is raised,
+    so that the launcher ends the other ranks.
     """
+    rank, speaks = int(os.environ.get("RANK", "0")), os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         config = compose.load(Path(arguments[1])) if arguments[:1] == ["--config"] else compose.compose(arguments)
-        with _logging(config):
-            return _rank(config)
-    except (ValueError, NotFinite, CheckpointError) as error:
-        print(error, file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 3 if isinstance(error, NotFinite) else 4
+    except ValueError as error:
+        if speaks:
+            print(error, file=sys.stderr)
+        else:
+            time.sleep(LET_RANK_0_SPEAK_S)
+        return EXIT_CODES[ValueError]
+    expected = tuple(EXIT_CODES)
+    try:
+        with run_folder.opened(Path(config.run.dir), rank, expected):
+            _rank(config)
+    except expected as error:
+        if speaks:
+            print(error, file=sys.stderr)
+        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    return 0
 
 
-def _rank(config: RunConfig) -> int:
+def _rank(config: RunConfig) -> None:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.run.num_threads or max(1, (os.cpu_count() or 1) // local_world_size))
-    cuda = torch.cuda.is_available() if config.run.device == "auto" else config.run.device == "cuda"
     if int(os.environ.get("RANK", "0")) == 0:
         # The others wait for this rank when the process groups are made.
         prepare(config.data, log.info)
-    with _stop_on_sigterm() as stop:
-        groups = process.start(config.parallel, "cuda" if cuda else "cpu", config.mirrored)
-        job = assemble(config, groups)
-        with _alone_in(job):
-            _train(job, stop)
-        process.stop(groups)
-    return 0
+    together: Exception | None = None
+    # Until all ranks have met, SIGTERM simply ends them: there is nothing to save.
+    with join(config) as groups, _stop_on_sigterm() as stop:
+        try:
+            _train(assemble(config, groups), stop)
+        except (NotFiniteError, CheckpointError) as error:
+            # All ranks raise it. They also leave together: one that left first would look dead to the others.
+            together = error
+    if together is not None:
+        raise together
 
 
 def _train(job: Job, stop: StopRequest) -> None:
@@ -65,28 +82,27 @@ def _train(job: Job, stop: StopRequest) -> None:
     if resumed is not None:
         log.info("resumed from %s after step %d", resumed, job.step)
     if job.step >= job.schedule.num_steps:
-        if job.is_main:
-            print(f"this run is done after step {job.step}; {_where(job)}")
+        _say_where(job, f"this run is done after step {job.step}")
         return
     tracker = _track(job)
-    peak = metrics.peak_flops_per_s(
-        job.device,
-        job.groups.mesh.world_size,
-        barrier=lambda: _sum(job, 0.0) and None,
-        sum_over_ranks=lambda rate: _sum(job, rate),
-    )
     failed = True
     try:
-        done = run(job, tracker, peak, stop)
+        done = run(job, tracker, _peak_flops_per_s(job), stop)
         failed = False
     finally:
         tracker.close(failed)
-    if job.is_main:
-        print(f"done after step {job.step}; {_where(job)}" if done else f"stopped and saved after step {job.step}")
+    _say_where(job, f"done after step {job.step}" if done else f"stopped and saved after step {job.step}")
 
 
-def _sum(job: Job, number: float) -> float:
-    return float(job.gather(torch.tensor([number], dtype=torch.float64, device=job.device)).sum())
+def _peak_flops_per_s(job: Job) -> float:
+    def sum_over_ranks(number: float) -> float:
+        return float(job.gather(torch.tensor([number], dtype=torch.float64, device=job.device)).sum())
+
+    # What is measured draws random numbers, and the run's own go on where the checkpoint left them.
+    with torch.random.fork_rng(devices=[]):
+        return metrics.peak_flops_per_s(
+            job.device, job.groups.mesh.world_size, lambda: sum_over_ranks(0.0), sum_over_ranks
+        )
 
 
 def _track(job: Job) -> Tracker:
@@ -111,33 +127,30 @@ def _track(job: Job) -> Tracker:
     return Tracker([JsonlSink(folder / "metrics.jsonl", job.step), console, wandb, picture])
 
 
-def _where(job: Job) -> str:
-    """What a finished run says: how well it did, and where everything lies."""
-    rows = [f"loss curve   {job.folder / 'loss.png'}", f"metrics      {job.folder / 'metrics.jsonl'}"]
-    rows += [f"wandb        {job.folder / 'wandb'}", f"checkpoint   {job.checkpoints.latest()}"]
-    return "everything lies here:\n" + "\n".join(f"  {row}" for row in rows)
+def _say_where(job: Job, what: str) -> None:
+    """Ends a run for people: how well it predicts, and where everything lies."""
+    checkpoint = job.checkpoints.latest()
+    if job.is_main:
+        print(
+            f"{what}{_verdict(job)}\n"
+            f"  loss curve   {job.folder / 'loss.png'}\n"
+            f"  metrics      {job.folder / 'metrics.jsonl'}\n"
+            f"  wandb        {job.folder / 'wandb'}\n"
+            f"  checkpoint   {checkpoint}",
+            flush=True,
+        )
 
 
-@contextmanager
-def _logging(config: RunConfig) -> Iterator[None]:
-    """What this rank does, line by line, in `run.dir`/logs/rank_R.log; the last line of a failed one says why."""
-    rank = int(os.environ.get("RANK", "0"))
-    path = Path(config.run.dir) / "logs" / f"rank_{rank}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    level, root.level = root.level, logging.INFO
-    try:
-        yield
-    except Exception as error:
-        log.error("%s", error, exc_info=not isinstance(error, (ValueError, NotFinite, CheckpointError)))
-        raise
-    finally:
-        root.removeHandler(handler)
-        root.setLevel(level)
-        handler.close()
+def _verdict(job: Job) -> str:
+    """The last validation loss beside what counting tokens alone would reach; empty before there is one."""
+    path = job.folder / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    valid = next((row["valid/loss"] for row in reversed(rows) if "valid/loss" in row), math.nan)
+    entropy = job.valid_rows.tokens.unigram_entropy_nats
+    if math.isnan(valid) or entropy is None:
+        return ""
+    side = "below" if valid < entropy else "not below"
+    return f": validation loss {valid:.4f} nats per token, {side} the {entropy:.4f} of the same tokens' unigrams"
 
 
 @contextmanager
@@ -152,20 +165,6 @@ def _stop_on_sigterm() -> Iterator[StopRequest]:
         yield stop
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _alone_in(job: Job) -> Iterator[None]:
-    """Two jobs that write one run folder would spoil it: rank 0 holds a lock, which dies with its process."""
-    if not job.is_main:
-        yield
-        return
-    with (job.folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"run.dir={job.folder} is in use by a running job: choose another run.dir") from None
-        yield
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel import process
 from parallel.collectives import all_gather
 from parallel.expert.build import build as build_dispatch
 from parallel.expert.dispatch import Dispatch
@@ -171,6 +173,18 @@ def place(model: Transformer, dispatch: Dispatch, name: str) -> ParamInfo:
     return stacked_experts(name, shape, model.config.n_routed_experts, dispatch.first_expert)
 
 
+@contextmanager
+def join(config: RunConfig) -> Iterator[Groups]:
+    """This rank's process groups, from the moment that all ranks have met until all leave.
+
+    After an exception nobody waits for the others: the process is expected to end, which is how they hear of it.
+    """
+    cuda = torch.cuda.is_available() if config.run.device == "auto" else config.run.device == "cuda"
+    groups = process.start(config.parallel, "cuda" if cuda else "cpu", config.mirrored)
+    yield groups
+    process.stop(groups)
+
+
 def assemble(config: RunConfig, groups: Groups) -> Job:
     """Build this rank's part of the run, with its initial weights.
 
@@ -188,7 +202,7 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
         params,
         ReplicaGroups(groups.dense, groups.expert, groups.ep),
         adamw_factory(config.optimizer),
-        clip_grad_norm=config.optimizer.clip_grad_norm or None,
+        clip_grad_norm=config.optimizer.clip_grad_norm,
         weight_decay=config.optimizer.weight_decay,
     )
     attach_main_grads(model)

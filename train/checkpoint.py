@@ -46,7 +46,8 @@ class CheckpointConfig:
         interval: steps between checkpoints; 0 saves at the end only.
         keep_latest_k: checkpoints that stay; 0 keeps all.
         async_mode: `async` (or true) writes in the background, `disabled` (or false) waits for the disk.
-        resume: `auto` goes on from the run's own latest checkpoint, `never` starts anew, a path names a step folder.
+        resume: `auto` goes on from the run's own latest checkpoint, `never` starts anew (refused beside checkpoints of
+            an earlier run), a path names a step folder.
     """
 
     dir: str | None = None
@@ -312,9 +313,16 @@ def resume_decision(config: CheckpointConfig, root: Path, now: TrainState) -> tu
         now: the run as it would start: only `fingerprints` and `config` are read.
 
     Raises ValueError when the checkpoint belongs to another model, data or recipe (naming the keys and both values),
-    when only broken checkpoints are there, or when the path in `resume` is no complete checkpoint.
+    when only broken checkpoints are there, when `never` meets a checkpoint, or when the path in `resume` is no complete
+    checkpoint.
     """
     if config.resume == "never":
+        # Going on without them would delete them one by one, and a later `auto` could take them for this run's own.
+        if earlier := step_folders.find_latest(root):
+            raise ValueError(
+                f"checkpoint.resume=never would start anew beside {earlier}, a checkpoint of an earlier run: delete "
+                f"{root}, or choose another run.dir"
+            )
         return None
     if config.resume == "auto":
         found = step_folders.find_latest(root)
@@ -335,6 +343,6 @@ def resume_decision(config: CheckpointConfig, root: Path, now: TrainState) -> tu
         more = f"; and {len(differ) - MAX_NAMED_DIFFERENCES} more" if len(differ) > MAX_NAMED_DIFFERENCES else ""
         raise ValueError(
             f"checkpoint.resume={config.resume} would go on from {found}, which is of another run: {shown}{more}. "
-            "Use those settings, another run.dir, or checkpoint.resume=never"
+            "Use those settings or another run.dir"
         )
     return found, saved

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -22,8 +24,8 @@ from train.track import Tracker
 log = logging.getLogger(__name__)
 
 
-class NotFinite(ArithmeticError):
-    """A loss or a gradient is NaN or infinite: every rank raises it after the same step, weights unchanged."""
+class NotFiniteError(ArithmeticError):
+    """A loss or a gradient is NaN or infinite: all ranks raise it in the same step, of which nothing is saved."""
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Tally:
 def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) -> bool:
     """Train until the schedule is done or a stop was asked for; True when it is done. Saved either way.
 
-    Raises NotFinite; the last good checkpoint then stays as it is.
+    Raises NotFiniteError; the last good checkpoint then stays as it is.
     """
     config, schedule, timer = job.config, job.schedule, StepTimer()
     while job.step < schedule.num_steps:
@@ -54,15 +56,15 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
         update = job.optimizer.step(plan.lr)
         step_stats, stopping = reduce(job, tally, stop)
         if not (update.finite and bool(tally.losses.isfinite().all())):
-            record_not_finite(job, plan, update.grad_norm, tally)
+            stop_not_finite(job, plan, update.grad_norm, tally)
         update_bias(job.model, tally.load, plan.bias_update_rate)
         job.step += 1
         last = job.step == schedule.num_steps
         report = describe(job, plan, tally, update.grad_norm, step_stats, timer.stop(), peak_flops_per_s)
         if last or (config.evaluate.interval and job.step % config.evaluate.interval == 0):
-            report["valid_loss"] = evaluate(job)
+            report = replace(report, valid_loss=finite_valid_loss(job))
             timer.stop()
-        tracker.write(StepReport(**report))
+        tracker.write(report)
         if stopping or config.checkpoint.due(job.step, schedule.num_steps):
             tracker.checkpoint()
             job.save()
@@ -91,7 +93,7 @@ def accumulate(job: Job, plan: StepPlan, timer: StepTimer) -> Tally:
 
 
 def loss_terms(job: Job, plan: StepPlan) -> LossTerms:
-    """What every unit of a loss weighs: known before the step, so that gradients are plain sums (report, Eq. 17, 25)."""
+    """What every unit of a loss weighs: known before the step, so gradients are plain sums (report, Eq. 17, 25)."""
     num_tokens = plan.num_sequences * job.config.train.seq_len
     depth = max(1, job.config.model.num_nextn_predict_layers)
     return LossTerms(
@@ -134,67 +136,100 @@ def describe(
     stats: StepStats,
     times_s: tuple[float, float],
     peak_flops_per_s: float,
-) -> dict[str, object]:
-    """The fields of this step's StepReport."""
+) -> StepReport:
+    """What this step reports, but for the validation loss."""
     model = job.config.model
     num_tokens = plan.num_sequences * job.config.train.seq_len
     main, mtp, balance = tally.losses.tolist()
     step_s, data_wait_s = times_s
-    report: dict[str, object] = {
-        "step": plan.step + 1,
-        "loss": main / num_tokens,
-        "grad_norm": grad_norm,
-        "lr": plan.lr,
-        "consumed_tokens": plan.consumed_tokens,
-        "tokens_per_s": num_tokens / step_s,
-        "step_s": step_s,
-        "data_wait_s": data_wait_s,
-        "peak_bytes": stats.peak_bytes,
-        "mfu": metrics.mfu(job.flops_per_token, num_tokens / step_s, peak_flops_per_s),
-    }
+    report = StepReport(
+        step=plan.step + 1,
+        loss=main / num_tokens,
+        grad_norm=grad_norm,
+        lr=plan.lr,
+        consumed_tokens=plan.consumed_tokens,
+        tokens_per_s=num_tokens / step_s,
+        step_s=step_s,
+        data_wait_s=data_wait_s,
+        peak_bytes=stats.peak_bytes,
+        mfu=metrics.mfu(job.flops_per_token, num_tokens / step_s, peak_flops_per_s),
+    )
     if model.num_nextn_predict_layers:
-        report["mtp_loss"] = mtp / (model.num_nextn_predict_layers * num_tokens)
+        report = replace(report, mtp_loss=mtp / (model.num_nextn_predict_layers * num_tokens))
     if tally.load.numel():
-        report["seq_balance_loss"] = balance / plan.num_sequences
-        report["max_vio"] = metrics.max_vio(tally.load)
-        report["min_load"] = metrics.min_load(tally.load)
-        report["nodes_per_token"] = stats.nodes_per_token
-        report["internode_bytes"] = stats.internode_bytes
+        report = replace(
+            report,
+            seq_balance_loss=balance / plan.num_sequences,
+            max_vio=metrics.max_vio(tally.load),
+            min_load=metrics.min_load(tally.load),
+            nodes_per_token=stats.nodes_per_token,
+            internode_bytes=stats.internode_bytes,
+        )
     return report
 
 
-def record_not_finite(job: Job, plan: StepPlan, grad_norm: float, tally: Tally) -> None:
-    """Write which sequences made the step's loss or gradient not finite, then raise NotFinite on all ranks."""
+def finite_valid_loss(job: Job) -> float:
+    """Loss on the validation split. NotFiniteError, on all ranks, when the step's update has spoilt the weights."""
+    loss = evaluate(job)
+    if not math.isfinite(loss):
+        path = record_not_finite(job, {"step": job.step, "valid/loss": repr(loss), "sequences": []})
+        raise NotFiniteError(
+            f"step {job.step}: the validation loss is {loss} after a finite training loss, so the update was too "
+            f"large: stopped, and the step is not saved; {path} records it, and the last checkpoint is as it was"
+        )
+    return loss
+
+
+def stop_not_finite(job: Job, plan: StepPlan, grad_norm: float, tally: Tally) -> NoReturn:
+    """Write which sequences made the step's loss or gradient not finite, then raise NotFiniteError on all ranks."""
     if not any(job.gather_objects(tally.bad_sequences)):
         # The losses were finite: the weights have not changed, so each micro-batch can be asked for its gradient.
         tally.bad_sequences = sequences_with_bad_gradients(job, plan)
     found = job.gather_objects(tally.bad_sequences)
-    path = job.folder / "not_finite.json"
-    if job.is_main:
-        sequences = [
-            {"rank": rank, "sequence": sequence, "documents": job.train_rows.documents_of(sequence)}
-            for rank, bad in enumerate(found)
-            for sequence in bad
-        ]
-        what = {"step": plan.step + 1, "grad_norm": repr(grad_norm), "sequences": sequences}
-        path.write_text(json.dumps(what, indent=1) + "\n")
-    norm = f"gradient norm {grad_norm}" if math.isfinite(grad_norm) else "gradient not finite"
-    raise NotFinite(
-        f"step {plan.step + 1}: loss or gradient is not finite ({norm}, {sum(map(len, found))} sequences): stopped "
-        f"without changing the weights; the sequences are in {path}, the last checkpoint is of an earlier step"
+    sequences = [describe_sequence(job, rank, position) for rank, bad in enumerate(found) for position in bad]
+    path = record_not_finite(job, {"step": plan.step + 1, "grad_norm": repr(grad_norm), "sequences": sequences})
+    raise NotFiniteError(
+        f"step {plan.step + 1}: loss or gradient is not finite (gradient norm {grad_norm}, {len(sequences)} "
+        f"sequences): stopped, and the step is not saved; {path} lists them, and the last checkpoint is as it was"
     )
 
 
-def sequences_with_bad_gradients(job: Job, plan: StepPlan) -> list[int]:
-    """Those of this rank's sequences whose micro-batch, alone, makes a dense gradient that is not finite.
+def record_not_finite(job: Job, what: dict[str, object]) -> Path:
+    """Rank 0 writes what is known into the run's folder; where."""
+    path = job.folder / "not_finite.json"
+    if job.is_main:
+        path.write_text(json.dumps(what, indent=1) + "\n")
+    return path
 
-    An expert's gradient also comes from other ranks' tokens, so it accuses nobody.
+
+def describe_sequence(job: Job, rank: int, position: int) -> dict[str, object]:
+    """Where a sequence was trained on and which text it is cut from."""
+    documents = [document._asdict() for document in job.train_rows.documents(position)]
+    return {"rank": rank, "sequence": position, "documents": documents}
+
+
+def sequences_with_bad_gradients(job: Job, plan: StepPlan) -> list[int]:
+    """Those of this rank's sequences whose micro-batch, alone, makes a gradient that is not finite.
+
+    A dense gradient accuses the rank's own micro-batch. An expert's also comes from other ranks' tokens: where nothing
+    else is to blame, it accuses all that were trained on at that moment.
     """
     bad: list[int] = []
-    dense = [param for name, param in job.model.named_parameters() if not job.model.is_expert(name)]
     for first, count in job.micro_batches(plan):
         job.optimizer.zero_grad()
         job.model(job.train_rows.rows(first, count).to(job.device), loss_terms(job, plan)).total.backward()
-        if not all(bool(param.main_grad.isfinite().all()) for param in dense):
+        mine = bad_gradients(job)
+        everyone = job.gather_objects(mine)
+        blame = "dense" if any("dense" in kinds for kinds in everyone) else "expert"
+        if blame in mine or (blame == "expert" and any("expert" in kinds for kinds in everyone)):
             bad += range(first, first + count)
     return bad
+
+
+def bad_gradients(job: Job) -> set[str]:
+    """Which of the kinds "dense" and "expert" have a gradient on this rank that is not finite."""
+    return {
+        "expert" if job.model.is_expert(name) else "dense"
+        for name, param in job.model.named_parameters()
+        if not bool(param.main_grad.isfinite().all())  # type: ignore[attr-defined]
+    }

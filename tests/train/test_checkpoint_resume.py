@@ -73,7 +73,9 @@ def test_resume(tmp_path: Path) -> None:
     found = checkpoints.resume(state(0))
     assert found is not None
     assert found[0] == tmp_path / "step-00000008" and found[1].step == 8
-    assert resume_decision(CheckpointConfig(resume="never"), tmp_path, state(0)) is None
+    assert resume_decision(CheckpointConfig(resume="never"), tmp_path / "empty", state(0)) is None
+    with pytest.raises(ValueError, match=r"checkpoint.resume=never .*step-00000008.*another run.dir"):
+        resume_decision(CheckpointConfig(resume="never"), tmp_path, state(0))
     explicit = CheckpointConfig(resume=str(tmp_path / "step-00000004"))
     chosen = resume_decision(explicit, tmp_path / "elsewhere", state(0))
     assert chosen is not None and chosen[1].step == 4
