@@ -194,6 +194,7 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
         raise ValueError(
             f"parallel.pp={config.parallel.pp}: this version checks and plans pipelines, but trains with one stage only"
         )
+    torch.manual_seed(config.train.seed)  # nothing in a step draws from it; what ever will does so reproducibly
     dispatch = build_dispatch(config.model.n_routed_experts, groups)
     model = build_model(config, dispatch, groups.device)
     params = [(place(model, dispatch, name), param, decays(param.shape)) for name, param in model.named_parameters()]
