@@ -11,9 +11,9 @@ profile  a side to profile instead of comparing.
 
 All sides hold the same number of parameters, read the same tokens in fp32, and use torch's fused AdamW. Ours is what
 `python -m train` runs in one process: the same model, local dispatch, native sharded optimizer, gradients in
-`main_grad`, global norm taken. The others train neither multi-token prediction, which is left out, nor the balance loss,
-which ours still computes, with a factor of zero. "GEMM" is a product of two 2048 x 2048 fp32 matrices, timed in the same
-turns: a side's share of its rate counts model FLOPs (6 per active weight and token, causal attention halved).
+`main_grad`, global norm taken. The others train neither multi-token prediction, which is left out, nor the balance
+loss, which ours still computes, with a factor of zero. "GEMM" is a product of two 2048 x 2048 fp32 matrices, timed in
+the same turns: a side's share of its rate counts model FLOPs (6 per active weight and token, causal attention halved).
 """
 
 from __future__ import annotations
