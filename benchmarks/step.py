@@ -208,7 +208,10 @@ def prepare(name: str, config: ModelConfig) -> Side | None:
     # Logits of unit variance, the widest of the initialisations here, start half a nat above ln V.
     if not abs(first - guess) < 1:
         raise SystemExit(f"{name} starts at loss {first}, not near ln V = {guess:.3f}")
-    print(f"{name}: {want} parameters, first loss {first:.3f}, two steps after {time.perf_counter() - began:.1f} s")
+    print(
+        f"{name}: {want} parameters, first loss {first:.3f}, two steps after {time.perf_counter() - began:.1f} s",
+        flush=True,
+    )
     return side
 
 
