@@ -116,7 +116,7 @@ def test_every_edit_is_refused_or_proves_harmless(case: tuple) -> None:
     assert num_changed > 0.8 * EDITS_PER_SCHEDULE and num_refused > 0.6 * num_changed
 
 
-def test_forward_lists_lose_nothing_either() -> None:
+def test_forward_lists_neither_lose_nor_displace_a_chunk() -> None:
     schedule = make_forward(("dualpipe", 4, 7, None, 0))
     verify(schedule)
     for rank, actions in enumerate(schedule.ranks):
@@ -124,6 +124,10 @@ def test_forward_lists_lose_nothing_either() -> None:
             lists = list(schedule.ranks)
             lists[rank] = actions[:at] + actions[at + 1 :]
             assert "missing" in refusal(replace(schedule, ranks=tuple(lists)))
+            # On another rank nothing but its stage's place speaks against a lone forward.
+            for other in set(range(4)) - {rank}:
+                moved = [*lists[:other], (*lists[other], actions[at]), *lists[other + 1 :]]
+                assert f"is on rank {rank}" in refusal(replace(schedule, ranks=tuple(moved)))
 
 
 BASE = """schedule hand training
