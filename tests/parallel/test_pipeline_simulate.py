@@ -163,6 +163,8 @@ def test_results_that_leave_early_hide_the_links() -> None:
     assert bubble(64, latency=0.1) > bubble(32, latency=0.1) + 4
     assert bubble(64, latency=0.1, early=0.2) == pytest.approx(bubble(32, latency=0.1, early=0.2))
     assert bubble(64, latency=0.1, early=0.2) < 10
+    # A stage of half the size has half as much weight gradient left: this hides half of the link.
+    assert bubble(64, latency=0.1, early=0.1) > bubble(32, latency=0.1, early=0.1) + 2
 
 
 def ticking(schedule: Schedule, costs: dict[str, int], latency: int) -> dict[Chunk, tuple[int, int]]:
