@@ -95,7 +95,7 @@ class Forked:
 
     def __init__(self, settings: Sequence[str], run_dir: Path, num_ranks: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train.__main__", "torch._dynamo", "parallel.zero.deepspeed_engine"])
+        context.set_forkserver_preload(["train.__main__", "torch._dynamo", "deepspeed"])
         arguments = [*settings, f"run.dir={run_dir}"]
         port, log = free_port(), run_dir.with_suffix(".log")
         self.run_dir = run_dir
