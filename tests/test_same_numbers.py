@@ -151,7 +151,7 @@ def experts_reduced_over_the_dense_group() -> Iterator[None]:
     from parallel.zero.sets import ReplicaGroups
     from train import assemble
 
-    with mock.patch.object(assemble, "ReplicaGroups", lambda dense, expert, ep: ReplicaGroups(dense, dense, ep)):
+    with mock.patch.object(assemble, "ReplicaGroups", lambda dense, expert, *rest: ReplicaGroups(dense, dense, *rest)):
         yield
 
 
@@ -160,7 +160,7 @@ def ep_left_out_of_the_norm() -> Iterator[None]:
     from parallel.zero.sets import ReplicaGroups
     from train import assemble
 
-    with mock.patch.object(assemble, "ReplicaGroups", lambda dense, expert, ep: ReplicaGroups(dense, expert, None)):
+    with mock.patch.object(assemble, "ReplicaGroups", lambda dense, expert, *rest: ReplicaGroups(dense, expert, world=expert)):
         yield
 
 
