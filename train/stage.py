@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from train.model.loss import LossTerms
@@ -54,51 +53,43 @@ class WeightGradients:
 
 
 class Stage:
-    """One slice: keeps each micro-batch's record from its forward to its backward, and adds up what they report."""
+    """One slice: keeps each micro-batch's record from its forward to its backward, and what each reports."""
 
     def __init__(self, model: Transformer, weight_gradients: WeightGradients, record: Callable[[], Record]) -> None:
-        """record: makes the tape of one micro-batch."""
+        """weight_gradients: the sink that the model was built with. record: makes the tape of one micro-batch."""
         self.model, self._weight_gradients, self._new_record = model, weight_gradients, record
         self._records: dict[int, Record] = {}
-        self._peak_records = 0
+        self.reports: dict[int, Report] = {}
+        self.peak_records = 0
 
-    def begin(self, tokens: Callable[[int], Tensor], terms: LossTerms, training: bool = True) -> None:
-        """Make ready for a step, or for an evaluation.
+    def begin(self, tokens: Callable[[int], Tensor], terms: LossTerms) -> None:
+        """Make ready for a step. tokens: micro-batch to its rows [B, S + 1], asked for by the ends of the model only."""
+        self._tokens, self._terms = tokens, terms
+        self.reports = {}
+        self.peak_records = 0
 
-        tokens: micro-batch to its rows [B, S + 1].
+    def forward(self, micro_batch: int, x: Tensor | None) -> Steps[Tensor | None]:
+        """x [B, S, hidden] from the stage before -> what the next one needs, of the same shape.
+
+        In evaluation mode nothing is kept but the report.
         """
-        self._tokens, self._terms, self._training = tokens, terms, training
-        self.model.train(training)
-        self.report = self.model.empty_report(next(self._devices()))
-        self.reports: dict[int, Tensor] = {}
+        parts = self.model.parts
+        tokens = self._tokens(micro_batch) if parts.embedding or parts.head else None
+        if not self.model.training:
+            y, self.reports[micro_batch] = yield from self.model.steps(tokens, x, self._terms, Inline())
+            return y
+        record = self._new_record()
+        x = None if x is None else record.enter(x)
+        y, self.reports[micro_batch] = yield from self.model.steps(tokens, x, self._terms, record)
+        self._records[micro_batch] = record
+        self.peak_records = max(self.peak_records, len(self._records))
+        return None if y is None else record.leave(y)
 
-    def forward(self, micro_batch: int, x: Tensor | None) -> Generator[None, None, Tensor | None]:
-        """x [B, S, hidden] from the stage before -> what the next one needs, of the same shape."""
-        tokens = self._tokens(micro_batch)
-        if not self._training:
-            with torch.no_grad():
-                y, report = yield from self.model.steps(tokens, x, self._terms, Inline())
-        else:
-            record = self._new_record()
-            y, report = yield from self.model.steps(
-                tokens, None if x is None else record.enter(x), self._terms, record
-            )
-            if y is not None:
-                record.leave(y)
-            self._records[micro_batch] = record
-        self._add(micro_batch, report)
-        return y
-
-    def backward(self, micro_batch: int, dy: Tensor | None) -> Generator[None, None, Tensor | None]:
+    def backward(self, micro_batch: int, dy: Tensor | None) -> Steps[Tensor | None]:
         """dy and the result [B, S, hidden]. Weight gradients wait for `weight_gradients`."""
         self._weight_gradients.begin(micro_batch)
         return (yield from self._records.pop(micro_batch).backward(dy))
 
     def weight_gradients(self, micro_batch: int) -> None:
-        """Add the weight gradients that this micro-batch's backward has left to `main_grad`."""
+        """Add the weight gradients that this micro-batch's backward has left so far to `main_grad`."""
         self._weight_gradients.take(micro_batch)
-
-    def _add(self, micro_batch: int, report: Report) -> None:
-        self.report.sums.add_(report.sums)
-        self.report.load.add_(report.load)
-        self.reports[micro_batch] = report.sums

@@ -44,29 +44,29 @@ def connect(placement: Placement, mesh: Mesh) -> dict[Channel, dist.ProcessGroup
 
 
 class Links:
-    """One rank's ends of the links, for tensors of one shape. `open` a schedule, then `take` and `send` in its order."""
+    """One rank's ends of the links. `open` a schedule, then `take` and `send` in its order."""
 
     def __init__(
         self,
         rank: int,
         groups: Mapping[Channel, dist.ProcessGroup],
-        shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
         slots: int = 2,
     ) -> None:
         """rank: in the pipeline. slots: receives that are posted ahead on every link."""
         self._rank, self._groups, self._slots = rank, groups, slots
-        self._shape, self._dtype, self._device = shape, dtype, device
+        self._dtype, self._device = dtype, device
+        self._shape: tuple[int, ...] = ()
         self._placement: Placement | None = None
         self._expected: dict[Channel, deque[Chunk]] = {}
         self._posted: dict[Channel, deque[tuple[Chunk, Tensor, dist.Work]]] = {}
         self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
         self._here: dict[Chunk, Tensor] = {}
 
-    def open(self, schedule: Schedule) -> None:
-        """Post the first receives of a schedule."""
-        self._placement = schedule.placement
+    def open(self, schedule: Schedule, shape: tuple[int, ...]) -> None:
+        """Post the first receives of a schedule, whose tensors all have this shape."""
+        self._placement, self._shape = schedule.placement, shape
         for channel, expected in messages(schedule).items():
             if channel.target == self._rank:
                 self._expected[channel] = deque(message.consumer for message in expected)

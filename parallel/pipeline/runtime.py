@@ -36,9 +36,9 @@ class Runtime:
     def __init__(self, rank: int, stages: Mapping[int, Stage], links: Links) -> None:
         self._rank, self._stages, self._links = rank, stages, links
 
-    def run(self, schedule: Schedule) -> None:
-        """Do this rank's list from its first action to its last."""
-        self._links.open(schedule)
+    def run(self, schedule: Schedule, shape: tuple[int, ...]) -> None:
+        """Do this rank's list from its first action to its last; stages hand on tensors of `shape`."""
+        self._links.open(schedule, shape)
         for action in schedule.ranks[self._rank]:
             self._do(action)
         self._links.close()

@@ -97,20 +97,22 @@ class Transformer(nn.Module):
         return Output(torch.as_tensor(tape.total), report.sums, report.load)
 
     def steps(
-        self, tokens: Tensor, x: Tensor | None, terms: LossTerms, tape: Tape
+        self, tokens: Tensor | None, x: Tensor | None, terms: LossTerms, tape: Tape
     ) -> Steps[tuple[Tensor | None, Report]]:
         """One micro-batch through the parts held here.
 
-        tokens [B, S + 1]; x [B, S, hidden], what the part before sends, None where the embedding is. Returns what the
-        next part needs, None where the head is, and the report of this part.
+        tokens [B, S + 1], needed by embedding and head; x [B, S, hidden], what the part before sends, None where the
+        embedding is. Returns what the next part needs, None where the head is, and the report of this part.
         """
-        report = self.empty_report(tokens.device)
         if self.parts.embedding:
+            assert tokens is not None
             x = tape.compute(partial(self.embed_tokens, tokens[:, :-1]))
         assert x is not None
+        report = self.empty_report(x.device)
         x = yield from self.run_layers(x, terms, tape, report)
         if not self.parts.head:
             return x, report
+        assert tokens is not None
         x = tape.compute(self.norm, x)
         main = tape.compute(partial(self.predict, labels=tokens[:, 1:]), x)
         tape.loss(main, terms.main)
