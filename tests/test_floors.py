@@ -17,7 +17,7 @@ DOORS = {
     "wandb": {"train/track.py"},
     "hydra": {"train/compose.py"},
     "tokenizers": {"train/data/tokenizer.py"},
-    "matplotlib": {"train/picture.py"},
+    "matplotlib": {"train/picture.py", "train/picture_rows.py"},
     "transformer_engine": set(),
     "datasets": set(),
     "safetensors": set(),

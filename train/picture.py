@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -64,10 +65,17 @@ def headline(axes: Axes, text: str, note: str = "") -> None:
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Writes the PNG aside and moves it in place, so that whoever watches the file never sees half of it."""
+    """Writes the picture aside and moves it in place, so that whoever watches the file never sees half of it.
+
+    An SVG where the name ends so, with its text as text; else a PNG. The same figure gives the same bytes.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.part")
-    figure.savefig(aside, format="png")
+    if out.suffix == ".svg":
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "halocline"}):
+            figure.savefig(aside, format="svg", metadata={"Date": None})
+    else:
+        figure.savefig(aside, format="png")
     aside.replace(out)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,15 @@ import torch
 import yaml
 
 MAX_NAMED_DIFFERENCES = 8
+# The settings that a fingerprint is made from, by the names that people gave them.
+_SECTIONS = {
+    "model": ("model.",),
+    "data": ("data.",),
+    "recipe": ("train.", "optimizer.", "lr_scheduler.", "moe.", "mtp.", "precision."),
+}
+# These change no number, and where a run ends is part of the recipe only if a phase's border depends on it.
+_FREE = ("train.micro_batch_size", "data.num_workers")
+_END = ("train.max_steps", "train.max_tokens")
 
 
 def capture_rng() -> str:
@@ -77,7 +86,8 @@ class TrainState:
 def differences(now: TrainState, saved: TrainState) -> list[str]:
     """One phrase per setting in which the model, data or recipe of two runs differ: key, saved value, value now.
 
-    Settings are read from the fingerprints; where those are no list of settings, from the resolved configs.
+    The fingerprints decide whether they differ. Settings are named as in the resolved configs; where those agree (the
+    text behind `data.source` has changed, say), as in the fingerprints.
     """
     configs = _flat(now.config), _flat(saved.config)
     found: list[str] = []
@@ -85,9 +95,26 @@ def differences(now: TrainState, saved: TrainState) -> list[str]:
         texts = now.fingerprints.get(room, ""), saved.fingerprints.get(room, "")
         if texts[0] == texts[1]:
             continue
-        phrases = _phrases(_flat(texts[0]), _flat(texts[1]), known=configs[0], room=room)
-        found += phrases or _phrases(*configs, known=configs[0], room=room) or [f"{room}: {texts[1]!r} != {texts[0]!r}"]
+        found += (
+            _settings(room, *configs)
+            or _phrases(_flat(texts[0]), _flat(texts[1]), known=configs[0], room=room)
+            or _phrases(*configs, known=configs[0], room=room)
+            or [f"{room}: {texts[1]!r} != {texts[0]!r}"]
+        )
     return list(dict.fromkeys(found))
+
+
+def _settings(room: str, now: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+    """Phrases for a room's own settings; those for the run's end only if no other one explains the difference."""
+
+    def phrases(wanted: Callable[[str], bool]) -> list[str]:
+        ours = [{key: value for key, value in each.items() if wanted(key)} for each in (now, saved)]
+        return _phrases(ours[0], ours[1], known=now, room=room)
+
+    def is_firm(key: str) -> bool:
+        return key.startswith(_SECTIONS.get(room, ())) and key not in (*_FREE, *_END)
+
+    return phrases(is_firm) or (phrases(lambda key: key in _END) if room == "recipe" else [])
 
 
 def _phrases(now: dict[str, Any], saved: dict[str, Any], known: Mapping[str, Any], room: str) -> list[str]:

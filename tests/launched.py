@@ -1,0 +1,139 @@
+"""Jobs in processes of their own, for tests: started as a user starts them, watched and struck from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.runs import environment, train_main
+from tests.spawn import free_port
+from train.track import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT_S = 240.0
+
+
+class Launched:
+    """One running command; a context manager, so that a failing test leaves no process behind."""
+
+    def __init__(self, command: Sequence[str], run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=dict(environment()),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in self.ranks():
+            _strike(pid, signal.SIGKILL)
+        self.process.kill()
+        self.process.communicate()
+
+    def finish(self) -> tuple[int, str, str]:
+        """Exit code, standard output, standard error."""
+        out, err = self.process.communicate(timeout=LIMIT_S)
+        return self.process.returncode, out, err
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks, by rank: the children of the command that have a RANK, as /proc shows them."""
+        found: dict[int, int] = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                settings = (entry / "environ").read_bytes().split(b"\0") if parent == self.process.pid else []
+            except OSError:
+                continue  # it ended while we looked
+            found |= {int(item[5:]): int(entry.name) for item in settings if item.startswith(b"RANK=")}
+        return [found[rank] for rank in sorted(found)]
+
+    def strike(self, rank: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to one rank, if it still lives."""
+        ranks = self.ranks()
+        if rank < len(ranks):
+            _strike(ranks[rank], number)
+
+    def wait_for_step(self, step: int) -> None:
+        """Return when `metrics.jsonl` has this step, or the command has ended."""
+        self.wait_for(lambda: last_step(self.run_dir) >= step)
+
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        """Return when it has happened, or the command has ended."""
+        end_s = time.monotonic() + LIMIT_S
+        while not happened() and self.process.poll() is None:
+            assert time.monotonic() < end_s, "nothing happened"
+            time.sleep(0.01)
+
+
+def local(settings: Sequence[str], run_dir: Path) -> Launched:
+    """`python -m launch local`."""
+    return Launched(["-m", "launch", "local", *settings, f"run.dir={run_dir}"], run_dir)
+
+
+def torchrun(settings: Sequence[str], run_dir: Path, num_ranks: int) -> Launched:
+    """`torchrun --standalone ... -m train`."""
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m", "train"]
+    return Launched([*start, *settings, f"run.dir={run_dir}"], run_dir)
+
+
+class Forked:
+    """The ranks of one job, forked from a process that has everything imported: a start takes a moment, not seconds."""
+
+    def __init__(self, settings: Sequence[str], run_dir: Path, num_ranks: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["train.__main__", "torch._dynamo", "parallel.zero.deepspeed_engine"])
+        arguments = [*settings, f"run.dir={run_dir}"]
+        port, log = free_port(), run_dir.with_suffix(".log")
+        self.run_dir = run_dir
+        self.processes = [
+            context.Process(target=_forked_rank, args=(rank, num_ranks, port, arguments, log), daemon=True)
+            for rank in range(num_ranks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def codes(self) -> list[int | None]:
+        """The exit codes of all ranks once they have ended; minus the signal's number for one ended by a signal."""
+        for process in self.processes:
+            process.join(LIMIT_S)
+        return [process.exitcode for process in self.processes]
+
+    def wait_for_step(self, step: int) -> None:
+        """Return when `metrics.jsonl` has this step, or a rank has ended."""
+        end_s = time.monotonic() + LIMIT_S
+        while last_step(self.run_dir) < step and all(process.is_alive() for process in self.processes):
+            assert time.monotonic() < end_s, "nothing happened"
+            time.sleep(0.005)
+
+
+def _forked_rank(rank: int, num_ranks: int, port: int, arguments: list[str], log: Path) -> None:
+    os.environ.update(environment())
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(num_ranks))
+    sys.stdout = sys.stderr = log.open("a", buffering=1)
+    sys.exit(train_main(arguments))
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step in a run's `metrics.jsonl`, 0 without any."""
+    path = run_dir / "metrics.jsonl"
+    return max((int(row["step"]) for row in read_metrics(path)), default=0) if path.exists() else 0
+
+
+def _strike(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
