@@ -160,7 +160,9 @@ def ep_left_out_of_the_norm() -> Iterator[None]:
     from parallel.zero.sets import ReplicaGroups
     from train import assemble
 
-    with mock.patch.object(assemble, "ReplicaGroups", lambda dense, expert, *rest: ReplicaGroups(dense, expert, world=expert)):
+    with mock.patch.object(
+        assemble, "ReplicaGroups", lambda dense, expert, *rest: ReplicaGroups(dense, expert, world=expert)
+    ):
         yield
 
 

@@ -85,7 +85,5 @@ def forward_costs(config: ModelConfig, seq_len: int) -> tuple[list[float], float
     dense = _attention(config) + 3 * config.hidden_size * config.intermediate_size + core
     head = float(config.hidden_size * config.vocab_size)
     depth = 2 * config.hidden_size**2 + moe + head
-    layers = [
-        moe if index >= config.first_k_dense_replace else dense for index in range(config.num_hidden_layers)
-    ]
+    layers = [moe if index >= config.first_k_dense_replace else dense for index in range(config.num_hidden_layers)]
     return layers, head + config.num_nextn_predict_layers * depth

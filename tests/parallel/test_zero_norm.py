@@ -8,9 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.shards import ParamInfo
 from parallel.zero.norm import global_norm, sum_of_squares
-from parallel.zero.sets import ReplicaGroups, split_sets
 from tests.spawn import Ranks
 
 

@@ -112,9 +112,7 @@ def make_groups(dp: int, ep: int) -> ReplicaGroups:
         return next(group for ranks, group in made if rank in ranks)
 
     everyone = own([list(range(dp))])
-    return ReplicaGroups(
-        dense=everyone, expert=own([list(range(i, dp, ep)) for i in range(ep)]), world=everyone
-    )
+    return ReplicaGroups(dense=everyone, expert=own([list(range(i, dp, ep)) for i in range(ep)]), world=everyone)
 
 
 @dataclass

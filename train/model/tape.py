@@ -22,11 +22,11 @@ Steps = Generator[None, None, Result]
 class Trip(Protocol):
     """One communication and its reverse. Plain tensors, no autograd; each is run once, the reverse after."""
 
-    def there(self, *inputs: Tensor) -> Steps[tuple[Tensor, ...]]:
+    def there(self, *inputs: Any, **_: Any) -> Steps[tuple[Tensor, ...]]:
         """Launch, yield, and return what arrives."""
         ...
 
-    def back(self, *d_outputs: Tensor) -> Steps[tuple[Tensor, ...]]:
+    def back(self, *d_outputs: Any, **_: Any) -> Steps[tuple[Tensor, ...]]:
         """The same for gradients: of the outputs in, of the inputs out."""
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ class Report(NamedTuple):
     """What a micro-batch leaves besides its gradient."""
 
     sums: Tensor
-    """Detached float64 [main, mtp, balance]: cross-entropies in nats summed over tokens (and depths), balance losses summed
-    over MoE layers and sequences."""
+    """Detached float64 [main, mtp, balance]: cross-entropies in nats summed over tokens (and depths), balance losses
+    summed over MoE layers and sequences."""
     load: Tensor
     """Tokens that selected each expert, int64 [num_routers, E]; zeros unless training with gradients."""
 
@@ -128,10 +128,10 @@ class Transformer(nn.Module):
     def run_layers(self, x: Tensor, terms: LossTerms, tape: Tape, report: Report) -> Steps[Tensor]:
         """The layers held here: x [B, S, hidden] -> the same shape."""
         table = rotation_table(self.config, x.shape[1], x.device, x.dtype)
-        for index, layer in self.layers.items():
+        for index, layer in self._blocks():
             x, stats = yield from layer.steps(x, table, tape)
             if stats is not None:
-                self._account(int(index) - self.config.first_k_dense_replace, stats, terms, tape, report)
+                self._account(index - self.config.first_k_dense_replace, stats, terms, tape, report)
         return x
 
     def _account(self, number: int, stats: RouterStats, terms: LossTerms, tape: Tape, report: Report) -> None:
@@ -152,7 +152,7 @@ class Transformer(nn.Module):
         positions.
         """
         table = rotation_table(self.config, hidden.shape[1], hidden.device, hidden.dtype)
-        for k, module in enumerate(self.mtp, start=1):
+        for k, module in enumerate(self._depths(), start=1):
             joined = tape.compute(partial(self._join, module, tokens[:, k:-1]), hidden)
             x, stats = yield from module.layer.steps(joined, table[: joined.shape[1]], tape)
             self._account(self.config.num_moe_layers + k - 1, stats, terms, tape, report)
@@ -163,6 +163,12 @@ class Transformer(nn.Module):
 
     def _join(self, module: MTPModule, tokens: Tensor, hidden: Tensor) -> Tensor:
         return module.join(hidden[:, : tokens.shape[1]], self.embed_tokens(tokens))
+
+    def _blocks(self) -> list[tuple[int, DenseBlock | MoEBlock]]:
+        return [(int(index), cast(DenseBlock | MoEBlock, layer)) for index, layer in self.layers.items()]
+
+    def _depths(self) -> list[MTPModule]:
+        return [cast(MTPModule, module) for module in self.mtp]
 
     def routers(self) -> dict[int, Router]:
         """The routers held here by their number: main layers in order, then prediction depths."""
