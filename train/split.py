@@ -1,4 +1,4 @@
-"""Which part of the model each stage of a pipeline holds: by hand, or so that the slowest stage is as fast as can be."""
+"""Which part of the model each stage of a pipeline holds: given by hand, or balanced by the work of a token."""
 
 from __future__ import annotations
 

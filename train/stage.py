@@ -63,7 +63,7 @@ class Stage:
         self.peak_records = 0
 
     def begin(self, tokens: Callable[[int], Tensor], terms: LossTerms) -> None:
-        """Make ready for a step. tokens: micro-batch to its rows [B, S + 1], asked for by the ends of the model only."""
+        """Make ready for a step. tokens: micro-batch to its rows [B, S + 1], which the ends of the model ask for."""
         self._tokens, self._terms = tokens, terms
         self.reports = {}
         self.peak_records = 0

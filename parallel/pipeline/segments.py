@@ -131,7 +131,7 @@ class Segments:
 
 
 def _number_of(tensor: Tensor) -> int:
-    return tensor._segment_number  # type: ignore[attr-defined, no-any-return]
+    return tensor._segment_number  # type: ignore[attr-defined]
 
 
 def interleave(first: Steps[T], second: Steps[U]) -> tuple[T, U]:
