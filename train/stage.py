@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from train.model.loss import LossTerms
@@ -41,6 +42,7 @@ class WeightGradients:
         self._micro_batch = micro_batch
         self._waiting[micro_batch] = []
 
+    @torch.no_grad()
     def take(self, micro_batch: int) -> None:
         """Do all that has been left for a micro-batch so far."""
         waiting = self._waiting[micro_batch]
