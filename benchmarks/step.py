@@ -7,13 +7,14 @@ sides    ours, ours_compiled, transformers, transformers_compiled, torchtitan, t
          is not installed is told and left out. At size M a side holds 3 GB.
 clock    cpu (default with one thread): processor seconds, which neighbours hardly change. wall: with several threads.
 malloc   system, or tuned: start again with allocator settings that keep large blocks, for all sides alike.
+clip     largest gradient norm; 0: the others do not take the norm, ours does. Their own trainers clip to 1.
 profile  a side to profile instead of comparing.
 
 All sides hold the same number of parameters, read the same tokens in fp32, and use torch's fused AdamW. Ours is what
 `python -m train` runs in one process: the same model, local dispatch, native sharded optimizer, gradients in
-`main_grad`, global norm taken. The others train neither multi-token prediction, which is left out, nor the balance loss,
-which ours still computes, with a factor of zero. "GEMM" is a product of two 2048 x 2048 fp32 matrices, timed in the same
-turns: a side's share of its rate counts model FLOPs (6 per active weight and token, causal attention halved).
+`main_grad`, global norm taken. The others train neither multi-token prediction, which is left out, nor the balance
+loss, which ours still computes, with a factor of zero. "GEMM" is a product of two 2048 x 2048 fp32 matrices, timed in
+the same turns: a side's share of its rate counts model FLOPs (6 per active weight and token, causal attention halved).
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ DEFAULTS = {
     "threads": "1",
     "clock": "",
     "malloc": "system",
+    "clip": "0",
     "profile": "",
 }
 TUNED = {
@@ -132,14 +134,14 @@ class Batches:
         return self._batches[self._number % 4]
 
 
-def ours(config: ModelConfig, compile: bool = False) -> Side:
+def ours(config: ModelConfig, clip: float, compile: bool = False) -> Side:
     dispatch = LocalDispatch(config.n_routed_experts)
     with torch.device("meta"):
         model = Transformer(config, dispatch, TorchEngine(), kernels=Kernels(compile=compile))
     init_weights(model, config, 0, torch.float32, "cpu")
     params = [(place(model, dispatch, name), param, decays(param.shape)) for name, param in model.named_parameters()]
     factory = adamw_factory(OptimConfig())
-    optimizer = build("native", params, ReplicaGroups(), factory, clip_grad_norm=0.0, weight_decay=WEIGHT_DECAY)
+    optimizer = build("native", params, ReplicaGroups(), factory, clip_grad_norm=clip, weight_decay=WEIGHT_DECAY)
     attach_main_grads(model)
     batches, terms = Batches(config), LossTerms(1 / (BATCH * config.max_position_embeddings), 0.0, 0.0)
 
@@ -153,7 +155,7 @@ def ours(config: ModelConfig, compile: bool = False) -> Side:
     return Side(sum(param.numel() for param in model.parameters()), step)
 
 
-def peer(config: ModelConfig, make: Callable[[ModelConfig], _peers.Peer]) -> Side:
+def peer(config: ModelConfig, clip: float, make: Callable[[ModelConfig], _peers.Peer]) -> Side:
     torch.manual_seed(0)
     model, loss = make(config)
     optimizer = torch.optim.AdamW(
@@ -165,6 +167,8 @@ def peer(config: ModelConfig, make: Callable[[ModelConfig], _peers.Peer]) -> Sid
         tokens = batches.next()
         value = loss(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
         value.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return value.detach()
@@ -172,11 +176,11 @@ def peer(config: ModelConfig, make: Callable[[ModelConfig], _peers.Peer]) -> Sid
     return Side(sum(param.numel() for param in model.parameters()), step)
 
 
-SIDES: dict[str, Callable[[ModelConfig], Side]] = {
+SIDES: dict[str, Callable[[ModelConfig, float], Side]] = {
     "ours": ours,
-    "ours_compiled": lambda config: ours(config, compile=True),
+    "ours_compiled": lambda config, clip: ours(config, clip, compile=True),
     **{
-        make.__name__: (lambda make: lambda config: peer(config, make))(make)
+        make.__name__: (lambda make: lambda config, clip: peer(config, clip, make))(make)
         for make in (
             _peers.transformers,
             _peers.transformers_compiled,
@@ -187,11 +191,11 @@ SIDES: dict[str, Callable[[ModelConfig], Side]] = {
 }
 
 
-def prepare(name: str, config: ModelConfig) -> Side | None:
+def prepare(name: str, config: ModelConfig, clip: float) -> Side | None:
     """A side that has proven to hold the same model and to learn; None, and a line that says why, if it cannot run."""
     began = time.perf_counter()
     try:
-        side = SIDES[name](config)
+        side = SIDES[name](config, clip)
         first, _ = float(side.step()), side.step()
     except ImportError as error:
         print(f"{name}: not installed ({error})", flush=True)
@@ -208,7 +212,10 @@ def prepare(name: str, config: ModelConfig) -> Side | None:
     # Logits of unit variance, the widest of the initialisations here, start half a nat above ln V.
     if not abs(first - guess) < 1:
         raise SystemExit(f"{name} starts at loss {first}, not near ln V = {guess:.3f}")
-    print(f"{name}: {want} parameters, first loss {first:.3f}, two steps after {time.perf_counter() - began:.1f} s")
+    print(
+        f"{name}: {want} parameters, first loss {first:.3f}, two steps after {time.perf_counter() - began:.1f} s",
+        flush=True,
+    )
     return side
 
 
@@ -288,7 +295,7 @@ def main(arguments: list[str]) -> None:
     torch.set_num_threads(int(settings["threads"]))
     describe(settings, config)
     names = [settings["profile"]] if settings["profile"] else settings["sides"].split(",")
-    sides = {name: side for name in names if (side := prepare(name, config)) is not None}
+    sides = {name: side for name in names if (side := prepare(name, config, float(settings["clip"]))) is not None}
     if settings["profile"]:
         for side in sides.values():
             profile(side.step)

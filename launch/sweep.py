@@ -89,11 +89,12 @@ def _attempt(job: list[str], outcome: Outcome, run: Callable[[RunConfig], Ended]
         config = replace(config, run=replace(config.run, dir=str(outcome.folder)))
         if _is_finished(config):
             print("finished before", flush=True)
+            ended = Ended(0)
         else:
             ended = run(config)
-            outcome.reason = ended.reason
-            outcome.status = "stopped" if ended.was_asked else "failed"
-        outcome.status = "done" if _is_finished(config) else outcome.status
+        outcome.reason, outcome.status = ended.reason, "failed" if ended.code else "done"
+        if ended.was_asked and not _is_finished(config):
+            outcome.status = "stopped"
     except ValueError as error:
         outcome.status, outcome.reason = "failed", str(error)
     if outcome.reason:

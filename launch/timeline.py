@@ -5,6 +5,9 @@
 
 Costs are of 1 / parallel.pp of the model; a pair costs f + b + w unless cost.pair says otherwise. Micro-batches are
 those of one pipeline, over all its directions. A file that ends in .json is a trace for ui.perfetto.dev.
+
+`events=FILE` names such a trace of a real step: it is drawn under the simulated one, rank by rank, and where no cost is
+given the costs are those that it shows.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from parallel.pipeline.actions import Action, Pair
-from parallel.pipeline.events import write_trace
+from parallel.pipeline.events import Event, read_trace, write_trace
+from parallel.pipeline.measure import check_recorded, idle_s, measured_costs
 from parallel.pipeline.registry import build
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import Costs, Simulation, simulate
@@ -24,7 +30,8 @@ from train.picture_rows import Bar, Rows, Swatch, draw_rows, shades
 
 NEEDED = ("pipeline.schedule", "parallel.pp", "pipeline.num_micro_batches")
 COSTS = ("f", "b", "w", "pair", "latency", "early")
-KEYS = (*NEEDED, "pipeline.pairs", "pipeline.stages_per_rank", *(f"cost.{name}" for name in COSTS), "out", "json")
+OPTIONS = ("pipeline.pairs", "pipeline.stages_per_rank", "events", "out", "json")
+KEYS = (*NEEDED, *OPTIONS, *(f"cost.{name}" for name in COSTS))
 SUFFIXES = (".svg", ".png", ".json")
 # What each kind is called, and its colours from a rank's first stage (or direction) to its last.
 KINDS = {
@@ -49,54 +56,76 @@ def timeline(settings: Sequence[str]) -> int:
     as_json = _switch(given, "json", False)
     out = _out(given, as_json is True)
     verify(schedule)
+    recorded = read_trace(Path(given["events"])) if "events" in given else []
+    if recorded:
+        check_recorded(schedule, recorded)
+        if not any(key.startswith("cost.") for key in given):
+            costs = measured_costs(schedule, recorded)
     result = simulate(schedule, costs)
     if out is not None:
-        draw(result, out)
+        draw(result, out, recorded)
     if as_json:
-        print(json.dumps(numbers(result)))
+        print(json.dumps(numbers(result, recorded)))
     else:
-        print(table(result))
+        print(table(result, recorded))
         print(f"\n{'trace' if out and out.suffix == '.json' else 'picture'}: {out}")
     return 0
 
 
-def numbers(result: Simulation) -> dict[str, float | list[float]]:
-    """Step, and per rank bubble and peak activations, without the last digits' noise of added times."""
-    return {
+def numbers(result: Simulation, recorded: Sequence[Event] = ()) -> dict[str, Any]:
+    """Step, and per rank bubble and peak activations, without the last digits' noise of added times.
+
+    With a recorded step also its length and idle times, under `recorded`.
+    """
+    found = {
         "step": _plain(result.step),
         "bubble": [_plain(idle) for idle in result.bubble],
         "peak_activations": [_plain(peak) for peak in result.peak_activations],
     }
+    if not recorded:
+        return found
+    step, idle = idle_s(recorded, len(result.bubble))
+    return found | {"recorded": {"step": _plain(step), "bubble": [_plain(time) for time in idle]}}
 
 
-def table(result: Simulation) -> str:
+def table(result: Simulation, recorded: Sequence[Event] = ()) -> str:
     """The same as lines of text."""
-    rows = [("rank", "step", "bubble", "of step", "peak activations")]
+    rows = [["rank", "step", "bubble", "of step", "peak activations"]]
     for rank, (idle, peak) in enumerate(zip(result.bubble, result.peak_activations, strict=True)):
-        rows.append((str(rank), f"{result.step:.6g}", _short(idle), f"{idle / result.step:.1%}", _short(peak)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        rows.append([str(rank), _short(result.step), _short(idle), f"{idle / result.step:.1%}", _short(peak)])
+    if recorded:
+        step, idles = idle_s(recorded, len(result.bubble))
+        rows[0] += ["recorded step", "bubble", "of step"]
+        for row, idle in zip(rows[1:], idles, strict=True):
+            row += [_short(step), _short(idle), f"{idle / step:.1%}"]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def draw(result: Simulation, out: Path) -> None:
-    """Writes the step as a picture (.svg, .png) or as a trace (.json)."""
+def draw(result: Simulation, out: Path, recorded: Sequence[Event] = ()) -> None:
+    """Writes the step as a picture (.svg, .png) or as a trace (.json); a recorded step rank by rank under it."""
     schedule = result.schedule
     if out.suffix == ".json":
         write_trace(result.events, out, _title(schedule))
         return
+    num_ranks = schedule.placement.num_ranks
+    idle = sum(result.bubble) / (num_ranks * result.step)
+    note = f"one step takes {_short(result.step)}, of which ranks idle {idle:.1%}"
+    names = [f"rank {rank}" for rank in range(num_ranks)]
+    entries = [(_short(a), _short(b)) for a, b in zip(result.bubble, result.peak_activations, strict=True)]
+    rows_of = [(event, event.rank) for event in result.events]
+    if recorded:
+        step, idles = idle_s(recorded, num_ranks)
+        note += f", the recorded one {_short(step)} and {sum(idles) / (num_ranks * step):.1%}"
+        names = [name for rank in range(num_ranks) for name in (f"rank {rank}", "recorded")]
+        entries = [entry for rank in range(num_ranks) for entry in (entries[rank], (_short(idles[rank]), ""))]
+        first_s = min(event.start_s for event in recorded)
+        moved = [replace(e, start_s=e.start_s - first_s, stop_s=e.stop_s - first_s) for e in recorded]
+        rows_of = [(event, 2 * rank) for event, rank in rows_of] + [(event, 2 * event.rank + 1) for event in moved]
     palette = _palette(schedule)
-    bars = [
-        Bar(event.rank, event.start_s, event.stop_s, *_look(schedule, palette, event.action)) for event in result.events
-    ]
-    idle = sum(result.bubble) / (len(result.bubble) * result.step)
-    rows = Rows(
-        title=_title(schedule),
-        note=f"one step takes {result.step:.6g}, of which ranks idle {idle:.1%}. {_shades_mean(schedule)}",
-        unit="time, in the unit of the costs",
-        names=[f"rank {rank}" for rank in range(schedule.placement.num_ranks)],
-        columns=("bubble", "peak"),
-        entries=[(_short(a), _short(b)) for a, b in zip(result.bubble, result.peak_activations, strict=True)],
-    )
+    bars = [Bar(row, event.start_s, event.stop_s, *_look(schedule, palette, event.action)) for event, row in rows_of]
+    unit = "time, s" if recorded else "time, in the unit of the costs"
+    rows = Rows(_title(schedule), f"{note}. {_shades_mean(schedule)}", unit, names, ("bubble", "peak"), entries)
     draw_rows(rows, bars, _key(schedule, palette), out)
 
 

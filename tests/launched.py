@@ -107,9 +107,19 @@ class Forked:
             process.start()
 
     def codes(self) -> list[int | None]:
-        """The exit codes of all ranks once they have ended; minus the signal's number for one ended by a signal."""
+        """The exit codes of all ranks once they have ended; minus the signal's number for one ended by a signal.
+
+        When one has failed the others get a moment and are killed then, as launchers do: those that still wait for it
+        to join the job cannot know.
+        """
+        end_s = time.monotonic() + LIMIT_S
+        while any(process.is_alive() for process in self.processes) and time.monotonic() < end_s:
+            if any(process.exitcode for process in self.processes):
+                end_s = min(end_s, time.monotonic() + 2)
+            time.sleep(0.01)
         for process in self.processes:
-            process.join(LIMIT_S)
+            process.kill()
+            process.join()
         return [process.exitcode for process in self.processes]
 
     def wait_for_step(self, step: int) -> None:

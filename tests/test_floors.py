@@ -25,7 +25,10 @@ DOORS = {
 }
 # Outside assembly, rules between rooms may read the pure arithmetic of `parallel`: no torch, no processes.
 RULES = "train/config.py"
-PURE = {"parallel.mesh", "parallel.expert.placement", "parallel", "parallel.expert"}
+PURE = {
+    *("parallel.mesh", "parallel.expert.placement", "parallel", "parallel.expert"),
+    *("parallel.pipeline", "parallel.pipeline.registry"),
+}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 

@@ -70,7 +70,7 @@ def sweep(overrides: Iterable[str]) -> list[list[str]]:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise ValueError(_sentence(error, [])) from None
+        raise ValueError(_sentence(error, list(overrides))) from None
     choices = [
         [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
         if item.is_sweep_override()
@@ -97,21 +97,37 @@ def _schema() -> DictConfig:
 def _sentence(error: HydraException, settings: list[str]) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for setting in settings:
-        key = setting.split("=")[0].lstrip("+~")
+        key, _, value = setting.lstrip("+~").partition("=")
+        if not _is_readable(setting):
+            return f"{setting} cannot be read as key=value: {lines[0]}"
+        files = sorted(path.stem for path in (CONFIGS / key).glob("*.yaml")) if key in _groups() else []
+        if files and value not in (*files, "null"):
+            return f"{key}={value} is not one of {', '.join(files)}"
         near = difflib.get_close_matches(key, _keys(), n=1, cutoff=0.6)
         if any(key in line for line in lines) and key not in _keys():
             return f"{key} is not a key of the config" + (f"; did you mean {near[0]}?" if near else "")
     return " ".join(lines[:12])
 
 
+def _is_readable(setting: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(setting)
+    except HydraException:
+        return False
+    return True
+
+
+def _groups() -> list[str]:
+    return [path.name for path in CONFIGS.iterdir() if path.is_dir()]
+
+
 def _keys() -> list[str]:
     def walk(node: DictConfig, prefix: str) -> Iterable[str]:
         for key in node:
-            full = f"{prefix}{key}"
+            full = f"{prefix}{key!s}"
             yield full
             child = node._get_node(key)
             if isinstance(child, DictConfig) and not child._is_none():
                 yield from walk(child, f"{full}.")
 
-    with_groups = [path.name for path in CONFIGS.iterdir() if path.is_dir()]
-    return [*walk(_schema(), ""), *with_groups]
+    return [*walk(_schema(), ""), *_groups()]

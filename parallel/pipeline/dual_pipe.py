@@ -16,8 +16,8 @@ from parallel.pipeline.schedule import Schedule
 def dualpipe(placement: Placement, num_micro_batches: int) -> Schedule:
     """Half of the micro-batches enter at either end. placement: `bidirectional`.
 
-    Bubble (P/2-1)(F&B+D-3W) where F = B >= W, at most P + 1 activations, two copies of the weights. ValueError unless
-    ranks and micro-batches are even in number and there are at least two micro-batches per rank.
+    Bubble (P/2-1)(F&B+D-3W) where F = B >= W and F&B <= F+D, at most P + 1 activations, two copies of the weights.
+    ValueError unless ranks and micro-batches are even in number and at least two micro-batches come per rank.
     """
     num_ranks = placement.num_ranks
     if num_ranks % 2:
@@ -39,8 +39,8 @@ def dualpipe(placement: Placement, num_micro_batches: int) -> Schedule:
 def dualpipev(placement: Placement, num_micro_batches: int) -> Schedule:
     """All micro-batches enter at rank 0 and come back to it. placement: `vee`.
 
-    Bubble (P-1)(F&B+D-3W)/2 where F = B >= W, at most P + 1/2 activations, one copy of the weights. ValueError for
-    fewer than two micro-batches per rank.
+    Bubble (P-1)(F&B+D-3W)/2 where F = B >= W and F&B <= F+D, at most P + 1/2 activations, one copy of the
+    weights. ValueError for fewer than two micro-batches per rank.
     """
     _check_enough("dualpipev", placement.num_ranks, num_micro_batches)
     return Schedule("dualpipev", placement, (num_micro_batches,), _eight_steps(placement, num_micro_batches))

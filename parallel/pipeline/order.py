@@ -58,28 +58,25 @@ def needs(placement: Placement, action: Action) -> tuple[Chunk, ...]:
     return tuple(chunk for chunk in needed if chunk not in action.parts)
 
 
-def walk(schedule: Schedule) -> Iterator[tuple[int, int, Action]]:
-    """All actions as (rank, index in its list, action), in an order in which they can run.
+def walk(schedule: Schedule) -> Iterator[tuple[int, Action, tuple[Chunk, ...]]]:
+    """All actions as (rank, action, what it needs), in an order in which they can run.
 
     Ranks never wait for a message to be taken, only for one to arrive. Raises ScheduleError when no rank can go on.
     """
     done: set[Chunk] = set()
-    at = [0] * len(schedule.ranks)
+    ahead = [
+        [(action, needs(schedule.placement, action)) for action in reversed(actions)] for actions in schedule.ranks
+    ]
     moved = True
     while moved:
         moved = False
-        for rank, actions in enumerate(schedule.ranks):
-            while at[rank] < len(actions):
-                action = actions[at[rank]]
-                if not done.issuperset(needs(schedule.placement, action)):
-                    break
-                yield rank, at[rank], action
+        for rank, rest in enumerate(ahead):
+            while rest and done.issuperset(rest[-1][1]):
+                action, needed = rest.pop()
+                yield rank, action, needed
                 done.update(action.parts)
-                at[rank] += 1
                 moved = True
-    stuck = [
-        f"rank {rank} at {actions[at[rank]]}" for rank, actions in enumerate(schedule.ranks) if at[rank] < len(actions)
-    ]
+    stuck = [f"rank {rank} at {rest[-1][0]}" for rank, rest in enumerate(ahead) if rest]
     if stuck:
         raise ScheduleError(f"deadlock: {', '.join(stuck)} wait for what never comes")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-from parallel.pipeline.actions import Action, Chunk, Pair
+from parallel.pipeline.actions import Action, Chunk
 from parallel.pipeline.events import Event
-from parallel.pipeline.order import Channel, messages, needs, peak_chunks, walk
+from parallel.pipeline.order import Channel, messages, peak_chunks, walk
 from parallel.pipeline.placement import Placement
 from parallel.pipeline.schedule import Schedule
 
@@ -45,45 +46,72 @@ class Costs:
         if not any(any(cost) if isinstance(cost, Sequence) else cost for cost in (self.f, self.b, self.w)):
             raise ValueError("cost.f=0, cost.b=0 and cost.w=0: at least one of them must be above 0")
 
-    def check(self, placement: Placement) -> None:
-        """ValueError unless costs per stage are as many as a route has stages."""
-        for name in ("f", "b", "w"):
-            value = getattr(self, name)
-            if isinstance(value, Sequence) and len(value) != placement.num_slices:
-                raise ValueError(f"cost.{name} has {len(value)} costs for {placement.num_slices} stages")
+    def durations(self, placement: Placement) -> Callable[[Action], float]:
+        """What each action costs on a placement. ValueError unless costs per stage are as many as its stages."""
+        prices = {
+            (kind, stage): self._price(placement, kind, stage)
+            for kind in "FBW"
+            for stage in range(placement.num_stages)
+        }
+        gain = 1.0
+        if self.pair is not None:
+            whole_model = sum(prices[kind, stage] for kind in "FBW" for stage in placement.routes[0])
+            gain = self.pair * placement.num_ranks / whole_model
 
-    def of(self, placement: Placement, action: Action) -> float:
-        """What an action costs on this placement."""
-        serial = sum(self._part(placement, part.kind, part.stage) for part in action.parts)
-        if self.pair is None or not isinstance(action, Pair):
-            return serial
-        apart = sum(
-            self._part(placement, kind, stage) for kind in ("f", "b", "w") for stage in placement.routes[0]
-        )  # of a whole model
-        return serial * self.pair * placement.num_ranks / apart
+        def duration(action: Action) -> float:
+            apart = sum(prices[part.kind, part.stage] for part in action.parts)
+            return apart * gain if action.kind == "pair" else apart
 
-    def _part(self, placement: Placement, kind: str, stage: int) -> float:
+        return duration
+
+    def lead(self, placement: Placement, event: Event) -> float:
+        """How long before the event's end its results leave."""
+        if event.action.kind not in ("D", "pair"):
+            return 0.0
+        return min(self.early * placement.stage_size, event.stop_s - event.start_s)
+
+    def _price(self, placement: Placement, kind: str, stage: int) -> float:
         value: Cost = getattr(self, kind.lower())
-        return value[placement.position(stage)] if isinstance(value, Sequence) else value * placement.stage_size
+        if not isinstance(value, Sequence):
+            return value * placement.stage_size
+        if len(value) != placement.num_slices:
+            raise ValueError(f"cost.{kind.lower()} has {len(value)} costs for {placement.num_slices} stages")
+        return value[placement.position(stage)]
 
 
 @dataclass(frozen=True)
 class Simulation:
     """One step. Times in the costs' unit; lists have one entry per rank of the pipeline.
 
+    costs: those that it was simulated with.
     step: from the first action's start to the last one's end, over all ranks.
     bubble: idle time within the step.
     peak_activations: most activations alive at once; 1 = those of one micro-batch through 1 / num_ranks of the model.
-    receive_slots: per channel, the most results that lie ready at the receiver before it takes them: with as many
-        receive buffers no result waits at its sender.
     """
 
     schedule: Schedule
+    costs: Costs
     events: tuple[Event, ...]
     step: float
     bubble: tuple[float, ...]
     peak_activations: tuple[float, ...]
-    receive_slots: dict[Channel, int]
+
+    def receive_slots(self) -> dict[Channel, int]:
+        """Per channel, the most results that lie at the receiver before it takes them: with as many receive buffers
+        none waits at its sender."""
+        starts: dict[Chunk, float] = {}
+        arrives: dict[Chunk, float] = {}
+        for event in self.events:
+            left = event.stop_s - self.costs.lead(self.schedule.placement, event)
+            starts |= dict.fromkeys(event.action.parts, event.start_s)
+            arrives |= dict.fromkeys(event.action.parts, left + self.costs.latency)
+        slots = {}
+        for channel, sent in messages(self.schedule).items():
+            # At one and the same time what is taken makes room before the next arrives.
+            changes = [(starts[message.consumer], -1) for message in sent]
+            changes += [(arrives[message.producer], 1) for message in sent]
+            slots[channel] = max(1, *accumulate(change for _, change in sorted(changes)))
+        return slots
 
 
 def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
@@ -93,46 +121,28 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
     """
     costs = costs or Costs()
     placement = schedule.placement
-    costs.check(placement)
+    duration = costs.durations(placement)
     results: dict[Chunk, tuple[int, float]] = {}  # rank, and when the result exists there
     free = [0.0] * placement.num_ranks
     busy = [0.0] * placement.num_ranks
     events = []
-    for rank, _, action in walk(schedule):
-        made = (results[chunk] for chunk in needs(placement, action))
+    for rank, action, needed in walk(schedule):
+        made = (results[chunk] for chunk in needed)
         there = (at + (costs.latency if owner != rank else 0.0) for owner, at in made)
         start = max(free[rank], *there, 0.0)
-        cost = costs.of(placement, action)
-        stop = start + cost
-        early = min(costs.early * placement.stage_size, cost) if action.kind in ("D", "pair") else 0.0
+        event = Event(rank, start, start + duration(action), action)
+        left = event.stop_s - costs.lead(placement, event)
         for part in action.parts:
-            results[part] = (rank, stop if part.kind == "W" else stop - early)
-        free[rank] = stop
-        busy[rank] += cost
-        events.append(Event(rank, start, stop, action))
+            results[part] = (rank, event.stop_s if part.kind == "W" else left)
+        free[rank] = event.stop_s
+        busy[rank] += duration(action)
+        events.append(event)
     step = max(free)
     return Simulation(
         schedule,
+        costs,
         tuple(events),
         step,
         tuple(step - time for time in busy),
         tuple(chunks * placement.stage_size for chunks in peak_chunks(schedule)),
-        _receive_slots(schedule, events, results, costs.latency),
     )
-
-
-def _receive_slots(
-    schedule: Schedule, events: Sequence[Event], results: dict[Chunk, tuple[int, float]], latency: float
-) -> dict[Channel, int]:
-    starts = {part: event.start_s for event in events for part in event.action.parts}
-    slots = {}
-    for channel, sent in messages(schedule).items():
-        arrivals = [(results[message.producer][1] + latency, 1) for message in sent]
-        takings = [(starts[message.consumer], -1) for message in sent]
-        waiting, most = 0, 1
-        # At one and the same time what is taken makes room before the next arrives.
-        for _, change in sorted(arrivals + takings):
-            waiting += change
-            most = max(most, waiting)
-        slots[channel] = most
-    return slots

@@ -41,7 +41,7 @@ def verify(schedule: Schedule) -> Report:
     _check_kinds_in_order(schedule)
     result = simulate(schedule)  # refuses a deadlock
     _check_first_in_first_out(schedule)
-    return Report(peak_chunks(schedule), result.peak_activations, result.receive_slots)
+    return Report(peak_chunks(schedule), result.peak_activations, result.receive_slots())
 
 
 def _check_ranks(schedule: Schedule) -> None:

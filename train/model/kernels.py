@@ -59,8 +59,8 @@ def swiglu_backward(da: Tensor, h: Tensor, row_weights: Tensor | None) -> tuple[
         da = da * column
     dh = torch.empty_like(h)
     d_gate, d_up = dh.chunk(2, -1)
-    d_up.copy_(silu.mul_(da))
-    d_gate.copy_(torch.ops.aten.silu_backward(da * up, gate))
+    torch.mul(silu, da, out=d_up)
+    torch.ops.aten.silu_backward(da * up, gate, grad_input=d_gate)
     return a.to(h.dtype), dh, d_row_weights
 
 

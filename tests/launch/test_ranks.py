@@ -1,0 +1,141 @@
+"""Ranks are started, watched and ended together, and the one that failed is named; here they are plain Python."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from launch import ranks
+from launch.ranks import Ended, start_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+START = """
+import os, signal, sys, time
+rank = int(os.environ["RANK"])
+def explain(text):
+    print(f"2030-01-01 00:00:00,000 ERROR {text}", file=sys.stderr, flush=True)
+"""
+
+
+def start(body: str, num_ranks: int, logs: Path) -> Ended:
+    return start_ranks([sys.executable, "-c", START + textwrap.dedent(body)], num_ranks, logs)
+
+
+def test_the_environment_of_torchrun(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+    print(*[os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")])
+    """
+    assert start(body, 3, tmp_path) == Ended(0)
+    # Rank 0 speaks to the terminal, the others to their logs.
+    assert capfd.readouterr().out == "0 0 3 3 127.0.0.1\n"
+    assert [(tmp_path / f"rank_{rank}.log").read_text() for rank in range(3)] == [
+        "",
+        "1 1 3 3 127.0.0.1\n",
+        "2 2 3 3 127.0.0.1\n",
+    ]
+
+
+def test_a_killed_rank_is_named_not_its_victims(tmp_path: Path) -> None:
+    body = """
+    if rank == 2:
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.3 if rank == 1 else 100)
+    explain("rank 1: connection closed by peer")
+    sys.exit(1)
+    """
+    start_s = time.monotonic()
+    ended = start(body, 4, tmp_path)
+    assert ended == Ended(137, f"rank 2 was ended by SIGKILL; its log: {tmp_path / 'rank_2.log'}")
+    assert time.monotonic() - start_s < 30  # ranks 0 and 3 would have slept for 100 s
+
+
+def test_the_first_to_fail_is_named_with_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "rank_1.log").write_text("2030-01-01 00:00:00,000 ERROR of an earlier job\n")
+    body = """
+    if rank == 1:
+        print("RuntimeError: out of ideas", file=sys.stderr)
+        sys.exit(1)
+    time.sleep(1)
+    explain("a victim's words")
+    sys.exit(2)
+    """
+    ended = start(body, 2, tmp_path)
+    why = f"rank 1 failed with exit code 1 (RuntimeError: out of ideas); its log: {tmp_path / 'rank_1.log'}"
+    assert ended == Ended(1, why)
+
+
+def test_what_all_ranks_say_is_said_once(tmp_path: Path) -> None:
+    body = """
+    explain("train.seq_len=7 is odd")
+    print("a library's farewell", file=sys.stderr)
+    sys.exit(2)
+    """
+    assert start(body, 3, tmp_path) == Ended(2, "train.seq_len=7 is odd")
+
+
+def _launcher(body: str, logs: Path) -> subprocess.Popen[str]:
+    code = f"""
+from pathlib import Path
+from launch.ranks import start_ranks
+import sys
+print(start_ranks([sys.executable, "-c", {START + textwrap.dedent(body)!r}], 2, Path({str(logs)!r})), flush=True)
+"""
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+SAVES = """
+def save(*_):
+    print("saved", rank, flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+print("ready", rank, file=sys.stderr, flush=True)
+while True:
+    time.sleep(0.1)
+"""
+
+
+def _wait_for_ready(logs: Path) -> None:
+    end_s = time.monotonic() + 60
+    paths = [logs / f"rank_{rank}.log" for rank in range(2)]
+    while not all(path.exists() and "ready" in path.read_text() for path in paths):
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_is_passed_on(tmp_path: Path, number: int) -> None:
+    launcher = _launcher(SAVES, tmp_path)
+    _wait_for_ready(tmp_path)
+    launcher.send_signal(number)
+    out, _ = launcher.communicate(timeout=60)
+    assert "saved 0" in out and repr(Ended(0, "", True)) in out
+    assert "saved 1" in (tmp_path / "rank_1.log").read_text()
+
+
+def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
+    launcher = _launcher(SAVES, tmp_path)
+    _wait_for_ready(tmp_path)
+    launcher.kill()
+    # The pipe is at its end when rank 0, which shares it, has ended too.
+    assert "saved 0" in launcher.communicate(timeout=60)[0]
+
+
+def test_a_rank_that_does_not_save_in_time_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "GRACE_S", 0.5)
+    body = """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if rank == 1 else lambda *_: sys.exit(0))
+    if rank == 1:
+        os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(100)
+    """
+    ended = start(body, 2, tmp_path)
+    assert ended.was_asked and ended.code == 1
+    assert "ranks 1 did not save and end within" in ended.reason
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -1,0 +1,205 @@
+"""The config tree: every file composes, every key is known, every mistake is one sentence naming field, value, rule."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from train import compose
+from train.compose import CONFIGS
+from train.config import RunConfig
+from train.model.config import ModelConfig
+from train.model.transformer import Transformer
+from train.precision.linear import TorchEngine
+
+FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_every_file_composes_and_reads_back(file: Path, tmp_path: Path) -> None:
+    # Two cannot stand alone: double needs the engine that can hold it, 64-way experts a model that has them.
+    needs = {"fp64": ["zero.engine=native"], "v3_h800_2048": ["experiment=v3_h800_2048"]}
+    config = compose.compose([f"{file.parent}={file.name}", *needs.get(file.name, [])])
+    (tmp_path / "config.yaml").write_text(compose.text(config))
+    assert compose.load(tmp_path / "config.yaml") == config
+
+
+def keys_of_class(kind: Any, prefix: str = "") -> Iterator[str]:
+    for field in dataclasses.fields(kind):
+        default = field.default if field.default is not dataclasses.MISSING else None
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        nested = ModelConfig if field.name == "model" and not prefix else default
+        if dataclasses.is_dataclass(nested):
+            yield from keys_of_class(nested, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def keys_of_tree(tree: Any, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from keys_of_tree(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+@pytest.mark.parametrize("settings", [[], ["experiment=first_run"], ["experiment=v3_h800_2048"]], ids=str)
+def test_the_tree_holds_every_key_of_the_dataclasses_and_no_other(settings: list[str]) -> None:
+    tree = OmegaConf.to_container(compose.raw(settings), resolve=True)
+    assert isinstance(tree, dict)
+    assert set(keys_of_tree(tree)) == set(keys_of_class(RunConfig))
+
+
+MISTAKES = [
+    # (settings, words of the sentence): typos
+    ("train.sequence_len=64", "train.sequence_len", "train.seq_len"),
+    ("optimizer.weigth_decay=0.1", "optimizer.weigth_decay", "optimizer.weight_decay"),
+    ("modle=tiny", "modle", "model"),
+    ("+train.extra=1", "train.extra", ""),
+    ("train.seq_len.deeper=1", "train.seq_len.deeper", ""),
+    # groups
+    ("model=huge", "model=huge", "tiny"),
+    ("precision=fp8", "precision=fp8", "bf16"),
+    ("experiment=unknown", "experiment=unknown", "first_run"),
+    # types
+    ("train.seq_len=long", "train.seq_len", "long"),
+    ("train.seq_len=1.5", "train.seq_len", "1.5"),
+    ("optimizer.beta1=yes_please", "optimizer.beta1", "yes_please"),
+    ("run.compile=perhaps", "run.compile", "perhaps"),
+    ("train.seq_len=null", "train.seq_len", ""),
+    # not a setting at all
+    ("train.seq_len", "train.seq_len", ""),
+    ("train.seq_len=[1", "train.seq_len=[1", ""),
+    # rules of one room
+    ("train.seq_len=0", "train.seq_len=0", "below 1"),
+    ("zero.engine=fsdp", "zero.engine=fsdp", "native"),
+    ("checkpoint.interval=-1", "checkpoint.interval=-1", "negative"),
+    ("track.wandb=maybe", "track.wandb=maybe", "offline"),
+    ("parallel.dispatch=ring", "parallel.dispatch='ring'", "two_hop"),
+    ("pipeline.schedule=gpipe", "pipeline.schedule=gpipe", "dualpipe"),
+    ("run.device=tpu", "run.device=tpu", "cuda"),
+    ("run.num_threads=0", "run.num_threads=0", "at least 1"),
+    ("evaluate.num_sequences=0", "evaluate.num_sequences=0", "at least 1"),
+    ("data.valid_fraction=2", "data.valid_fraction=2", "below 1"),
+    # rules between rooms
+    ("parallel.dp=4 parallel.ep=3", "parallel.ep=3", "parallel.dp=4"),
+    ("parallel.dp=3", "parallel.dp=3", "train.global_batch_size"),
+    ("train.seq_len=8192", "train.seq_len=8192", "model.max_position_embeddings=4096"),
+    ("train.seq_len=1", "train.seq_len=1", "model.num_nextn_predict_layers=1"),
+    ("data.vocab_size=5000", "data.vocab_size=5000", "model.vocab_size=2048"),
+    ("precision=fp64", "zero.engine=deepspeed", "precision=fp64"),
+    ("data.valid_fraction=0", "data.valid_fraction=0", "evaluate"),
+    ("train.micro_batch_size=3", "train.micro_batch_size=3", "multiple"),
+    (
+        "parallel.dp=16 parallel.ep=16 train.micro_batch_size=1 parallel.dispatch=flat model.n_routed_experts=24",
+        "",
+        "16",
+    ),
+    ("model.n_group=5", "model.n_group=5", "model.n_routed_experts=16"),
+    ("model.topk_group=9", "model.topk_group=9", ""),
+    ("parallel.dp=2 parallel.ep=2 parallel.dispatch=local", "parallel.dispatch=local", "parallel.ep=1, not 2"),
+]
+
+
+@pytest.mark.parametrize(("settings", "field", "rule"), MISTAKES, ids=[each[0] for each in MISTAKES])
+def test_a_mistake_is_one_sentence(settings: str, field: str, rule: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        compose.compose(settings.split(" "))
+    said = str(caught.value)
+    assert field in said and rule in said, said
+    assert len(said.splitlines()) == 1 and len(said) < 400, said
+
+
+def test_the_published_run() -> None:
+    """DeepSeek-V3 report, sections 3 and 4.2."""
+    config = compose.compose(["experiment=v3_h800_2048"])
+    assert (config.parallel.pp, config.parallel.ep, config.parallel.pp * config.parallel.dp) == (16, 64, 2048)
+    assert config.parallel.nodes * 8 == 2048
+    model = config.model
+    assert (model.num_hidden_layers, model.hidden_size, model.first_k_dense_replace) == (61, 7168, 3)
+    assert (model.n_routed_experts, model.num_experts_per_tok, model.n_shared_experts) == (256, 8, 1)
+    assert (model.num_attention_heads, model.kv_lora_rank, model.q_lora_rank) == (128, 512, 1536)
+    assert (model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim) == (128, 64, 128)
+    assert (model.moe_intermediate_size, model.num_nextn_predict_layers, model.initializer_range) == (2048, 1, 0.006)
+    # A token goes to at most 4 of the 8 nodes of its expert group.
+    assert (model.n_group, model.topk_group) == (8, 4)
+    assert config.train.max_tokens == 14_800_000_000_000 and config.train.seq_len == 4096
+    assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.weight_decay) == (0.9, 0.95, 0.1)
+    assert config.optimizer.clip_grad_norm == 1.0 and config.optimizer.moments_dtype == "bf16"
+    assert config.moe.seq_aux_coeff == 0.0001
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lr", "sequences", "gamma", "mtp"),
+    [
+        # Warmed up, the batch still growing; then 15360 sequences from 469 B on.
+        (0.2e12, 2.2e-4, None, 0.001, 0.3),
+        (0.47e12, 2.2e-4, 15360, 0.001, 0.3),
+        (9.99e12, 2.2e-4, 15360, 0.001, 0.3),
+        # The cosine's middle, its MTP weight of 0.1, and its end.
+        (12.15e12, (2.2e-4 + 2.2e-5) / 2, 15360, 0.001, 0.1),
+        (14.299e12, 2.2e-5, 15360, 0.001, 0.1),
+        (14.31e12, 2.2e-5, 15360, 0.0, 0.1),
+        (14.632e12, 2.2e-5, 15360, 0.0, 0.1),
+        (14.634e12, 7.3e-6, 15360, 0.0, 0.1),
+        (14.799e12, 7.3e-6, 15360, 0.0, 0.1),
+    ],
+)
+def test_the_published_recipe(tokens: float, lr: float, sequences: int | None, gamma: float, mtp: float) -> None:
+    schedule = compose.compose(["experiment=v3_h800_2048"]).schedule()
+    plan = schedule.at(schedule.step_at(int(tokens)))
+    # The report gives two digits; a step is 63 M tokens of 4.3 T.
+    assert plan.lr == pytest.approx(lr, rel=1e-3)
+    assert (plan.bias_update_rate, plan.mtp_loss_weight) == (gamma, mtp)
+    if sequences is None:
+        assert 3072 < plan.num_sequences < 15360
+    else:
+        assert plan.num_sequences == sequences
+
+
+def test_the_published_warm_up_and_end() -> None:
+    schedule = compose.compose(["experiment=v3_h800_2048"]).schedule()
+    assert schedule.at(0).num_sequences == 3072
+    # 2000 steps, converted to tokens through the growing batch.
+    assert schedule.at(1999).lr == pytest.approx(2.2e-4) and schedule.at(1990).lr < 2.2e-4
+    last = schedule.at(schedule.num_steps - 1)
+    assert 14.8e12 <= last.consumed_tokens < 14.8e12 + 15360 * 4096
+
+
+class AllExperts:
+    """What a model without memory needs to know of dispatch: that every expert is here."""
+
+    first_expert = 0
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_local_experts = num_experts
+
+
+def test_the_published_sizes() -> None:
+    """The released checkpoint: main model and router biases; the prediction module, less what it shares, apart."""
+    config = compose.compose(["model=v3_671b"]).model
+    with torch.device("meta"):
+        model = Transformer(config, AllExperts(config.n_routed_experts), TorchEngine(torch.device("meta")))
+    names = dict(model.named_parameters())
+    main = sum(param.numel() for name, param in names.items() if not name.startswith("mtp."))
+    prediction = sum(param.numel() for name, param in names.items() if name.startswith("mtp."))
+    biases = [bias for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    main_biases = sum(b.numel() for n, b in model.named_buffers() if n.startswith("layers.") and n.endswith("_bias"))
+    assert main == 671_026_404_352
+    assert main_biases == 14_848 and len(biases) == 58 + 1
+    assert round(prediction / 1e9, 3) == 11.610
+
+
+def test_a_sweep_is_a_grid() -> None:
+    jobs = compose.sweep(["train.seed=1,2", "precision=fp32,bf16", "run.name=x"])
+    expected = itertools.product(("train.seed=1", "train.seed=2"), ("precision=fp32", "precision=bf16"), ["run.name=x"])
+    assert jobs == [list(job) for job in expected]
+    assert compose.sweep(["train.seed=3"]) == [["train.seed=3"]]
