@@ -182,7 +182,7 @@ class Job:
         return pieces, sizes
 
     def _infos(self) -> list[ParamInfo]:
-        return [info for info, _ in held(self.models, self.groups)]
+        return [info for info, _ in held(self.models)]
 
     def save(self) -> None:
         """Take a checkpoint of the finished step; returns when it is copied."""
@@ -216,7 +216,7 @@ def join(config: RunConfig) -> Iterator[Groups]:
     process.stop(groups)
 
 
-def held(models: Iterable[Transformer], groups: Groups) -> list[tuple[ParamInfo, nn.Parameter]]:
+def held(models: Iterable[Transformer]) -> list[tuple[ParamInfo, nn.Parameter]]:
     """Every parameter of this rank once, with its place in the global tensor of its name."""
     found: dict[str, tuple[ParamInfo, nn.Parameter]] = {}
     for model in models:
@@ -242,7 +242,7 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
     models = [stage.model for stage in stages.values()]
     optimizer = build_optimizer(
         config.zero.engine,
-        [(info, param, decays(param.shape)) for info, param in held(models, groups)],
+        [(info, param, decays(param.shape)) for info, param in held(models)],
         ReplicaGroups(groups.dense, groups.expert, groups.embedding, groups.world),
         adamw_factory(config.optimizer),
         clip_grad_norm=config.optimizer.clip_grad_norm,
