@@ -10,7 +10,7 @@ a parameter's replicas are found at both (DeepSeek-V3 report, section 3.2.1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 DISPATCHES = ("local", "flat", "two_hop")
@@ -76,6 +76,7 @@ class Mesh:
     config: ParallelConfig
     rank: int
     mirrored: bool = False
+    shared_ends: bool = False
 
     def __post_init__(self) -> None:
         check(self.config, self.mirrored)
@@ -109,6 +110,18 @@ class Mesh:
         return tuple(pp_rank * dp + dp_rank for pp_rank in self._same_stages() for dp_rank in range(dp))
 
     @cached_property
+    def embedding_replicas(self) -> tuple[int, ...]:
+        """Ranks that hold the same embedding: the dense replicas, and with `shared_ends` those of both ends together.
+
+        Multi-token prediction embeds tokens beside the head; where the first and the last stage lie on different
+        ranks, both hold the table. Of no meaning to a rank between the ends.
+        """
+        if not self.shared_ends or self.pp_rank not in (0, self.config.pp - 1):
+            return self.dense_replicas
+        dp, last = self.config.dp, (self.config.pp - 1) * self.config.dp
+        return tuple(sorted({*range(dp), *range(last, last + dp)}))
+
+    @cached_property
     def expert_replicas(self) -> tuple[int, ...]:
         """Ranks that hold the same experts: the dense replicas with this rank's ep_rank."""
         return tuple(rank for rank in self.dense_replicas if rank % self.config.dp % self.config.ep == self.ep_rank)
@@ -131,19 +144,20 @@ class Mesh:
         return self.ep_ranks[self.ep_rank % step :: step]
 
     def own_group(self, kind: str) -> tuple[int, ...]:
-        """This rank's group of a kind in KINDS."""
+        """This rank's group of a kind in KINDS, or "embedding"."""
         by_kind = {
             "dense": self.dense_replicas,
             "expert": self.expert_replicas,
             "ep": self.ep_ranks,
             "node": self.node_ranks,
             "rail": self.rail_ranks,
+            "embedding": self.embedding_replicas,
         }
         return by_kind[kind]
 
     def groups(self, kind: str) -> tuple[tuple[int, ...], ...]:
         """Every group of a kind in the mesh, the same on all ranks and in one order (by first rank)."""
-        views = (Mesh(self.config, rank, self.mirrored) for rank in range(self.world_size))
+        views = (replace(self, rank=rank) for rank in range(self.world_size))
         return tuple(sorted({view.own_group(kind) for view in views}))
 
     def _same_stages(self) -> tuple[int, ...]:

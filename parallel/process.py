@@ -30,6 +30,7 @@ class Groups:
     device: torch.device
     dense: dist.ProcessGroup
     expert: dist.ProcessGroup
+    embedding: dist.ProcessGroup
     ep: dist.ProcessGroup
     node: dist.ProcessGroup
     rail: dist.ProcessGroup
@@ -38,7 +39,13 @@ class Groups:
     started_default: bool
 
 
-def start(config: ParallelConfig, device: str = "cpu", mirrored: bool = False, timeout_s: float = 600) -> Groups:
+def start(
+    config: ParallelConfig,
+    device: str = "cpu",
+    mirrored: bool = False,
+    shared_ends: bool = False,
+    timeout_s: float = 600,
+) -> Groups:
     """Join the job and make its groups; blocks until all ranks have.
 
     Uses the default process group if there is one, else the environment of torchrun (RANK, WORLD_SIZE, MASTER_ADDR,
@@ -55,7 +62,7 @@ def start(config: ParallelConfig, device: str = "cpu", mirrored: bool = False, t
         raise ValueError(
             f"parallel.pp={config.pp} times parallel.dp={config.dp} must equal the number of processes, {world_size}"
         )
-    mesh = Mesh(config, rank, mirrored)
+    mesh = Mesh(config, rank, mirrored, shared_ends)
     place = torch.device("cpu")
     if device == "cuda":
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -66,10 +73,14 @@ def start(config: ParallelConfig, device: str = "cpu", mirrored: bool = False, t
         _join(backend, rank, world_size, timeout)
     everyone = (tuple(range(world_size)),)
     made = {kind: _own_group(rank, mesh.groups(kind), kind, backend, timeout) for kind in KINDS}
+    embedding = made["dense"]
+    if shared_ends:
+        embedding = _own_group(rank, mesh.groups("embedding"), "embedding", backend, timeout)
     return Groups(
         mesh=mesh,
         device=place,
         **made,
+        embedding=embedding,
         world=_own_group(rank, everyone, "world", backend, timeout),
         checkpoint=_own_group(rank, everyone, "checkpoint", "gloo", timeout),
         started_default=not in_job,
@@ -80,8 +91,9 @@ def stop(groups: Groups) -> None:
     """Wait for all ranks, then end the groups that `start` made. For a job that ended well; see the module's text."""
     # A connection closed while a peer still reads from it would look like a death to that peer.
     dist.barrier(groups.checkpoint)
-    for name in (*KINDS, "world", "checkpoint"):
-        dist.destroy_process_group(getattr(groups, name))
+    # The embedding's group may be the dense one.
+    for group in {getattr(groups, name) for name in (*KINDS, "embedding", "world", "checkpoint")}:
+        dist.destroy_process_group(group)
     if groups.started_default:
         dist.destroy_process_group()
 

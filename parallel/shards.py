@@ -24,13 +24,14 @@ class ParamInfo:
         global_shape: shape of the whole tensor, over all ranks.
         local_offset: flat offset (elements) in the global tensor at which the local parameter starts. The local
             parameter is one contiguous range of it.
-        expert: whether ranks of an expert group hold different parts of it (stacked routed experts).
+        replicas: which ranks hold the same: "dense", "expert" (ranks of an expert group hold different experts) or
+            "embedding" (the stages at both ends of a pipeline may share it).
     """
 
     name: str
     global_shape: tuple[int, ...]
     local_offset: int = 0
-    expert: bool = False
+    replicas: str = "dense"
 
     @property
     def global_numel(self) -> int:
@@ -55,7 +56,7 @@ def stacked_experts(name: str, local_shape: Sequence[int], num_experts: int, fir
         raise ValueError(
             f"{name}: experts {first_expert} to {first_expert + num_local - 1} are not among {num_experts}"
         )
-    return ParamInfo(name, (num_experts, *expert_shape), first_expert * math.prod(expert_shape), expert=True)
+    return ParamInfo(name, (num_experts, *expert_shape), first_expert * math.prod(expert_shape), "expert")
 
 
 @dataclass(frozen=True)

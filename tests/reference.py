@@ -94,6 +94,7 @@ def mtp_loss(model, hidden: Tensor, tokens: Tensor) -> Tensor:
     model's own (held against `transformers` elsewhere); joining, shifting, heads and losses are read from the report.
     """
     from train.model.rope import rotation_table
+    from train.model.tape import Inline, drive
 
     embedding, head = model.embed_tokens.weight, model.lm_head.weight
     num_tokens, eps = hidden.shape[0], model.config.rms_norm_eps
@@ -105,7 +106,7 @@ def mtp_loss(model, hidden: Tensor, tokens: Tensor) -> Tensor:
             h = rms_norm(hidden[i], module.hnorm.weight, eps)
             joined.append(module.eh_proj.weight @ torch.cat([e, h]))
         x = torch.stack(joined).unsqueeze(0)
-        x, _ = module.layer(x, rotation_table(model.config, x.shape[1], x.device, x.dtype))
+        x, _ = drive(module.layer.steps(x, rotation_table(model.config, x.shape[1], x.device, x.dtype), Inline()))
         hidden = rms_norm(x[0], module.norm.weight, eps)
         for i in range(num_tokens - k):
             total = total + cross_entropy(head @ hidden[i], int(tokens[i + k + 1]))

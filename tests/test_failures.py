@@ -47,23 +47,24 @@ def assert_last_good_is_whole(run: Finished, step: int) -> None:
 @contextmanager
 def a_sequence_spoils(what: str) -> Iterator[None]:
     """The micro-batch of the sequence at BAD_POSITION has a loss, or only a gradient, that is not finite."""
-    from train.model.transformer import Transformer
+    from train.stage import Stage
 
-    original, rows, spoilt = Transformer.forward, Rows.rows, {"now": False}
+    original, rows, spoilt = Stage.forward, Rows.rows, {"now": False}
 
     def note(self: Rows, first: int, count: int) -> Any:
         spoilt["now"] = self.order == "shuffled" and first <= BAD_POSITION < first + count
         return rows(self, first, count)
 
-    def forward(self: Any, tokens: Any, terms: Any) -> Any:
-        output = original(self, tokens, terms)
+    def forward(self: Any, micro_batch: int, x: Any) -> Any:
+        y = yield from original(self, micro_batch, x)
         if spoilt["now"] and what == "loss":
-            output.sums[0] = torch.nan
+            self.reports[micro_batch].sums[0] = torch.nan
         if spoilt["now"] and what == "gradient":
-            output.total.register_hook(lambda grad: grad * torch.inf)
-        return output
+            record = self._records[micro_batch]
+            record._losses = [(number, factor * torch.inf) for number, factor in record._losses]
+        return y
 
-    with mock.patch.object(Transformer, "forward", forward), mock.patch.object(Rows, "rows", note):
+    with mock.patch.object(Stage, "forward", forward), mock.patch.object(Rows, "rows", note):
         yield
 
 
@@ -104,7 +105,8 @@ def an_expert_overflows() -> Iterator[None]:
 
     def spoil(job: Any) -> None:
         if job.groups.mesh.rank == 1 and job.step == BAD_STEP - 1:
-            param = next(p for name, p in job.model.named_parameters() if job.model.is_expert(name))
+            (model,) = job.models
+            param = next(p for name, p in model.named_parameters() if model.is_expert(name))
             param.main_grad.view(-1)[0] = torch.inf
 
     def accumulate(job: Any, plan: Any, timer: Any) -> Any:

@@ -60,9 +60,16 @@ def worst(run: Finished, plain: PlainRun) -> float:
     states = run.masters
     found = [worst_of_rows(run, plain)]
     found += [relative(states[f"master.{name}"], weight.flatten()) for name, weight in plain.weights.items()]
-    biases = torch.stack([value for name, value in states.items() if name.endswith("e_score_correction_bias")])
-    found.append(relative(biases, plain.biases))
+    # Routers are numbered as the layers are, those of the prediction depths last.
+    names = sorted((name for name in states if name.endswith("e_score_correction_bias")), key=router_order)
+    found.append(relative(torch.stack([states[name] for name in names]), plain.biases))
     return max(found)
+
+
+def router_order(name: str) -> tuple[bool, int]:
+    """Sorts "layers.10.…" behind "layers.9.…", and "mtp.0.…" behind both."""
+    kind, number = name.split(".")[:2]
+    return kind == "mtp", int(number)
 
 
 def worst_of_rows(run: Finished, plain: PlainRun) -> float:
@@ -82,6 +89,37 @@ def test_fp64_equals_one_plain_process(
     run = run_in(ranks, tmp_path, [*SMALL, *text, "precision=fp64", *settings.split()], world_size)
     # Sums in another order differ by fp64's rounding, which ten steps of AdamW do not lift past 1e-9.
     assert worst(run, plain_fp64) < 1e-9
+
+
+# Pipelines: every schedule, experts and mirrors, a stage without a layer, both ends on one rank and on two.
+PIPELINES = [
+    (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=zb_h1"),
+    (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=interleaved_1f1b"),
+    (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=dualpipev train.micro_batch_size=2"),
+    (4, "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=flat pipeline.schedule=dualpipe"),
+    (4, "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=4 pipeline.schedule=zbv"),
+    (4, "parallel.pp=2 parallel.dp=2 pipeline.schedule=1f1b pipeline.pairs=true train.micro_batch_size=2"),
+    (4, "parallel.pp=4 parallel.dp=1 pipeline.schedule=dualpipe pipeline.layers=[2,0,1,1]"),
+]
+
+
+@pytest.fixture(scope="module")
+def deep(text: list[str]) -> list[str]:
+    """Settings of a model with a layer more and a batch that fills a pipeline."""
+    return [*SMALL, *text, "precision=fp64", "model.num_hidden_layers=4", "train.global_batch_size=16"]
+
+
+@pytest.fixture(scope="module")
+def plain_deep(deep: list[str]) -> PlainRun:
+    return plain_run(compose([*deep, "train.max_steps=5"]))
+
+
+@pytest.mark.parametrize(("world_size", "settings"), PIPELINES, ids=[s for _, s in PIPELINES])
+def test_pipelines_equal_one_plain_process(
+    ranks: Ranks, tmp_path: Path, deep: list[str], plain_deep: PlainRun, world_size: int, settings: str
+) -> None:
+    run = run_in(ranks, tmp_path, [*deep, "train.max_steps=5", *settings.split()], world_size)
+    assert worst(run, plain_deep) < 1e-9
 
 
 FP32 = [
@@ -151,7 +189,7 @@ def experts_reduced_over_the_dense_group() -> Iterator[None]:
     from parallel.zero.sets import ReplicaGroups
     from train import assemble
 
-    with mock.patch.object(assemble, "ReplicaGroups", lambda dense, expert, ep: ReplicaGroups(dense, dense, ep)):
+    with mock.patch.object(assemble, "ReplicaGroups", lambda dense, expert, *rest: ReplicaGroups(dense, dense, *rest)):
         yield
 
 
@@ -160,7 +198,9 @@ def ep_left_out_of_the_norm() -> Iterator[None]:
     from parallel.zero.sets import ReplicaGroups
     from train import assemble
 
-    with mock.patch.object(assemble, "ReplicaGroups", lambda dense, expert, ep: ReplicaGroups(dense, expert, None)):
+    with mock.patch.object(
+        assemble, "ReplicaGroups", lambda dense, expert, *rest: ReplicaGroups(dense, expert, world=expert)
+    ):
         yield
 
 
@@ -183,8 +223,8 @@ def mtp_label_off_by_one() -> Iterator[None]:
 
     original = Transformer.predict_further
 
-    def shifted(self: Any, hidden: Any, tokens: Any) -> Any:
-        return original(self, hidden, torch.cat([tokens[:, :-1], tokens[:, -2:-1]], 1))
+    def shifted(self: Any, hidden: Any, tokens: Any, *rest: Any) -> Any:
+        return original(self, hidden, torch.cat([tokens[:, :-1], tokens[:, -2:-1]], 1), *rest)
 
     with mock.patch.object(Transformer, "predict_further", shifted):
         yield
@@ -193,17 +233,17 @@ def mtp_label_off_by_one() -> Iterator[None]:
 @contextmanager
 def bias_moved_per_micro_batch() -> Iterator[None]:
     from train.balance import update_bias
-    from train.model.transformer import Transformer
+    from train.stage import Stage
 
-    original = Transformer.forward
+    original = Stage.forward
 
-    def forward(self: Any, tokens: Any, terms: Any) -> Any:
-        output = original(self, tokens, terms)
-        if self.training:
-            update_bias(self, output.load, 0.001)
-        return output
+    def forward(self: Any, micro_batch: int, x: Any) -> Any:
+        y = yield from original(self, micro_batch, x)
+        if self.model.training:
+            update_bias(self.model, self.reports[micro_batch].load, 0.001)
+        return y
 
-    with mock.patch.object(Transformer, "forward", forward):
+    with mock.patch.object(Stage, "forward", forward):
         yield
 
 

@@ -9,7 +9,7 @@ from parallel.expert.build import build as build_dispatch
 from parallel.zero.optimizer import build
 from parallel.zero.sets import ReplicaGroups
 from tests.spawn import Ranks
-from train.assemble import build_model, place
+from train.assemble import build_stages, held
 from train.compose import compose
 from train.flops import parameter_counts
 from train.optim import adamw_factory, decays
@@ -22,9 +22,9 @@ def weigh(settings: list[str]) -> int:
     config = compose(settings)
     groups = process.start(config.parallel)
     dispatch = build_dispatch(config.model.n_routed_experts, groups)
-    model = build_model(config, dispatch, groups.device)
-    params = [(place(model, dispatch, name), param, decays(param.shape)) for name, param in model.named_parameters()]
-    replicas = ReplicaGroups(groups.dense, groups.expert, groups.ep)
+    models = [stage.model for stage in build_stages(config, dispatch, groups).values()]
+    params = [(info, param, decays(param.shape)) for info, param in held(models)]
+    replicas = ReplicaGroups(groups.dense, groups.expert, groups.embedding, groups.world)
     optimizer = build(config.zero.engine, params, replicas, adamw_factory(config.optimizer))
     process.stop(groups)
     return optimizer.state_bytes()

@@ -61,7 +61,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _rank(config: RunConfig) -> None:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(config.run.num_threads or max(1, (os.cpu_count() or 1) // local_world_size))
+    if config.run.num_threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(config.run.num_threads or max(1, (os.cpu_count() or 1) // local_world_size))
     if int(os.environ.get("RANK", "0")) == 0:
         # The others wait for this rank when the process groups are made.
         prepare(config.data, log.info)

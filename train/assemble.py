@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel import process
 from parallel.collectives import all_gather
 from parallel.expert.build import build as build_dispatch
 from parallel.expert.dispatch import Dispatch
+from parallel.pipeline.links import Links, connect
+from parallel.pipeline.runtime import Runtime
+from parallel.pipeline.schedule import Schedule as Order
+from parallel.pipeline.segments import Segments
 from parallel.process import Groups
 from parallel.shards import ParamInfo, Piece, stacked_experts
 from parallel.zero.optimizer import MOMENTS, ZeroOptimizer
@@ -29,13 +33,16 @@ from train.data.rows import Rows
 from train.data.tokens import Tokens
 from train.model.init import init_weights
 from train.model.kernels import Kernels
-from train.model.transformer import Transformer
+from train.model.transformer import LossTerms, Transformer
 from train.optim import adamw_factory, decays
 from train.precision.grads import attach_main_grads
 from train.precision.linear import TorchEngine
 from train.schedule import Schedule, StepPlan
+from train.split import split
+from train.stage import Stage, WeightGradients
 from train.state import TrainState, capture_rng, fingerprint, restore_rng
 
+EMBEDDING = "embed_tokens.weight"
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -46,7 +53,8 @@ class Job:
     config: RunConfig
     groups: Groups
     schedule: Schedule
-    model: Transformer
+    stages: dict[int, Stage]  # by number in the pipeline's placement
+    runtime: Runtime
     dispatch: Dispatch
     optimizer: ZeroOptimizer
     train_rows: Rows
@@ -68,6 +76,36 @@ class Job:
     @property
     def folder(self) -> Path:
         return Path(self.config.run.dir)
+
+    @property
+    def models(self) -> list[Transformer]:
+        """The slices of the model that this rank holds."""
+        return [stage.model for stage in self.stages.values()]
+
+    def forward_backward(self, tokens: Callable[[int], Tensor], terms: LossTerms, num_micro_batches: int) -> None:
+        """All of a step's micro-batches through the pipeline; gradients add up in `main_grad`, reports in the stages.
+
+        tokens: micro-batch (0 to num_micro_batches - 1) to its rows [B, S + 1].
+        """
+        self._run(self.config.order(num_micro_batches), tokens, terms, self.config.train.micro_batch_size)
+
+    def forward_backward_alone(self, rows: Tensor, terms: LossTerms) -> None:
+        """One micro-batch by itself, stage after stage and back."""
+        self._run(self.config.order_alone(), lambda _: rows, terms, len(rows))
+
+    @torch.no_grad()
+    def forward(self, tokens: Callable[[int], Tensor], num_micro_batches: int) -> None:
+        """Micro-batches of one sequence through the pipeline, forward only, in evaluation mode."""
+        for model in self.models:
+            model.eval()
+        self._run(self.config.forward_order(num_micro_batches), tokens, LossTerms(1.0, 0.0, 0.0), 1)
+        for model in self.models:
+            model.train()
+
+    def _run(self, order: Order, tokens: Callable[[int], Tensor], terms: LossTerms, num_sequences: int) -> None:
+        for stage in self.stages.values():
+            stage.begin(tokens, terms)
+        self.runtime.run(order, (num_sequences, self.config.train.seq_len, self.config.model.hidden_size))
 
     def micro_batches(self, plan: StepPlan) -> Iterator[tuple[int, int]]:
         """(position of the first sequence, number of sequences) of each of this rank's micro-batches of a step.
@@ -137,13 +175,14 @@ class Job:
         """
         pieces = dict(self.optimizer.state())
         sizes = {f"{kind}.{info.name}": info.global_numel for info in self._infos() for kind in ("master", *MOMENTS)}
-        for name, bias in self.model.named_buffers():
-            pieces[name] = [Piece(0, bias)]
-            sizes[name] = bias.numel()
+        for model in self.models:
+            for name, bias in model.named_buffers():
+                pieces[name] = [Piece(0, bias)]
+                sizes[name] = bias.numel()
         return pieces, sizes
 
     def _infos(self) -> list[ParamInfo]:
-        return [place(self.model, self.dispatch, name) for name, _ in self.model.named_parameters()]
+        return [info for info, _ in held(self.models)]
 
     def save(self) -> None:
         """Take a checkpoint of the finished step; returns when it is copied."""
@@ -165,14 +204,6 @@ class Job:
         return folder
 
 
-def place(model: Transformer, dispatch: Dispatch, name: str) -> ParamInfo:
-    """Where a local parameter lies in the global tensor of its name."""
-    shape = model.get_parameter(name).shape
-    if not model.is_expert(name):
-        return ParamInfo(name, tuple(shape))
-    return stacked_experts(name, shape, model.config.n_routed_experts, dispatch.first_expert)
-
-
 @contextmanager
 def join(config: RunConfig) -> Iterator[Groups]:
     """This rank's process groups, from the moment that all ranks have met until all leave.
@@ -180,9 +211,24 @@ def join(config: RunConfig) -> Iterator[Groups]:
     After an exception nobody waits for the others: the process is expected to end, which is how they hear of it.
     """
     cuda = torch.cuda.is_available() if config.run.device == "auto" else config.run.device == "cuda"
-    groups = process.start(config.parallel, "cuda" if cuda else "cpu", config.mirrored)
+    groups = process.start(config.parallel, "cuda" if cuda else "cpu", config.mirrored, config.shared_ends)
     yield groups
     process.stop(groups)
+
+
+def held(models: Iterable[Transformer]) -> list[tuple[ParamInfo, nn.Parameter]]:
+    """Every parameter of this rank once, with its place in the global tensor of its name."""
+    found: dict[str, tuple[ParamInfo, nn.Parameter]] = {}
+    for model in models:
+        for name, param in model.named_parameters():
+            shape = tuple(param.shape)
+            if model.is_expert(name):
+                info = stacked_experts(name, shape, model.config.n_routed_experts, model.first_expert)
+            else:
+                info = ParamInfo(name, shape, replicas="embedding" if name == EMBEDDING else "dense")
+            # Slices that share the embedding hold the same tensor.
+            found.setdefault(name, (info, param))
+    return list(found.values())
 
 
 def assemble(config: RunConfig, groups: Groups) -> Job:
@@ -190,29 +236,29 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
 
     Raises ValueError for what needs ranks or data to be seen: missing or changed tokens, or a split too short.
     """
-    if config.parallel.pp > 1:
-        raise ValueError(
-            f"parallel.pp={config.parallel.pp}: this version checks and plans pipelines, but trains with one stage only"
-        )
     torch.manual_seed(config.train.seed)  # nothing in a step draws from it; what ever will does so reproducibly
     dispatch = build_dispatch(config.model.n_routed_experts, groups)
-    model = build_model(config, dispatch, groups.device)
-    params = [(place(model, dispatch, name), param, decays(param.shape)) for name, param in model.named_parameters()]
+    stages = build_stages(config, dispatch, groups)
+    models = [stage.model for stage in stages.values()]
     optimizer = build_optimizer(
         config.zero.engine,
-        params,
-        ReplicaGroups(groups.dense, groups.expert, groups.ep),
+        [(info, param, decays(param.shape)) for info, param in held(models)],
+        ReplicaGroups(groups.dense, groups.expert, groups.embedding, groups.world),
         adamw_factory(config.optimizer),
         clip_grad_norm=config.optimizer.clip_grad_norm,
         weight_decay=config.optimizer.weight_decay,
     )
-    attach_main_grads(model)
-    train, data = config.train, config.data.folder
+    for model in models:
+        attach_main_grads(model)
+    train, data, mesh = config.train, config.data.folder, groups.mesh
+    dtype = DTYPES[config.precision.name]
+    links = Links(mesh.pp_rank, connect(config.placement, mesh), dtype, groups.device)
     return Job(
         config=config,
         groups=groups,
         schedule=config.schedule(),
-        model=model,
+        stages=stages,
+        runtime=Runtime(mesh.pp_rank, stages, links),
         dispatch=dispatch,
         optimizer=optimizer,
         train_rows=Rows(Tokens.open(data, "train"), train.seq_len, train.seed),
@@ -222,9 +268,23 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
     )
 
 
-def build_model(config: RunConfig, dispatch: Dispatch, device: torch.device) -> Transformer:
-    """The model with this rank's experts: laid out without memory, then filled with (seed, name)'s values."""
-    with torch.device("meta"):
-        model = Transformer(config.model, dispatch, TorchEngine(device), kernels=Kernels(compile=config.run.compile))
-    init_weights(model, config.model, config.train.seed, DTYPES[config.precision.name], device)
-    return model
+def build_stages(config: RunConfig, dispatch: Dispatch, groups: Groups) -> dict[int, Stage]:
+    """This rank's slices of the model: laid out without memory, then filled with (seed, name)'s values.
+
+    Slices that both need the embedding share one tensor.
+    """
+    placement, pp_rank = config.placement, groups.mesh.pp_rank
+    slices = split(config.model, placement.num_slices, config.train.seq_len, config.pipeline.layers)
+    kernels = Kernels(compile=config.run.compile)
+    stages: dict[int, Stage] = {}
+    embedding: nn.Parameter | None = None
+    for number in placement.stages_on(pp_rank):
+        sink, parts = WeightGradients(), slices[placement.position(number)]
+        with torch.device("meta"):
+            model = Transformer(config.model, dispatch, TorchEngine(groups.device), kernels, sink, parts)
+        init_weights(model, config.model, config.train.seed, DTYPES[config.precision.name], groups.device)
+        if parts.embedding or parts.mtp:
+            embedding = embedding if embedding is not None else model.embed_tokens.weight
+            model.embed_tokens.weight = embedding
+        stages[number] = Stage(model, sink, Segments)
+    return stages

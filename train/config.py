@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 from parallel import mesh
 from parallel.expert import placement
 from parallel.mesh import ParallelConfig
+from parallel.pipeline import registry
+from parallel.pipeline.placement import Placement
+from parallel.pipeline.schedule import Schedule as Order
 from train.checkpoint import CheckpointConfig
 from train.data.config import DataConfig
 from train.model.config import ModelConfig
 from train.optim import OptimConfig
 from train.schedule import LrSchedulerConfig, MoeConfig, MtpConfig, Schedule, TrainConfig, batch_sizes
+from train.split import split
 from train.track import TrackConfig
 
 PRECISIONS = ("fp64", "fp32", "bf16")
-SCHEDULES = ("1f1b", "interleaved_1f1b", "zb_h1", "zbv", "dualpipe", "dualpipev")
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,28 @@ class PrecisionConfig:
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """`pipeline`: the order of the stages' work. With one stage every schedule is the same."""
+    """`pipeline`: the stages and the order of their work. With one rank every schedule is the same.
+
+    Attributes:
+        schedule: name of the schedule.
+        pairs: forward and backward of different micro-batches run together, so that one computes while the other
+            communicates; None as the schedule is published.
+        stages_per_rank: for interleaved_1f1b; None for 2.
+        layers: layers of each stage from first to last; None balances their work.
+        short_steps: what steps of the batch ramp do that have fewer micro-batches than dualpipe takes: "refuse" (before
+            the run starts), or "1f1b" over one of its two directions.
+    """
 
     schedule: str = "1f1b"
+    pairs: bool | None = None
+    stages_per_rank: int | None = None
+    layers: list[int] | None = None
+    short_steps: str = "refuse"
 
     def check(self) -> None:
-        """ValueError for an unknown schedule."""
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"pipeline.schedule={self.schedule} is not one of {', '.join(SCHEDULES)}")
+        """ValueError for an unknown way with short steps; the schedule's own rules are checked with the mesh."""
+        if self.short_steps not in ("refuse", "1f1b"):
+            raise ValueError(f"pipeline.short_steps={self.short_steps} is not one of refuse, 1f1b")
 
 
 @dataclass(frozen=True)
@@ -112,6 +129,34 @@ class RunConfig:
         """Whether each stage lives on two mirrored ranks (DualPipe, report section 3.2.1)."""
         return self.pipeline.schedule == "dualpipe" and self.parallel.pp > 1
 
+    @property
+    def placement(self) -> Placement:
+        """Which rank of a pipeline holds which stage. ValueError for a schedule that cannot be."""
+        return registry.place(self.pipeline.schedule, self.parallel.pp, self.pipeline.stages_per_rank)
+
+    @property
+    def shared_ends(self) -> bool:
+        """Whether the first and the last stage both hold the embedding, on ranks that share nothing else."""
+        route = self.placement.routes[0]
+        apart = self.placement.rank_of[route[0]] != self.placement.rank_of[route[-1]]
+        return apart and not self.mirrored and self.model.num_nextn_predict_layers > 0
+
+    def order(self, num_micro_batches: int) -> Order:
+        """What each rank of a pipeline does in a step of so many micro-batches. ValueError where that cannot be."""
+        pipeline, pp = self.pipeline, self.parallel.pp
+        if self.mirrored and num_micro_batches < 2 * pp and pipeline.short_steps == "1f1b":
+            return registry.build_one_way(pp, num_micro_batches)
+        return registry.build(pipeline.schedule, pp, num_micro_batches, pipeline.pairs, pipeline.stages_per_rank)
+
+    def order_alone(self) -> Order:
+        """One micro-batch forward and back."""
+        return registry.build_alone(self.placement)
+
+    def forward_order(self, num_micro_batches: int) -> Order:
+        """What each rank of a pipeline does in an evaluation of so many micro-batches."""
+        pipeline = self.pipeline
+        return registry.build_forward(pipeline.schedule, self.parallel.pp, num_micro_batches, pipeline.stages_per_rank)
+
     def schedule(self) -> Schedule:
         """The recipe over tokens. ValueError for one that cannot be."""
         return Schedule(self.train, self.lr_scheduler, self.moe, self.mtp)
@@ -136,6 +181,7 @@ class RunConfig:
         for room in rooms:
             room.check()
         mesh.check(self.parallel, self.mirrored)
+        split(self.model, self.placement.num_slices, self.train.seq_len, self.pipeline.layers)
         self.schedule()
         self._check_sequences()
         placement.check(self.parallel, self.model.n_routed_experts, self.model.n_group)
@@ -165,5 +211,6 @@ class RunConfig:
                     f"a global batch of {size} sequences (train.global_batch_size, train.batch_ramp) is no multiple of "
                     f"parallel.dp={self.parallel.dp} times train.micro_batch_size={train.micro_batch_size}"
                 )
+            self.order(size // per_round)
         if self.data.valid_fraction == 0:
             raise ValueError("data.valid_fraction=0 leaves nothing to evaluate on: it must be above 0")

@@ -73,3 +73,17 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool 
         weights += counts.mtp_activated + config.num_nextn_predict_layers * counts.embedding
         num_layers += config.num_nextn_predict_layers
     return 6.0 * weights + 3.0 * num_layers * core * (0.5 if causal else 1.0)
+
+
+def forward_costs(config: ModelConfig, seq_len: int) -> tuple[list[float], float]:
+    """Multiply-adds of one token's forward pass: of each main layer, and of all that follows the last one.
+
+    What follows is the output head, and for every prediction depth its projection, its layer and the head again.
+    """
+    core = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * seq_len / 2
+    moe = _moe_layer(config, config.num_experts_per_tok) + core
+    dense = _attention(config) + 3 * config.hidden_size * config.intermediate_size + core
+    head = float(config.hidden_size * config.vocab_size)
+    depth = 2 * config.hidden_size**2 + moe + head
+    layers = [moe if index >= config.first_k_dense_replace else dense for index in range(config.num_hidden_layers)]
+    return layers, head + config.num_nextn_predict_layers * depth

@@ -57,7 +57,8 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
         step_stats, stopping = reduce(job, tally, stop)
         if not (update.finite and bool(tally.losses.isfinite().all())):
             stop_not_finite(job, plan, update.grad_norm, tally)
-        update_bias(job.model, tally.load, plan.bias_update_rate)
+        for model in job.models:
+            update_bias(model, tally.load, plan.bias_update_rate)
         job.step += 1
         last = job.step == schedule.num_steps
         report = describe(job, plan, tally, update.grad_norm, step_stats, timer.stop(), peak_flops_per_s)
@@ -78,17 +79,21 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
 def accumulate(job: Job, plan: StepPlan, timer: StepTimer) -> Tally:
     """Forward and backward of this rank's micro-batches; gradients add up in `main_grad`."""
     job.optimizer.zero_grad()
-    terms = loss_terms(job, plan)
-    tally = Tally(torch.zeros(3, dtype=torch.float64, device=job.device), job.no_load())
-    for first, count in job.micro_batches(plan):
+    micro_batches = list(job.micro_batches(plan))
+
+    def tokens(micro_batch: int) -> Tensor:
         with timer.waiting_for_data():
-            tokens = job.train_rows.rows(first, count).to(job.device)
-        output = job.model(tokens, terms)
-        output.total.backward()
-        tally.losses += output.sums
-        tally.load += output.load
-        if not bool(output.sums.isfinite().all()):
-            tally.bad_sequences += range(first, first + count)
+            return job.train_rows.rows(*micro_batches[micro_batch]).to(job.device)
+
+    job.forward_backward(tokens, loss_terms(job, plan), len(micro_batches))
+    tally = Tally(torch.zeros(3, dtype=torch.float64, device=job.device), job.no_load())
+    for stage in job.stages.values():
+        for number, report in sorted(stage.reports.items()):
+            tally.losses += report.sums
+            tally.load += report.load
+            if not bool(report.sums.isfinite().all()):
+                first, count = micro_batches[number]
+                tally.bad_sequences += range(first, first + count)
     return tally
 
 
@@ -186,7 +191,9 @@ def stop_not_finite(job: Job, plan: StepPlan, grad_norm: float, tally: Tally) ->
         # The losses were finite: the weights have not changed, so each micro-batch can be asked for its gradient.
         tally.bad_sequences = sequences_with_bad_gradients(job, plan)
     found = job.gather_objects(tally.bad_sequences)
-    sequences = [describe_sequence(job, rank, position) for rank, bad in enumerate(found) for position in bad]
+    # Every stage that saw it reports a sequence; the first is named.
+    first_rank = {position: rank for rank, bad in reversed(list(enumerate(found))) for position in bad}
+    sequences = [describe_sequence(job, rank, position) for position, rank in sorted(first_rank.items())]
     path = record_not_finite(job, {"step": plan.step + 1, "grad_norm": repr(grad_norm), "sequences": sequences})
     raise NotFiniteError(
         f"step {plan.step + 1}: loss or gradient is not finite (gradient norm {grad_norm}, {len(sequences)} "
@@ -211,17 +218,17 @@ def describe_sequence(job: Job, rank: int, position: int) -> dict[str, object]:
 def sequences_with_bad_gradients(job: Job, plan: StepPlan) -> list[int]:
     """Those of this rank's sequences whose micro-batch, alone, makes a gradient that is not finite.
 
-    A dense gradient accuses the rank's own micro-batch. An expert's also comes from other ranks' tokens: where nothing
-    else is to blame, it accuses all that were trained on at that moment.
+    A dense gradient on any of its stages accuses a micro-batch. An expert's also comes from other ranks' tokens: where
+    nothing else is to blame, it accuses all that were trained on at that moment.
     """
     bad: list[int] = []
     for first, count in job.micro_batches(plan):
         job.optimizer.zero_grad()
-        job.model(job.train_rows.rows(first, count).to(job.device), loss_terms(job, plan)).total.backward()
-        mine = bad_gradients(job)
-        everyone = job.gather_objects(mine)
-        blame = "dense" if any("dense" in kinds for kinds in everyone) else "expert"
-        if blame in mine or (blame == "expert" and any("expert" in kinds for kinds in everyone)):
+        job.forward_backward_alone(job.train_rows.rows(first, count).to(job.device), loss_terms(job, plan))
+        everyone = job.gather_objects(bad_gradients(job))
+        own_stages = everyone[job.groups.mesh.dp_rank :: job.groups.mesh.config.dp]
+        dense_anywhere = any("dense" in kinds for kinds in everyone)
+        if any("dense" in kinds for kinds in own_stages) or (not dense_anywhere and any(everyone)):
             bad += range(first, first + count)
     return bad
 
@@ -229,7 +236,8 @@ def sequences_with_bad_gradients(job: Job, plan: StepPlan) -> list[int]:
 def bad_gradients(job: Job) -> set[str]:
     """Which of the kinds "dense" and "expert" have a gradient on this rank that is not finite."""
     return {
-        "expert" if job.model.is_expert(name) else "dense"
-        for name, param in job.model.named_parameters()
+        "expert" if model.is_expert(name) else "dense"
+        for model in job.models
+        for name, param in model.named_parameters()
         if not bool(param.main_grad.isfinite().all())  # type: ignore[attr-defined]
     }

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from parallel.pipeline.actions import Chunk
 from parallel.pipeline.dual_pipe import dualpipe, dualpipev
 from parallel.pipeline.forward_only import forward_only
 from parallel.pipeline.one_f_one_b import interleaved_1f1b, one_f_one_b
@@ -95,6 +96,24 @@ def build(
     generate = family.with_pairs if wants_pairs and family.with_pairs else family.generate
     schedule = generate(placement, num_micro_batches)
     return schedule if wants_pairs else schedule.apart()
+
+
+def build_one_way(num_ranks: int, num_micro_batches: int) -> Schedule:
+    """1F1B over the first route of dualpipe's placement: for steps with fewer micro-batches than dualpipe takes."""
+    _check_count("pipeline.num_micro_batches", num_micro_batches)
+    straight = one_f_one_b(loop(num_ranks), num_micro_batches)
+    return replace(straight, placement=bidirectional(num_ranks), num_micro_batches=(num_micro_batches, 0))
+
+
+def build_alone(placement: Placement) -> Schedule:
+    """One micro-batch along the first route and back, nothing else under way."""
+    ranks: list[list[Chunk]] = [[] for _ in range(placement.num_ranks)]
+    route = placement.routes[0]
+    for kind, stages in (("F", route), ("D", tuple(reversed(route)))):
+        for stage in stages:
+            ranks[placement.rank_of[stage]].append(Chunk(kind, stage, 0))
+    counts = (1,) + (0,) * (len(placement.routes) - 1)
+    return Schedule("alone", placement, counts, tuple(map(tuple, ranks)))
 
 
 def build_forward(name: str, num_ranks: int, num_micro_batches: int, stages_per_rank: int | None = None) -> Schedule:

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.collectives import ordered_sum
-from parallel.zero.sets import ParamSet, ReplicaGroups, group_size
 
 # Elements that are squared in fp32 before the sum goes on in fp64, on CPUs.
 _ROW = 4096
@@ -38,23 +37,14 @@ def sum_of_squares(shard: Tensor) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(chunk.double()).square() for chunk in chunks]).sum().reshape(1)
 
 
-def _over(group: dist.ProcessGroup | None, value: Tensor) -> Tensor:
-    return value if group is None or group_size(group) == 1 else ordered_sum(value, group)
+def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None) -> float:
+    """L2 norm of the whole model's gradient from all ranks' reduced shards.
 
-
-def global_norm(sets: Sequence[ParamSet], shards: Sequence[Tensor], groups: ReplicaGroups) -> float:
-    """L2 norm of the whole model's gradient from this rank's reduced shards.
-
-    Dense shards are summed over the dense replicas; expert shards over the expert replicas and then over the expert
-    group, whose members hold different experts; both over the groups of `groups.norm`. Sums are taken in rank order in
-    fp64, so that all ranks get the same bits and decide alike. Not finite when any gradient on any rank is not.
+    Over all ranks the shards hold every element of every parameter exactly once, whatever its replicas are: experts,
+    pipeline stages and their mirrors need no word here. Sums are taken in rank order in fp64, so that all ranks get the
+    same bits and decide alike. Not finite when any gradient on any rank is not.
     """
-    sums = {expert: torch.zeros(1, dtype=torch.float64, device=shards[0].device) for expert in (False, True)}
-    for each, shard in zip(sets, shards, strict=True):
-        sums[each.expert] += sum_of_squares(shard)
-    total = _over(groups.dense, sums[False])
-    if any(each.expert for each in sets):
-        total = total + _over(groups.ep, _over(groups.expert, sums[True]))
-    for group in groups.norm:
-        total = _over(group, total)
-    return math.sqrt(total.item())
+    total = torch.zeros(1, dtype=torch.float64, device=shards[0].device)
+    for shard in shards:
+        total += sum_of_squares(shard)
+    return math.sqrt((total if world is None else ordered_sum(total, world)).item())

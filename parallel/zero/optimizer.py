@@ -71,7 +71,7 @@ class ZeroOptimizer:
         until `zero_grad`.
         """
         grads = self._reduce()
-        norm = global_norm(self._sets, grads, self._groups)
+        norm = global_norm(grads, self._groups.world)
         if not math.isfinite(norm):
             return StepResult(norm, False)
         # The factor of torch.nn.utils.clip_grad_norm_, in double.

@@ -19,15 +19,18 @@ class ReplicaGroups:
     Attributes:
         dense: ranks that hold the same dense parameters.
         expert: ranks that hold the same experts.
-        ep: ranks that hold each other's missing experts; dense = expert x ep.
-        norm: further groups, in order, over which the squared gradient norm is summed: ranks that hold other
-            parameters of the model (pipeline stages).
+        embedding: ranks that hold the embedding; unused where this rank does not.
+        world: all ranks, which together hold every parameter's every shard once.
     """
 
     dense: dist.ProcessGroup | None = None
     expert: dist.ProcessGroup | None = None
-    ep: dist.ProcessGroup | None = None
-    norm: tuple[dist.ProcessGroup, ...] = ()
+    embedding: dist.ProcessGroup | None = None
+    world: dist.ProcessGroup | None = None
+
+    def of(self, replicas: str) -> dist.ProcessGroup | None:
+        """The group of `ParamInfo.replicas`."""
+        return {"dense": self.dense, "expert": self.expert, "embedding": self.embedding}[replicas]
 
 
 def group_size(group: dist.ProcessGroup | None) -> int:
@@ -45,7 +48,6 @@ class ParamSet:
     infos: tuple[ParamInfo, ...]
     params: tuple[nn.Parameter, ...]
     group: dist.ProcessGroup | None
-    expert: bool
     weight_decay: float
 
     @property
@@ -75,19 +77,18 @@ def split_sets(
     params: Sequence[tuple[ParamInfo, nn.Parameter, bool]], groups: ReplicaGroups, weight_decay: float
 ) -> list[ParamSet]:
     """Sort (place, parameter, decays) into sets. The order of sets is the same on every rank of a replica group."""
-    kinds: dict[tuple[bool, bool, str], list[tuple[ParamInfo, nn.Parameter]]] = {}
+    kinds: dict[tuple[str, bool, str], list[tuple[ParamInfo, nn.Parameter]]] = {}
     for info, param, decay in params:
         if param.numel():
-            kinds.setdefault((info.expert, not decay, str(param.dtype)), []).append((info, param))
+            kinds.setdefault((info.replicas, not decay, str(param.dtype)), []).append((info, param))
     return [
         ParamSet(
             infos=tuple(info for info, _ in members),
             params=tuple(param for _, param in members),
-            group=groups.expert if expert else groups.dense,
-            expert=expert,
+            group=groups.of(replicas),
             weight_decay=0.0 if no_decay else weight_decay,
         )
-        for (expert, no_decay, _), members in sorted(kinds.items(), key=lambda item: item[0])
+        for (replicas, no_decay, _), members in sorted(kinds.items(), key=lambda item: item[0])
     ]
 
 

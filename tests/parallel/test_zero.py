@@ -64,7 +64,8 @@ def test_engines_agree_on_bf16_moments(ranks: Ranks) -> None:
     }
     # A difference in the last bit of fp32 may round a moment to the other neighbour (2^-8 of it); few elements do.
     assert distance(whole_state(native), whole_state(deepspeed)) < 1e-3
-    assert native[0].results[0] == deepspeed[0].results[0]
+    # Their shards are cut at other places, so the squares are added in another order.
+    assert native[0].results[0].grad_norm == pytest.approx(deepspeed[0].results[0].grad_norm, rel=1e-12)
     # Moments of 8 bits leave masters within noise of those with 24.
     assert distance(whole_state(native), reference(torch.float32, list(range(20)))[0]) < 1e-2
 

@@ -8,9 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.shards import ParamInfo
 from parallel.zero.norm import global_norm, sum_of_squares
-from parallel.zero.sets import ReplicaGroups, split_sets
 from tests.spawn import Ranks
 
 
@@ -48,18 +46,9 @@ def test_a_few_large_among_tiny_elements() -> None:
 
 
 def norm_of_a_stage() -> float:
-    """On each of 4 ranks: two stages of two replicas with experts spread over both; shards are ones of any size."""
+    """On each of 4 ranks: two stages of two replicas; shards are ones of any size."""
     stage, replica = divmod(dist.get_rank(), 2)
-
-    def own(members: list[list[int]]) -> dist.ProcessGroup:
-        made = [(ranks, dist.new_group(ranks)) for ranks in members]
-        return next(group for ranks, group in made if dist.get_rank() in ranks)
-
-    replicas = own([[0, 1], [2, 3]])
-    groups = ReplicaGroups(dense=replicas, ep=replicas, norm=(own([[0, 2], [1, 3]]),))
-    param = torch.nn.Parameter(torch.zeros(1))
-    sets = split_sets([(ParamInfo(str(e), (1,), expert=e), param, True) for e in (False, True)], groups, 0.1)
-    return global_norm(sets, [torch.ones(1 + stage), torch.ones(10 + replica)], groups)
+    return global_norm([torch.ones(1 + stage), torch.ones(10 + replica)], dist.new_group([0, 1, 2, 3]))
 
 
 def test_every_shard_of_every_stage_counts_once(ranks: Ranks) -> None:

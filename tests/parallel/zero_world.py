@@ -111,11 +111,8 @@ def make_groups(dp: int, ep: int) -> ReplicaGroups:
         made = [(ranks, dist.new_group(ranks)) for ranks in groups]
         return next(group for ranks, group in made if rank in ranks)
 
-    return ReplicaGroups(
-        dense=own([list(range(dp))]),
-        expert=own([list(range(i, dp, ep)) for i in range(ep)]),
-        ep=own([list(range(i, i + ep)) for i in range(0, dp, ep)]),
-    )
+    everyone = own([list(range(dp))])
+    return ReplicaGroups(dense=everyone, expert=own([list(range(i, dp, ep)) for i in range(ep)]), world=everyone)
 
 
 @dataclass
@@ -173,7 +170,7 @@ def broken(groups: ReplicaGroups, fault: str) -> Iterator[ReplicaGroups]:
             patch.setattr(zero_optimizer, "reduce_scatter", reduce_wrongly)
         if fault == "norm of own shards":
             patch.setattr(norm, "ordered_sum", lambda value, group: value)
-        yield replace(groups, ep=None) if fault == "ep left out of the norm" else groups
+        yield replace(groups, world=groups.expert) if fault == "ep left out of the norm" else groups
 
 
 def make(case: Case, local: Local, groups: ReplicaGroups) -> ZeroOptimizer:

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from tests.train.model_cases import build, gradients_in_our_names, hugging_face, random_config, random_tokens
 from train.model.config import ModelConfig
 from train.model.loss import LossTerms
+from train.model.tape import Inline, drive
 
 NUM_SHAPES = 24
 
@@ -29,7 +30,9 @@ def assert_parity(config: ModelConfig, dtype: torch.dtype, seed: int, seq_len: i
         layer.mlp.gate.register_forward_hook(lambda _, __, out: expected_routes.append((out[2], out[1])))
 
     with torch.no_grad():
-        logits = model.lm_head(model.norm(model.run_layers(model.embed_tokens(tokens[:, :-1]))[0]))
+        x = model.embed_tokens(tokens[:, :-1])
+        x = drive(model.run_layers(x, LossTerms(0, 0, 0), Inline(), model.empty_report(x.device)))
+        logits = model.lm_head(model.norm(x))
     expected_logits = oracle(input_ids=tokens[:, :-1]).logits
     # Not the oracle's own loss, which is float32 in every model.
     expected_loss = cross_entropy(expected_logits.flatten(0, 1), tokens[:, 1:].flatten())

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
 
 from torch import Tensor, nn
 
 from train.model.attention import Attention
 from train.model.config import ModelConfig
 from train.model.layers import Backend, FeedForward, RMSNorm
-from train.model.moe import Dispatch, MoE, Plan
+from train.model.moe import Dispatch, Journey, MoE
 from train.model.router import RouterStats
+from train.model.tape import Steps, Tape
 
 
 class _Block(nn.Module):
@@ -34,50 +35,42 @@ class DenseBlock(_Block):
         super().__init__(config, backend)
         self.mlp = FeedForward(config.hidden_size, config.intermediate_size, backend)
 
-    def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, None]:
+    def steps(self, x: Tensor, table: Tensor, tape: Tape) -> Steps[tuple[Tensor, None]]:
         """x [B, S, hidden] -> (the same shape, None)."""
+        yield from ()
+        return tape.compute(partial(self.whole, table=table), x), None
+
+    def whole(self, x: Tensor, table: Tensor) -> Tensor:
+        """Attention and MLP: x [B, S, hidden]."""
         x = self.attend(x, table)
-        return x + self.mlp(self.post_attention_layernorm(x).flatten(0, 1)).view_as(x), None
-
-
-class Routed(NamedTuple):
-    """What leaves the first node of an MoE layer."""
-
-    residual: Tensor
-    """[B, S, hidden]"""
-    x: Tensor
-    """The normed residual, [T, hidden]."""
-    weights: Tensor
-    indices: Tensor
-    stats: RouterStats
+        return x + self.mlp(self.post_attention_layernorm(x).flatten(0, 1)).view_as(x)
 
 
 class MoEBlock(_Block):
-    """A layer with experts, as nodes: route | mlp.dispatch | mlp.compute | mlp.combine | aggregate.
-
-    `forward` runs them in this order; a pipeline may run those of two micro-batches alternately.
-    """
+    """A layer with experts, as nodes: attention and router | dispatch | experts | combine | aggregate."""
 
     def __init__(self, config: ModelConfig, dispatch: Dispatch, backend: Backend) -> None:
         super().__init__(config, backend)
         self.mlp = MoE(config, dispatch, backend)
 
-    def route(self, x: Tensor, table: Tensor) -> Routed:
-        """Attention and router: x [B, S, hidden]."""
+    def route(self, x: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        """x [B, S, hidden] -> residual [B, S, hidden], its norm [T, hidden], weights, indices, balance, load."""
         residual = self.attend(x, table)
         normed = self.post_attention_layernorm(residual)
-        routing = self.mlp.gate(normed)
-        return Routed(residual, normed.flatten(0, 1), *routing)
+        weights, indices, stats = self.mlp.gate(normed)
+        return residual, normed.flatten(0, 1), weights, indices, *stats
 
-    def aggregate(self, residual: Tensor, shared: Tensor, combined: Tensor) -> Tensor:
+    def steps(self, x: Tensor, table: Tensor, tape: Tape) -> Steps[tuple[Tensor, RouterStats]]:
+        """x [B, S, hidden] -> (the same shape, what the router reports)."""
+        residual, own, weights, indices, *stats = tape.compute(partial(self.route, table=table), x)
+        journey = Journey(self.mlp.exchange, indices)
+        rows, row_weights = yield from tape.communicate(journey.out, own, weights)
+        compute = partial(self.mlp.compute, tokens_per_expert=journey.tokens_per_expert)
+        rows, shared = tape.compute(compute, rows, row_weights, own)
+        (combined,) = yield from tape.communicate(journey.home, rows)
+        return tape.compute(self.aggregate, residual, shared, combined), RouterStats(*stats)
+
+    @staticmethod
+    def aggregate(residual: Tensor, shared: Tensor, combined: Tensor) -> Tensor:
         """residual [B, S, hidden] + shared [T, hidden] + combined [T, hidden]."""
         return residual + shared.view_as(residual) + combined.view_as(residual)
-
-    def forward(self, x: Tensor, table: Tensor) -> tuple[Tensor, RouterStats]:
-        """x [B, S, hidden] -> (the same shape, what the router reports)."""
-        routed = self.route(x, table)
-        plan: Plan
-        rows, row_weights, plan = self.mlp.dispatch(routed.x, routed.weights, routed.indices)
-        rows, shared = self.mlp.compute(rows, row_weights, plan, routed.x)
-        combined = self.mlp.combine(rows, plan)
-        return self.aggregate(routed.residual, shared, combined), routed.stats

@@ -7,7 +7,8 @@ rank, K experts per token, R rows that this rank's experts received.
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,24 +16,14 @@ from torch import Tensor, nn
 from train.model.config import ModelConfig
 from train.model.layers import Backend, FeedForward, swiglu_mlp
 from train.model.router import Router
-
-Result = TypeVar("Result")
-
-
-class Plan(Protocol):
-    """What a dispatch remembers for combine and for the backward; frozen."""
-
-    @property
-    def tokens_per_expert(self) -> list[int]:
-        """Rows of each local expert, in order."""
-        ...
+from train.model.tape import Steps
 
 
 class Dispatch(Protocol):
     """Moves tokens to the experts and back. Plain tensors, no autograd.
 
     Every method is a generator that yields once after each communication it has launched and returns its result, so
-    that a pipeline can interleave two of them; `drive` runs one to its end.
+    that a pipeline can interleave two of them.
     """
 
     num_local_experts: int
@@ -41,7 +32,10 @@ class Dispatch(Protocol):
     def dispatch(
         self, x: Tensor, weights: Tensor, indices: Tensor
     ) -> Generator[None, None, tuple[Tensor, Tensor, Any]]:
-        """x [T, d], weights and indices [T, K] -> rows [R, d] sorted by local expert, their weights [R], a `Plan`."""
+        """x [T, d], weights and indices [T, K] -> rows [R, d] sorted by local expert, their weights [R], a plan.
+
+        The plan is frozen and has `tokens_per_expert`: rows of each local expert, in order.
+        """
         ...
 
     def combine(self, rows: Tensor, plan: Any) -> Generator[None, None, Tensor]:
@@ -59,37 +53,46 @@ class Dispatch(Protocol):
         ...
 
 
-def drive(steps: Generator[None, None, Result]) -> Result:
-    """Run a communicating generator to its end, waiting at every step."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
+class Journey:
+    """One micro-batch's way through one layer's experts: the trip to them and the trip home, over one plan."""
+
+    def __init__(self, exchange: Dispatch, indices: Tensor) -> None:
+        self.exchange, self.indices = exchange, indices
+        self.plan: Any = None
+        self.out, self.home = _Out(self), _Home(self)
+
+    @property
+    def tokens_per_expert(self) -> list[int]:
+        """Rows of each local expert; known once the way out is done."""
+        return self.plan.tokens_per_expert
 
 
-class _DispatchFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, indices: Tensor, dispatch: Dispatch) -> Any:
-        rows, row_weights, ctx.plan = drive(dispatch.dispatch(x, weights, indices))
-        ctx.dispatch = dispatch
-        return rows, row_weights, ctx.plan
+@dataclass(frozen=True)
+class _Out:
+    """x [T, d], weights [T, K] -> rows [R, d], row_weights [R]."""
 
-    @staticmethod
-    def backward(ctx: Any, d_rows: Tensor, d_row_weights: Tensor, _: None) -> Any:
-        dx, d_weights = drive(ctx.dispatch.dispatch_backward(d_rows, d_row_weights, ctx.plan))
-        return dx, d_weights, None, None
+    journey: Journey
+
+    def there(self, x: Tensor, weights: Tensor) -> Steps[tuple[Tensor, Tensor]]:
+        journey = self.journey
+        rows, row_weights, journey.plan = yield from journey.exchange.dispatch(x, weights, journey.indices)
+        return rows, row_weights
+
+    def back(self, d_rows: Tensor, d_row_weights: Tensor) -> Steps[tuple[Tensor, Tensor]]:
+        return (yield from self.journey.exchange.dispatch_backward(d_rows, d_row_weights, self.journey.plan))
 
 
-class _CombineFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, plan: Any, dispatch: Dispatch) -> Tensor:
-        ctx.plan, ctx.dispatch = plan, dispatch
-        return drive(dispatch.combine(rows, plan))
+@dataclass(frozen=True)
+class _Home:
+    """rows [R, d] -> the sum of each token's rows [T, d]."""
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        return drive(ctx.dispatch.combine_backward(dy, ctx.plan)), None, None
+    journey: Journey
+
+    def there(self, rows: Tensor) -> Steps[tuple[Tensor]]:
+        return ((yield from self.journey.exchange.combine(rows, self.journey.plan)),)
+
+    def back(self, dy: Tensor) -> Steps[tuple[Tensor]]:
+        return ((yield from self.journey.exchange.combine_backward(dy, self.journey.plan)),)
 
 
 class Experts(nn.Module):
@@ -121,14 +124,8 @@ class MoE(nn.Module):
         self.experts = Experts(dispatch.num_local_experts, hidden, inter, backend)
         self.shared_experts = FeedForward(hidden, config.n_shared_experts * inter, backend)
 
-    def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Plan]:
-        """Differentiable `Dispatch.dispatch`."""
-        return _DispatchFunction.apply(x, weights, indices, self.exchange)
-
-    def compute(self, rows: Tensor, row_weights: Tensor, plan: Plan, x: Tensor) -> tuple[Tensor, Tensor]:
+    def compute(
+        self, rows: Tensor, row_weights: Tensor, x: Tensor, tokens_per_expert: list[int]
+    ) -> tuple[Tensor, Tensor]:
         """Routed experts on the received rows [R, d], shared experts on this rank's own tokens x [T, d]."""
-        return self.experts(rows, row_weights, plan.tokens_per_expert), self.shared_experts(x)
-
-    def combine(self, rows: Tensor, plan: Plan) -> Tensor:
-        """Differentiable `Dispatch.combine`."""
-        return _CombineFunction.apply(rows, plan, self.exchange)
+        return self.experts(rows, row_weights, tokens_per_expert), self.shared_experts(x)

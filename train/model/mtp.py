@@ -9,7 +9,6 @@ from train.model.block import MoEBlock
 from train.model.config import ModelConfig
 from train.model.layers import Backend, RMSNorm
 from train.model.moe import Dispatch
-from train.model.router import RouterStats
 
 
 class MTPModule(nn.Module):
@@ -28,8 +27,6 @@ class MTPModule(nn.Module):
         self.layer = MoEBlock(config, dispatch, backend)
         self.norm = RMSNorm(hidden, eps, backend)
 
-    def forward(self, hidden: Tensor, embedding: Tensor, table: Tensor) -> tuple[Tensor, RouterStats]:
-        """hidden and embedding [B, N, hidden], table of N positions -> (state of that shape, router's report)."""
-        x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
-        x, stats = self.layer(x, table)
-        return self.norm(x), stats
+    def join(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        """hidden and embedding [B, N, hidden] -> the layer's input, of that shape."""
+        return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +18,27 @@ from train.model.moe import Dispatch
 from train.model.mtp import MTPModule
 from train.model.rope import rotation_table
 from train.model.router import Router, RouterStats
+from train.model.tape import Inline, Steps, Tape, drive
 from train.precision.grads import Sink, run_now
 from train.precision.linear import Engine
 
 
-class Output(NamedTuple):
-    """What a micro-batch leaves."""
+class Report(NamedTuple):
+    """What a micro-batch leaves besides its gradient."""
 
-    total: Tensor
-    """The loss to differentiate, every term already times its factor; scalar."""
     sums: Tensor
-    """Detached [main, mtp, balance]: cross-entropies in nats summed over tokens (and depths), balance losses summed
-    over MoE layers and sequences."""
+    """Detached float64 [main, mtp, balance]: cross-entropies in nats summed over tokens (and depths), balance losses
+    summed over MoE layers and sequences."""
     load: Tensor
     """Tokens that selected each expert, int64 [num_routers, E]; zeros unless training with gradients."""
+
+
+class Output(NamedTuple):
+    """A report and the loss to differentiate, every term already times its factor (a scalar)."""
+
+    total: Tensor
+    sums: Tensor
+    load: Tensor
 
 
 @dataclass(frozen=True)
@@ -83,55 +91,84 @@ class Transformer(nn.Module):
         self.mtp = nn.ModuleList(MTPModule(config, dispatch, backend) for _ in depths)
 
     def forward(self, tokens: Tensor, terms: LossTerms) -> Output:
-        """tokens [B, S + 1]: position i reads token i and predicts token i + 1."""
-        hidden, stats = self.run_layers(self.embed_tokens(tokens[:, :-1]))
-        hidden = self.norm(hidden)
-        main = self.predict(hidden, tokens[:, 1:])
-        mtp, mtp_stats = self.predict_further(hidden, tokens)
-        return self.output(main, mtp, {**stats, **mtp_stats}, terms)
+        """tokens [B, S + 1]: position i reads token i and predicts token i + 1. One autograd graph."""
+        tape = Inline()
+        _, report = drive(self.steps(tokens, None, terms, tape))
+        return Output(torch.as_tensor(tape.total), report.sums, report.load)
 
-    def run_layers(self, x: Tensor) -> tuple[Tensor, dict[int, RouterStats]]:
-        """The layers held here: x [B, S, hidden] -> (the same shape, each router's report by its number)."""
+    def steps(
+        self, tokens: Tensor | None, x: Tensor | None, terms: LossTerms, tape: Tape
+    ) -> Steps[tuple[Tensor | None, Report]]:
+        """One micro-batch through the parts held here.
+
+        tokens [B, S + 1], needed by embedding and head; x [B, S, hidden], what the part before sends, None where the
+        embedding is. Returns what the next part needs, None where the head is, and the report of this part.
+        """
+        if self.parts.embedding:
+            assert tokens is not None
+            x = tape.compute(partial(self.embed_tokens, tokens[:, :-1]))
+        assert x is not None
+        report = self.empty_report(x.device)
+        x = yield from self.run_layers(x, terms, tape, report)
+        if not self.parts.head:
+            return x, report
+        assert tokens is not None
+        x = tape.compute(self.norm, x)
+        main = tape.compute(partial(self.predict, labels=tokens[:, 1:]), x)
+        tape.loss(main, terms.main)
+        report.sums[0] += main.detach()
+        yield from self.predict_further(x, tokens, terms, tape, report)
+        return None, report
+
+    def empty_report(self, device: torch.device) -> Report:
+        """Zeros to add to."""
+        load = torch.zeros(self.config.num_routers, self.config.n_routed_experts, dtype=torch.int64, device=device)
+        return Report(torch.zeros(3, dtype=torch.float64, device=device), load)
+
+    def run_layers(self, x: Tensor, terms: LossTerms, tape: Tape, report: Report) -> Steps[Tensor]:
+        """The layers held here: x [B, S, hidden] -> the same shape."""
         table = rotation_table(self.config, x.shape[1], x.device, x.dtype)
-        reports = {}
-        for index, layer in self.layers.items():
-            x, stats = layer(x, table)
+        for index, layer in self._blocks():
+            x, stats = yield from layer.steps(x, table, tape)
             if stats is not None:
-                reports[int(index) - self.config.first_k_dense_replace] = stats
-        return x, reports
+                self._account(index - self.config.first_k_dense_replace, stats, terms, tape, report)
+        return x
+
+    def _account(self, number: int, stats: RouterStats, terms: LossTerms, tape: Tape, report: Report) -> None:
+        tape.loss(stats.balance, terms.balance)
+        report.sums[2] += stats.balance.detach()
+        report.load[number] += stats.load
 
     def predict(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the head in nats, summed: hidden [B, N, hidden] (normed), labels [B, N]."""
         return cross_entropy_sum(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), self.backend)
 
-    def predict_further(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, dict[int, RouterStats]]:
+    def predict_further(
+        self, hidden: Tensor, tokens: Tensor, terms: LossTerms, tape: Tape, report: Report
+    ) -> Steps[None]:
         """Multi-token prediction from the main model's normed state [B, S, hidden] and its tokens [B, S + 1].
 
         Depth k = 1..D joins the state of position i with token i + k and predicts token i + k + 1, which leaves S - k
-        positions. Returns the cross-entropies summed over depths and positions, and the routers' reports.
+        positions.
         """
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         table = rotation_table(self.config, hidden.shape[1], hidden.device, hidden.dtype)
-        reports = {}
-        for k, module in enumerate(self.mtp, start=1):
-            positions = hidden.shape[1] - 1
-            embedding = self.embed_tokens(tokens[:, k:-1])
-            hidden, reports[self.config.num_moe_layers + k - 1] = module(
-                hidden[:, :positions], embedding, table[:positions]
-            )
-            total = total + self.predict(hidden, tokens[:, k + 1 :])
-        return total, reports
+        for k, module in enumerate(self._depths(), start=1):
+            joined = tape.compute(partial(self._join, module, tokens[:, k:-1]), hidden)
+            x, stats = yield from module.layer.steps(joined, table[: joined.shape[1]], tape)
+            self._account(self.config.num_moe_layers + k - 1, stats, terms, tape, report)
+            hidden = tape.compute(module.norm, x)
+            loss = tape.compute(partial(self.predict, labels=tokens[:, k + 1 :]), hidden)
+            tape.loss(loss, terms.mtp)
+            report.sums[1] += loss.detach()
 
-    def output(self, main: Tensor, mtp: Tensor, reports: dict[int, RouterStats], terms: LossTerms) -> Output:
-        """Join the loss terms and the routers' reports of a micro-batch."""
-        balance = (
-            torch.stack([stats.balance for stats in reports.values()]).sum() if reports else torch.zeros_like(main)
-        )
-        load = torch.zeros(self.config.num_routers, self.config.n_routed_experts, dtype=torch.int64, device=main.device)
-        for number, stats in reports.items():
-            load[number] = stats.load
-        total = main * terms.main + mtp * terms.mtp + balance * terms.balance
-        return Output(total, torch.stack((main, mtp, balance)).detach(), load)
+    def _join(self, module: MTPModule, tokens: Tensor, hidden: Tensor) -> Tensor:
+        return module.join(hidden[:, : tokens.shape[1]], self.embed_tokens(tokens))
+
+    def _blocks(self) -> list[tuple[int, DenseBlock | MoEBlock]]:
+        return [(int(index), cast(DenseBlock | MoEBlock, layer)) for index, layer in self.layers.items()]
+
+    def _depths(self) -> list[MTPModule]:
+        return [cast(MTPModule, module) for module in self.mtp]
 
     def routers(self) -> dict[int, Router]:
         """The routers held here by their number: main layers in order, then prediction depths."""

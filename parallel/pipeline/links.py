@@ -1,0 +1,124 @@
+"""Activations and gradients between neighbouring stages: two one-way links per direction, each with a group of its own.
+
+A link keeps order and the schedule says it, so no message carries a tag: both ends derive from the lists which tensor
+comes next. Receives are posted `slots` ahead of need; a sent tensor is kept until it is gone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.mesh import Mesh
+from parallel.pipeline.actions import Chunk
+from parallel.pipeline.order import Channel, messages, source
+from parallel.pipeline.placement import Placement
+from parallel.pipeline.schedule import Schedule
+
+
+def channels(placement: Placement) -> list[Channel]:
+    """Every link of a placement, in one order on all ranks: activations onwards, gradients back."""
+    found = set()
+    for stage in range(placement.num_stages):
+        following = placement.after(stage)
+        if following is not None and placement.rank_of[stage] != placement.rank_of[following]:
+            here, there = placement.rank_of[stage], placement.rank_of[following]
+            found |= {Channel(here, there, "F"), Channel(there, here, "B")}
+    return sorted(found)
+
+
+def connect(placement: Placement, mesh: Mesh) -> dict[Channel, dist.ProcessGroup]:
+    """Make the two-rank groups of all links of all pipelines; every rank of the job must call it. Returns one's own."""
+    own = {}
+    for column in range(mesh.config.dp):
+        for channel in channels(placement):
+            ends = [channel.source * mesh.config.dp + column, channel.target * mesh.config.dp + column]
+            group = dist.new_group(sorted(ends), group_desc=f"link {channel.kind}")
+            if mesh.rank in ends:
+                own[channel] = group
+    return own
+
+
+class Links:
+    """One rank's ends of the links. `open` a schedule, then `take` and `send` in its order."""
+
+    def __init__(
+        self,
+        rank: int,
+        groups: Mapping[Channel, dist.ProcessGroup],
+        dtype: torch.dtype,
+        device: torch.device,
+        slots: int = 2,
+    ) -> None:
+        """rank: in the pipeline. slots: receives that are posted ahead on every link."""
+        self._rank, self._groups, self._slots = rank, groups, slots
+        self._dtype, self._device = dtype, device
+        self._shape: tuple[int, ...] = ()
+        self._placement: Placement | None = None
+        self._expected: dict[Channel, deque[Chunk]] = {}
+        self._posted: dict[Channel, deque[tuple[Chunk, Tensor, dist.Work]]] = {}
+        self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
+        self._here: dict[Chunk, Tensor] = {}
+
+    def open(self, schedule: Schedule, shape: tuple[int, ...]) -> None:
+        """Post the first receives of a schedule, whose tensors all have this shape."""
+        self._placement, self._shape = schedule.placement, shape
+        for channel, expected in messages(schedule).items():
+            if channel.target == self._rank:
+                self._expected[channel] = deque(message.consumer for message in expected)
+                self._posted[channel] = deque()
+                for _ in range(self._slots):
+                    self._post(channel)
+
+    def close(self) -> None:
+        """Wait until everything sent has left."""
+        while self._leaving:
+            self._leaving.popleft()[0].wait()
+        assert not self._here and not any(self._posted.values()) and not any(self._expected.values())
+
+    def take(self, part: Chunk) -> Tensor | None:
+        """What an F or B works on: waits for it. None where tokens or the loss come in."""
+        assert self._placement is not None
+        made_by = source(self._placement, part)
+        if made_by is None:
+            return None
+        if self._placement.rank_of[made_by.stage] == self._rank:
+            return self._here.pop(part)
+        channel = Channel(self._placement.rank_of[made_by.stage], self._rank, part.kind)
+        expected, buffer, work = self._posted[channel].popleft()
+        assert expected == part, f"{channel} brings {expected}, not {part}"
+        work.wait()
+        self._post(channel)
+        return buffer
+
+    def send(self, part: Chunk, tensor: Tensor | None) -> None:
+        """Hand on the result of an F or B, at once; None where a route ends."""
+        assert self._placement is not None
+        at = {"F": self._placement.after, "B": self._placement.before}[part.kind](part.stage)
+        if at is None:
+            return
+        assert tensor is not None
+        target = self._placement.rank_of[at]
+        if target == self._rank:
+            self._here[Chunk(part.kind, at, part.micro_batch)] = tensor
+            return
+        while self._leaving and self._leaving[0][0].is_completed():
+            self._leaving.popleft()
+        group = self._groups[Channel(self._rank, target, part.kind)]
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, group=group, group_dst=1 - dist.get_rank(group))
+        assert work is not None
+        self._leaving.append((work, tensor))
+
+    def _post(self, channel: Channel) -> None:
+        if not self._expected[channel]:
+            return
+        group = self._groups[channel]
+        buffer = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        work = dist.irecv(buffer, group=group, group_src=1 - dist.get_rank(group))
+        assert work is not None
+        self._posted[channel].append((self._expected[channel].popleft(), buffer, work))

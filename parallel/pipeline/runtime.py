@@ -1,0 +1,76 @@
+"""Carries out any verified schedule; knows none by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from parallel.collectives import Steps, drive
+from parallel.pipeline.actions import Action, Chunk, Pair
+from parallel.pipeline.links import Links
+from parallel.pipeline.schedule import Schedule
+from parallel.pipeline.segments import interleave
+
+
+class Stage(Protocol):
+    """A slice of the model at work. Forward and backward are generators that yield at every communication."""
+
+    def forward(self, micro_batch: int, x: Tensor | None) -> Steps[Tensor | None]:
+        """x: what the stage before sent, None at the first. Returns what the next one needs, None at the last."""
+        ...
+
+    def backward(self, micro_batch: int, dy: Tensor | None) -> Steps[Tensor | None]:
+        """The gradient of `forward`'s output in, of its input out. Weight gradients are kept."""
+        ...
+
+    def weight_gradients(self, micro_batch: int) -> None:
+        """Take all weight gradients that the backward of this micro-batch has left so far."""
+        ...
+
+
+class Runtime:
+    """One rank of a pipeline: its stages by number, and its links to the neighbours."""
+
+    def __init__(self, rank: int, stages: Mapping[int, Stage], links: Links) -> None:
+        self._rank, self._stages, self._links = rank, stages, links
+
+    def run(self, schedule: Schedule, shape: tuple[int, ...]) -> None:
+        """Do this rank's list from its first action to its last; stages hand on tensors of `shape`."""
+        self._links.open(schedule, shape)
+        for action in schedule.ranks[self._rank]:
+            self._do(action)
+        self._links.close()
+
+    def _do(self, action: Action) -> None:
+        if isinstance(action, Pair):
+            interleave(self._full_backward(action.backward), self._forward(action.forward))
+        elif action.kind == "F":
+            drive(self._forward(action))
+        elif action.kind == "B":
+            drive(self._backward(action))
+        elif action.kind == "D":
+            drive(self._full_backward(action))
+        else:
+            self._stages[action.stage].weight_gradients(action.micro_batch)
+
+    def _forward(self, chunk: Chunk) -> Steps[None]:
+        x = self._links.take(chunk)
+        y = yield from self._stages[chunk.stage].forward(chunk.micro_batch, x)
+        self._links.send(chunk, y)
+
+    def _backward(self, chunk: Chunk) -> Steps[None]:
+        part = chunk.parts[0]
+        dy = self._links.take(part)
+        dx = yield from self._stages[part.stage].backward(part.micro_batch, dy)
+        # Before any weight gradient that still waits: the neighbour needs it now.
+        self._links.send(part, dx)
+
+    def _full_backward(self, chunk: Chunk) -> Steps[None]:
+        """Weight gradients are taken while the communication just launched is on its way."""
+        stage = self._stages[chunk.stage]
+        for _ in self._backward(chunk):
+            stage.weight_gradients(chunk.micro_batch)
+            yield
+        stage.weight_gradients(chunk.micro_batch)

@@ -1,0 +1,152 @@
+"""One stage's forward and backward of one micro-batch, both suspended at every communication.
+
+The stage writes its forward pass on `Segments` as steps (pieces that autograd differentiates, trips between ranks, loss
+terms). Every piece is an autograd graph of its own with detached inputs, so that the backward pass is a walk over the
+steps in reverse, which also stops after each communication it has launched. `interleave` lets two such passes of
+different micro-batches take turns: one computes while the other's rows are on their way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from parallel.collectives import Steps
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Trip(Protocol):
+    """One communication and its reverse, as generators over plain tensors."""
+
+    def there(self, *inputs: Any, **_: Any) -> Steps[tuple[Tensor, ...]]: ...
+
+    def back(self, *d_outputs: Any, **_: Any) -> Steps[tuple[Tensor, ...]]: ...
+
+
+@dataclass
+class _Piece:
+    """A differentiable step: its detached inputs, and the outputs that hold its graph."""
+
+    sources: list[int]
+    leaves: list[Tensor]
+    roots: list[tuple[int, Tensor]]
+
+    def backward(self, gradients: dict[int, Tensor]) -> Steps[Sequence[Tensor | None]]:
+        yield from ()
+        reached = [(root, gradients.pop(number)) for number, root in self.roots if number in gradients]
+        if reached:
+            torch.autograd.backward([root for root, _ in reached], [gradient for _, gradient in reached])
+        return [leaf.grad for leaf in self.leaves]
+
+
+@dataclass
+class _Passage:
+    """A communicating step."""
+
+    sources: list[int]
+    trip: Trip
+    arrivals: list[tuple[int, Tensor]]  # number, and a meta tensor in the shape of what arrived
+
+    def backward(self, gradients: dict[int, Tensor]) -> Steps[Sequence[Tensor | None]]:
+        missing = next(iter(gradients.values()))
+        d_outputs = [
+            gradients.pop(number) if number in gradients else missing.new_zeros(like.shape, dtype=like.dtype)
+            for number, like in self.arrivals
+        ]
+        return (yield from self.trip.back(*d_outputs))
+
+
+class Segments:
+    """The record of one forward pass; used up by its backward."""
+
+    def __init__(self) -> None:
+        self._steps: list[_Piece | _Passage] = []
+        self._num_tensors = 0
+        self._losses: list[tuple[int, Tensor]] = []
+        self._input: int | None = None
+        self._output: int | None = None
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Declare what the stage received: `backward` returns its gradient."""
+        x = self._number(x.detach())
+        self._input = _number_of(x)
+        return x
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Declare what the stage sends on: `backward` is handed its gradient."""
+        self._output = _number_of(y)
+        return y
+
+    def compute(self, piece: Callable[..., Any], *inputs: Tensor) -> Any:
+        """Run a differentiable piece: tensors in, a tensor or a flat tuple of tensors out."""
+        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+        with torch.enable_grad():
+            results = piece(*leaves)
+        outputs = results if isinstance(results, tuple) else (results,)
+        handed_on = tuple(self._number(output.detach()) for output in outputs)
+        roots = [(_number_of(y), output) for y, output in zip(handed_on, outputs, strict=True) if output.requires_grad]
+        self._steps.append(_Piece([_number_of(x) for x in inputs], leaves, roots))
+        return handed_on if isinstance(results, tuple) else handed_on[0]
+
+    def communicate(self, trip: Trip, *inputs: Tensor) -> Steps[tuple[Tensor, ...]]:
+        """Run a trip; what arrives is handed on."""
+        arrived = yield from trip.there(*inputs)
+        handed_on = tuple(self._number(y.detach()) for y in arrived)
+        likes = [(_number_of(y), torch.empty_like(y, device="meta")) for y in handed_on]
+        self._steps.append(_Passage([_number_of(x) for x in inputs], trip, likes))
+        return handed_on
+
+    def loss(self, value: Tensor, factor: float) -> None:
+        """Add factor * value to what `backward` differentiates."""
+        self._losses.append((_number_of(value), torch.full_like(value, factor)))
+
+    def backward(self, dy: Tensor | None) -> Steps[Tensor | None]:
+        """From the gradient of the output (None: only the losses) to that of the input (None: no input).
+
+        Each step is released as soon as it is done. Weight gradients go where the pieces send them.
+        """
+        gradients = dict(self._losses)
+        if dy is not None:
+            assert self._output is not None
+            gradients[self._output] = dy
+        while self._steps:
+            step = self._steps.pop()
+            d_inputs = yield from step.backward(gradients)
+            for number, gradient in zip(step.sources, d_inputs, strict=True):
+                if gradient is not None:
+                    known = gradients.get(number)
+                    gradients[number] = gradient if known is None else known + gradient
+        return None if self._input is None else gradients[self._input]
+
+    def _number(self, tensor: Tensor) -> Tensor:
+        tensor._segment_number = self._num_tensors  # type: ignore[attr-defined]
+        self._num_tensors += 1
+        return tensor
+
+
+def _number_of(tensor: Tensor) -> int:
+    return tensor._segment_number  # type: ignore[attr-defined]
+
+
+def interleave(first: Steps[T], second: Steps[U]) -> tuple[T, U]:
+    """Let two passes take turns, a communication each, until both are done.
+
+    The order depends on nothing but the two: every rank of an expert group launches its communications alike. Hand in
+    the backward first: it opens with a communication, the forward with computation.
+    """
+    results: list[Any] = [None, None]
+    running: dict[int, Steps[Any]] = {0: first, 1: second}
+    while running:
+        for index in list(running):
+            try:
+                next(running[index])
+            except StopIteration as end:
+                results[index] = end.value
+                del running[index]
+    return results[0], results[1]

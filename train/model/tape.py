@@ -1,0 +1,84 @@
+"""How a forward pass is written once and run in two ways: by autograd alone, or suspended at every communication.
+
+A layer describes its forward pass as steps on a `Tape`: `compute` runs a piece that autograd differentiates,
+`communicate` moves rows between ranks, `loss` names a term of the loss. With the `Inline` tape below the whole is one
+autograd graph. A pipeline hands in a tape of its own, which keeps the pieces apart, so that the backward pass too can
+stop at each communication and let another micro-batch compute meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+# Yields once after each communication it has launched.
+Steps = Generator[None, None, Result]
+
+
+class Trip(Protocol):
+    """One communication and its reverse. Plain tensors, no autograd; each is run once, the reverse after."""
+
+    def there(self, *inputs: Any, **_: Any) -> Steps[tuple[Tensor, ...]]:
+        """Launch, yield, and return what arrives."""
+        ...
+
+    def back(self, *d_outputs: Any, **_: Any) -> Steps[tuple[Tensor, ...]]:
+        """The same for gradients: of the outputs in, of the inputs out."""
+        ...
+
+
+class Tape(Protocol):
+    """What a forward pass is written on."""
+
+    def compute(self, piece: Callable[..., Any], *inputs: Tensor) -> Any:
+        """`piece(*inputs)`: a tensor or a flat tuple of tensors. All tensors that need a gradient are inputs."""
+        ...
+
+    def communicate(self, trip: Trip, *inputs: Tensor) -> Steps[tuple[Tensor, ...]]:
+        """What `trip.there(*inputs)` returns."""
+        ...
+
+    def loss(self, value: Tensor, factor: float) -> None:
+        """Add factor * value (a scalar) to the loss."""
+        ...
+
+
+def drive(steps: Steps[Result]) -> Result:
+    """Run steps to their end, waiting at every communication."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+class _TripFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, trip: Trip, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.trip = trip
+        return drive(trip.there(*inputs))
+
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: Tensor) -> Any:
+        return None, *drive(ctx.trip.back(*d_outputs))
+
+
+class Inline:
+    """The plain way: one autograd graph; `total` is the loss to differentiate."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | float = 0.0
+
+    def compute(self, piece: Callable[..., Any], *inputs: Tensor) -> Any:
+        return piece(*inputs)
+
+    def communicate(self, trip: Trip, *inputs: Tensor) -> Steps[tuple[Tensor, ...]]:
+        yield from ()
+        return _TripFunction.apply(trip, *inputs)
+
+    def loss(self, value: Tensor, factor: float) -> None:
+        self.total = self.total + value * factor

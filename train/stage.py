@@ -1,0 +1,97 @@
+"""A slice of the model at work on the micro-batches of one step, as a pipeline drives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from train.model.loss import LossTerms
+from train.model.tape import Inline, Steps, Tape
+from train.model.transformer import Report, Transformer
+
+
+class Record(Tape, Protocol):
+    """A tape that can be played backwards."""
+
+    def enter(self, x: Tensor) -> Tensor: ...
+
+    def leave(self, y: Tensor) -> Tensor: ...
+
+    def backward(self, dy: Tensor | None) -> Steps[Tensor | None]: ...
+
+
+class WeightGradients:
+    """Where a slice's matrices leave the computation of their gradients: kept by micro-batch until they are taken.
+
+    One slice runs one backward at a time, though it may be suspended in the middle of it.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[int, list[Callable[[], None]]] = {}
+        self._micro_batch: int | None = None
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        assert self._micro_batch is not None, "a weight gradient outside of a backward"
+        self._waiting[self._micro_batch].append(work)
+
+    def begin(self, micro_batch: int) -> None:
+        """From here on, work is that of this micro-batch."""
+        self._micro_batch = micro_batch
+        self._waiting[micro_batch] = []
+
+    @torch.no_grad()
+    def take(self, micro_batch: int) -> None:
+        """Do all that has been left for a micro-batch so far."""
+        waiting = self._waiting[micro_batch]
+        while waiting:
+            waiting.pop(0)()
+
+    def done(self) -> bool:
+        """Whether nothing waits."""
+        return not any(self._waiting.values())
+
+
+class Stage:
+    """One slice: keeps each micro-batch's record from its forward to its backward, and what each reports."""
+
+    def __init__(self, model: Transformer, weight_gradients: WeightGradients, record: Callable[[], Record]) -> None:
+        """weight_gradients: the sink that the model was built with. record: makes the tape of one micro-batch."""
+        self.model, self._weight_gradients, self._new_record = model, weight_gradients, record
+        self._records: dict[int, Record] = {}
+        self.reports: dict[int, Report] = {}
+        self.peak_records = 0
+
+    def begin(self, tokens: Callable[[int], Tensor], terms: LossTerms) -> None:
+        """Make ready for a step. tokens: micro-batch to its rows [B, S + 1], which the ends of the model ask for."""
+        self._tokens, self._terms = tokens, terms
+        self.reports = {}
+        self.peak_records = 0
+
+    def forward(self, micro_batch: int, x: Tensor | None) -> Steps[Tensor | None]:
+        """x [B, S, hidden] from the stage before -> what the next one needs, of the same shape.
+
+        In evaluation mode nothing is kept but the report.
+        """
+        parts = self.model.parts
+        tokens = self._tokens(micro_batch) if parts.embedding or parts.head else None
+        if not self.model.training:
+            y, self.reports[micro_batch] = yield from self.model.steps(tokens, x, self._terms, Inline())
+            return y
+        record = self._new_record()
+        x = None if x is None else record.enter(x)
+        y, self.reports[micro_batch] = yield from self.model.steps(tokens, x, self._terms, record)
+        self._records[micro_batch] = record
+        self.peak_records = max(self.peak_records, len(self._records))
+        return None if y is None else record.leave(y)
+
+    def backward(self, micro_batch: int, dy: Tensor | None) -> Steps[Tensor | None]:
+        """dy and the result [B, S, hidden]. Weight gradients wait for `weight_gradients`."""
+        self._weight_gradients.begin(micro_batch)
+        return (yield from self._records.pop(micro_batch).backward(dy))
+
+    def weight_gradients(self, micro_batch: int) -> None:
+        """Add the weight gradients that this micro-batch's backward has left so far to `main_grad`."""
+        self._weight_gradients.take(micro_batch)
