@@ -37,7 +37,7 @@ from benchmarks._sides import Neighbours, cpu, median_ms, speedup, take_turns, w
 from parallel.expert.dispatch import LocalDispatch
 from parallel.zero.optimizer import build
 from parallel.zero.sets import ReplicaGroups
-from train.assemble import place
+from train.assemble import held
 from train.flops import parameter_counts, training_flops_per_token
 from train.model.config import ModelConfig
 from train.model.init import init_weights
@@ -139,7 +139,7 @@ def ours(config: ModelConfig, clip: float, compile: bool = False) -> Side:
     with torch.device("meta"):
         model = Transformer(config, dispatch, TorchEngine(), kernels=Kernels(compile=compile))
     init_weights(model, config, 0, torch.float32, "cpu")
-    params = [(place(model, dispatch, name), param, decays(param.shape)) for name, param in model.named_parameters()]
+    params = [(info, param, decays(param.shape)) for info, param in held([model])]
     factory = adamw_factory(OptimConfig())
     optimizer = build("native", params, ReplicaGroups(), factory, clip_grad_norm=clip, weight_decay=WEIGHT_DECAY)
     attach_main_grads(model)
