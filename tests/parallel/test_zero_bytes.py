@@ -32,7 +32,7 @@ def weigh(dp: int, ep: int, engine: str, dtype: torch.dtype, moments_dtype: str)
         params.append((info, nn.Parameter(torch.zeros(local, dtype=dtype)), True))
     factory = adamw_factory(OptimConfig(moments_dtype=moments_dtype))
     optimizer = build(engine, params, make_groups(dp, ep), factory)
-    held = sum(param.numel() / (dp // ep if info.expert else dp) for info, param, _ in params)
+    held = sum(param.numel() / (dp // ep if info.replicas == "expert" else dp) for info, param, _ in params)
     return optimizer.state_bytes(), held
 
 

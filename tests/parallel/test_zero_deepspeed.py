@@ -19,11 +19,11 @@ from tests.spawn import Ranks
 from train.optim import OptimConfig, adamw_factory
 
 
-def make(expert: bool = False) -> ZeroOptimizer:
+def make(replicas: str = "dense") -> ZeroOptimizer:
     param = torch.nn.Parameter(torch.ones(3, 5))
     return build(
         "deepspeed",
-        [(ParamInfo("w", (3, 5), expert=expert), param, True)],
+        [(ParamInfo("w", (3, 5), replicas=replicas), param, True)],
         ReplicaGroups(),
         adamw_factory(OptimConfig()),
     )
@@ -50,7 +50,7 @@ import subprocess
 import sys
 import warnings
 from tests.parallel.test_zero_deepspeed import make
-optimizer = make(expert=True)
+optimizer = make("expert")
 optimizer.zero_grad()
 optimizer.step(1e-3)
 import deepspeed.comm.comm
