@@ -294,10 +294,13 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("emulate: a command must follow after --")
     if reason := able():
         raise ValueError(f"emulate: this machine cannot emulate a cluster: {reason}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken down
     rates = [None if settings[name] == "none" else settings[name] for name in ("rate", "loopback_rate")]
-    with Lab(nodes, *rates) as lab:
-        result = lab.run(command, per_node, timeout_s=timeout_s, echo=True)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken down
+    try:
+        with Lab(nodes, *rates) as lab:
+            result = lab.run(command, per_node, timeout_s=timeout_s, echo=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     megabytes = [f"{sent / 1e6:.2f}" for sent in result.internode_bytes]
     print(
         f"{nodes} nodes x {per_node} ranks at {settings['rate']}: {result.seconds:.1f} s, exit codes "

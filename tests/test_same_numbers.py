@@ -25,19 +25,28 @@ LOSSES = ("train/loss", "train/mtp_loss", "train/seq_balance_loss", "train/grad_
 # (ranks, settings). Every way of dispatch, expert layout, node count, engine and micro-batch size meets some other.
 TOPOLOGIES = [
     (1, "train.micro_batch_size=4"),
-    (1, "parallel.dispatch=two_hop train.micro_batch_size=8"),
-    (2, "parallel.dp=2"),
+    pytest.param(1, "parallel.dispatch=two_hop train.micro_batch_size=8", marks=pytest.mark.slow),
+    pytest.param(2, "parallel.dp=2", marks=pytest.mark.slow),
     (2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=flat"),
     (2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=2 train.micro_batch_size=2"),
-    (4, "parallel.dp=4 train.micro_batch_size=2"),
+    pytest.param(4, "parallel.dp=4 train.micro_batch_size=2", marks=pytest.mark.slow),
     (4, "parallel.dp=4 parallel.ep=2 parallel.dispatch=flat"),
-    (4, "parallel.dp=4 parallel.ep=2 parallel.dispatch=flat parallel.nodes=4 train.micro_batch_size=2"),
+    pytest.param(
+        4,
+        "parallel.dp=4 parallel.ep=2 parallel.dispatch=flat parallel.nodes=4 train.micro_batch_size=2",
+        marks=pytest.mark.slow,
+    ),
     (4, "parallel.dp=4 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=2"),
     (4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=flat parallel.nodes=2"),
-    (4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop"),
+    pytest.param(4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop", marks=pytest.mark.slow),
     (4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop parallel.nodes=2 train.micro_batch_size=2"),
     (4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop parallel.nodes=4"),
 ]
+
+
+def names(cases: list[Any]) -> list[str]:
+    """The settings of each case, marked as slow or not."""
+    return [str(getattr(case, "values", case)[1]) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +91,7 @@ def worst_of_rows(run: Finished, plain: PlainRun) -> float:
     )
 
 
-@pytest.mark.parametrize(("world_size", "settings"), TOPOLOGIES, ids=[s for _, s in TOPOLOGIES])
+@pytest.mark.parametrize(("world_size", "settings"), TOPOLOGIES, ids=names(TOPOLOGIES))
 def test_fp64_equals_one_plain_process(
     ranks: Ranks, tmp_path: Path, text: list[str], plain_fp64: PlainRun, world_size: int, settings: str
 ) -> None:
@@ -93,12 +102,16 @@ def test_fp64_equals_one_plain_process(
 
 # Pipelines: every schedule, experts and mirrors, a stage without a layer, both ends on one rank and on two.
 PIPELINES = [
-    (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=zb_h1"),
+    pytest.param(2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=zb_h1", marks=pytest.mark.slow),
     (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=interleaved_1f1b"),
     (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=dualpipev train.micro_batch_size=2"),
     (4, "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=flat pipeline.schedule=dualpipe"),
     (4, "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=4 pipeline.schedule=zbv"),
-    (4, "parallel.pp=2 parallel.dp=2 pipeline.schedule=1f1b pipeline.pairs=true train.micro_batch_size=2"),
+    pytest.param(
+        4,
+        "parallel.pp=2 parallel.dp=2 pipeline.schedule=1f1b pipeline.pairs=true train.micro_batch_size=2",
+        marks=pytest.mark.slow,
+    ),
     (4, "parallel.pp=4 parallel.dp=1 pipeline.schedule=dualpipe pipeline.layers=[2,0,1,1]"),
 ]
 
@@ -114,7 +127,7 @@ def plain_deep(deep: list[str]) -> PlainRun:
     return plain_run(compose([*deep, "train.max_steps=5"]))
 
 
-@pytest.mark.parametrize(("world_size", "settings"), PIPELINES, ids=[s for _, s in PIPELINES])
+@pytest.mark.parametrize(("world_size", "settings"), PIPELINES, ids=names(PIPELINES))
 def test_pipelines_equal_one_plain_process(
     ranks: Ranks, tmp_path: Path, deep: list[str], plain_deep: PlainRun, world_size: int, settings: str
 ) -> None:
@@ -124,14 +137,18 @@ def test_pipelines_equal_one_plain_process(
 
 FP32 = [
     (1, "zero.engine=deepspeed"),
-    (2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=flat zero.engine=deepspeed"),
+    pytest.param(2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=flat zero.engine=deepspeed", marks=pytest.mark.slow),
     (4, "parallel.dp=4 parallel.ep=2 parallel.dispatch=flat zero.engine=deepspeed train.micro_batch_size=2"),
     (4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop parallel.nodes=2 zero.engine=deepspeed"),
-    (4, "parallel.dp=4 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=2 zero.engine=native"),
+    pytest.param(
+        4,
+        "parallel.dp=4 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=2 zero.engine=native",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("world_size", "settings"), FP32, ids=[s for _, s in FP32])
+@pytest.mark.parametrize(("world_size", "settings"), FP32, ids=names(FP32))
 def test_fp32_equals_as_far_as_single_precision_can_hold(
     ranks: Ranks, tmp_path: Path, text: list[str], plain_fp32: PlainRun, world_size: int, settings: str
 ) -> None:

@@ -202,7 +202,8 @@ def stop_not_finite(job: Job, plan: StepPlan, grad_norm: float, tally: Tally) ->
 
 
 def record_not_finite(job: Job, what: dict[str, object]) -> Path:
-    """Rank 0 writes what is known into the run's folder; where."""
+    """Rank 0 writes what is known into the run's folder; where. The last good checkpoint may still be on its way."""
+    job.checkpoints.wait()
     path = job.folder / "not_finite.json"
     if job.is_main:
         path.write_text(json.dumps(what, indent=1) + "\n")
