@@ -37,10 +37,10 @@ TOPOLOGIES = [
         marks=pytest.mark.slow,
     ),
     (4, "parallel.dp=4 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=2"),
-    (4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=flat parallel.nodes=2"),
+    pytest.param(4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=flat parallel.nodes=2", marks=pytest.mark.slow),
     pytest.param(4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop", marks=pytest.mark.slow),
     (4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop parallel.nodes=2 train.micro_batch_size=2"),
-    (4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop parallel.nodes=4"),
+    pytest.param(4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop parallel.nodes=4", marks=pytest.mark.slow),
 ]
 
 
@@ -103,10 +103,14 @@ def test_fp64_equals_one_plain_process(
 # Pipelines: every schedule, experts and mirrors, a stage without a layer, both ends on one rank and on two.
 PIPELINES = [
     pytest.param(2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=zb_h1", marks=pytest.mark.slow),
-    (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=interleaved_1f1b"),
+    pytest.param(2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=interleaved_1f1b", marks=pytest.mark.slow),
     (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=dualpipev train.micro_batch_size=2"),
     (4, "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=flat pipeline.schedule=dualpipe"),
-    (4, "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=4 pipeline.schedule=zbv"),
+    pytest.param(
+        4,
+        "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=4 pipeline.schedule=zbv",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         4,
         "parallel.pp=2 parallel.dp=2 pipeline.schedule=1f1b pipeline.pairs=true train.micro_batch_size=2",
@@ -138,7 +142,11 @@ def test_pipelines_equal_one_plain_process(
 FP32 = [
     (1, "zero.engine=deepspeed"),
     pytest.param(2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=flat zero.engine=deepspeed", marks=pytest.mark.slow),
-    (4, "parallel.dp=4 parallel.ep=2 parallel.dispatch=flat zero.engine=deepspeed train.micro_batch_size=2"),
+    pytest.param(
+        4,
+        "parallel.dp=4 parallel.ep=2 parallel.dispatch=flat zero.engine=deepspeed train.micro_batch_size=2",
+        marks=pytest.mark.slow,
+    ),
     (4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop parallel.nodes=2 zero.engine=deepspeed"),
     pytest.param(
         4,
