@@ -62,6 +62,7 @@ def test_data(tmp_path: Path) -> None:
     assert len(result.stdout.splitlines()) == 10  # three lines, the head and six rows of the table
 
 
+@pytest.mark.slow
 def test_dispatch() -> None:
     if reason := emulate.able():
         pytest.skip(f"this machine cannot emulate a cluster: {reason}")

@@ -145,6 +145,7 @@ def test_rotation_keeps_the_scores_relative() -> None:
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager() -> None:
     eager, compiled = Kernels(), Kernels(compile=True)
     for num_rows in (6, 9):
