@@ -49,10 +49,6 @@ class WeightGradients:
         while waiting:
             waiting.pop(0)()
 
-    def done(self) -> bool:
-        """Whether nothing waits."""
-        return not any(self._waiting.values())
-
 
 class Stage:
     """One slice: keeps each micro-batch's record from its forward to its backward, and what each reports."""
@@ -62,13 +58,11 @@ class Stage:
         self.model, self._weight_gradients, self._new_record = model, weight_gradients, record
         self._records: dict[int, Record] = {}
         self.reports: dict[int, Report] = {}
-        self.peak_records = 0
 
     def begin(self, tokens: Callable[[int], Tensor], terms: LossTerms) -> None:
         """Make ready for a step. tokens: micro-batch to its rows [B, S + 1], which the ends of the model ask for."""
         self._tokens, self._terms = tokens, terms
         self.reports = {}
-        self.peak_records = 0
 
     def forward(self, micro_batch: int, x: Tensor | None) -> Steps[Tensor | None]:
         """x [B, S, hidden] from the stage before -> what the next one needs, of the same shape.
@@ -84,7 +78,6 @@ class Stage:
         x = None if x is None else record.enter(x)
         y, self.reports[micro_batch] = yield from self.model.steps(tokens, x, self._terms, record)
         self._records[micro_batch] = record
-        self.peak_records = max(self.peak_records, len(self._records))
         return None if y is None else record.leave(y)
 
     def backward(self, micro_batch: int, dy: Tensor | None) -> Steps[Tensor | None]:

@@ -13,6 +13,7 @@ rank of the expert-parallel group must run them in the same order. They take and
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ def owners(ids: Tensor, num_each: int) -> Tensor:
     return ids.div(num_each, rounding_mode="floor")
 
 
-class Dispatch:
+class Dispatch(ABC):
     """Base of the ways in which tokens travel. `placement` says which experts this rank holds."""
 
     def __init__(self, placement: Placement) -> None:
@@ -80,6 +81,7 @@ class Dispatch:
         num_tokens, self._num_tokens, self._num_visits = self._num_tokens, 0, []
         return num_visits, num_tokens
 
+    @abstractmethod
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
         """Bring every token to its experts.
 
@@ -87,7 +89,6 @@ class Dispatch:
         Returns rows [R, d], the routing weight of each row [R], and the plan. Rows are sorted by local expert, then by
         the source's rank, then by token.
         """
-        raise NotImplementedError
 
     def combine(self, rows: Tensor, plan: Plan) -> Steps[Tensor]:
         """rows [R, d] -> [T, d]: the plain sum of each token's rows, zero for a token without any."""

@@ -1,0 +1,32 @@
+"""A forward written once gives the same gradients in one autograd graph and in pieces that stop at communications."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallel.collectives import drive
+from parallel.pipeline.segments import Segments, interleave
+from tests.train.model_cases import build, random_config, random_tokens
+from train.model.loss import LossTerms
+
+TERMS = LossTerms(main=0.1, mtp=0.03, balance=0.01)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pieces_give_the_gradients_of_the_whole_also_in_turns(seed: int) -> None:
+    config = random_config(seed, num_nextn_predict_layers=seed % 3)
+    whole, split = build(config), build(config)
+    first, second = random_tokens(config, 2, 9, seed), random_tokens(config, 2, 9, seed + 1)
+    expected = [whole(tokens, TERMS) for tokens in (first, second)]
+    for output in expected:
+        output.total.backward()
+    one, two = Segments(), Segments()
+    _, report = drive(split.steps(first, None, TERMS, one))
+    # The backward of one micro-batch and the forward of another, a communication each.
+    _, (_, later) = interleave(one.backward(None), split.steps(second, None, TERMS, two))
+    drive(two.backward(None))
+    torch.testing.assert_close(report.sums, expected[0].sums)
+    torch.testing.assert_close(later.sums, expected[1].sums)
+    for name, parameter in whole.named_parameters():
+        torch.testing.assert_close(split.get_parameter(name).main_grad, parameter.main_grad, msg=name)
