@@ -32,4 +32,5 @@ def test_bf16_is_within_the_noise_of_seeds(tmp_path: Path, model: str) -> None:
     # The widest spread that three seeds have at any of the evaluations is one noise.
     noise = max(max(theirs) - min(theirs) for theirs in zip(*single, strict=True))
     assert half == pytest.approx(single[0], abs=noise)
-    assert half != single[0] and half[-1] < half[0] - 5 * noise
+    # It is another arithmetic, and it learns: by more than what could be noise at both ends.
+    assert half != single[0] and half[-1] < half[0] - 2 * noise
