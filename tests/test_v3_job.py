@@ -42,20 +42,22 @@ RANKS = {"first": 0, "middle": 7 * DP + 5, "last": 15 * DP + 127}
 MAIN_PARAMETERS, MTP_PARAMETERS = 671_026_404_352, 11_610_067_968
 
 
-class EvenRouting(Host):
-    """Answers as if every expert got the same: each token of 4096 goes to 4 of 8 nodes, to 2 of 32 experts on each."""
+# As if every expert got the same: each of 4096 tokens goes to 4 of 8 nodes, and on each to 2 of 32 experts.
+ANSWERS: dict[str, list[Any]] = {
+    "rail counts": [[2048] * 8] * 2,
+    # To each rank of the node and from it: by source node, then by local expert.
+    "node counts": [[[512] * 8 + [1024] * 4] * 8] * 2,
+    "gradient norm": [[1.0] * WORLD_SIZE],
+    "step": [[[1.0] * 8] * WORLD_SIZE, 1.0, 1.0],
+}
 
-    answers = {
-        "rail counts": [[2048] * 8] * 2,
-        # To each rank of the node and from it: by source node, then by local expert.
-        "node counts": [[[512] * 8 + [1024] * 4] * 8] * 2,
-        "gradient norm": [[1.0] * WORLD_SIZE],
-        "step": [[[1.0] * 8] * WORLD_SIZE, 1.0, 1.0],
-    }
+
+class EvenRouting(Host):
+    """Answers without values; any other name than those is refused."""
 
     def start(self, name: str, source: Source) -> Any:
         self.num_reads[name] += 1
-        answer = self.answers[name]
+        answer = ANSWERS[name]
         assert [tuple(tensor.shape) for tensor in source()] == [shape(numbers) for numbers in answer]
         return mock.Mock(wait=lambda: answer)
 
