@@ -111,9 +111,9 @@ def one_per_place(reached: Tensor, num_copies: int) -> Copies:
 
 def tally(ids: Tensor, num_ids: int) -> Tensor:
     """How often each of 0..num_ids-1 occurs: ids, integers of any shape, -1 for none -> int64 [num_ids]."""
-    ids = ids.reshape(-1)
+    slots = ids.reshape(-1) + 1  # the first is for those that are none
     counts = torch.zeros(num_ids + 1, dtype=torch.int64, device=ids.device)
-    return counts.scatter_add_(0, ids.remainder(num_ids + 1), torch.ones_like(ids))[:num_ids]
+    return counts.scatter_add_(0, slots, torch.ones_like(slots))[1:]
 
 
 def regroup(counts: Tensor, num_rows: int) -> Tensor:
