@@ -1,9 +1,14 @@
 """Asynchronous collectives with a handle, and sums whose order is fixed.
 
-On CPU (gloo) everything is built from point-to-point messages, every receive posted before the first send: gloo sends
+On gloo (CPU) everything is built from point-to-point messages, every receive posted before the first send: gloo sends
 the receiver's "ready" notice over the connection that carries the payload, so a receive posted after a send waits
 behind one's own payload and the two directions of a link run one after the other, as they do in gloo's
-`all_to_all_single`. On CUDA (NCCL) the library's own collectives are used; that path has not yet run on a GPU.
+`all_to_all_single`. On every other backend (NCCL) the library's own collectives are used.
+
+On NCCL an operation runs on a stream of its group, which first waits for what is queued on the current one: to start is
+to queue. `Handle.wait` makes the current stream wait, by an event, and never the host; so it is called as late as on a
+CPU, and what is queued between start and wait runs beside the operation. Until then the handle holds the operation's
+tensors, and after it their memory is given out again in the order of the current stream. This has not yet run on a GPU.
 
 All ranks of a group must launch the same operations in the same order. A tensor handed to an operation must not change
 before its handle has been waited for. Code that overlaps communication is written as a generator that yields once
@@ -55,6 +60,10 @@ class Handle:
         return self._result
 
 
+def _is_gloo(group: dist.ProcessGroup) -> bool:
+    return dist.get_backend(group) == dist.Backend.GLOO
+
+
 def _post(receive: Sequence[Tensor], send: Sequence[Tensor], group: dist.ProcessGroup) -> list[Any]:
     """Post one receive from, then one send to, every other rank of the group; empty tensors are left out.
 
@@ -79,7 +88,7 @@ def exchange(send: Tensor, send_counts: list[int], recv_counts: list[int], group
     assert sum(send_counts) == send.shape[0], (send_counts, send.shape)
     send = send.contiguous()
     received = send.new_empty((sum(recv_counts), *send.shape[1:]))
-    if send.is_cuda:
+    if not _is_gloo(group):
         work = dist.all_to_all_single(received, send, recv_counts, send_counts, group=group, async_op=True)
         return Handle([work], (send, received), lambda: received)
     outgoing, incoming = send.split(send_counts), received.split(recv_counts)
@@ -104,9 +113,9 @@ def reduce_scatter(flat: Tensor, group: dist.ProcessGroup) -> Handle:
     if flat.dim() != 1 or flat.numel() % size:
         raise ValueError(f"reduce_scatter of {tuple(flat.shape)}: {size} ranks must divide a one-dimensional tensor")
     flat = flat.contiguous()
-    if flat.is_cuda:
+    if not _is_gloo(group):
         piece = flat.new_empty(flat.numel() // size)
-        work = dist.reduce_scatter_tensor(piece, flat, group=group, async_op=True)
+        work = dist.reduce_scatter_single(piece, flat, group=group, async_op=True)
         return Handle([work], (flat, piece), lambda: piece)
     own = flat.view(size, -1)
     parts = torch.empty_like(own)
@@ -123,8 +132,8 @@ def all_gather(shard: Tensor, group: dist.ProcessGroup, out: Tensor | None = Non
     size, me = dist.get_world_size(group), dist.get_rank(group)
     shard = shard.contiguous()
     gathered = shard.new_empty((size * shard.shape[0], *shard.shape[1:])) if out is None else out
-    if shard.is_cuda:
-        work = dist.all_gather_into_tensor(gathered, shard, group=group, async_op=True)
+    if not _is_gloo(group):
+        work = dist.all_gather_single(gathered, shard, group=group, async_op=True)
         return Handle([work], (shard, gathered), lambda: gathered)
     parts = gathered.split([shard.shape[0]] * size)
     works = _post(parts, [shard] * size, group)

@@ -19,15 +19,17 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from parallel.host import Host, host_of
 from parallel.mesh import KINDS, Mesh, ParallelConfig
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's place in the mesh, its device, and the process group of each kind that it belongs to."""
+    """This rank's place in the mesh, its device and border to it, the process group of each kind that it belongs to."""
 
     mesh: Mesh
     device: torch.device
+    host: Host
     dense: dist.ProcessGroup
     expert: dist.ProcessGroup
     embedding: dist.ProcessGroup
@@ -79,6 +81,7 @@ def start(
     return Groups(
         mesh=mesh,
         device=place,
+        host=host_of(place),
         **made,
         embedding=embedding,
         world=_own_group(rank, everyone, "world", backend, timeout),

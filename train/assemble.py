@@ -17,6 +17,7 @@ from parallel import process
 from parallel.collectives import all_gather
 from parallel.expert.build import build as build_dispatch
 from parallel.expert.dispatch import Dispatch
+from parallel.host import Host
 from parallel.pipeline.links import Links, connect
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule as Order
@@ -67,6 +68,11 @@ class Job:
     @property
     def device(self) -> torch.device:
         return self.groups.device
+
+    @property
+    def host(self) -> Host:
+        """The border to the device: where numbers are read, and counted."""
+        return self.groups.host
 
     @property
     def is_main(self) -> bool:
@@ -247,12 +253,13 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
         adamw_factory(config.optimizer),
         clip_grad_norm=config.optimizer.clip_grad_norm,
         weight_decay=config.optimizer.weight_decay,
+        host=groups.host,
     )
     for model in models:
         attach_main_grads(model)
     train, data, mesh = config.train, config.data.folder, groups.mesh
     dtype = DTYPES[config.precision.name]
-    links = Links(mesh.pp_rank, connect(config.placement, mesh), dtype, groups.device)
+    links = Links(mesh.pp_rank, connect(config.placement, mesh, groups.device), dtype, groups.device)
     return Job(
         config=config,
         groups=groups,

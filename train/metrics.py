@@ -69,27 +69,29 @@ class StepReport:
 UNITS: dict[str, str] = {item.metadata["name"]: item.metadata["unit"] for item in fields(StepReport)}
 
 
-def max_vio(load: Tensor) -> float:
+def max_vio(load: Tensor) -> Tensor:
     """Worst router's MaxVio = (largest expert load - mean) / mean, from `load` [num_routers, num_experts].
 
     The balance measure of Wang et al. 2024 (auxiliary-loss-free balancing), over the whole global batch of a step.
-    0 is even, num_experts / top_k - 1 the worst. A router that saw no token counts as even.
+    0 is even, num_experts / top_k - 1 the worst. A router that saw no token counts as even. A float64 scalar, left on
+    the device.
     """
     loads = load.double()
     mean = loads.mean(dim=1)
     excess = torch.where(mean > 0, (loads.amax(dim=1) - mean) / mean, 0.0)
-    return float(excess.max())
+    return excess.max()
 
 
-def min_load(load: Tensor) -> float:
+def min_load(load: Tensor) -> Tensor:
     """Worst router's smallest expert load as a share of its mean, from `load` [num_routers, num_experts].
 
-    1 is even, 0 means that some expert got nothing. A router that saw no token counts as even.
+    1 is even, 0 means that some expert got nothing. A router that saw no token counts as even. A float64 scalar, left
+    on the device.
     """
     loads = load.double()
     mean = loads.mean(dim=1)
     shares = torch.where(mean > 0, loads.amin(dim=1) / mean, 1.0)
-    return float(shares.min())
+    return shares.min()
 
 
 class StepTimer:

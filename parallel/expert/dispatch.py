@@ -9,6 +9,9 @@ Legend: T tokens of this rank, K experts per token, d hidden size, R rows that r
 
 All methods are generators that yield once after each communication they have launched (see parallel.collectives); every
 rank of the expert-parallel group must run them in the same order. They take and return plain tensors: no autograd.
+
+How many rows travel, only the device knows: `dispatch` reads the counts of each hop to the host, once, while another
+generator may compute. The ways back know everything from the plan and read nothing.
 """
 
 from __future__ import annotations
@@ -16,13 +19,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import Handle, Steps, exchange
-from parallel.expert.copies import Copies, arrange, reach
+from parallel.collectives import Handle, Steps, exchange, exchange_counts
+from parallel.expert.copies import Copies, arrange, reach, tally
 from parallel.expert.placement import Placement
+from parallel.host import Host, Reading
 
 
 @dataclass(frozen=True)
@@ -59,27 +62,27 @@ def owners(ids: Tensor, num_each: int) -> Tensor:
 class Dispatch(ABC):
     """Base of the ways in which tokens travel. `placement` says which experts this rank holds."""
 
-    def __init__(self, placement: Placement) -> None:
-        self.placement = placement
+    def __init__(self, placement: Placement, host: Host) -> None:
+        self.placement, self.host = placement, host
         self.num_local_experts = placement.num_local_experts
         self.first_expert = placement.first_expert
         self.internode_bytes = 0
         self._num_tokens = 0
-        self._num_visits: list[Tensor] = []
+        self._num_visits: Tensor | int = 0
 
     def take_internode_bytes(self) -> int:
         """Payload bytes (rows, weights, expert ids; not the counts) sent to other nodes since the last call."""
         taken, self.internode_bytes = self.internode_bytes, 0
         return taken
 
-    def take_node_visits(self) -> tuple[int, int]:
+    def take_node_visits(self) -> tuple[Tensor | int, int]:
         """(nodes visited by this rank's tokens, number of those tokens) since the last call.
 
-        A token visits every node that has at least one of its experts, its own node too.
+        A token visits every node that has at least one of its experts, its own node too. The visits stay on the device.
         """
-        num_visits = int(torch.stack(self._num_visits).sum()) if self._num_visits else 0
-        num_tokens, self._num_tokens, self._num_visits = self._num_tokens, 0, []
-        return num_visits, num_tokens
+        taken = self._num_visits, self._num_tokens
+        self._num_visits, self._num_tokens = 0, 0
+        return taken
 
     @abstractmethod
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
@@ -125,8 +128,13 @@ class Dispatch(ABC):
         """indices [T, K] -> bool [T, nodes]; counted for `take_node_visits`."""
         reached = reach(owners(indices, self.placement.experts_per_node), self.placement.num_nodes)
         self._num_tokens += indices.shape[0]
-        self._num_visits.append(reached.sum())  # stays on the device: reading it here would wait for the device
+        self._num_visits = self._num_visits + reached.sum()
         return reached
+
+    def _exchange_counts(self, name: str, leaving: Tensor, group: dist.ProcessGroup) -> tuple[Handle, Reading]:
+        """Launch an exchange of counts [group size, ...] and the reading, under `name`, of what leaves and arrives."""
+        arriving = exchange_counts(leaving, group)
+        return arriving, self.host.start(name, lambda: (leaving, arriving.wait()))
 
     def _send(self, hop: Hop, payload: Tensor) -> Handle:
         """Payload [sum(send_counts), ...] out along a hop."""
@@ -147,13 +155,12 @@ class Dispatch(ABC):
 class LocalDispatch(Dispatch):
     """All experts on this rank: tokens are only sorted. Also the twin that the other two are held against."""
 
-    def __init__(self, num_experts: int) -> None:
-        super().__init__(Placement(num_experts, ep=1, ep_rank=0, num_nodes=1))
+    def __init__(self, num_experts: int, host: Host | None = None) -> None:
+        super().__init__(Placement(num_experts, ep=1, ep_rank=0, num_nodes=1), host or Host())
 
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
         yield from ()
         self._nodes_reached(indices)
-        copies = arrange(indices >= 0, indices, weighted=True)
-        chosen = indices.reshape(-1).index_select(0, copies.slots) if copies.slots is not None else indices
-        plan = Plan((), copies, chosen.bincount(minlength=self.num_local_experts).tolist())
-        return copies.spread(x), copies.spread_weights(weights), plan
+        (tokens_per_expert,) = self.host.read("expert counts", tally(indices, self.num_local_experts))
+        copies = arrange(indices >= 0, indices, sum(tokens_per_expert), weighted=True)
+        return copies.spread(x), copies.spread_weights(weights), Plan((), copies, tokens_per_expert)

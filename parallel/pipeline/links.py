@@ -1,7 +1,7 @@
 """Activations and gradients between neighbouring stages: two one-way links per direction, each with a group of its own.
 
 A link keeps order and the schedule says it, so no message carries a tag: both ends derive from the lists which tensor
-comes next. Receives are posted `slots` ahead of need; a sent tensor is kept until it is gone.
+comes next. Receives are posted ahead of need; a sent tensor is kept until it is gone.
 """
 
 from __future__ import annotations
@@ -31,8 +31,13 @@ def channels(placement: Placement) -> list[Channel]:
     return sorted(found)
 
 
-def connect(placement: Placement, mesh: Mesh) -> dict[Channel, dist.ProcessGroup]:
-    """Make the two-rank groups of all links of all pipelines; every rank of the job must call it. Returns one's own."""
+def connect(placement: Placement, mesh: Mesh, device: torch.device) -> dict[Channel, dist.ProcessGroup]:
+    """Make the two-rank groups of all links of all pipelines; every rank of the job must call it. Returns one's own.
+
+    Each link carries one message at once. NCCL connects two ranks at their first message and waits there for the other
+    end: met first in the middle of a schedule, in an order of each rank's own, they could wait in a circle. (A rank
+    that is not in a group only counts it; for all links of 2048 ranks that takes a few hundredths of a second.)
+    """
     own = {}
     for column in range(mesh.config.dp):
         for channel in channels(placement):
@@ -40,6 +45,12 @@ def connect(placement: Placement, mesh: Mesh) -> dict[Channel, dist.ProcessGroup
             group = dist.new_group(sorted(ends), group_desc=f"link {channel.kind}")
             if mesh.rank in ends:
                 own[channel] = group
+    for channel, group in own.items():
+        other, message = 1 - dist.get_rank(group), torch.zeros(1, device=device)
+        if channel.source == mesh.pp_rank:
+            dist.send(message, group=group, group_dst=other)
+        else:
+            dist.recv(message, group=group, group_src=other)
     return own
 
 
@@ -52,10 +63,11 @@ class Links:
         groups: Mapping[Channel, dist.ProcessGroup],
         dtype: torch.dtype,
         device: torch.device,
-        slots: int = 2,
     ) -> None:
-        """rank: in the pipeline. slots: receives that are posted ahead on every link."""
-        self._rank, self._groups, self._slots = rank, groups, slots
+        """rank: in the pipeline."""
+        self._rank, self._groups = rank, groups
+        # A receive that waits on NCCL occupies multiprocessors, so there only the next one is posted.
+        self._slots = 1 if device.type == "cuda" else 2
         self._dtype, self._device = dtype, device
         self._shape: tuple[int, ...] = ()
         self._placement: Placement | None = None

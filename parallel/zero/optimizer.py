@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.collectives import reduce_scatter
+from parallel.host import Host
 from parallel.shards import FlatLayout, ParamInfo, Piece, shard_pieces
 from parallel.zero.deepspeed_engine import DeepSpeedEngine
 from parallel.zero.native import NativeEngine
@@ -50,8 +51,11 @@ class StepResult:
 class ZeroOptimizer:
     """Sharded optimizer over flat `main_grad` buffers. Made by `build`."""
 
-    def __init__(self, engine: Engine, sets: list[ParamSet], groups: ReplicaGroups, clip_grad_norm: float) -> None:
-        self._engine, self._sets, self._groups, self._clip_grad_norm = engine, sets, groups, clip_grad_norm
+    def __init__(
+        self, engine: Engine, sets: list[ParamSet], groups: ReplicaGroups, host: Host, clip_grad_norm: float
+    ) -> None:
+        self._engine, self._sets, self._groups, self._host = engine, sets, groups, host
+        self._clip_grad_norm = clip_grad_norm
         self.num_steps = 0
         for each, layout, flat in zip(sets, engine.layouts, engine.main_grads, strict=True):
             for param, view in zip(each.params, views(flat, layout, each.params), strict=True):
@@ -65,13 +69,13 @@ class ZeroOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> StepResult:
-        """Reduce, clip and apply what `main_grad` holds. Collective over all groups.
+        """Reduce, clip and apply what `main_grad` holds. Collective over all groups. The host reads the norm alone.
 
         When the norm is not finite nothing is changed, on any rank. The content of `main_grad` is undefined afterwards
         until `zero_grad`.
         """
         grads = self._reduce()
-        norm = global_norm(grads, self._groups.world)
+        norm = global_norm(grads, self._groups.world, self._host)
         if not math.isfinite(norm):
             return StepResult(norm, False)
         # The factor of torch.nn.utils.clip_grad_norm_, in double.
@@ -163,6 +167,7 @@ def build(
     *,
     clip_grad_norm: float = 1.0,
     weight_decay: float = 0.1,
+    host: Host | None = None,
 ) -> ZeroOptimizer:
     """Move parameters into flat storage, give each a `main_grad` and shard the optimizer state over its replicas.
 
@@ -174,6 +179,7 @@ def build(
             "exp_avg_sq". The learning rate is set at each step.
         clip_grad_norm: largest global norm; 0 for no clipping.
         weight_decay: decay of those that decay.
+        host: where the norm is read; None for a CPU's.
 
     Raises ValueError for an unknown engine, or for one that cannot hold these parameters.
     """
@@ -182,4 +188,4 @@ def build(
     sets = split_sets(params, groups, weight_decay)
     if not sets:
         raise ValueError("params: a sharded optimizer needs at least one parameter")
-    return ZeroOptimizer(_ENGINES[engine](sets, make_adamw), sets, groups, clip_grad_norm)
+    return ZeroOptimizer(_ENGINES[engine](sets, make_adamw), sets, groups, host or Host(), clip_grad_norm)
