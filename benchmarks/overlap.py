@@ -1,12 +1,12 @@
 """Pairs interleaved against the same list taken apart, over an emulated network: pp 2 x ep 2, one rank per node.
 
-    python -m benchmarks.overlap [rate=200mbit ratios=0.5,0.67,1 rounds=5 schedules=dualpipev,dualpipe ...]
-    python -m benchmarks.overlap model [rounds=5 rate=200mbit]
+    python -m benchmarks.overlap [rate=100mbit ratios=0.5,0.67,1 rounds=5 schedules=dualpipev,dualpipe ...]
+    python -m benchmarks.overlap model [rounds=5 rate=100mbit]
 
 The first form needs what `python -m launch emulate check` asks for. Its stages are layers of attention | dispatch |
-experts | combine over a real dispatch, stage, runtime and links; only the computing sleeps, so that two cores are enough
-for four ranks. `ratios` are communication over computing: the all-to-alls of a micro-batch, measured alone, over its F +
-B + W. Pairs and the list apart take turns in one run.
+experts | combine over a real dispatch, stage, runtime and links; only the computing sleeps, so that two cores are
+enough for four ranks. `ratios` are communication over computing: the all-to-alls of a micro-batch, measured alone, over
+its F + B + W. Pairs and the list apart take turns in one run.
 
 pair    one stage over the expert group, without a pipeline: the steady state. Time per micro-batch of the step with
         pairs (each backward beside the next forward), taken apart, and with an exchange that costs nothing.
@@ -29,6 +29,7 @@ import statistics
 import sys
 import sysconfig
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,6 +54,11 @@ from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.segments import Segments
 from parallel.process import Groups
+from train.assemble import Job, assemble
+from train.compose import compose
+from train.data.prepare import prepare
+from train.loop import accumulate
+from train.metrics import StepTimer
 from train.model.loss import LossTerms
 from train.model.moe import Journey
 from train.model.tape import Steps, Tape
@@ -61,18 +67,20 @@ from train.precision.grads import Sink
 from train.stage import Stage, WeightGradients
 
 DEFAULTS = {
-    "rate": "200mbit",
+    "rate": "100mbit",
     "ratios": "0.5,0.67,1",
     "rounds": "5",
     "schedules": "dualpipev,dualpipe",
-    "micro_batches": "12",
+    "micro_batches": "8",
     "layers": "2",
     "tokens": "256",
     "hidden": "1024",
     "dispatch": "two_hop",
+    "folder": "",
 }
 PP, EP, LINK_WIDTH = 2, 2, 16
 NOTHING = LossTerms(1.0, 0.0, 0.0)
+SOURCE = Path(sysconfig.get_paths()["stdlib"]) / "email"  # a little text, for the real model
 DTYPE = torch.bfloat16
 
 
@@ -232,36 +240,123 @@ def with_sleeping_layers(rig: Rig) -> None:
     late_s_mean = total(statistics.fmean(late_s)) / (PP * EP)
     if rig.groups.mesh.rank == 0:
         per_stage = late_s_mean * 6 * rig["layers"]
-        print(f"sleeps end {late_s_mean * 1e3:.2f} ms late on average: {per_stage * 1e3:.1f} ms per stage and micro-batch")
+        print(
+            f"sleeps end {late_s_mean * 1e3:.2f} ms late on average: {per_stage * 1e3:.1f} ms per stage and micro-batch"
+        )
 
 
 def _late_s(side: Side) -> list[float]:
     return [late for stage in side.stages.values() for late in cast(SleepingModel, stage.model)._sleeper.late_s]
 
 
+def tiny(settings: Mapping[str, str], dispatch: str) -> list[str]:
+    """The settings of `python -m train` that the real model runs with."""
+    return [
+        *(
+            f"parallel.{key}"
+            for key in (f"pp={PP}", f"dp={EP}", f"ep={EP}", f"nodes={PP * EP}", f"dispatch={dispatch}")
+        ),
+        *("pipeline.schedule=dualpipev", "train.micro_batch_size=1", "train.global_batch_size=16"),
+        *("run.device=cpu", "run.num_threads=1", "track.wandb=disabled", "zero.engine=native", "checkpoint.interval=0"),
+        *(f"data.source={SOURCE}", f"data.dir={settings['folder']}/tokens", f"run.dir={settings['folder']}/run"),
+        "data.valid_fraction=0.2",
+    ]
+
+
+def train_step(job: Job, pairs: bool) -> None:
+    """Forward, backward and update of the first step."""
+    job.config = replace(job.config, pipeline=replace(job.config.pipeline, pairs=pairs))
+    plan = job.schedule.at(0)
+    accumulate(job, plan, StepTimer())
+    job.optimizer.step(plan.lr)
+
+
+def with_the_tiny_model(settings: dict[str, str]) -> None:
+    held, sides, sent = [], {}, {}
+    for dispatch in ("two_hop", "flat"):
+        config = compose(tiny(settings, dispatch))
+        held.append(process.start(config.parallel, "cpu", config.mirrored, config.shared_ends))
+        job = assemble(config, held[-1])
+        train_step(job, True)
+        sent[dispatch] = total(job.dispatch.take_internode_bytes())
+        for pairs in (True, False):
+            sides[f"{dispatch} pairs={str(pairs).lower()}"] = partial(train_step, job, pairs)
+    seconds = take_turns(sides, int(settings["rounds"]), clock=span)
+    if held[0].mesh.rank == 0:
+        print(
+            f"{'':22s}{'ms':>8s}{'best':>8s}  {'against flat pairs=false':26s}{'pairs on against off':26s}{'MB to nodes':>12s}"
+        )
+        for name, taken in seconds.items():
+            dispatch = name.split()[0]
+            pairs = speedup(seconds, name, f"{dispatch} pairs=false") if name.endswith("true") else ""
+            print(
+                f"{name:22s}{median_ms(taken):8.0f}{min(taken) * 1e3:8.0f}  "
+                f"{speedup(seconds, name, 'flat pairs=false')!s:26s}{pairs!s:26s}{sent[dispatch] / 1e6:12.1f}"
+            )
+    for groups in reversed(held):
+        process.stop(groups)
+
+
 def on_a_rank(part: str, settings: dict[str, str]) -> None:
+    warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    dispatch = settings["dispatch"]
-    groups = process.start(ParallelConfig(pp=PP, dp=EP, ep=EP, nodes=PP * EP, dispatch=dispatch))
+    if part == "model_rank":
+        with_the_tiny_model(settings)
+        return
+    groups = process.start(ParallelConfig(pp=PP, dp=EP, ep=EP, nodes=PP * EP, dispatch=settings["dispatch"]))
     with_sleeping_layers(Rig(groups, settings))
     process.stop(groups)
 
 
+def over_the_network(command: list[str], settings: dict[str, str]) -> bool:
+    """Run a command on one rank per node and print what rank 0 prints; whether it went well."""
+    with Lab(PP * EP, settings["rate"]) as lab:
+        result = lab.run(command)
+    print(result.outputs[0].strip() if result.ok else "\n".join(result.outputs), flush=True)
+    return result.ok
+
+
+def over_loopback(command: list[str]) -> bool:
+    with tempfile.TemporaryDirectory() as logs:
+        ended = start_ranks(command, PP * EP, Path(logs))
+        if ended.code:
+            print(ended.reason, *(log.read_text() for log in Path(logs).glob("*.log")), sep="\n")
+        return not ended.code
+
+
+def compare_on_the_tiny_model(settings: dict[str, str]) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(compose(tiny(settings | {"folder": folder}, "flat")).data, say=lambda line: None)
+        given = [f"{key}={value}" for key, value in (settings | {"folder": folder}).items()]
+        command = [sys.executable, "-m", "benchmarks.overlap", "model_rank", *given]
+        if reason := able():
+            print(f"no emulated network: {reason}")
+        else:
+            print(f"tiny model, 4 nodes of one rank, links of {settings['rate']}", flush=True)
+            if not over_the_network(command, settings):
+                return False
+        print("tiny model, loopback", flush=True)
+        return over_loopback(command)
+
+
 def main(arguments: list[str]) -> int:
     part, settings = read_settings(arguments, DEFAULTS)
-    if part:
+    if part not in ("", "model"):
         on_a_rank(part, settings)
         return 0
-    if reason := able():
+    reason = able()
+    if reason and not part:
         raise SystemExit(f"this machine cannot emulate a cluster: {reason}")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # names of hosts do not resolve in a namespace; never mind
     print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
     given = [f"{key}={value}" for key, value in settings.items()]
-    with Lab(PP * EP, settings["rate"]) as lab, Neighbours() as neighbours:
-        result = lab.run([sys.executable, "-m", "benchmarks.overlap", "sleeping", *given])
-    print(result.outputs[0].strip() if result.ok else "\n".join(result.outputs))
+    with Neighbours() as neighbours:
+        if part == "model":
+            went_well = compare_on_the_tiny_model(settings)
+        else:
+            went_well = over_the_network([sys.executable, "-m", "benchmarks.overlap", "sleeping", *given], settings)
     print(f"({neighbours}; {settings['rounds']} rounds in turns)", flush=True)
-    return 0 if result.ok else 1
+    return 0 if went_well else 1
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ behind one's own payload and the two directions of a link run one after the othe
 `all_to_all_single`. On CUDA (NCCL) the library's own collectives are used; that path has not yet run on a GPU.
 
 All ranks of a group must launch the same operations in the same order. A tensor handed to an operation must not change
-before its handle has been waited for. Code that overlaps communication is written as a generator that yields once
-after each communication it has launched; `drive` runs one to its end.
+before its handle has been waited for. Code that overlaps communication is written as a generator that yields while
+what it has launched is on its way, where that is worth a turn of somebody else's; `drive` runs one to its end.
 """
 
 from __future__ import annotations

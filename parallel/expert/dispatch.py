@@ -7,8 +7,10 @@ four directions: dispatch and the backward of combine go out, combine and the ba
 
 Legend: T tokens of this rank, K experts per token, d hidden size, R rows that reach this rank's experts.
 
-All methods are generators that yield once after each communication they have launched (see parallel.collectives); every
-rank of the expert-parallel group must run them in the same order. They take and return plain tensors: no autograd.
+All methods are generators that yield while their rows are on the way (see parallel.collectives); every rank of the
+expert-parallel group must run them in the same order. They take and return plain tensors: no autograd. They yield once
+per trip, for its slowest hop. What is short, counts and hops inside a node, is waited for at once: whoever gives a turn
+away for it launches its rows a whole computation later, and nothing is under way meanwhile.
 """
 
 from __future__ import annotations
@@ -27,13 +29,17 @@ from parallel.expert.placement import Placement
 
 @dataclass(frozen=True)
 class Hop:
-    """One exchange: the copies that leave, how many go to and come from each rank, which ranks are on other nodes."""
+    """One exchange: the copies that leave, how many go to and come from each rank, which ranks are on other nodes.
+
+    takes_turn: whether others compute while it is under way.
+    """
 
     copies: Copies
     group: dist.ProcessGroup
     send_counts: list[int]
     recv_counts: list[int]
     is_remote: list[bool]
+    takes_turn: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,8 @@ class Dispatch(ABC):
         dx, d_weights = plan.experts.fold(d_rows), plan.experts.fold_weights(d_row_weights)
         for hop in reversed(plan.hops):
             arriving = self._send_back(hop, d_weights), self._send_back(hop, dx)
-            yield
+            if hop.takes_turn:
+                yield
             d_weights = hop.copies.fold_weights(arriving[0].wait())
             dx = hop.copies.fold(arriving[1].wait())
         return dx, d_weights
@@ -109,7 +116,8 @@ class Dispatch(ABC):
         rows = dy
         for hop in plan.hops:
             arriving = self._send(hop, hop.copies.spread(rows))
-            yield
+            if hop.takes_turn:
+                yield
             rows = arriving.wait()
         return plan.experts.spread(rows)
 
@@ -117,7 +125,8 @@ class Dispatch(ABC):
         y = plan.experts.fold(rows)
         for hop in reversed(plan.hops):
             arriving = self._send_back(hop, y)
-            yield
+            if hop.takes_turn:
+                yield
             y = hop.copies.fold(arriving.wait())
         return y
 

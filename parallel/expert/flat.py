@@ -31,7 +31,6 @@ class FlatDispatch(Dispatch):
         counts = indices[chosen].bincount(minlength=self.placement.num_experts)
         leaving = counts.view(self.placement.ep, self.num_local_experts)
         counts_arriving = exchange_counts(leaving, self.group)
-        yield
         counts = counts_arriving.wait()  # [source rank, local expert]
         hop = Hop(copies, self.group, leaving.sum(1).tolist(), counts.sum(1).tolist(), self.is_remote)
         arriving = self._send(hop, copies.spread_weights(weights)), self._send(hop, copies.spread(x))

@@ -29,6 +29,7 @@ class TwoHopDispatch(Dispatch):
     def __init__(self, num_experts: int, groups: Groups) -> None:
         super().__init__(Placement.of(groups.mesh, num_experts))
         self.rail, self.node = groups.rail, groups.node
+        self.has_rail = self.placement.num_nodes > 1
         self.is_remote = [node != self.placement.node for node in range(self.placement.num_nodes)]
         self.id_dtype = torch.int16 if self.placement.experts_per_node <= torch.iinfo(torch.int16).max else torch.int32
 
@@ -38,27 +39,28 @@ class TwoHopDispatch(Dispatch):
         reached = self._nodes_reached(indices)
         copies, leaving = one_per_place(reached), reached.sum(0)
         counts_arriving = exchange_counts(leaving, self.rail)
-        yield
         counts = counts_arriving.wait()
-        rail = Hop(copies, self.rail, leaving.tolist(), counts.tolist(), self.is_remote)
+        rail = Hop(copies, self.rail, leaving.tolist(), counts.tolist(), self.is_remote, takes_turn=self.has_rail)
         # What the next hop needs to be planned leaves before the rows, so that it is planned while they travel.
         ids = _within(copies.spread(indices), leaving, place.experts_per_node)
         routes_arriving = self._send(rail, _pack(copies.spread(weights), ids.to(self.id_dtype)))
         rows_arriving = self._send(rail, copies.spread(x))
-        yield
+        if rail.takes_turn:
+            yield
         weights, ids = _unpack(routes_arriving.wait(), weights.dtype, self.id_dtype)
 
         reached = reach(owners(ids, self.num_local_experts), place.ranks_per_node)
         copies = one_per_place(reached)
         by_source = torch.stack([block.sum(0) for block in reached.split(rail.recv_counts)], 1)  # [rank, source node]
         counts_arriving = exchange_counts(by_source, self.node)
-        yield
         counts, leaving = counts_arriving.wait(), by_source.sum(1)
-        node = Hop(copies, self.node, leaving.tolist(), counts.sum(1).tolist(), local)
+        is_slowest = not self.has_rail
+        node = Hop(copies, self.node, leaving.tolist(), counts.sum(1).tolist(), local, takes_turn=is_slowest)
         ids = _within(copies.spread(ids), leaving, self.num_local_experts)
         routes_arriving = self._send(node, _pack(copies.spread(weights), ids.to(self.id_dtype)))
         rows_arriving = self._send(node, copies.spread(rows_arriving.wait()))
-        yield
+        if node.takes_turn:
+            yield
         weights, ids = _unpack(routes_arriving.wait(), weights.dtype, self.id_dtype)
 
         # Rows came from (rail, source node); the promised order is by the source's rank, (source node, rail).
