@@ -283,9 +283,8 @@ def with_the_tiny_model(settings: dict[str, str]) -> None:
             sides[f"{dispatch} pairs={str(pairs).lower()}"] = partial(train_step, job, pairs)
     seconds = take_turns(sides, int(settings["rounds"]), clock=span)
     if held[0].mesh.rank == 0:
-        print(
-            f"{'':22s}{'ms':>8s}{'best':>8s}  {'against flat pairs=false':26s}{'pairs on against off':26s}{'MB to nodes':>12s}"
-        )
+        columns = f"{'ms':>8s}{'best':>8s}  {'against flat pairs=false':26s}{'pairs on against off':26s}"
+        print(f"{'':22s}{columns}{'MB to nodes':>12s}")
         for name, taken in seconds.items():
             dispatch = name.split()[0]
             pairs = speedup(seconds, name, f"{dispatch} pairs=false") if name.endswith("true") else ""
