@@ -311,7 +311,7 @@ def over_the_network(command: list[str], settings: dict[str, str]) -> bool:
     """Run a command on one rank per node and print what rank 0 prints; whether it went well."""
     with Lab(PP * EP, settings["rate"]) as lab:
         result = lab.run(command)
-    print(result.outputs[0].strip() if result.ok else "\n".join(result.outputs), flush=True)
+    print(result.outputs[0].rstrip() if result.ok else "\n".join(result.outputs), flush=True)
     return result.ok
 
 
