@@ -11,8 +11,8 @@ CPU, and what is queued between start and wait runs beside the operation. Until 
 tensors, and after it their memory is given out again in the order of the current stream. This has not yet run on a GPU.
 
 All ranks of a group must launch the same operations in the same order. A tensor handed to an operation must not change
-before its handle has been waited for. Code that overlaps communication is written as a generator that yields once
-after each communication it has launched; `drive` runs one to its end.
+before its handle has been waited for. Code that overlaps communication is written as a generator that yields while
+what it has launched is on its way, where that is worth a turn of somebody else's; `drive` runs one to its end.
 """
 
 from __future__ import annotations

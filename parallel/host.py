@@ -28,7 +28,12 @@ class Reading(Protocol):
 
 
 class Host:
-    """The border where host and device are one. `num_reads` counts by the name that every read gives."""
+    """The border where host and device are one. `num_reads` counts by the name that every read gives.
+
+    runs_ahead: whether the host queues work that the device does later.
+    """
+
+    runs_ahead = False
 
     def __init__(self) -> None:
         self.num_reads: Counter[str] = Counter()
@@ -66,6 +71,8 @@ class CudaHost(Host):
     That stream, not the one that computes, waits for the communication that brings the numbers (a wait for NCCL's work
     makes the current stream wait, never the host), so neither computation nor the host stops until `wait` is called.
     """
+
+    runs_ahead = True
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()

@@ -7,17 +7,20 @@ four directions: dispatch and the backward of combine go out, combine and the ba
 
 Legend: T tokens of this rank, K experts per token, d hidden size, R rows that reach this rank's experts.
 
-All methods are generators that yield once after each communication they have launched (see parallel.collectives); every
-rank of the expert-parallel group must run them in the same order. They take and return plain tensors: no autograd.
+All methods are generators that yield while their rows are on the way (see parallel.collectives); every rank of the
+expert-parallel group must run them in the same order. They take and return plain tensors: no autograd. They yield once
+per trip, for its slowest hop. What is short, counts and hops inside a node, is waited for at once: whoever gives a turn
+away for it launches its rows a whole computation later, and nothing is under way meanwhile.
 
-How many rows travel, only the device knows: `dispatch` reads the counts of each hop to the host, once, while another
-generator may compute. The ways back know everything from the plan and read nothing.
+How many rows travel, only the device knows: `dispatch` reads the counts of each hop to the host, once. The ways back
+know everything from the plan and read nothing.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -25,18 +28,22 @@ from torch import Tensor
 from parallel.collectives import Handle, Steps, exchange, exchange_counts
 from parallel.expert.copies import Copies, arrange, reach, tally
 from parallel.expert.placement import Placement
-from parallel.host import Host, Reading
+from parallel.host import Host
 
 
 @dataclass(frozen=True)
 class Hop:
-    """One exchange: the copies that leave, how many go to and come from each rank, which ranks are on other nodes."""
+    """One exchange: the copies that leave, how many go to and come from each rank, which ranks are on other nodes.
+
+    takes_turn: whether others compute while it is under way.
+    """
 
     copies: Copies
     group: dist.ProcessGroup
     send_counts: list[int]
     recv_counts: list[int]
     is_remote: list[bool]
+    takes_turn: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,8 @@ class Dispatch(ABC):
         dx, d_weights = plan.experts.fold(d_rows), plan.experts.fold_weights(d_row_weights)
         for hop in reversed(plan.hops):
             arriving = self._send_back(hop, d_weights), self._send_back(hop, dx)
-            yield
+            if hop.takes_turn:
+                yield
             d_weights = hop.copies.fold_weights(arriving[0].wait())
             dx = hop.copies.fold(arriving[1].wait())
         return dx, d_weights
@@ -112,7 +120,8 @@ class Dispatch(ABC):
         rows = dy
         for hop in plan.hops:
             arriving = self._send(hop, hop.copies.spread(rows))
-            yield
+            if hop.takes_turn:
+                yield
             rows = arriving.wait()
         return plan.experts.spread(rows)
 
@@ -120,7 +129,8 @@ class Dispatch(ABC):
         y = plan.experts.fold(rows)
         for hop in reversed(plan.hops):
             arriving = self._send_back(hop, y)
-            yield
+            if hop.takes_turn:
+                yield
             y = hop.copies.fold(arriving.wait())
         return y
 
@@ -131,10 +141,20 @@ class Dispatch(ABC):
         self._num_visits = self._num_visits + reached.sum()
         return reached
 
-    def _exchange_counts(self, name: str, leaving: Tensor, group: dist.ProcessGroup) -> tuple[Handle, Reading]:
-        """Launch an exchange of counts [group size, ...] and the reading, under `name`, of what leaves and arrives."""
+    def _exchange_counts(
+        self, name: str, leaving: Tensor, group: dist.ProcessGroup
+    ) -> Steps[tuple[Tensor, list[Any], list[Any]]]:
+        """Exchange counts [group size, ...]: those that arrive, and as numbers those that leave and that arrive.
+
+        A host that runs ahead of its device queues another's work meanwhile; one that is the device would only send its
+        rows later for it.
+        """
         arriving = exchange_counts(leaving, group)
-        return arriving, self.host.start(name, lambda: (leaving, arriving.wait()))
+        reading = self.host.start(name, lambda: (leaving, arriving.wait()))
+        if self.host.runs_ahead:
+            yield
+        to_rank, from_rank = reading.wait()
+        return arriving.wait(), to_rank, from_rank
 
     def _send(self, hop: Hop, payload: Tensor) -> Handle:
         """Payload [sum(send_counts), ...] out along a hop."""

@@ -27,15 +27,13 @@ class FlatDispatch(Dispatch):
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
         self._nodes_reached(indices)
         counts = tally(indices, self.placement.num_experts).view(self.placement.ep, self.num_local_experts)
-        counts_arriving, reading = self._exchange_counts("expert counts", counts, self.group)
-        yield
-        to_rank, from_rank = reading.wait()  # [rank][local expert]
+        counts, to_rank, from_rank = yield from self._exchange_counts("expert counts", counts, self.group)
         send_counts, recv_counts = [sum(counts) for counts in to_rank], [sum(counts) for counts in from_rank]
         copies = arrange(indices >= 0, indices, sum(send_counts), weighted=True)
         hop = Hop(copies, self.group, send_counts, recv_counts, self.is_remote)
         arriving = self._send(hop, copies.spread_weights(weights)), self._send(hop, copies.spread(x))
         yield
-        order = regroup(counts_arriving.wait(), sum(recv_counts))
+        order = regroup(counts, sum(recv_counts))
         experts = Copies(order, inverse(order), offsets=None)
         row_weights, rows = (experts.spread(handle.wait()) for handle in arriving)
         return rows, row_weights, Plan((hop,), experts, [sum(counts) for counts in zip(*from_rank, strict=True)])

@@ -29,6 +29,7 @@ class TwoHopDispatch(Dispatch):
     def __init__(self, num_experts: int, groups: Groups) -> None:
         super().__init__(Placement.of(groups.mesh, num_experts), groups.host)
         self.rail, self.node = groups.rail, groups.node
+        self.has_rail = self.placement.num_nodes > 1
         self.is_remote = [node != self.placement.node for node in range(self.placement.num_nodes)]
         self.id_dtype = torch.int16 if self.placement.experts_per_node <= torch.iinfo(torch.int16).max else torch.int32
 
@@ -37,16 +38,15 @@ class TwoHopDispatch(Dispatch):
 
         reached = self._nodes_reached(indices)
         leaving = reached.sum(0)
-        _, reading = self._exchange_counts("rail counts", leaving, self.rail)
-        yield
-        send_counts, recv_counts = reading.wait()
+        _, send_counts, recv_counts = yield from self._exchange_counts("rail counts", leaving, self.rail)
         copies = one_per_place(reached, sum(send_counts))
-        rail = Hop(copies, self.rail, send_counts, recv_counts, self.is_remote)
+        rail = Hop(copies, self.rail, send_counts, recv_counts, self.is_remote, takes_turn=self.has_rail)
         # What the next hop needs to be planned leaves before the rows, so that it is planned while they travel.
         ids = _within(copies.spread(indices), leaving, place.experts_per_node)
         routes_arriving = self._send(rail, _pack(copies.spread(weights), ids.to(self.id_dtype)))
         rows_arriving = self._send(rail, copies.spread(x))
-        yield
+        if rail.takes_turn:
+            yield
         weights, ids = _unpack(routes_arriving.wait(), weights.dtype, self.id_dtype)
 
         reached = reach(owners(ids, self.num_local_experts), place.ranks_per_node)
@@ -54,22 +54,22 @@ class TwoHopDispatch(Dispatch):
         # Beside them what each rank's experts will get, so that the last step needs no counts of its own.
         by_expert = tally(ids, place.experts_per_node).view(place.ranks_per_node, self.num_local_experts)
         leaving = by_source.sum(1)
-        counts_arriving, reading = self._exchange_counts("node counts", torch.cat([by_source, by_expert], 1), self.node)
-        yield
-        to_rank, from_rank = reading.wait()
+        counts, to_rank, from_rank = yield from self._exchange_counts(
+            "node counts", torch.cat([by_source, by_expert], 1), self.node
+        )
         send_counts, recv_counts = ([sum(row[: place.num_nodes]) for row in rows] for rows in (to_rank, from_rank))
         tokens_per_expert = [sum(counts) for counts in list(zip(*from_rank, strict=True))[place.num_nodes :]]
         copies = one_per_place(reached, sum(send_counts))
-        node = Hop(copies, self.node, send_counts, recv_counts, local)
+        node = Hop(copies, self.node, send_counts, recv_counts, local, takes_turn=not self.has_rail)
         ids = _within(copies.spread(ids), leaving, self.num_local_experts)
         routes_arriving = self._send(node, _pack(copies.spread(weights), ids.to(self.id_dtype)))
         rows_arriving = self._send(node, copies.spread(rows_arriving.wait()))
-        yield
+        if node.takes_turn:
+            yield
         weights, ids = _unpack(routes_arriving.wait(), weights.dtype, self.id_dtype)
 
         # Rows came from (rail, source node); the promised order is by the source's rank, (source node, rail).
-        counts = counts_arriving.wait()[:, : place.num_nodes]
-        position = inverse(regroup(counts, sum(recv_counts))).unsqueeze(1)
+        position = inverse(regroup(counts[:, : place.num_nodes], sum(recv_counts))).unsqueeze(1)
         keys = ids * max(1, ids.shape[0]) + position
         experts = arrange(ids >= 0, keys, sum(tokens_per_expert), weighted=True)
         plan = Plan((rail, node), experts, tokens_per_expert)
