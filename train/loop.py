@@ -50,10 +50,14 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
     Raises NotFiniteError; the last good checkpoint then stays as it is.
     """
     config, schedule, timer = job.config, job.schedule, StepTimer()
+    job.meet()
     while job.step < schedule.num_steps:
         plan = schedule.at(job.step)
+        job.watch.during = f"step {job.step + 1}"
         tally = accumulate(job, plan, timer)
+        job.watch.do("optimizer")
         update = job.optimizer.step(plan.lr)
+        job.watch.do("after the optimizer")
         step_stats, stopping = reduce(job, tally, stop)
         if not (update.finite and bool(tally.losses.isfinite().all())):
             stop_not_finite(job, plan, update.grad_norm, tally)
@@ -62,6 +66,9 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
         job.step += 1
         last = job.step == schedule.num_steps
         report = describe(job, plan, tally, update.grad_norm, step_stats, timer.stop(), peak_flops_per_s)
+        if job.step in config.profile.steps:
+            job.write_timeline(len(list(job.micro_batches(plan))))
+            timer.stop()
         if last or (config.evaluate.interval and job.step % config.evaluate.interval == 0):
             report = replace(report, valid_loss=finite_valid_loss(job))
             timer.stop()
@@ -80,6 +87,7 @@ def accumulate(job: Job, plan: StepPlan, timer: StepTimer) -> Tally:
     """Forward and backward of this rank's micro-batches; gradients add up in `main_grad`."""
     job.optimizer.zero_grad()
     micro_batches = list(job.micro_batches(plan))
+    job.recorder.open(events=job.step + 1 in job.config.profile.steps)
 
     def tokens(micro_batch: int) -> Tensor:
         with timer.waiting_for_data():
@@ -115,6 +123,7 @@ class StepStats:
     nodes_per_token: float
     internode_bytes: int
     peak_bytes: int
+    waits_s: tuple[float, float, float] | None  # bubble, exposed communication, the optimizer's
 
 
 def reduce(job: Job, tally: Tally, stop: StopRequest) -> tuple[StepStats, bool]:
@@ -122,14 +131,17 @@ def reduce(job: Job, tally: Tally, stop: StopRequest) -> tuple[StepStats, bool]:
     nodes, tokens = job.dispatch.take_node_visits()
     mine = [nodes, tokens, job.dispatch.take_internode_bytes(), metrics.peak_memory_bytes(job.device), stop.asked]
     numbers = torch.tensor(mine, dtype=torch.float64, device=job.device)
-    everyone = job.gather(torch.cat([tally.losses, numbers]))
+    times = torch.tensor(job.times(), dtype=torch.float64, device=job.device)
+    everyone = job.gather(torch.cat([tally.losses, numbers, times]))
     total = everyone[0].clone()
     for row in everyone[1:]:
         total += row
     tally.losses = total[:3]
     tally.load = job.sum_counts(tally.load)
     nodes, tokens, internode_bytes = total[3:6].tolist()
-    stats = StepStats(nodes / max(tokens, 1), int(internode_bytes), int(everyone[:, 6].max()))
+    job.meet()
+    waits_s = job.mean_times(everyone[:, 8:].tolist())
+    stats = StepStats(nodes / max(tokens, 1), int(internode_bytes), int(everyone[:, 6].max()), waits_s)
     return stats, bool(total[7] > 0)
 
 
@@ -159,6 +171,9 @@ def describe(
         peak_bytes=stats.peak_bytes,
         mfu=metrics.mfu(job.flops_per_token, num_tokens / step_s, peak_flops_per_s),
     )
+    if stats.waits_s is not None:
+        bubble_s, exposed_comm_s, zero_comm_s = stats.waits_s
+        report = replace(report, bubble_s=bubble_s, exposed_comm_s=exposed_comm_s, zero_comm_s=zero_comm_s)
     if model.num_nextn_predict_layers:
         report = replace(report, mtp_loss=mtp / (model.num_nextn_predict_layers * num_tokens))
     if tally.load.numel():
@@ -175,6 +190,7 @@ def describe(
 
 def finite_valid_loss(job: Job) -> float:
     """Loss on the validation split. NotFiniteError, on all ranks, when the step's update has spoilt the weights."""
+    job.watch.during = f"evaluation after step {job.step}"
     loss = evaluate(job)
     if not math.isfinite(loss):
         path = record_not_finite(job, {"step": job.step, "valid/loss": repr(loss), "sequences": []})

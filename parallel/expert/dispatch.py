@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import Handle, Steps, exchange
+from parallel.collectives import Handle, Steps, exchange, exchange_counts
 from parallel.expert.copies import Copies, arrange, reach
 from parallel.expert.placement import Placement
+from parallel.watch import Need, Watch, Watched
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,10 @@ def owners(ids: Tensor, num_each: int) -> Tensor:
 class Dispatch(ABC):
     """Base of the ways in which tokens travel. `placement` says which experts this rank holds."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: Placement, watch: Watch | None = None) -> None:
+        """watch: through which this rank waits for others."""
         self.placement = placement
+        self._watch = watch or Watch()
         self.num_local_experts = placement.num_local_experts
         self.first_expert = placement.first_expert
         self.internode_bytes = 0
@@ -128,13 +131,15 @@ class Dispatch(ABC):
         self._num_visits.append(reached.sum())  # stays on the device: reading it here would wait for the device
         return reached
 
-    def _send(self, hop: Hop, payload: Tensor) -> Handle:
+    def _send(self, hop: Hop, payload: Tensor) -> Watched[Tensor]:
         """Payload [sum(send_counts), ...] out along a hop."""
-        return self._transfer(hop, payload, hop.send_counts, hop.recv_counts)
+        rows = Need("experts", "the experts' rows from {peers}", hop.group)
+        return self._watch.launch(rows, lambda: self._transfer(hop, payload, hop.send_counts, hop.recv_counts))
 
-    def _send_back(self, hop: Hop, payload: Tensor) -> Handle:
+    def _send_back(self, hop: Hop, payload: Tensor) -> Watched[Tensor]:
         """Payload [sum(recv_counts), ...] back along a hop."""
-        return self._transfer(hop, payload, hop.recv_counts, hop.send_counts)
+        rows = Need("experts", "the rows back from the experts of {peers}", hop.group)
+        return self._watch.launch(rows, lambda: self._transfer(hop, payload, hop.recv_counts, hop.send_counts))
 
     def _transfer(self, hop: Hop, payload: Tensor, send_counts: list[int], recv_counts: list[int]) -> Handle:
         """The one place where payload leaves this rank: what travels could be encoded here, and is counted here."""
@@ -142,6 +147,11 @@ class Dispatch(ABC):
         row_bytes = payload[:1].numel() * payload.element_size() if remote_rows else 0
         self.internode_bytes += remote_rows * row_bytes
         return exchange(payload, send_counts, recv_counts, hop.group)
+
+    def _exchange_counts(self, leaving: Tensor, group: dist.ProcessGroup) -> Watched[Tensor]:
+        """`collectives.exchange_counts`, watched."""
+        counts = Need("experts", "the numbers of the experts' rows from {peers}", group)
+        return self._watch.launch(counts, lambda: exchange_counts(leaving, group))
 
 
 class LocalDispatch(Dispatch):

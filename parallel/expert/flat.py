@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from parallel.collectives import Steps, exchange_counts
+from parallel.collectives import Steps
 from parallel.expert.copies import Copies, arrange, inverse, regroup
 from parallel.expert.dispatch import Dispatch, Dispatched, Hop, Plan
 from parallel.expert.placement import Placement
@@ -19,7 +19,7 @@ class FlatDispatch(Dispatch):
     """
 
     def __init__(self, num_experts: int, groups: Groups) -> None:
-        super().__init__(Placement.of(groups.mesh, num_experts))
+        super().__init__(Placement.of(groups.mesh, num_experts), groups.watch)
         self.group = groups.ep
         ranks_per_node = self.placement.ranks_per_node
         self.is_remote = [rank // ranks_per_node != self.placement.node for rank in range(self.placement.ep)]
@@ -30,7 +30,7 @@ class FlatDispatch(Dispatch):
         copies = arrange(chosen, indices, weighted=True)
         counts = indices[chosen].bincount(minlength=self.placement.num_experts)
         leaving = counts.view(self.placement.ep, self.num_local_experts)
-        counts_arriving = exchange_counts(leaving, self.group)
+        counts_arriving = self._exchange_counts(leaving, self.group)
         yield
         counts = counts_arriving.wait()  # [source rank, local expert]
         hop = Hop(copies, self.group, leaving.sum(1).tolist(), counts.sum(1).tolist(), self.is_remote)

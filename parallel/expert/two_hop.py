@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallel.collectives import Steps, exchange_counts
+from parallel.collectives import Steps
 from parallel.expert.copies import arrange, inverse, one_per_place, reach, regroup
 from parallel.expert.dispatch import Dispatch, Dispatched, Hop, Plan, owners
 from parallel.expert.placement import Placement
@@ -27,7 +27,7 @@ class TwoHopDispatch(Dispatch):
     """
 
     def __init__(self, num_experts: int, groups: Groups) -> None:
-        super().__init__(Placement.of(groups.mesh, num_experts))
+        super().__init__(Placement.of(groups.mesh, num_experts), groups.watch)
         self.rail, self.node = groups.rail, groups.node
         self.is_remote = [node != self.placement.node for node in range(self.placement.num_nodes)]
         self.id_dtype = torch.int16 if self.placement.experts_per_node <= torch.iinfo(torch.int16).max else torch.int32
@@ -37,7 +37,7 @@ class TwoHopDispatch(Dispatch):
 
         reached = self._nodes_reached(indices)
         copies, leaving = one_per_place(reached), reached.sum(0)
-        counts_arriving = exchange_counts(leaving, self.rail)
+        counts_arriving = self._exchange_counts(leaving, self.rail)
         yield
         counts = counts_arriving.wait()
         rail = Hop(copies, self.rail, leaving.tolist(), counts.tolist(), self.is_remote)
@@ -51,7 +51,7 @@ class TwoHopDispatch(Dispatch):
         reached = reach(owners(ids, self.num_local_experts), place.ranks_per_node)
         copies = one_per_place(reached)
         by_source = torch.stack([block.sum(0) for block in reached.split(rail.recv_counts)], 1)  # [rank, source node]
-        counts_arriving = exchange_counts(by_source, self.node)
+        counts_arriving = self._exchange_counts(by_source, self.node)
         yield
         counts, leaving = counts_arriving.wait(), by_source.sum(1)
         node = Hop(copies, self.node, leaving.tolist(), counts.sum(1).tolist(), local)

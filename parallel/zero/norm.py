@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import ordered_sum
+from parallel.collectives import all_gather, sum_in_order
+from parallel.watch import Need, Watch
 
 # Elements that are squared in fp32 before the sum goes on in fp64, on CPUs.
 _ROW = 4096
@@ -37,7 +38,7 @@ def sum_of_squares(shard: Tensor) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(chunk.double()).square() for chunk in chunks]).sum().reshape(1)
 
 
-def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None) -> float:
+def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None, watch: Watch | None = None) -> float:
     """L2 norm of the whole model's gradient from all ranks' reduced shards.
 
     Over all ranks the shards hold every element of every parameter exactly once, whatever its replicas are: experts,
@@ -47,4 +48,8 @@ def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None) -> fl
     total = torch.zeros(1, dtype=torch.float64, device=shards[0].device)
     for shard in shards:
         total += sum_of_squares(shard)
-    return math.sqrt((total if world is None else ordered_sum(total, world)).item())
+    if world is not None:
+        squares = Need("optimizer", "the squared norms of gradients from {peers}", world)
+        everyone = (watch or Watch()).launch(squares, lambda: all_gather(total.reshape(1, 1), world))
+        total = sum_in_order(everyone.wait())
+    return math.sqrt(total.item())
