@@ -116,7 +116,7 @@ class Watch:
         except RuntimeError as error:
             waited = f"waited {self.clock() - start_s:.1f} s for {_words(self.waiting)}, and that failed"
             self.waiting = None
-            raise PeerError(f"{self.place()}: {waited}: {_first_line(error)}") from error
+            raise PeerError(f"{self.place()}: {waited}: {_gist(error)}") from error
         if not self._behind:
             self.waiting = None
         if self.listener is not None:
@@ -131,7 +131,7 @@ class Watch:
             raise
         except RuntimeError as error:
             began = f"was about to wait for {need.words(None)}, and that failed"
-            raise PeerError(f"{self.place()}: {began}: {_first_line(error)}") from error
+            raise PeerError(f"{self.place()}: {began}: {_gist(error)}") from error
 
     def launch(self, need: Need, start: Callable[[], Pending[T]]) -> Watched[T]:
         """Start a communication; the handle's `wait` is watched."""
@@ -169,9 +169,11 @@ class Watchdog:
 
     def __init__(self, watch: Watch, timeout_s: float, end: Callable[[str], object]) -> None:
         self._watch, self._timeout_s, self._end = watch, timeout_s, end
-        self._tick_s = min(1.0, timeout_s / 10)
+        self.tick_s = min(1.0, timeout_s / 10)
+        self._seen: Waiting | None = None
+        self._lasted_s, self._looked_s = 0.0, time.monotonic()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
         self._thread.start()
@@ -181,16 +183,21 @@ class Watchdog:
         self._over.set()
         self._thread.join()
 
-    def _look(self) -> None:
-        seen: Waiting | None = None
-        lasted_s, looked_s = 0.0, time.monotonic()
-        while not self._over.wait(self._tick_s):
-            now_s = time.monotonic()
-            waiting = self._watch.waiting
-            lasted_s = lasted_s + min(now_s - looked_s, 2 * self._tick_s) if waiting is seen else 0.0
-            seen, looked_s = waiting, now_s
-            if seen is not None and lasted_s >= self._timeout_s:
-                self._end(self._watch.hang(seen))
+    def look(self, now_s: float) -> str | None:
+        """One look at this time of `time.monotonic`: what to say if the wait has lasted too long."""
+        waiting = self._watch.waiting
+        ran_s = min(now_s - self._looked_s, 2 * self.tick_s)
+        self._lasted_s = self._lasted_s + ran_s if waiting is self._seen else 0.0
+        self._seen, self._looked_s = waiting, now_s
+        if waiting is None or self._lasted_s < self._timeout_s:
+            return None
+        return self._watch.hang(waiting)
+
+    def _run(self) -> None:
+        while not self._over.wait(self.tick_s):
+            sentence = self.look(time.monotonic())
+            if sentence is not None:
+                self._end(sentence)
                 return
 
 
@@ -206,5 +213,7 @@ def _words(waiting: Waiting) -> str:
     return waiting.need.words(waiting.peer() if waiting.peer is not None else None)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _gist(error: BaseException) -> str:
+    """What the library says, without its place in the source and its advice."""
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[[^]]*\.\w+:\d+\] ", "", first_line).split(". ")[0]
