@@ -12,9 +12,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -51,6 +52,8 @@ class Need(NamedTuple):
         return self.text.format(what=self.what, peers=self._peers(self.source if peer is None else peer))
 
     def _peers(self, peer: int | None) -> str:
+        import torch.distributed as dist  # not above: the launcher reads sentences and needs no torch
+
         if self.group is None:
             return "no rank"
         ranks = dist.get_process_group_ranks(self.group)

@@ -54,6 +54,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
     while job.step < schedule.num_steps:
         plan = schedule.at(job.step)
         job.watch.during = f"step {job.step + 1}"
+        job.watch.do("start of the pipeline")
         tally = accumulate(job, plan, timer)
         job.watch.do("optimizer")
         update = job.optimizer.step(plan.lr)
@@ -191,6 +192,7 @@ def describe(
 def finite_valid_loss(job: Job) -> float:
     """Loss on the validation split. NotFiniteError, on all ranks, when the step's update has spoilt the weights."""
     job.watch.during = f"evaluation after step {job.step}"
+    job.watch.do("start of the pipeline")
     loss = evaluate(job)
     if not math.isfinite(loss):
         path = record_not_finite(job, {"step": job.step, "valid/loss": repr(loss), "sequences": []})

@@ -87,7 +87,6 @@ def test_the_rank_that_all_others_wait_for_is_the_cause(tmp_path: Path) -> None:
     body = f"""
     if rank == 3:
         os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(0.2 * rank)
     explain({HANG!r}.format(rank, [1, 2, 3][rank]))
     sys.exit(5 if rank == 0 else 6)
     """
@@ -100,11 +99,10 @@ def test_the_rank_that_all_others_wait_for_is_the_cause(tmp_path: Path) -> None:
 
 def test_ranks_that_wait_in_a_circle_have_no_culprit(tmp_path: Path) -> None:
     body = f"""
-    time.sleep(0.2 * rank)
     explain({HANG!r}.format(rank, (rank + 1) % 3))
     sys.exit(5)
     """
-    assert start(body, 3, tmp_path) == Ended(5, HANG.format(0, 1))
+    assert start(body, 3, tmp_path) in [Ended(5, HANG.format(rank, (rank + 1) % 3)) for rank in range(3)]
 
 
 def test_a_failure_comes_before_those_that_miss_the_rank(tmp_path: Path) -> None:

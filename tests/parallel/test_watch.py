@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from parallel import watch
 from parallel.collectives import Handle, all_gather
 from parallel.pipeline.actions import Chunk, parse_action
 from parallel.watch import Need, PeerError, Watch, Watchdog, blamed
@@ -24,8 +23,8 @@ def three(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Need]:
     """Makes needs of a group of the ranks 4, 7, 9, of which this is 7; or of others."""
 
     def need(source: int | None = None, ranks: tuple[int, ...] = (4, 7, 9)) -> Need:
-        monkeypatch.setattr(watch.dist, "get_process_group_ranks", lambda _group: list(ranks))
-        monkeypatch.setattr(watch.dist, "get_rank", lambda: 7)
+        monkeypatch.setattr(dist, "get_process_group_ranks", lambda _group: list(ranks))
+        monkeypatch.setattr(dist, "get_rank", lambda: 7)
         return Need("experts", "rows of {what} from {peers}", "a group", Chunk("F", 2, 5), source)  # type: ignore[arg-type]
 
     return need
