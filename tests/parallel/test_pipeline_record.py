@@ -162,6 +162,7 @@ def test_a_recorded_run_is_its_schedule_and_its_metrics(
 
 
 SLOW_S = 0.01
+SLOW_STAGE_S = 0.05
 
 
 @contextmanager
@@ -173,7 +174,7 @@ def a_slow_stage() -> Iterator[None]:
 
     def forward(self: Any, micro_batch: int, x: Any) -> Any:
         if x is not None:
-            time.sleep(SLOW_S)
+            time.sleep(SLOW_STAGE_S)
         return (yield from original(self, micro_batch, x))
 
     with mock.patch.object(Stage, "forward", forward):
@@ -199,11 +200,12 @@ def slow_rows() -> Iterator[None]:
 
 
 def test_a_slow_stage_shows_as_bubble_alone(ranks: Ranks, tmp_path: Path, text: list[str]) -> None:
-    settings = [*SMALL, *text, *SHORT, "parallel.pp=2", "parallel.dp=1", "train.global_batch_size=16"]
+    settings = [*SMALL, *text, *SHORT, "parallel.pp=2", "parallel.dp=1", "train.global_batch_size=8"]
     rows = run_in(ranks, tmp_path, settings, 2, a_slow_stage).rows
     for row in rows:
-        # The first rank stands still through all but the first of 16 slow forwards.
-        assert row["perf/bubble_s"] > 15 * SLOW_S / 2
+        # The first rank stands still through all but the first of 8 slow forwards, but for its own work of some 10 ms
+        # meanwhile: a third of them is a safe bound.
+        assert row["perf/bubble_s"] > 7 * SLOW_STAGE_S / 2 / 3
         assert row["perf/exposed_comm_s"] == 0
         assert row["perf/bubble_s"] < row["perf/step_s"]
 
