@@ -17,7 +17,7 @@ what it has launched is on its way, where that is worth a turn of somebody else'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -40,8 +40,11 @@ def drive(steps: Steps[T]) -> T:
 class Handle:
     """A communication under way. Holds its tensors and requests until `wait`, which may be called again."""
 
-    def __init__(self, works: Iterable[Any], keep: Sequence[Tensor], finish: Callable[[], Tensor]) -> None:
-        self._works = [work for work in works if work is not None]
+    def __init__(
+        self, works: Sequence[Any], keep: Sequence[Tensor], finish: Callable[[], Tensor], peers: Sequence[int] = ()
+    ) -> None:
+        """peers: of each of the works, the rank of the group at its other end; empty where each has several."""
+        self._works, self._peers, self._at = works, peers, 0
         self._keep: Sequence[Tensor] = keep
         self._finish: Callable[[], Tensor] | None = finish
         self._result: Tensor | None = None
@@ -52,29 +55,37 @@ class Handle:
         Raises RuntimeError when a peer's connection broke or the group's timeout passed.
         """
         if self._finish is not None:
-            for work in self._works:
+            for at, work in enumerate(self._works):
+                self._at = at
                 work.wait()
             self._result = self._finish()
-            self._works, self._keep, self._finish = [], (), None
+            self._works, self._keep, self._finish = (), (), None
         assert self._result is not None
         return self._result
+
+    def waits_for(self) -> int | None:
+        """The rank of the group that `wait` waits for now; None where it waits for all at once."""
+        return self._peers[self._at] if self._peers else None
 
 
 def _is_gloo(group: dist.ProcessGroup) -> bool:
     return dist.get_backend(group) == dist.Backend.GLOO
 
 
-def _post(receive: Sequence[Tensor], send: Sequence[Tensor], group: dist.ProcessGroup) -> list[Any]:
+def _post(
+    receive: Sequence[Tensor], send: Sequence[Tensor], group: dist.ProcessGroup
+) -> tuple[list[dist.Work | None], list[int]]:
     """Post one receive from, then one send to, every other rank of the group; empty tensors are left out.
 
-    Peers are met in a rotated order, so that at any time the ranks send to different peers.
+    Returns what was posted and with whom. Peers are met in a rotated order, so that at any time the ranks send to
+    different peers.
     """
     size, me = dist.get_world_size(group), dist.get_rank(group)
-    sources = [(me - i) % size for i in range(1, size)]
-    targets = [(me + i) % size for i in range(1, size)]
-    works = [dist.irecv(receive[peer], group=group, group_src=peer) for peer in sources if receive[peer].numel()]
-    works += [dist.isend(send[peer], group=group, group_dst=peer) for peer in targets if send[peer].numel()]
-    return works
+    sources = [peer for i in range(1, size) if receive[peer := (me - i) % size].numel()]
+    targets = [peer for i in range(1, size) if send[peer := (me + i) % size].numel()]
+    works = [dist.irecv(receive[peer], group=group, group_src=peer) for peer in sources]
+    works += [dist.isend(send[peer], group=group, group_dst=peer) for peer in targets]
+    return works, sources + targets
 
 
 def exchange(send: Tensor, send_counts: list[int], recv_counts: list[int], group: dist.ProcessGroup) -> Handle:
@@ -92,9 +103,9 @@ def exchange(send: Tensor, send_counts: list[int], recv_counts: list[int], group
         work = dist.all_to_all_single(received, send, recv_counts, send_counts, group=group, async_op=True)
         return Handle([work], (send, received), lambda: received)
     outgoing, incoming = send.split(send_counts), received.split(recv_counts)
-    works = _post(incoming, outgoing, group)
+    works, peers = _post(incoming, outgoing, group)
     incoming[me].copy_(outgoing[me])
-    return Handle(works, (send, received), lambda: received)
+    return Handle(works, (send, received), lambda: received, peers)
 
 
 def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Handle:
@@ -119,9 +130,9 @@ def reduce_scatter(flat: Tensor, group: dist.ProcessGroup) -> Handle:
         return Handle([work], (flat, piece), lambda: piece)
     own = flat.view(size, -1)
     parts = torch.empty_like(own)
-    works = _post(parts.unbind(), own.unbind(), group)
+    works, peers = _post(parts.unbind(), own.unbind(), group)
     parts[me].copy_(own[me])
-    return Handle(works, (flat, parts), lambda: _sum_in_order(parts))
+    return Handle(works, (flat, parts), lambda: sum_in_order(parts), peers)
 
 
 def all_gather(shard: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Handle:
@@ -136,18 +147,18 @@ def all_gather(shard: Tensor, group: dist.ProcessGroup, out: Tensor | None = Non
         work = dist.all_gather_single(gathered, shard, group=group, async_op=True)
         return Handle([work], (shard, gathered), lambda: gathered)
     parts = gathered.split([shard.shape[0]] * size)
-    works = _post(parts, [shard] * size, group)
+    works, peers = _post(parts, [shard] * size, group)
     if parts[me].data_ptr() != shard.data_ptr():
         parts[me].copy_(shard)
-    return Handle(works, (shard, gathered), lambda: gathered)
+    return Handle(works, (shard, gathered), lambda: gathered, peers)
 
 
 def ordered_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum `x` (any shape) over the group, in rank order on every rank: identical bits everywhere. Blocks."""
-    return _sum_in_order(all_gather(x.reshape(1, -1), group).wait()).view(x.shape)
+    return sum_in_order(all_gather(x.reshape(1, -1), group).wait()).view(x.shape)
 
 
-def _sum_in_order(parts: Tensor) -> Tensor:
+def sum_in_order(parts: Tensor) -> Tensor:
     """parts [ranks, n] -> [n], added from the first row to the last; 16-bit floats in fp32, rounded once."""
     total = parts[0].to(torch.promote_types(parts.dtype, torch.float32)) if _is_short(parts) else parts[0].clone()
     for part in parts[1:]:

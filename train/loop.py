@@ -55,6 +55,7 @@ class StepStats:
     peak_bytes: int
     max_vio: float | None  # None for a model without routers
     min_load: float | None
+    waits_s: tuple[float, float, float] | None  # bubble, exposed communication, the optimizer's
     stopping: bool  # whether any rank was asked to stop
 
 
@@ -64,10 +65,15 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
     Raises NotFiniteError; the last good checkpoint then stays as it is.
     """
     config, schedule, timer = job.config, job.schedule, StepTimer()
+    job.meet()
     while job.step < schedule.num_steps:
         plan = schedule.at(job.step)
+        job.watch.during = f"step {job.step + 1}"
+        job.watch.do("start of the pipeline")
         tally = accumulate(job, plan, timer)
+        job.watch.do("optimizer")
         update = job.optimizer.step(plan.lr)
+        job.watch.do("after the optimizer")
         stats = reduce(job, tally, stop)
         if not (update.finite and all(map(math.isfinite, stats.losses))):
             stop_not_finite(job, plan, update.grad_norm)
@@ -76,6 +82,9 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
         job.step += 1
         last = job.step == schedule.num_steps
         report = describe(job, plan, stats, update.grad_norm, timer.stop(), peak_flops_per_s)
+        if job.step in config.profile.steps:
+            job.write_timeline(len(list(job.micro_batches(plan))))
+            timer.stop()
         if last or (config.evaluate.interval and job.step % config.evaluate.interval == 0):
             report = replace(report, valid_loss=finite_valid_loss(job))
             timer.stop()
@@ -94,6 +103,7 @@ def accumulate(job: Job, plan: StepPlan, timer: StepTimer) -> Tally:
     """Forward and backward of this rank's micro-batches; gradients add up in `main_grad`."""
     job.optimizer.zero_grad()
     micro_batches = list(job.micro_batches(plan))
+    job.recorder.open(events=job.step + 1 in job.config.profile.steps)
 
     def tokens(micro_batch: int) -> Tensor:
         with timer.waiting_for_data():
@@ -123,13 +133,14 @@ def reduce(job: Job, tally: Tally, stop: StopRequest) -> StepStats:
     """Sum the tally over all ranks, in rank order, its load in place; read the outcome in one go."""
     visits, num_tokens = job.dispatch.take_node_visits()
     mine = [0.0, num_tokens, job.dispatch.take_internode_bytes(), metrics.peak_memory_bytes(job.device), stop.asked]
-    numbers = job.host.put(torch.tensor(mine, dtype=torch.float64))
+    numbers = job.host.put(torch.tensor([*mine, *job.times()], dtype=torch.float64))
     numbers[0] += visits
     everyone = job.gather(torch.cat([tally.losses, numbers]))
     tally.load = job.sum_counts(tally.load)
+    job.meet()
     spread = [metrics.max_vio(tally.load), metrics.min_load(tally.load)] if tally.load.numel() else []
     rows, *balance = job.host.read("step", everyone, *spread)
-    columns = list(zip(*rows, strict=True))
+    columns = list(zip(*rows, strict=True))[:8]
     main, mtp, seq_balance, nodes, tokens, internode_bytes, _, asked = (fold(operator.add, each) for each in columns)
     return StepStats(
         losses=(main, mtp, seq_balance),
@@ -138,6 +149,7 @@ def reduce(job: Job, tally: Tally, stop: StopRequest) -> StepStats:
         peak_bytes=int(max(columns[6])),
         max_vio=balance[0] if spread else None,
         min_load=balance[1] if spread else None,
+        waits_s=job.mean_times([row[8:] for row in rows]),
         stopping=asked > 0,
     )
 
@@ -167,6 +179,9 @@ def describe(
         peak_bytes=stats.peak_bytes,
         mfu=metrics.mfu(job.flops_per_token, num_tokens / step_s, peak_flops_per_s),
     )
+    if stats.waits_s is not None:
+        bubble_s, exposed_comm_s, zero_comm_s = stats.waits_s
+        report = replace(report, bubble_s=bubble_s, exposed_comm_s=exposed_comm_s, zero_comm_s=zero_comm_s)
     if model.num_nextn_predict_layers:
         report = replace(report, mtp_loss=mtp / (model.num_nextn_predict_layers * num_tokens))
     if model.num_routers:
@@ -183,6 +198,8 @@ def describe(
 
 def finite_valid_loss(job: Job) -> float:
     """Loss on the validation split. NotFiniteError, on all ranks, when the step's update has spoilt the weights."""
+    job.watch.during = f"evaluation after step {job.step}"
+    job.watch.do("start of the pipeline")
     loss = evaluate(job)
     if not math.isfinite(loss):
         path = record_not_finite(job, {"step": job.step, "valid/loss": repr(loss), "sequences": []})

@@ -29,6 +29,7 @@ from parallel.collectives import Handle, Steps, exchange, exchange_counts
 from parallel.expert.copies import Copies, arrange, reach, tally
 from parallel.expert.placement import Placement
 from parallel.host import Host
+from parallel.watch import Need, Watch, Watched
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ def owners(ids: Tensor, num_each: int) -> Tensor:
 class Dispatch(ABC):
     """Base of the ways in which tokens travel. `placement` says which experts this rank holds."""
 
-    def __init__(self, placement: Placement, host: Host) -> None:
-        self.placement, self.host = placement, host
+    def __init__(self, placement: Placement, host: Host | None = None, watch: Watch | None = None) -> None:
+        """host: where counts are read; None for a CPU's. watch: through which this rank waits for others."""
+        self.placement = placement
+        self._host, self._watch = host or Host(), watch or Watch()
         self.num_local_experts = placement.num_local_experts
         self.first_expert = placement.first_expert
         self.internode_bytes = 0
@@ -149,20 +152,23 @@ class Dispatch(ABC):
         A host that runs ahead of its device queues another's work meanwhile; one that is the device would only send its
         rows later for it.
         """
-        arriving = exchange_counts(leaving, group)
-        reading = self.host.start(name, lambda: (leaving, arriving.wait()))
-        if self.host.runs_ahead:
+        counts = Need("experts", "the numbers of the experts' rows from {peers}", group)
+        arriving = self._watch.launch(counts, lambda: exchange_counts(leaving, group))
+        reading = self._host.start(name, lambda: (leaving, arriving.wait()))
+        if self._host.runs_ahead:
             yield
         to_rank, from_rank = reading.wait()
         return arriving.wait(), to_rank, from_rank
 
-    def _send(self, hop: Hop, payload: Tensor) -> Handle:
+    def _send(self, hop: Hop, payload: Tensor) -> Watched[Tensor]:
         """Payload [sum(send_counts), ...] out along a hop."""
-        return self._transfer(hop, payload, hop.send_counts, hop.recv_counts)
+        rows = Need("experts", "the experts' rows from {peers}", hop.group)
+        return self._watch.launch(rows, lambda: self._transfer(hop, payload, hop.send_counts, hop.recv_counts))
 
-    def _send_back(self, hop: Hop, payload: Tensor) -> Handle:
+    def _send_back(self, hop: Hop, payload: Tensor) -> Watched[Tensor]:
         """Payload [sum(recv_counts), ...] back along a hop."""
-        return self._transfer(hop, payload, hop.recv_counts, hop.send_counts)
+        rows = Need("experts", "the rows back from the experts of {peers}", hop.group)
+        return self._watch.launch(rows, lambda: self._transfer(hop, payload, hop.recv_counts, hop.send_counts))
 
     def _transfer(self, hop: Hop, payload: Tensor, send_counts: list[int], recv_counts: list[int]) -> Handle:
         """The one place where payload leaves this rank: what travels could be encoded here, and is counted here."""
@@ -176,11 +182,11 @@ class LocalDispatch(Dispatch):
     """All experts on this rank: tokens are only sorted. Also the twin that the other two are held against."""
 
     def __init__(self, num_experts: int, host: Host | None = None) -> None:
-        super().__init__(Placement(num_experts, ep=1, ep_rank=0, num_nodes=1), host or Host())
+        super().__init__(Placement(num_experts, ep=1, ep_rank=0, num_nodes=1), host)
 
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
         yield from ()
         self._nodes_reached(indices)
-        (tokens_per_expert,) = self.host.read("expert counts", tally(indices, self.num_local_experts))
+        (tokens_per_expert,) = self._host.read("expert counts", tally(indices, self.num_local_experts))
         copies = arrange(indices >= 0, indices, sum(tokens_per_expert), weighted=True)
         return copies.spread(x), copies.spread_weights(weights), Plan((), copies, tokens_per_expert)

@@ -19,7 +19,7 @@ class FlatDispatch(Dispatch):
     """
 
     def __init__(self, num_experts: int, groups: Groups) -> None:
-        super().__init__(Placement.of(groups.mesh, num_experts), groups.host)
+        super().__init__(Placement.of(groups.mesh, num_experts), groups.host, groups.watch)
         self.group = groups.ep
         ranks_per_node = self.placement.ranks_per_node
         self.is_remote = [rank // ranks_per_node != self.placement.node for rank in range(self.placement.ep)]

@@ -27,7 +27,7 @@ class TwoHopDispatch(Dispatch):
     """
 
     def __init__(self, num_experts: int, groups: Groups) -> None:
-        super().__init__(Placement.of(groups.mesh, num_experts), groups.host)
+        super().__init__(Placement.of(groups.mesh, num_experts), groups.host, groups.watch)
         self.rail, self.node = groups.rail, groups.node
         self.has_rail = self.placement.num_nodes > 1
         self.is_remote = [node != self.placement.node for node in range(self.placement.num_nodes)]

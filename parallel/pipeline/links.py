@@ -6,6 +6,7 @@ comes next. Receives are posted ahead of need; a sent tensor is kept until it is
 
 from __future__ import annotations
 
+import datetime
 from collections import deque
 from collections.abc import Mapping
 
@@ -18,6 +19,10 @@ from parallel.pipeline.actions import Chunk
 from parallel.pipeline.order import Channel, messages, source
 from parallel.pipeline.placement import Placement
 from parallel.pipeline.schedule import Schedule
+from parallel.watch import Need, Watch
+
+# What a link of each kind brings.
+CARRIES = {"F": "the activations", "B": "the gradient"}
 
 
 def channels(placement: Placement) -> list[Channel]:
@@ -31,7 +36,9 @@ def channels(placement: Placement) -> list[Channel]:
     return sorted(found)
 
 
-def connect(placement: Placement, mesh: Mesh, device: torch.device) -> dict[Channel, dist.ProcessGroup]:
+def connect(
+    placement: Placement, mesh: Mesh, device: torch.device, timeout: datetime.timedelta | None = None
+) -> dict[Channel, dist.ProcessGroup]:
     """Make the two-rank groups of all links of all pipelines; every rank of the job must call it. Returns one's own.
 
     Each link carries one message at once. NCCL connects two ranks at their first message and waits there for the other
@@ -42,7 +49,7 @@ def connect(placement: Placement, mesh: Mesh, device: torch.device) -> dict[Chan
     for column in range(mesh.config.dp):
         for channel in channels(placement):
             ends = [channel.source * mesh.config.dp + column, channel.target * mesh.config.dp + column]
-            group = dist.new_group(sorted(ends), group_desc=f"link {channel.kind}")
+            group = dist.new_group(sorted(ends), timeout=timeout, group_desc=f"link {channel.kind}")
             if mesh.rank in ends:
                 own[channel] = group
     for channel, group in own.items():
@@ -63,8 +70,10 @@ class Links:
         groups: Mapping[Channel, dist.ProcessGroup],
         dtype: torch.dtype,
         device: torch.device,
+        watch: Watch | None = None,
     ) -> None:
-        """rank: in the pipeline."""
+        """rank: in the pipeline. watch: through which it waits."""
+        self._watch = watch or Watch()
         self._rank, self._groups = rank, groups
         # A receive that waits on NCCL occupies multiprocessors, so there only the next one is posted.
         self._slots = 1 if device.type == "cuda" else 2
@@ -72,8 +81,8 @@ class Links:
         self._shape: tuple[int, ...] = ()
         self._placement: Placement | None = None
         self._expected: dict[Channel, deque[Chunk]] = {}
-        self._posted: dict[Channel, deque[tuple[Chunk, Tensor, dist.Work]]] = {}
-        self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
+        self._posted: dict[Channel, deque[tuple[Chunk, Tensor, dist.Work, Need]]] = {}
+        self._leaving: deque[tuple[dist.Work, Tensor, Need]] = deque()
         self._here: dict[Chunk, Tensor] = {}
 
     def open(self, schedule: Schedule, shape: tuple[int, ...]) -> None:
@@ -89,7 +98,8 @@ class Links:
     def close(self) -> None:
         """Wait until everything sent has left."""
         while self._leaving:
-            self._leaving.popleft()[0].wait()
+            work, _, need = self._leaving.popleft()
+            self._watch.wait(need, work.wait)
         assert not self._here and not any(self._posted.values()) and not any(self._expected.values())
 
     def take(self, part: Chunk) -> Tensor | None:
@@ -101,9 +111,9 @@ class Links:
         if self._placement.rank_of[made_by.stage] == self._rank:
             return self._here.pop(part)
         channel = Channel(self._placement.rank_of[made_by.stage], self._rank, part.kind)
-        expected, buffer, work = self._posted[channel].popleft()
+        expected, buffer, work, need = self._posted[channel].popleft()
         assert expected == part, f"{channel} brings {expected}, not {part}"
-        work.wait()
+        self._watch.wait(need, work.wait)
         self._post(channel)
         return buffer
 
@@ -120,17 +130,21 @@ class Links:
             return
         while self._leaving and self._leaving[0][0].is_completed():
             self._leaving.popleft()
-        group = self._groups[Channel(self._rank, target, part.kind)]
-        tensor = tensor.contiguous()
-        work = dist.isend(tensor, group=group, group_dst=1 - dist.get_rank(group))
+        group, leaving = self._groups[Channel(self._rank, target, part.kind)], tensor.contiguous()
+        need = Need("output", f"{CARRIES[part.kind]} of {{what}} to be taken by {{peers}}", group, part)
+        work = self._watch.reach(need, lambda: dist.isend(leaving, group=group, group_dst=1 - dist.get_rank(group)))
         assert work is not None
-        self._leaving.append((work, tensor))
+        self._leaving.append((work, leaving, need))
 
     def _post(self, channel: Channel) -> None:
         if not self._expected[channel]:
             return
         group = self._groups[channel]
         buffer = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        work = dist.irecv(buffer, group=group, group_src=1 - dist.get_rank(group))
+        part = self._expected[channel].popleft()
+        assert self._placement is not None
+        made_by = source(self._placement, part)
+        need = Need("input", f"{CARRIES[part.kind]} of {{what}} from {{peers}}", group, made_by)
+        work = self._watch.reach(need, lambda: dist.irecv(buffer, group=group, group_src=1 - dist.get_rank(group)))
         assert work is not None
-        self._posted[channel].append((self._expected[channel].popleft(), buffer, work))
+        self._posted[channel].append((part, buffer, work, need))

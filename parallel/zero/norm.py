@@ -13,6 +13,7 @@ from torch import Tensor
 
 from parallel.collectives import all_gather
 from parallel.host import Host
+from parallel.watch import Need, Watch
 
 # Elements that are squared in fp32 before the sum goes on in fp64, on CPUs.
 _ROW = 4096
@@ -46,7 +47,7 @@ def _wide_sum_of_squares(shard: Tensor, chunk_size: int) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(chunk.double()).square() for chunk in chunks]).sum().reshape(1)
 
 
-def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None, host: Host) -> float:
+def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None, host: Host, watch: Watch) -> float:
     """L2 norm of the whole model's gradient from all ranks' reduced shards.
 
     Over all ranks the shards hold every element of every parameter exactly once, whatever its replicas are: experts,
@@ -56,5 +57,8 @@ def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None, host:
     total = torch.zeros(1, dtype=torch.float64, device=shards[0].device)
     for shard in shards:
         total += sum_of_squares(shard)
-    (everyone,) = host.read("gradient norm", total if world is None else all_gather(total, world).wait())
+    if world is not None:
+        squares = Need("optimizer", "the squared norms of gradients from {peers}", world)
+        total = watch.launch(squares, lambda: all_gather(total, world)).wait()
+    (everyone,) = host.read("gradient norm", total)
     return math.sqrt(reduce(operator.add, everyone))

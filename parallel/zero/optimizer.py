@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.collectives import reduce_scatter
 from parallel.host import Host
 from parallel.shards import FlatLayout, ParamInfo, Piece, shard_pieces
+from parallel.watch import Need, Watch, Watched
 from parallel.zero.deepspeed_engine import DeepSpeedEngine
 from parallel.zero.native import NativeEngine
 from parallel.zero.norm import global_norm
@@ -52,10 +54,16 @@ class ZeroOptimizer:
     """Sharded optimizer over flat `main_grad` buffers. Made by `build`."""
 
     def __init__(
-        self, engine: Engine, sets: list[ParamSet], groups: ReplicaGroups, host: Host, clip_grad_norm: float
+        self,
+        engine: Engine,
+        sets: list[ParamSet],
+        groups: ReplicaGroups,
+        clip_grad_norm: float,
+        host: Host,
+        watch: Watch,
     ) -> None:
-        self._engine, self._sets, self._groups, self._host = engine, sets, groups, host
-        self._clip_grad_norm = clip_grad_norm
+        self._engine, self._sets, self._groups, self._clip_grad_norm = engine, sets, groups, clip_grad_norm
+        self._host, self._watch = host, watch
         self.num_steps = 0
         for each, layout, flat in zip(sets, engine.layouts, engine.main_grads, strict=True):
             for param, view in zip(each.params, views(flat, layout, each.params), strict=True):
@@ -75,7 +83,7 @@ class ZeroOptimizer:
         until `zero_grad`.
         """
         grads = self._reduce()
-        norm = global_norm(grads, self._groups.world, self._host)
+        norm = global_norm(grads, self._groups.world, self._host, self._watch)
         if not math.isfinite(norm):
             return StepResult(norm, False)
         # The factor of torch.nn.utils.clip_grad_norm_, in double.
@@ -92,10 +100,14 @@ class ZeroOptimizer:
     def _reduce(self) -> list[Tensor]:
         """This rank's shard of each set's gradient, summed over the replicas; in a world of one the buffer itself."""
         pending = [
-            flat if each.group is None or each.num_shards == 1 else reduce_scatter(flat, each.group)
+            flat if each.group is None or each.num_shards == 1 else self._reduce_scatter(flat, each.group)
             for each, flat in zip(self._sets, self._engine.main_grads, strict=True)
         ]
         return [handle if isinstance(handle, Tensor) else handle.wait() for handle in pending]
+
+    def _reduce_scatter(self, flat: Tensor, group: dist.ProcessGroup) -> Watched[Tensor]:
+        gradients = Need("optimizer", "the gradients from {peers}", group)
+        return self._watch.launch(gradients, lambda: reduce_scatter(flat, group))
 
     def _moments(self, index: int) -> dict[str, Tensor]:
         return self._engine.optimizer.state[self._engine.masters[index]]
@@ -153,7 +165,7 @@ class ZeroOptimizer:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-_ENGINES: dict[str, Callable[[list[ParamSet], MakeAdamW], Engine]] = {
+_ENGINES: dict[str, Callable[[list[ParamSet], MakeAdamW, Watch], Engine]] = {
     "native": NativeEngine,
     "deepspeed": DeepSpeedEngine,
 }
@@ -168,6 +180,7 @@ def build(
     clip_grad_norm: float = 1.0,
     weight_decay: float = 0.1,
     host: Host | None = None,
+    watch: Watch | None = None,
 ) -> ZeroOptimizer:
     """Move parameters into flat storage, give each a `main_grad` and shard the optimizer state over its replicas.
 
@@ -180,6 +193,7 @@ def build(
         clip_grad_norm: largest global norm; 0 for no clipping.
         weight_decay: decay of those that decay.
         host: where the norm is read; None for a CPU's.
+        watch: through which this rank waits for others.
 
     Raises ValueError for an unknown engine, or for one that cannot hold these parameters.
     """
@@ -188,4 +202,5 @@ def build(
     sets = split_sets(params, groups, weight_decay)
     if not sets:
         raise ValueError("params: a sharded optimizer needs at least one parameter")
-    return ZeroOptimizer(_ENGINES[engine](sets, make_adamw), sets, groups, host or Host(), clip_grad_norm)
+    host, watch = host or Host(), watch or Watch()
+    return ZeroOptimizer(_ENGINES[engine](sets, make_adamw, watch), sets, groups, clip_grad_norm, host, watch)

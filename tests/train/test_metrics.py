@@ -21,6 +21,7 @@ NAMES = {
     *("train/" + name for name in ("loss", "mtp_loss", "seq_balance_loss", "grad_norm", "lr", "consumed_tokens")),
     "valid/loss",
     *("perf/" + name for name in ("tokens_per_s", "step_s", "data_wait_s", "mfu")),
+    *("perf/" + name for name in ("bubble_s", "exposed_comm_s", "zero_comm_s")),
     *("moe/" + name for name in ("max_vio", "min_load", "nodes_per_token", "internode_bytes")),
     "memory/peak_bytes",
 }
@@ -54,6 +55,9 @@ def test_values_leave_out_what_was_not_measured() -> None:
         mtp_loss=1.0,
         seq_balance_loss=1.0,
         valid_loss=0.0,
+        bubble_s=0.0,
+        exposed_comm_s=0.0,
+        zero_comm_s=0.0,
         mfu=0.5,
         max_vio=0.0,
         min_load=1.0,
