@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from launch.__main__ import main as launch_main
+from tests.deviation import worst
 from tests.launched import Forked, last_step, local, torchrun
 from tests.plain_run import PlainRun, plain_run
 from tests.runs import SMALL, Finished, prepare_text, run_in, train_main
 from tests.spawn import Ranks
-from tests.test_same_numbers import worst
 from train import run_folder
 from train.compose import compose
 from train.track import read_metrics
