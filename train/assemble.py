@@ -247,6 +247,7 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
         adamw_factory(config.optimizer),
         clip_grad_norm=config.optimizer.clip_grad_norm,
         weight_decay=config.optimizer.weight_decay,
+        device=groups.device,
     )
     for model in models:
         attach_main_grads(model)

@@ -37,14 +37,15 @@ def sum_of_squares(shard: Tensor) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(chunk.double()).square() for chunk in chunks]).sum().reshape(1)
 
 
-def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None) -> float:
+def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None, device: torch.device | str = "cpu") -> float:
     """L2 norm of the whole model's gradient from all ranks' reduced shards.
 
     Over all ranks the shards hold every element of every parameter exactly once, whatever its replicas are: experts,
     pipeline stages and their mirrors need no word here. Sums are taken in rank order in fp64, so that all ranks get the
-    same bits and decide alike. Not finite when any gradient on any rank is not.
+    same bits and decide alike. Not finite when any gradient on any rank is not. A rank may have no shard: `device` is
+    where all ranks' sums meet.
     """
-    total = torch.zeros(1, dtype=torch.float64, device=shards[0].device)
+    total = torch.zeros(1, dtype=torch.float64, device=device)
     for shard in shards:
         total += sum_of_squares(shard)
     return math.sqrt((total if world is None else ordered_sum(total, world)).item())

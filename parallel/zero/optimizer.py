@@ -50,8 +50,16 @@ class StepResult:
 class ZeroOptimizer:
     """Sharded optimizer over flat `main_grad` buffers. Made by `build`."""
 
-    def __init__(self, engine: Engine, sets: list[ParamSet], groups: ReplicaGroups, clip_grad_norm: float) -> None:
-        self._engine, self._sets, self._groups, self._clip_grad_norm = engine, sets, groups, clip_grad_norm
+    def __init__(
+        self,
+        engine: Engine,
+        sets: list[ParamSet],
+        groups: ReplicaGroups,
+        clip_grad_norm: float,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._engine, self._sets, self._groups = engine, sets, groups
+        self._clip_grad_norm, self._device = clip_grad_norm, device
         self.num_steps = 0
         for each, layout, flat in zip(sets, engine.layouts, engine.main_grads, strict=True):
             for param, view in zip(each.params, views(flat, layout, each.params), strict=True):
@@ -71,7 +79,7 @@ class ZeroOptimizer:
         until `zero_grad`.
         """
         grads = self._reduce()
-        norm = global_norm(grads, self._groups.world)
+        norm = global_norm(grads, self._groups.world, self._device)
         if not math.isfinite(norm):
             return StepResult(norm, False)
         # The factor of torch.nn.utils.clip_grad_norm_, in double.
@@ -163,23 +171,26 @@ def build(
     *,
     clip_grad_norm: float = 1.0,
     weight_decay: float = 0.1,
+    device: torch.device | str = "cpu",
 ) -> ZeroOptimizer:
     """Move parameters into flat storage, give each a `main_grad` and shard the optimizer state over its replicas.
 
     Args:
         engine: "native" or "deepspeed".
         params: (place in the global tensor, local parameter with its initial values, whether it decays), in an order
-            that is the same on all replicas. `main_grad` is fp32, and fp64 for an fp64 parameter.
+            that is the same on all replicas. `main_grad` is fp32, and fp64 for an fp64 parameter. A rank whose pipeline
+            stages hold no layer has none; it still takes part in the norm.
         make_adamw: makes the inner optimizer from torch's `param_groups`; its state must be "step", "exp_avg" and
             "exp_avg_sq". The learning rate is set at each step.
         clip_grad_norm: largest global norm; 0 for no clipping.
         weight_decay: decay of those that decay.
+        device: of this rank.
 
     Raises ValueError for an unknown engine, or for one that cannot hold these parameters.
     """
     if engine not in _ENGINES:
         raise ValueError(f"zero.engine={engine} is not one of {', '.join(_ENGINES)}")
     sets = split_sets(params, groups, weight_decay)
-    if not sets:
-        raise ValueError("params: a sharded optimizer needs at least one parameter")
-    return ZeroOptimizer(_ENGINES[engine](sets, make_adamw), sets, groups, clip_grad_norm)
+    # Without parameters there is nothing for DeepSpeed to hold.
+    make_engine = _ENGINES[engine] if sets else NativeEngine
+    return ZeroOptimizer(make_engine(sets, make_adamw), sets, groups, clip_grad_norm, device)
