@@ -78,7 +78,7 @@ def _settings(dice: random.Random, max_ranks: int, fixed: dict[str, str]) -> dic
     """One throw: mostly legal, and where a rule between several sizes is not met the program refuses it."""
     place = _place(dice, max_ranks, fixed)
     model = _model(dice, place["parallel.ep"])
-    return {**model, **place, **_recipe(dice, model, place), **_layers(dice, model, place), **fixed}
+    return {**model, **place, **_recipe(dice, model, place, fixed), **_layers(dice, model, place), **fixed}
 
 
 def _place(dice: random.Random, max_ranks: int, fixed: dict[str, str]) -> dict[str, Any]:
@@ -176,10 +176,10 @@ def _layers(dice: random.Random, model: dict[str, Any], place: dict[str, Any]) -
     return {"pipeline.layers": counts}
 
 
-def _recipe(dice: random.Random, model: dict[str, Any], place: dict[str, Any]) -> dict[str, Any]:
+def _recipe(dice: random.Random, model: dict[str, Any], place: dict[str, Any], fixed: dict[str, str]) -> dict[str, Any]:
     depth = model["model.num_nextn_predict_layers"]
     seq_len = max(depth + 1, dice.choice([dice.randint(2, 8), dice.randint(9, 40)]))
-    fp32 = dice.random() < 0.25
+    fp32 = fixed.get("precision", dice.choice(["fp64", "fp64", "fp64", "fp32"])) == "fp32"
     return {
         "precision": "fp32" if fp32 else "fp64",
         "zero.engine": "deepspeed" if fp32 else "native",

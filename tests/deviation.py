@@ -19,7 +19,14 @@ def worst(run: Finished, plain: PlainRun) -> float:
     return max({**of_rows(run, plain), **of_states(run, plain)}.values())
 
 
-def of_rows(run: Finished, plain: PlainRun) -> dict[str, float]:
+def between(run: Finished, other: Finished) -> dict[str, float]:
+    """Relative deviation of one run from another: each number of each step, each tensor of the last checkpoint."""
+    ours, theirs = run.masters, other.masters
+    assert ours.keys() == theirs.keys()
+    return {**of_rows(run, other), **{name: relative(ours[name], theirs[name]) for name in theirs}}
+
+
+def of_rows(run: Finished, plain: PlainRun | Finished) -> dict[str, float]:
     """Relative deviation of each number of each step, as "KEY of step S"; both runs must report the same numbers."""
     assert [row["step"] for row in run.rows] == [row["step"] for row in plain.rows]
     found = {}

@@ -85,6 +85,7 @@ class Bench:
         self.ranks, self.folder = ranks, folder
         self.text = prepare_text(folder / "tokens")
         self._num_runs = 0
+        self._plain: dict[Composition, tuple[Composition, PlainRun]] = {}
 
     def whole(self, composition: Composition) -> list[str]:
         """The settings with all that a test adds."""
@@ -96,6 +97,11 @@ class Bench:
 
     def plain(self, composition: Composition) -> tuple[Composition, PlainRun]:
         """The plain run; in fp32 of the first seed under which no router's choice of the step is a tie."""
+        if composition not in self._plain:
+            self._plain[composition] = self._find_plain(composition)
+        return self._plain[composition]
+
+    def _find_plain(self, composition: Composition) -> tuple[Composition, PlainRun]:
         while True:
             config = compose(self.whole(composition))
             run = plain_run(config)
