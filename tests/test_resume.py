@@ -78,18 +78,24 @@ def content(folder: Path) -> dict[str, bytes]:
 
 # --- the same command again ---
 
+PIPELINE = ["parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "parallel.dispatch=flat", "pipeline.schedule=dualpipe"]
 KILLED = {
-    "fp32-deepspeed": ["precision=fp32", "zero.engine=deepspeed"],
-    "bf16-native": ["precision=bf16", "zero.engine=native"],
+    "dualpipe-fp32-deepspeed": [*PIPELINE, "precision=fp32", "zero.engine=deepspeed"],
+    "dualpipe-bf16-native": [*PIPELINE, "precision=bf16", "zero.engine=native"],
+    "fp32-deepspeed": [*FOUR, "precision=fp32", "zero.engine=deepspeed"],
+    "bf16-native": [*FOUR, "precision=bf16", "zero.engine=native"],
 }
+KILLED_IN_CI = "dualpipe-fp32-deepspeed"
 NUM_KILLS = 2
 
 
-@pytest.mark.parametrize("case", ["fp32-deepspeed", pytest.param("bf16-native", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case == KILLED_IN_CI else pytest.mark.slow) for case in KILLED]
+)
 def test_killed_at_any_moment_equals_undisturbed(
     ranks: Ranks, tmp_path: Path, text: list[str], dice: random.Random, case: str
 ) -> None:
-    settings = [*SMALL, *text, *FOUR, *LONG, *KILLED[case]]
+    settings = [*SMALL, *text, *LONG, *KILLED[case]]
     undisturbed = run_in(ranks, tmp_path / "undisturbed", settings, 4)
     folder = tmp_path / "killed"
     for _ in range(NUM_KILLS):
@@ -220,9 +226,41 @@ def test_resumed_on_another_topology_and_engine_in_fp32(
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
 
 
-# --- never a silent resume ---
-
 CONSTANT = ["lr_scheduler.phases=[{kind:constant}]"]  # no phase's border depends on the end
+
+# Runs that go on in one folder, each for two steps more: (ranks, place).
+RELAYS = {
+    "dualpipe, zbv, one rank": [
+        (4, " ".join(PIPELINE)),
+        (2, "parallel.pp=2 pipeline.schedule=zbv"),
+        (1, "train.micro_batch_size=4"),
+    ],
+    "ep=4, a stage without a layer, pairs, dualpipev, dualpipe": [
+        (4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop parallel.nodes=2"),
+        (4, "parallel.pp=4 pipeline.schedule=dualpipe pipeline.layers=[2,0,0,1]"),
+        (4, "parallel.pp=2 parallel.dp=2 pipeline.schedule=1f1b pipeline.pairs=true train.micro_batch_size=2"),
+        (3, "parallel.pp=3 pipeline.schedule=dualpipev"),
+        (4, " ".join(PIPELINE)),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "relay", [pytest.param(name, marks=() if len(RELAYS[name]) < 4 else pytest.mark.slow) for name in RELAYS]
+)
+def test_handed_from_schedule_to_schedule_in_fp64(ranks: Ranks, tmp_path: Path, text: list[str], relay: str) -> None:
+    settings = [*SMALL, *text, *CONSTANT, "precision=fp64"]
+    for number, (world_size, place) in enumerate(RELAYS[relay], start=1):
+        steps = f"train.max_steps={2 * number}"
+        run = run_in(ranks, tmp_path / "run", [*settings, "parallel.dp=1", *place.split(), steps], world_size)
+    # The plain run evaluates at its own end and at every fifth step only.
+    for row in run.rows[:-1]:
+        if row["step"] % 5:
+            row.pop("valid/loss", None)
+    assert worst(run, plain_run(compose([*settings, steps]))) < 1e-9
+
+
+# --- never a silent resume ---
 
 
 @pytest.fixture(scope="module")
