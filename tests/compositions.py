@@ -99,7 +99,7 @@ def _place(dice: random.Random, max_ranks: int, fixed: dict[str, str]) -> dict[s
 
 
 def _meshes(num_ranks: int, schedule: str) -> list[dict[str, Any]]:
-    """Every mesh of so many ranks. Pipelines come as often as they can be longer than one rank."""
+    """Every mesh of so many ranks, those with a pipeline several times: there is most to go wrong."""
 
     def divisors(number: int) -> list[int]:
         return [each for each in range(1, number + 1) if number % each == 0]
@@ -113,7 +113,7 @@ def _meshes(num_ranks: int, schedule: str) -> list[dict[str, Any]]:
                 per_node = num_ranks // nodes
                 if per_node % ep == 0 or ep % per_node == 0:
                     sizes = {"pp": pp, "dp": num_ranks // pp, "ep": ep, "nodes": nodes}
-                    found += [{f"parallel.{axis}": size for axis, size in sizes.items()}] * (1 if pp == 1 else 2)
+                    found += [{f"parallel.{axis}": size for axis, size in sizes.items()}] * (1 if pp == 1 else 4)
     return found
 
 

@@ -57,6 +57,10 @@ REGRESSIONS = {
         "parallel.pp=3 parallel.dp=1 pipeline.layers=[2,0,0] train.global_batch_size=3 train.max_steps=1 "
         "precision=fp32 zero.engine=deepspeed",
     ),
+    "a prediction depth of one position rotates keys that begin at an odd element": (
+        1,
+        "model.num_nextn_predict_layers=3 train.seq_len=4 model.kv_lora_rank=9 train.global_batch_size=2",
+    ),
 }
 
 
