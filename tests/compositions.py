@@ -58,6 +58,22 @@ class Generator:
                 return Composition(config.parallel.world_size, settings)
             self.refusals["too many tokens for a test"] += 1
 
+    def move(self, composition: Composition, seed: int, index: int, max_ranks: int = 8) -> Composition:
+        """The same run somewhere else: only what changes no number is drawn anew."""
+        dice = random.Random(f"move {seed}/{index}")
+        here = dict(setting.split("=", 1) for setting in composition.settings)
+        kept = {key: value for key, value in here.items() if not key.startswith(("parallel.", "pipeline."))}
+        model = {"model.num_hidden_layers": int(here["model.num_hidden_layers"])}
+        while True:
+            place = _place(dice, max_ranks, {})
+            place |= {**_layers(dice, model, place), "train.micro_batch_size": dice.choice([1, 1, 2, 3])}
+            place |= {"pipeline.short_steps": "1f1b", **_recompute(dice)}
+            settings = tuple(f"{key}={_shown(value)}" for key, value in {**kept, **place}.items())
+            try:
+                return Composition(compose(settings).parallel.world_size, settings)
+            except ValueError as refusal:
+                self.refusals[str(refusal)] += 1
+
 
 def _num_tokens(config: RunConfig) -> int:
     return config.train.global_batch_size * config.train.seq_len
@@ -78,7 +94,14 @@ def _settings(dice: random.Random, max_ranks: int, fixed: dict[str, str]) -> dic
     """One throw: mostly legal, and where a rule between several sizes is not met the program refuses it."""
     place = _place(dice, max_ranks, fixed)
     model = _model(dice, place["parallel.ep"])
-    return {**model, **place, **_recipe(dice, model, place, fixed), **_layers(dice, model, place), **fixed}
+    return {
+        **model,
+        **place,
+        **_recipe(dice, model, place, fixed),
+        **_layers(dice, model, place),
+        **_recompute(dice),
+        **fixed,
+    }
 
 
 def _place(dice: random.Random, max_ranks: int, fixed: dict[str, str]) -> dict[str, Any]:
@@ -174,6 +197,17 @@ def _layers(dice: random.Random, model: dict[str, Any], place: dict[str, Any]) -
     for _ in range(model["model.num_hidden_layers"]):
         counts[dice.randrange(len(counts))] += 1
     return {"pipeline.layers": counts}
+
+
+def _recompute(dice: random.Random) -> dict[str, Any]:
+    """What the backward pass computes again."""
+    if "recompute" not in RunConfig.__dataclass_fields__:  # REMOVE these two lines once the config has this room
+        return {}
+    return {
+        "recompute.norm": dice.random() < 0.3,
+        "recompute.mla_up_proj": dice.random() < 0.3,
+        "recompute.nodes": [node for node in ("attention", "experts", "dense") if dice.random() < 0.3],
+    }
 
 
 def _recipe(dice: random.Random, model: dict[str, Any], place: dict[str, Any], fixed: dict[str, str]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 from tests.compositions import Composition, Generator
 from tests.deviation import of_rows, of_states
 from tests.plain_run import PlainRun, plain_run
-from tests.runs import Finished, prepare_text, run_in
+from tests.runs import Finished, forget_after, prepare_text, run_in
 from tests.spawn import Ranks
 from train.compose import compose
 
@@ -33,6 +33,7 @@ FP64 = 1e-9
 FP32_LOSS, FP32_NORM = 1e-6, 1e-5
 # A router's choice closer than this may fall otherwise under a re-associated fp32 sum: no comparison of a step with it.
 FP32_TIE = 1e-5
+FP64_NATIVE = ("precision=fp64", "zero.engine=native")
 
 
 @contextmanager
@@ -90,9 +91,9 @@ class Bench:
     def whole(self, composition: Composition) -> list[str]:
         """The settings with all that a test adds."""
         return [
-            *composition.settings,
             *self.text,
             *("checkpoint.interval=0", "track.wandb=disabled", "run.num_threads=1", "run.device=cpu"),
+            *composition.settings,
         ]
 
     def plain(self, composition: Composition) -> tuple[Composition, PlainRun]:
@@ -120,6 +121,23 @@ class Bench:
         observed = partial(loads_recorded, folder, fault)
         exit_code = 0 if fault is None else None
         return run_in(self.ranks, folder, self.whole(composition), composition.world_size, observed, exit_code)
+
+    def run_moved(self, composition: Composition, other: Composition, step: int) -> Finished:
+        """The run to a checkpoint after `step`, and from there to its end as `other`, whose place is another."""
+        every = (f"checkpoint.interval={step}", "checkpoint.keep_latest_k=9")
+        run = self.run(Composition(composition.world_size, (*composition.settings, *every)))
+        forget_after(run.folder, step)
+        loads = torch.load(run.folder / "loads.pt")[:step]
+        run = run_in(
+            self.ranks, run.folder, self.whole(other), other.world_size, partial(loads_recorded, run.folder, None)
+        )
+        torch.save([*loads, *torch.load(run.folder / "loads.pt")], run.folder / "loads.pt")
+        return run
+
+    def judge_moved(self, composition: Composition, other: Composition, step: int) -> Verdict:
+        """Hold a run that changed its place against the plain one, which has none (fp64)."""
+        _, plain = self.plain(composition)
+        return compare_fp64(self.run_moved(composition, other, step), plain)
 
     def judge(self, composition: Composition, fault: Callable[[], Any] | None = None) -> Verdict:
         """Run it and the plain one, and compare all that design promises of the precision."""
@@ -154,40 +172,45 @@ def _of_loads(run: Finished, plain: PlainRun) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`seed=S count=N [first=I] [max_ranks=R] [log=FILE]`: a line per composition, a summary; 1 when any failed."""
+    """`seed=S count=N [first=I] [max_ranks=R] [moves=true] [log=FILE]`: a line each, a summary; 1 when any failed.
+
+    With `moves` every run goes on in another place half-way, from its checkpoint.
+    """
     given = dict(argument.split("=", 1) for argument in arguments)
     seed, first, count = int(given.get("seed", 0)), int(given.get("first", 0)), int(given.get("count", 100))
+    max_ranks, moves = int(given.get("max_ranks", 8)), given.get("moves") == "true"
     log = Path(given.get("log", "compositions.jsonl"))
     known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {(line["seed"], line["index"]) for line in known}
+    done = {(line["seed"], line["index"], line["moves"]) for line in known}
     generator, ranks, results = Generator(), Ranks(), []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(ranks, Path(folder))
         for index in range(first, first + count):
-            if (seed, index) not in done:
-                composition = generator.draw(seed, index, int(given.get("max_ranks", 8)))
-                results.append(_report(bench, composition, seed, index, log))
+            if (seed, index, moves) not in done:
+                case = [generator.draw(seed, index, max_ranks, fixed=FP64_NATIVE if moves else ())]
+                case += [generator.move(case[0], seed, index, max_ranks)] if moves else []
+                results.append(_report(bench, case, {"seed": seed, "index": index, "moves": moves}, log))
     ranks.close()
     failed = [result for result in results if result["broken"]]
-    distinct = len({tuple(result["settings"]) for result in results})
-    print(f"{len(results)} compositions, {distinct} distinct, {len(failed)} failed; {len(done)} were in {log} before")
+    distinct = len({json.dumps(result["settings"]) for result in results})
+    print(f"{len(results)} compositions, {distinct} distinct, {len(failed)} failed; {len(known)} were in {log} before")
     print(f"drawn and refused: {dict(generator.refusals.most_common())}")
     return 1 if failed else 0
 
 
-def _report(bench: Bench, composition: Composition, seed: int, index: int, log: Path) -> dict[str, Any]:
+def _report(bench: Bench, case: list[Composition], which: dict[str, Any], log: Path) -> dict[str, Any]:
     start_s = time.monotonic()
     try:
-        verdict = bench.judge(composition)
+        verdict = bench.judge(case[0]) if len(case) == 1 else bench.judge_moved(case[0], case[1], step=2)
         broken, worst = verdict.broken, verdict.worst
     except Exception as error:  # goes on to the next one, whatever it was
         broken, worst = [str(error)], float("nan")
-    result = {"seed": seed, "index": index, "worst": worst, "broken": broken, "settings": composition.settings}
+    result = {**which, "worst": worst, "broken": broken, "settings": [each.settings for each in case]}
     with log.open("a") as file:
         file.write(json.dumps(result) + "\n")
     word = "FAILED" if broken else "ok"
-    print(f"{index} {word} {worst:.2g} {time.monotonic() - start_s:.1f} s  {composition.command}", flush=True)
-    for line in broken:
+    print(f"{which['index']} {word} {worst:.2g} {time.monotonic() - start_s:.1f} s", flush=True)
+    for line in [*(each.command for each in case), *broken]:
         print(f"    {line}", flush=True)
     return result
 

@@ -18,7 +18,7 @@ from launch.__main__ import main as launch_main
 from tests.deviation import worst
 from tests.launched import Forked, last_step, local, torchrun
 from tests.plain_run import PlainRun, plain_run
-from tests.runs import SMALL, Finished, prepare_text, run_in, train_main
+from tests.runs import SMALL, Finished, forget_after, last_checkpoint, prepare_text, run_in, train_main
 from tests.spawn import Ranks
 from train import run_folder
 from train.compose import compose
@@ -50,10 +50,6 @@ def numbers(run: Finished) -> list[dict[str, float]]:
 def small_state(run: Finished) -> dict[str, Any]:
     state = json.loads((last_checkpoint(run.folder) / "state.json").read_text())
     return {name: value for name, value in state.items() if name != "wandb_id"}  # drawn once per run
-
-
-def last_checkpoint(folder: Path) -> Path:
-    return sorted((folder / "checkpoints").glob("step-*"))[-1]
 
 
 def assert_the_same(run: Finished, undisturbed: Finished) -> None:
@@ -182,14 +178,6 @@ def halves(ranks: Ranks, text: list[str], tmp_path_factory: pytest.TempPathFacto
         return made[key]
 
     return make
-
-
-def forget_after(folder: Path, step: int) -> None:
-    """Leave a run as if it had been killed just after this step's checkpoint."""
-    shutil.rmtree(last_checkpoint(folder))
-    (folder / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(lines[: step + 1]))
 
 
 TOPOLOGIES = [
