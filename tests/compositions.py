@@ -1,6 +1,7 @@
 """Random legal compositions: small models under random topologies, schedules and recipes, as settings of a run.
 
-A composition is a function of (seed, index). `tests/fuzz.py` holds each against one plain run.
+A composition is a function of (seed, index) and of the most ranks that it may take. `tests/fuzz.py` holds each against
+one plain run.
 """
 
 from __future__ import annotations
@@ -151,14 +152,14 @@ def _model(dice: random.Random, ep: int) -> dict[str, Any]:
     num_layers = dice.randint(1, 5)
     return {
         "model.vocab_size": dice.choice([VOCAB_SIZE, VOCAB_SIZE + 7, 384]),
-        "model.hidden_size": dice.randint(8, 40),
+        "model.hidden_size": dice.randint(4, 40),
         "model.intermediate_size": dice.randint(5, 48),
         "model.moe_intermediate_size": dice.randint(3, 20),
         "model.num_hidden_layers": num_layers,
         "model.first_k_dense_replace": min(num_layers, dice.choice([0, 0, 1, 1, 1, 2, 5])),
         "model.num_attention_heads": dice.randint(1, 4),
-        "model.q_lora_rank": dice.choice([None, dice.randint(2, 16)]),
-        "model.kv_lora_rank": dice.randint(2, 12),
+        "model.q_lora_rank": dice.choice([None, dice.randint(1, 16)]),
+        "model.kv_lora_rank": dice.randint(1, 12),
         "model.qk_nope_head_dim": dice.randint(1, 10),
         "model.qk_rope_head_dim": dice.choice([2, 4, 6, 8]),
         "model.v_head_dim": dice.randint(1, 20),
@@ -212,7 +213,7 @@ def _recompute(dice: random.Random) -> dict[str, Any]:
 
 def _recipe(dice: random.Random, model: dict[str, Any], place: dict[str, Any], fixed: dict[str, str]) -> dict[str, Any]:
     depth = model["model.num_nextn_predict_layers"]
-    seq_len = max(depth + 1, dice.choice([dice.randint(2, 8), dice.randint(9, 40)]))
+    seq_len = max(depth + 1, dice.choice([dice.randint(1, 8), dice.randint(9, 40)]))
     fp32 = fixed.get("precision", dice.choice(["fp64", "fp64", "fp64", "fp32"])) == "fp32"
     return {
         "precision": "fp32" if fp32 else "fp64",

@@ -25,7 +25,7 @@ TOPOLOGIES = [
     (1, "train.micro_batch_size=4"),
     pytest.param(1, "parallel.dispatch=two_hop train.micro_batch_size=8", marks=pytest.mark.slow),
     pytest.param(2, "parallel.dp=2", marks=pytest.mark.slow),
-    (2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=flat"),
+    pytest.param(2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=flat", marks=pytest.mark.slow),
     (2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=2 train.micro_batch_size=2"),
     pytest.param(4, "parallel.dp=4 train.micro_batch_size=2", marks=pytest.mark.slow),
     (4, "parallel.dp=4 parallel.ep=2 parallel.dispatch=flat"),
@@ -34,7 +34,7 @@ TOPOLOGIES = [
         "parallel.dp=4 parallel.ep=2 parallel.dispatch=flat parallel.nodes=4 train.micro_batch_size=2",
         marks=pytest.mark.slow,
     ),
-    (4, "parallel.dp=4 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=2"),
+    pytest.param(4, "parallel.dp=4 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=2", marks=pytest.mark.slow),
     pytest.param(4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=flat parallel.nodes=2", marks=pytest.mark.slow),
     pytest.param(4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop", marks=pytest.mark.slow),
     (4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop parallel.nodes=2 train.micro_batch_size=2"),
@@ -71,22 +71,15 @@ def test_fp64_equals_one_plain_process(
     assert worst(run, plain_fp64) < 1e-9
 
 
-# Pipelines: every schedule, experts and mirrors, a stage without a layer, both ends on one rank and on two.
+# Pipelines of one model: every schedule, experts and mirrors, an empty stage, both ends on one rank and on two. On
+# demand, as tests/test_compositions.py draws others all the time.
 PIPELINES = [
-    pytest.param(2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=zb_h1", marks=pytest.mark.slow),
-    pytest.param(2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=interleaved_1f1b", marks=pytest.mark.slow),
+    (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=zb_h1"),
+    (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=interleaved_1f1b"),
     (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=dualpipev train.micro_batch_size=2"),
     (4, "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=flat pipeline.schedule=dualpipe"),
-    pytest.param(
-        4,
-        "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=4 pipeline.schedule=zbv",
-        marks=pytest.mark.slow,
-    ),
-    pytest.param(
-        4,
-        "parallel.pp=2 parallel.dp=2 pipeline.schedule=1f1b pipeline.pairs=true train.micro_batch_size=2",
-        marks=pytest.mark.slow,
-    ),
+    (4, "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=4 pipeline.schedule=zbv"),
+    (4, "parallel.pp=2 parallel.dp=2 pipeline.schedule=1f1b pipeline.pairs=true train.micro_batch_size=2"),
     (4, "parallel.pp=4 parallel.dp=1 pipeline.schedule=dualpipe pipeline.layers=[2,0,1,1]"),
 ]
 
@@ -102,6 +95,7 @@ def plain_deep(deep: list[str]) -> PlainRun:
     return plain_run(compose([*deep, "train.max_steps=5"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "settings"), PIPELINES, ids=names(PIPELINES))
 def test_pipelines_equal_one_plain_process(
     ranks: Ranks, tmp_path: Path, deep: list[str], plain_deep: PlainRun, world_size: int, settings: str
