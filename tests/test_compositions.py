@@ -24,7 +24,7 @@ from tests.spawn import Ranks
 from train.config import RunConfig
 
 SEED = int(os.environ.get("HALOCLINE_SEED", random.randrange(1 << 32)))
-NUM_COMPOSITIONS = int(os.environ.get("HALOCLINE_COMPOSITIONS", 5))
+NUM_COMPOSITIONS = int(os.environ.get("HALOCLINE_COMPOSITIONS", 4))
 
 
 @pytest.fixture(scope="module")
