@@ -1,6 +1,6 @@
 """Compositions against one plain run each. Many on demand, each with its line in a file from which to go on:
 
-python -m tests.fuzz seed=7 count=100 log=compositions.jsonl
+python -m tests.fuzz seed=7 count=100 log=runs/compositions.jsonl
 """
 
 from __future__ import annotations
@@ -179,7 +179,8 @@ def main(arguments: Sequence[str]) -> int:
     given = dict(argument.split("=", 1) for argument in arguments)
     seed, first, count = int(given.get("seed", 0)), int(given.get("first", 0)), int(given.get("count", 100))
     max_ranks, moves = int(given.get("max_ranks", 8)), given.get("moves") == "true"
-    log = Path(given.get("log", "compositions.jsonl"))
+    log = Path(given.get("log", "runs/compositions.jsonl"))
+    log.parent.mkdir(parents=True, exist_ok=True)
     known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {(line["seed"], line["index"], line["moves"]) for line in known}
     generator, ranks, results = Generator(), Ranks(), []
@@ -191,9 +192,9 @@ def main(arguments: Sequence[str]) -> int:
                 case += [generator.move(case[0], seed, index, max_ranks)] if moves else []
                 results.append(_report(bench, case, {"seed": seed, "index": index, "moves": moves}, log))
     ranks.close()
-    failed = [result for result in results if result["broken"]]
-    distinct = len({json.dumps(result["settings"]) for result in results})
-    print(f"{len(results)} compositions, {distinct} distinct, {len(failed)} failed; {len(known)} were in {log} before")
+    failed = [result for result in [*known, *results] if result["broken"]]
+    distinct = len({json.dumps(result["settings"]) for result in [*known, *results]})
+    print(f"{len(results)} compositions run; {log} has {distinct} distinct ones, of which {len(failed)} failed")
     print(f"drawn and refused: {dict(generator.refusals.most_common())}")
     return 1 if failed else 0
 

@@ -216,6 +216,27 @@ def test_a_fault_turns_it_red(bench: Bench, mirrored: Composition, fault: Any) -
     assert verdict.broken and verdict.worst > 1e-6
 
 
+@contextmanager
+def embedding_of_the_ends_apart() -> Iterator[None]:
+    """First and last stage step on their own gradients of the embedding that both hold."""
+    from parallel.zero.sets import ReplicaGroups
+    from train import assemble
+
+    def groups(dense: Any, expert: Any, _: Any, world: Any) -> ReplicaGroups:
+        return ReplicaGroups(dense, expert, dense, world)
+
+    with mock.patch.object(assemble, "ReplicaGroups", groups):
+        yield
+
+
+@pytest.mark.slow
+def test_ends_that_part_turn_it_red(bench: Bench) -> None:
+    place = ("parallel.pp=2", "parallel.dp=1", "pipeline.schedule=zb_h1", "model.num_nextn_predict_layers=1")
+    composition = Generator().draw(0, 1, fixed=(*place, *FP64_NATIVE))
+    assert bench.judge(composition).broken == []
+    assert bench.judge(composition, embedding_of_the_ends_apart).worst > 1e-6
+
+
 def test_a_load_counted_in_recompute_turns_it_red(bench: Bench, mirrored: Composition) -> None:
     if "recompute" not in RunConfig.__dataclass_fields__:  # REMOVE these two lines once the config has this room
         pytest.skip("nothing is computed again yet")
