@@ -1,12 +1,14 @@
 """One plain process: the whole recipe read off the report, without micro-batches, ranks, buffers or fast paths.
 
 What `python -m train` does under any topology is held against this: the model as functions of a dictionary of weights
-under torch's autograd, torch's own AdamW and clipping, the whole global batch at once. Only three things come from the
-product, which other tests hold against their own twins: the initial values, the rows of tokens, and the step's plan.
+under torch's autograd, torch's own clipping, AdamW tensor by tensor, the whole global batch at once, evaluation row by
+row. Only three things come from the product, which other tests hold against their own twins: the initial values, the
+rows of tokens, and the step's plan.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +23,13 @@ from train.data.tokens import Tokens
 from train.model.config import ModelConfig
 from train.model.init import init_weights
 from train.model.transformer import Transformer
+from train.optim import OptimConfig
 from train.precision.linear import TorchEngine
+from train.schedule import StepPlan
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
+# The latents' norms have this constant in the released code, whatever the model's own is.
+LATENT_EPS = 1e-6
 
 
 @dataclass
@@ -46,7 +52,7 @@ class PlainModel:
 
     def __call__(self, tokens: Tensor) -> Sums:
         """tokens [B, S + 1]."""
-        zero = self.weights["norm.weight"].new_zeros(())
+        zero = torch.zeros((), dtype=torch.float64)  # many sequences in one sum: no place for fp32
         load = torch.zeros(self.biases.shape, dtype=torch.int64)
         sums = Sums(zero, zero.clone(), zero.clone(), load)
         for row in tokens:
@@ -90,12 +96,13 @@ class PlainModel:
         c, w = self.config, self.weights
         down = x @ w[name + "kv_a_proj_with_mqa.weight"].t()
         latent, shared_key = down.split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        keys_values = self._norm(latent, name + "kv_a_layernorm.weight") @ w[name + "kv_b_proj.weight"].t()
+        latent = rms_norm(latent, w[name + "kv_a_layernorm.weight"], LATENT_EPS)
+        keys_values = latent @ w[name + "kv_b_proj.weight"].t()
         if c.q_lora_rank is None:
             queries = x @ w[name + "q_proj.weight"].t()
         else:
-            latent = self._norm(x @ w[name + "q_a_proj.weight"].t(), name + "q_a_layernorm.weight")
-            queries = latent @ w[name + "q_b_proj.weight"].t()
+            latent = x @ w[name + "q_a_proj.weight"].t()
+            queries = rms_norm(latent, w[name + "q_a_layernorm.weight"], LATENT_EPS) @ w[name + "q_b_proj.weight"].t()
         shared_key = self._rotate(shared_key)
         heads = []
         for q, kv in zip(
@@ -103,18 +110,56 @@ class PlainModel:
         ):
             q = torch.cat([q[:, : c.qk_nope_head_dim], self._rotate(q[:, c.qk_nope_head_dim :])], -1)
             k = torch.cat([kv[:, : c.qk_nope_head_dim], shared_key], -1)
-            scores = q @ k.t() * c.softmax_scale
+            scores = q @ k.t() * self._temperature() / math.sqrt(c.qk_nope_head_dim + c.qk_rope_head_dim)
             scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
             heads.append(scores.softmax(-1) @ kv[:, c.qk_nope_head_dim :])
         return torch.cat(heads, -1) @ w[name + "o_proj.weight"].t()
 
     def _rotate(self, x: Tensor) -> Tensor:
         """Adjacent pairs of x [S, r] turned by position times frequency; angles are fp32 constants of the model."""
-        frequencies = 1.0 / self.config.rope_theta ** (torch.arange(0, x.shape[1], 2).float() / x.shape[1])
+        wavelengths = self.config.rope_theta ** (torch.arange(0, x.shape[1], 2).float() / x.shape[1])
+        frequencies = torch.stack([self._frequency(pair, length) for pair, length in enumerate(wavelengths)])
         angles = torch.outer(torch.arange(x.shape[0]).float(), frequencies)
-        cos, sin = angles.cos().to(x), angles.sin().to(x)
+        magnitude = self._magnitude()
+        cos, sin = (angles.cos() * magnitude).to(x), (angles.sin() * magnitude).to(x)
         even, odd = x[:, 0::2], x[:, 1::2]
         return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(1)
+
+    def _frequency(self, pair: int, wavelength: Tensor) -> Tensor:
+        """Radians per position of one pair. YaRN (arXiv 2309.00071, section 3.2): pairs that turn often within the
+        original context keep their frequency, those that hardly turn are slowed by `factor`, a ramp lies between.
+        """
+        c, yarn = self.config, self.config.rope_scaling
+        if yarn is None:
+            return 1.0 / wavelength
+
+        def pair_of(num_turns: float) -> float:
+            """The pair, as a real number, whose wavelength fits so many times into the original context."""
+            length = yarn["original_max_position_embeddings"] / (2 * math.pi * num_turns)
+            return c.qk_rope_head_dim / 2 * math.log(length) / math.log(c.rope_theta)
+
+        first = max(math.floor(pair_of(yarn.get("beta_fast", 32))), 0)
+        last = min(math.ceil(pair_of(yarn.get("beta_slow", 1))), c.qk_rope_head_dim - 1)
+        slowed = torch.tensor(float(pair - first)) / (last - first if last != first else 0.001)
+        slowed = slowed.clamp(0, 1)
+        return 1.0 / (yarn["factor"] * wavelength) * slowed + 1.0 / wavelength * (1 - slowed)
+
+    def _magnitude(self) -> float:
+        """Factor on rotated queries and keys, as released with DeepSeek-V3's weights."""
+        yarn = self.config.rope_scaling
+        if yarn is None or yarn["factor"] <= 1:
+            return 1.0
+        log = math.log(yarn["factor"])
+        if yarn.get("mscale") and yarn.get("mscale_all_dim"):
+            return (0.1 * yarn["mscale"] * log + 1) / (0.1 * yarn["mscale_all_dim"] * log + 1)
+        return 0.1 * log + 1
+
+    def _temperature(self) -> float:
+        """Factor on the attention scores, as released with DeepSeek-V3's weights."""
+        yarn = self.config.rope_scaling
+        if yarn is None or yarn["factor"] <= 1 or not yarn.get("mscale_all_dim"):
+            return 1.0
+        return (0.1 * yarn["mscale_all_dim"] * math.log(yarn["factor"]) + 1) ** 2
 
     @staticmethod
     def _feed_forward(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -131,7 +176,9 @@ class PlainModel:
         self.routes.append((chosen, self._gaps(scores.detach() + self.biases[router])))
         sums.load[router] += chosen.flatten().bincount(minlength=c.n_routed_experts)
         weights = scores.gather(1, chosen)
-        weights = weights / weights.sum(-1, keepdim=True) * c.routed_scaling_factor
+        if c.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights * c.routed_scaling_factor
         shared = name + "shared_experts."
         y = self._feed_forward(x, w[shared + "gate_up_proj.weight"], w[shared + "down_proj.weight"])
         gate_up, down = w[name + "experts.gate_up_proj"], w[name + "experts.down_proj"]
@@ -154,7 +201,32 @@ class PlainModel:
             gap = strength[:, c.topk_group - 1] - strength[:, c.topk_group]
         kept = torch.zeros_like(strength, dtype=torch.bool).scatter_(1, order[:, : c.topk_group], True)
         allowed = grouped.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1).sort(-1, descending=True).values
+        if c.num_experts_per_tok == c.n_routed_experts:
+            return gap
         return torch.minimum(gap, allowed[:, c.num_experts_per_tok - 1] - allowed[:, c.num_experts_per_tok])
+
+
+class PlainAdamW:
+    """AdamW (arXiv 1711.05101, Algorithm 2), tensor by tensor; its moments are rounded to `dtype` after every step."""
+
+    def __init__(self, params: list[Tensor], config: OptimConfig, dtype: torch.dtype) -> None:
+        self.params, self.config, self.dtype, self.step_count = params, config, dtype, 0
+        self.moments = [[torch.zeros_like(p, dtype=dtype) for _ in range(2)] for p in params]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        c = self.config
+        self.step_count += 1
+        for p, moments in zip(self.params, self.moments, strict=True):
+            assert p.grad is not None
+            first = moments[0].to(p) * c.beta1 + p.grad * (1 - c.beta1)
+            second = moments[1].to(p) * c.beta2 + p.grad**2 * (1 - c.beta2)
+            moments[:] = first.to(self.dtype), second.to(self.dtype)
+            # Matrices decay, vectors do not.
+            p.mul_(1 - lr * (c.weight_decay if p.ndim > 1 else 0.0))
+            p.sub_(
+                lr * first / (1 - c.beta1**self.step_count) / ((second / (1 - c.beta2**self.step_count)).sqrt() + c.eps)
+            )
 
 
 @dataclass
@@ -165,51 +237,67 @@ class PlainRun:
     weights: dict[str, Tensor]
     biases: Tensor
     routes: list[tuple[Tensor, Tensor]]
+    loads: list[Tensor]  # of every step, [num_routers, E]
 
 
 def plain_run(config: RunConfig) -> PlainRun:
-    """Train `config` from its first step to its last."""
+    """Train `config` from its first step to its last, with the evaluations on the way."""
     weights, model = _initial(config)
     params = list(weights.values())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in params if p.ndim > 1], "weight_decay": config.optimizer.weight_decay},
-            {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        eps=config.optimizer.eps,
-        foreach=False,
-    )
-    schedule, seq_len = config.schedule(), config.train.seq_len
-    train_rows = Rows(Tokens.open(config.data.folder, "train"), seq_len, config.train.seed)
-    rows = []
+    optimizer = PlainAdamW(params, config.optimizer, _moments_dtype(config))
+    schedule = config.schedule()
+    train_rows = Rows(Tokens.open(config.data.folder, "train"), config.train.seq_len, config.train.seed)
+    rows, loads = [], []
     for step in range(schedule.num_steps):
         plan = schedule.at(step)
         sums = model(train_rows.rows(plan.first_sequence, plan.num_sequences))
-        num_tokens, depth = plan.num_sequences * seq_len, max(1, config.model.num_nextn_predict_layers)
-        loss = sums.main / num_tokens + plan.mtp_loss_weight / depth * sums.mtp / num_tokens
-        loss = loss + config.moe.seq_aux_coeff * sums.balance / plan.num_sequences
-        optimizer.zero_grad()
-        loss.backward()
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        _loss(config, plan, sums).backward()
         norm = torch.nn.utils.clip_grad_norm_(params, config.optimizer.clip_grad_norm or float("inf"))
-        for group in optimizer.param_groups:
-            group["lr"] = plan.lr
-        optimizer.step()
+        optimizer.step(plan.lr)
         mean = sums.load.double().mean(-1, keepdim=True)
         model.biases += plan.bias_update_rate * torch.sign(mean - sums.load).to(model.biases)
-        rows.append(
-            {
-                "step": step + 1,
-                "train/loss": sums.main.item() / num_tokens,
-                "train/mtp_loss": sums.mtp.item() / depth / num_tokens,
-                "train/seq_balance_loss": sums.balance.item() / plan.num_sequences,
-                "train/grad_norm": float(norm),
-                "train/lr": plan.lr,
-                "moe/max_vio": float((sums.load.amax(-1) / mean[:, 0] - 1).max()),
-                "moe/min_load": float((sums.load.amin(-1) / mean[:, 0]).min()),
-            }
-        )
-    return PlainRun(rows, {name: p.detach() for name, p in weights.items()}, model.biases, model.routes)
+        row = _row(config, plan, sums) | {"train/grad_norm": float(norm)}
+        interval = config.evaluate.interval
+        if step + 1 == schedule.num_steps or (interval and (step + 1) % interval == 0):
+            row["valid/loss"] = _evaluate(config, weights, model.biases)
+        rows.append(row)
+        loads.append(sums.load)
+    return PlainRun(rows, {name: p.detach() for name, p in weights.items()}, model.biases, model.routes, loads)
+
+
+def _loss(config: RunConfig, plan: StepPlan, sums: Sums) -> Tensor:
+    """The loss of a step: main, prediction depths (Eq. 25), balance (Eq. 17)."""
+    num_tokens, depth = plan.num_sequences * config.train.seq_len, max(1, config.model.num_nextn_predict_layers)
+    loss = sums.main / num_tokens + plan.mtp_loss_weight / depth * sums.mtp / num_tokens
+    return loss + config.moe.seq_aux_coeff * sums.balance / plan.num_sequences
+
+
+def _row(config: RunConfig, plan: StepPlan, sums: Sums) -> dict[str, float]:
+    num_tokens, depth = plan.num_sequences * config.train.seq_len, config.model.num_nextn_predict_layers
+    row = {"step": plan.step + 1, "train/loss": sums.main.item() / num_tokens, "train/lr": plan.lr}
+    if depth:
+        row["train/mtp_loss"] = sums.mtp.item() / depth / num_tokens
+    if config.model.num_routers:
+        mean = sums.load.double().mean(-1)
+        row["train/seq_balance_loss"] = sums.balance.item() / plan.num_sequences
+        row["moe/max_vio"] = float((sums.load.amax(-1) / mean - 1).max())
+        row["moe/min_load"] = float((sums.load.amin(-1) / mean).min())
+    return row
+
+
+@torch.no_grad()
+def _evaluate(config: RunConfig, weights: dict[str, Tensor], biases: Tensor) -> float:
+    """Mean cross-entropy of the first sequences of the validation split."""
+    rows = Rows(Tokens.open(config.data.folder, "valid"), config.train.seq_len, order="sequential")
+    num_sequences = min(config.evaluate.num_sequences, rows.num_rows)
+    sums = PlainModel(config.model, weights, biases)(rows.rows(0, num_sequences))
+    return sums.main.item() / (num_sequences * config.train.seq_len)
+
+
+def _moments_dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.optimizer.moments_dtype == "bf16" else DTYPES[config.precision.name]
 
 
 def _initial(config: RunConfig) -> tuple[dict[str, Tensor], PlainModel]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sysconfig
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -68,7 +69,21 @@ class Finished:
     @property
     def masters(self) -> dict[str, Tensor]:
         """Every state of the last checkpoint whole, by name: "master.NAME", moments and router biases."""
-        return read_checkpoint(sorted((self.folder / "checkpoints").glob("step-*"))[-1])
+        return read_checkpoint(last_checkpoint(self.folder))
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The folder of a run's last checkpoint."""
+    return sorted((folder / "checkpoints").glob("step-*"))[-1]
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Leave a run as if it had been killed just after this step's checkpoint."""
+    while (last := last_checkpoint(folder)).name > f"step-{step:08d}":
+        shutil.rmtree(last)
+    (folder / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[: step + 1]))
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

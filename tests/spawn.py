@@ -109,7 +109,7 @@ class Ranks:
                 rank = pipes.index(ready)
                 try:
                     replies[rank] = ready.recv()
-                except EOFError:
+                except (EOFError, ConnectionResetError):
                     replies[rank] = (False, f"the process of rank {rank} died\n")
             # A rank that failed leaves the others waiting in a collective: do not wait for all of them.
             if any(not ok for ok, _ in replies.values()):

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from launch.__main__ import main as launch_main
+from tests.deviation import worst
 from tests.launched import Forked, last_step, local, torchrun
 from tests.plain_run import PlainRun, plain_run
-from tests.runs import SMALL, Finished, prepare_text, run_in, train_main
+from tests.runs import SMALL, Finished, forget_after, last_checkpoint, prepare_text, run_in, train_main
 from tests.spawn import Ranks
-from tests.test_same_numbers import worst
 from train import run_folder
 from train.compose import compose
 from train.track import read_metrics
@@ -52,10 +52,6 @@ def small_state(run: Finished) -> dict[str, Any]:
     return {name: value for name, value in state.items() if name != "wandb_id"}  # drawn once per run
 
 
-def last_checkpoint(folder: Path) -> Path:
-    return sorted((folder / "checkpoints").glob("step-*"))[-1]
-
-
 def assert_the_same(run: Finished, undisturbed: Finished) -> None:
     """Bit for bit: every number of every step (each once, without a gap), every tensor, the small state."""
     assert [row["step"] for row in run.rows] == list(range(1, len(undisturbed.rows) + 1))
@@ -78,18 +74,24 @@ def content(folder: Path) -> dict[str, bytes]:
 
 # --- the same command again ---
 
+PIPELINE = ["parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "parallel.dispatch=flat", "pipeline.schedule=dualpipe"]
 KILLED = {
-    "fp32-deepspeed": ["precision=fp32", "zero.engine=deepspeed"],
-    "bf16-native": ["precision=bf16", "zero.engine=native"],
+    "dualpipe-fp32-deepspeed": [*PIPELINE, "precision=fp32", "zero.engine=deepspeed"],
+    "dualpipe-bf16-native": [*PIPELINE, "precision=bf16", "zero.engine=native"],
+    "fp32-deepspeed": [*FOUR, "precision=fp32", "zero.engine=deepspeed"],
+    "bf16-native": [*FOUR, "precision=bf16", "zero.engine=native"],
 }
+KILLED_IN_CI = "dualpipe-fp32-deepspeed"
 NUM_KILLS = 2
 
 
-@pytest.mark.parametrize("case", ["fp32-deepspeed", pytest.param("bf16-native", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case == KILLED_IN_CI else pytest.mark.slow) for case in KILLED]
+)
 def test_killed_at_any_moment_equals_undisturbed(
     ranks: Ranks, tmp_path: Path, text: list[str], dice: random.Random, case: str
 ) -> None:
-    settings = [*SMALL, *text, *FOUR, *LONG, *KILLED[case]]
+    settings = [*SMALL, *text, *LONG, *KILLED[case]]
     undisturbed = run_in(ranks, tmp_path / "undisturbed", settings, 4)
     folder = tmp_path / "killed"
     for _ in range(NUM_KILLS):
@@ -178,14 +180,6 @@ def halves(ranks: Ranks, text: list[str], tmp_path_factory: pytest.TempPathFacto
     return make
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Leave a run as if it had been killed just after this step's checkpoint."""
-    shutil.rmtree(last_checkpoint(folder))
-    (folder / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(lines[: step + 1]))
-
-
 TOPOLOGIES = [
     (2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=flat train.micro_batch_size=2"),
     (1, "train.micro_batch_size=4"),
@@ -220,9 +214,41 @@ def test_resumed_on_another_topology_and_engine_in_fp32(
         assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
 
 
-# --- never a silent resume ---
-
 CONSTANT = ["lr_scheduler.phases=[{kind:constant}]"]  # no phase's border depends on the end
+
+# Runs that go on in one folder, each for two steps more: (ranks, place).
+RELAYS = {
+    "dualpipe, zbv, one rank": [
+        (4, " ".join(PIPELINE)),
+        (2, "parallel.pp=2 pipeline.schedule=zbv"),
+        (1, "train.micro_batch_size=4"),
+    ],
+    "ep=4, a stage without a layer, pairs, dualpipev, dualpipe": [
+        (4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop parallel.nodes=2"),
+        (4, "parallel.pp=4 pipeline.schedule=dualpipe pipeline.layers=[2,0,0,1]"),
+        (4, "parallel.pp=2 parallel.dp=2 pipeline.schedule=1f1b pipeline.pairs=true train.micro_batch_size=2"),
+        (3, "parallel.pp=3 pipeline.schedule=dualpipev"),
+        (4, " ".join(PIPELINE)),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "relay", [pytest.param(name, marks=() if len(RELAYS[name]) < 4 else pytest.mark.slow) for name in RELAYS]
+)
+def test_handed_from_schedule_to_schedule_in_fp64(ranks: Ranks, tmp_path: Path, text: list[str], relay: str) -> None:
+    settings = [*SMALL, *text, *CONSTANT, "precision=fp64"]
+    for number, (world_size, place) in enumerate(RELAYS[relay], start=1):
+        steps = f"train.max_steps={2 * number}"
+        run = run_in(ranks, tmp_path / "run", [*settings, "parallel.dp=1", *place.split(), steps], world_size)
+    # The plain run evaluates at its own end and at every fifth step only.
+    for row in run.rows[:-1]:
+        if row["step"] % 5:
+            row.pop("valid/loss", None)
+    assert worst(run, plain_run(compose([*settings, steps]))) < 1e-9
+
+
+# --- never a silent resume ---
 
 
 @pytest.fixture(scope="module")

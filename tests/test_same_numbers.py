@@ -14,20 +14,18 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.deviation import of_rows, worst
 from tests.plain_run import PlainRun, plain_run
-from tests.runs import SMALL, Finished, prepare_text, relative, run_in
+from tests.runs import SMALL, prepare_text, run_in
 from tests.spawn import Ranks
 from train.compose import compose
-
-# Held against the plain run: the rest of `train/*` and `moe/*` is settings, or follows from placement.
-LOSSES = ("train/loss", "train/mtp_loss", "train/seq_balance_loss", "train/grad_norm", "moe/max_vio", "moe/min_load")
 
 # (ranks, settings). Every way of dispatch, expert layout, node count, engine and micro-batch size meets some other.
 TOPOLOGIES = [
     (1, "train.micro_batch_size=4"),
     pytest.param(1, "parallel.dispatch=two_hop train.micro_batch_size=8", marks=pytest.mark.slow),
     pytest.param(2, "parallel.dp=2", marks=pytest.mark.slow),
-    (2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=flat"),
+    pytest.param(2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=flat", marks=pytest.mark.slow),
     (2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=2 train.micro_batch_size=2"),
     pytest.param(4, "parallel.dp=4 train.micro_batch_size=2", marks=pytest.mark.slow),
     (4, "parallel.dp=4 parallel.ep=2 parallel.dispatch=flat"),
@@ -36,7 +34,7 @@ TOPOLOGIES = [
         "parallel.dp=4 parallel.ep=2 parallel.dispatch=flat parallel.nodes=4 train.micro_batch_size=2",
         marks=pytest.mark.slow,
     ),
-    (4, "parallel.dp=4 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=2"),
+    pytest.param(4, "parallel.dp=4 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=2", marks=pytest.mark.slow),
     pytest.param(4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=flat parallel.nodes=2", marks=pytest.mark.slow),
     pytest.param(4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop", marks=pytest.mark.slow),
     (4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop parallel.nodes=2 train.micro_batch_size=2"),
@@ -64,33 +62,6 @@ def plain_fp32(text: list[str]) -> PlainRun:
     return plain_run(compose([*SMALL, *text, "precision=fp32"]))
 
 
-def worst(run: Finished, plain: PlainRun) -> float:
-    """Largest relative deviation from the plain run: every step's numbers, every weight and bias at the end."""
-    states = run.masters
-    found = [worst_of_rows(run, plain)]
-    found += [relative(states[f"master.{name}"], weight.flatten()) for name, weight in plain.weights.items()]
-    # Routers are numbered as the layers are, those of the prediction depths last.
-    names = sorted((name for name in states if name.endswith("e_score_correction_bias")), key=router_order)
-    found.append(relative(torch.stack([states[name] for name in names]), plain.biases))
-    return max(found)
-
-
-def router_order(name: str) -> tuple[bool, int]:
-    """Sorts "layers.10.…" behind "layers.9.…", and "mtp.0.…" behind both."""
-    kind, number = name.split(".")[:2]
-    return kind == "mtp", int(number)
-
-
-def worst_of_rows(run: Finished, plain: PlainRun) -> float:
-    """Largest relative deviation of losses, norms and loads over all steps."""
-    assert [row["step"] for row in run.rows] == [row["step"] for row in plain.rows]
-    return max(
-        abs(ours[key] - theirs[key]) / max(abs(theirs[key]), 1e-12)
-        for ours, theirs in zip(run.rows, plain.rows, strict=True)
-        for key in LOSSES
-    )
-
-
 @pytest.mark.parametrize(("world_size", "settings"), TOPOLOGIES, ids=names(TOPOLOGIES))
 def test_fp64_equals_one_plain_process(
     ranks: Ranks, tmp_path: Path, text: list[str], plain_fp64: PlainRun, world_size: int, settings: str
@@ -100,22 +71,15 @@ def test_fp64_equals_one_plain_process(
     assert worst(run, plain_fp64) < 1e-9
 
 
-# Pipelines: every schedule, experts and mirrors, a stage without a layer, both ends on one rank and on two.
+# Pipelines of one model: every schedule, experts and mirrors, an empty stage, both ends on one rank and on two. On
+# demand, as tests/test_compositions.py draws others all the time.
 PIPELINES = [
-    pytest.param(2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=zb_h1", marks=pytest.mark.slow),
-    pytest.param(2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=interleaved_1f1b", marks=pytest.mark.slow),
+    (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=zb_h1"),
+    (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=interleaved_1f1b"),
     (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=dualpipev train.micro_batch_size=2"),
     (4, "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=flat pipeline.schedule=dualpipe"),
-    pytest.param(
-        4,
-        "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=4 pipeline.schedule=zbv",
-        marks=pytest.mark.slow,
-    ),
-    pytest.param(
-        4,
-        "parallel.pp=2 parallel.dp=2 pipeline.schedule=1f1b pipeline.pairs=true train.micro_batch_size=2",
-        marks=pytest.mark.slow,
-    ),
+    (4, "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=4 pipeline.schedule=zbv"),
+    (4, "parallel.pp=2 parallel.dp=2 pipeline.schedule=1f1b pipeline.pairs=true train.micro_batch_size=2"),
     (4, "parallel.pp=4 parallel.dp=1 pipeline.schedule=dualpipe pipeline.layers=[2,0,1,1]"),
 ]
 
@@ -131,6 +95,7 @@ def plain_deep(deep: list[str]) -> PlainRun:
     return plain_run(compose([*deep, "train.max_steps=5"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "settings"), PIPELINES, ids=names(PIPELINES))
 def test_pipelines_equal_one_plain_process(
     ranks: Ranks, tmp_path: Path, deep: list[str], plain_deep: PlainRun, world_size: int, settings: str
@@ -300,4 +265,4 @@ def test_a_fault_turns_it_red(ranks: Ranks, tmp_path: Path, text: list[str], pla
     settings = [*SMALL, *text, "precision=fp64", *TOPOLOGIES[6][1].split()]
     # Some faults are also noticed by the checkpoint, whose ranges then do not fit together; the numbers tell all.
     run = run_in(ranks, tmp_path, settings, 4, fault, exit_code=None)
-    assert worst_of_rows(run, plain_fp64) > 1e-6
+    assert max(of_rows(run, plain_fp64).values()) > 1e-6

@@ -42,12 +42,12 @@ class NativeEngine:
         self.masters = [
             nn.Parameter(shard.to(each.master_dtype)) for each, shard in zip(sets, self._shards, strict=True)
         ]
-        self.optimizer = make_adamw(
-            [
-                {"params": [master], "weight_decay": each.weight_decay}
-                for each, master in zip(sets, self.masters, strict=True)
-            ]
-        )
+        param_groups = [
+            {"params": [master], "weight_decay": each.weight_decay}
+            for each, master in zip(sets, self.masters, strict=True)
+        ]
+        # A rank may have nothing to optimize; torch's optimizers want a parameter all the same.
+        self.optimizer = make_adamw(param_groups or [{"params": [nn.Parameter(torch.empty(0))], "weight_decay": 0.0}])
 
     @torch.no_grad()
     def update(self, grads: list[Tensor]) -> None:

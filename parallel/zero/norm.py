@@ -52,9 +52,9 @@ def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None, host:
 
     Over all ranks the shards hold every element of every parameter exactly once, whatever its replicas are: experts,
     pipeline stages and their mirrors need no word here. Sums are taken in rank order in fp64, so that all ranks get the
-    same bits and decide alike. Not finite when any gradient on any rank is not.
+    same bits and decide alike. Not finite when any gradient on any rank is not. A rank may have no shard.
     """
-    total = torch.zeros(1, dtype=torch.float64, device=shards[0].device)
+    total = host.put(torch.zeros(1, dtype=torch.float64))
     for shard in shards:
         total += sum_of_squares(shard)
     if world is not None:

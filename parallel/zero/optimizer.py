@@ -187,7 +187,8 @@ def build(
     Args:
         engine: "native" or "deepspeed".
         params: (place in the global tensor, local parameter with its initial values, whether it decays), in an order
-            that is the same on all replicas. `main_grad` is fp32, and fp64 for an fp64 parameter.
+            that is the same on all replicas. `main_grad` is fp32, and fp64 for an fp64 parameter. A rank whose pipeline
+            stages hold no layer has none; it still takes part in the norm.
         make_adamw: makes the inner optimizer from torch's `param_groups`; its state must be "step", "exp_avg" and
             "exp_avg_sq". The learning rate is set at each step.
         clip_grad_norm: largest global norm; 0 for no clipping.
@@ -200,7 +201,7 @@ def build(
     if engine not in _ENGINES:
         raise ValueError(f"zero.engine={engine} is not one of {', '.join(_ENGINES)}")
     sets = split_sets(params, groups, weight_decay)
-    if not sets:
-        raise ValueError("params: a sharded optimizer needs at least one parameter")
     host, watch = host or Host(), watch or Watch()
-    return ZeroOptimizer(_ENGINES[engine](sets, make_adamw, watch), sets, groups, clip_grad_norm, host, watch)
+    # Without parameters there is nothing for DeepSpeed to hold.
+    make_engine = _ENGINES[engine] if sets else NativeEngine
+    return ZeroOptimizer(make_engine(sets, make_adamw, watch), sets, groups, clip_grad_norm, host, watch)

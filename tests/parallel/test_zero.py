@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from parallel.shards import ParamInfo
-from parallel.zero.optimizer import build
+from parallel.zero.optimizer import StepResult, build
 from parallel.zero.sets import ReplicaGroups
 from tests.parallel.zero_world import (
     CLIP,
@@ -179,7 +179,16 @@ def test_refusals() -> None:
     factory = adamw_factory(OptimConfig())
     with pytest.raises(ValueError, match=r"zero\.engine=zeus is not one of native, deepspeed"):
         build("zeus", listed, ReplicaGroups(), factory)
-    with pytest.raises(ValueError, match="at least one parameter"):
-        build("native", [], ReplicaGroups(), factory)
     with pytest.raises(ValueError, match=r"zero\.engine=deepspeed cannot hold precision=fp64; use zero\.engine=native"):
         build("deepspeed", listed, ReplicaGroups(), factory)
+
+
+@pytest.mark.parametrize("engine", ["native", "deepspeed"])
+@pytest.mark.parametrize("moments_dtype", ["fp32", "bf16"])
+def test_a_rank_without_parameters_steps_along(engine: str, moments_dtype: str) -> None:
+    """Pipeline stages may hold no layer."""
+    optimizer = build(engine, [], ReplicaGroups(), adamw_factory(OptimConfig(moments_dtype=moments_dtype)))
+    optimizer.zero_grad()
+    assert optimizer.step(0.1) == StepResult(0.0, True)
+    optimizer.load_finished(7)
+    assert (optimizer.num_steps, optimizer.state(), optimizer.state_bytes()) == (7, {}, 0)

@@ -69,7 +69,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     Complex arithmetic is the only form of this that the CPU vectorises.
     """
-    pairs = x.to(table.real.dtype).contiguous().unflatten(-1, (-1, 2))
+    # Always a copy: a slice of one row counts as contiguous and may begin at an odd element, which no pair may.
+    pairs = x.to(table.real.dtype, memory_format=torch.contiguous_format, copy=True).unflatten(-1, (-1, 2))
     return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2)
 
 
