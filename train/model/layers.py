@@ -41,14 +41,13 @@ class RMSNorm(nn.Module):
 class _EmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, sink: Sink) -> Tensor:
-        ctx.save_for_backward(tokens, weight)
-        ctx.sink = sink
+        ctx.save_for_backward(tokens)
+        ctx.weight, ctx.sink = weight, sink
         return nn.functional.embedding(tokens, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        tokens, weight = ctx.saved_tensors
-        buffer = main_grad(weight)
+        (tokens,), buffer = ctx.saved_tensors, main_grad(ctx.weight)
         rows = dy.reshape(-1, dy.shape[-1]).to(buffer.dtype)
         ctx.sink(partial(buffer.index_add_, 0, tokens.reshape(-1), rows))
         return None, None, None
@@ -78,14 +77,14 @@ class _SwiGLUFunction(torch.autograd.Function):
         backend: Backend,
     ) -> Tensor:
         h = gemm.fprop(x, gate_up)
-        ctx.save_for_backward(x, row_weights, gate_up, down, h)
-        ctx.gemm, ctx.backend = gemm, backend
+        ctx.save_for_backward(x, row_weights, h)
+        ctx.gate_up, ctx.down, ctx.gemm, ctx.backend = gate_up, down, gemm, backend
         return gemm.fprop(backend.kernels.swiglu_forward(h, row_weights), down)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, row_weights, gate_up, down, h = ctx.saved_tensors
-        gemm, backend, dy = ctx.gemm, ctx.backend, dy.contiguous()
+        x, row_weights, h = ctx.saved_tensors
+        gate_up, down, gemm, backend, dy = ctx.gate_up, ctx.down, ctx.gemm, ctx.backend, dy.contiguous()
         a, dh, d_row_weights = backend.kernels.swiglu_backward(gemm.dgrad(dy, down), h, row_weights)
         dx = gemm.dgrad(dh, gate_up)
         backend.sink(partial(gemm.wgrad_, main_grad(down), dy, a))
