@@ -1,9 +1,9 @@
 """One stage's forward and backward of one micro-batch, both suspended at every communication.
 
 The stage writes its forward pass on `Segments` as steps (pieces that autograd differentiates, trips between ranks, loss
-terms). Every piece is an autograd graph of its own, so that the backward pass is a walk over the steps in reverse, which
-also stops after each communication it has launched. `interleave` lets two such passes of different micro-batches take
-turns: one computes while the other's rows are on their way.
+terms). Every piece is an autograd graph of its own, so that the backward pass is a walk over the steps in reverse,
+which also stops after each communication it has launched. `interleave` lets two such passes of different micro-batches
+take turns: one computes while the other's rows are on their way.
 
 The record holds no activation. What a piece's backward reads, autograd has saved; of inputs and outputs only the places
 of their gradients are kept.

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from train.model.kernels import Kernels
+from train.model.recompute import Recompute
 from train.precision.grads import Sink, main_grad, run_now
 from train.precision.linear import Engine, Gemm, Linear
 
 
 @dataclass(frozen=True)
 class Backend:
-    """How a model computes: the engine of its matrix products, its elementwise kernels, where weight gradients go."""
+    """How a model computes: the engine of its matrix products, its elementwise kernels, where weight gradients go, and
+    what its backward pass computes again."""
 
     engine: Engine
     kernels: Kernels = field(default_factory=Kernels)
     sink: Sink = run_now
+    recompute: Recompute = field(default_factory=Recompute)
 
     def linear(self, num_inputs: int, num_outputs: int) -> Linear:
         return Linear(num_inputs, num_outputs, self.engine, self.sink)
@@ -33,9 +36,15 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps, self.kernels = eps, backend.kernels
+        self.offer = backend.recompute.offer("norm")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.rms_norm(x, self.weight, self.eps)
+        y = self.kernels.rms_norm(x, self.weight, self.eps)
+        self.offer(self._rebuild, (y,), (x,))
+        return y
+
+    def _rebuild(self, x: Tensor) -> tuple[Tensor]:
+        return (self.kernels.rms_norm_forward(x, self.weight, self.eps)[0],)
 
 
 class _EmbeddingFunction(torch.autograd.Function):
