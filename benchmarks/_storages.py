@@ -42,8 +42,15 @@ class Storages(TorchDispatchMode):
                 self._followed[reference.cdata] = _Followed(reference, y.untyped_storage().nbytes(), self.owner)
         return out
 
-    def num_bytes(self, owner: Hashable = None) -> int:
-        """Alive now and made for `owner`."""
+    def by_owner(self) -> dict[Hashable, int]:
+        """Bytes alive now, of every owner that has any."""
         # The reference keeps the address of a freed storage from being used again.
         self._followed = {address: it for address, it in self._followed.items() if not it.reference.expired()}
-        return sum(it.num_bytes for it in self._followed.values() if it.owner == owner)
+        found: dict[Hashable, int] = {}
+        for it in self._followed.values():
+            found[it.owner] = found.get(it.owner, 0) + it.num_bytes
+        return found
+
+    def num_bytes(self, owner: Hashable = None) -> int:
+        """Bytes alive now and made for `owner`."""
+        return self.by_owner().get(owner, 0)

@@ -64,7 +64,10 @@ class _Piece:
         reached = [(root, gradients.pop(number)) for number, root in self.roots if number in gradients]
         if reached:
             torch.autograd.backward([root for root, _ in reached], [gradient for _, gradient in reached])
-        return self.d_inputs
+        # Taken out: a weight gradient that still waits may hold the graph, and with it the list.
+        d_inputs = self.d_inputs.copy()
+        self.d_inputs.clear()
+        return d_inputs
 
 
 @dataclass

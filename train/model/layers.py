@@ -97,7 +97,7 @@ class _SwiGLUFunction(torch.autograd.Function):
         a, dh, d_row_weights = backend.kernels.swiglu_backward(gemm.dgrad(dy, down), h, row_weights)
         dx = gemm.dgrad(dh, gate_up)
         backend.sink(partial(gemm.wgrad_, main_grad(down), dy, a))
-        backend.sink(partial(gemm.wgrad_, main_grad(gate_up), dh, x))
+        backend.sink(partial(gemm.wgrad_, main_grad(gate_up), dh, x.detach()))
         return dx, d_row_weights, None, None, None, None
 
 

@@ -51,10 +51,11 @@ class _Affinity(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             d_logits = torch.ops.aten.sigmoid_backward(d_scores, scores)
             dx = torch.mm(d_logits, weight.to(scores.dtype)).to(x.dtype)
+        x = x.detach()
 
         def wgrad() -> None:
             with torch.autocast(x.device.type, enabled=False):
-                main_grad(weight).addmm_(d_logits.t(), x.to(scores.dtype))
+                main_grad(weight).addmm_(d_logits.t(), x.to(d_logits.dtype))
 
         ctx.sink(wgrad)
         return dx, None, None

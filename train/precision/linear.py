@@ -128,7 +128,8 @@ class _LinearFunction(torch.autograd.Function):
         (x,), weight = ctx.saved_tensors, ctx.weight
         dy = dy.reshape(-1, dy.shape[-1])
         dx = ctx.engine.dgrad(dy, weight).view_as(x)
-        ctx.sink(partial(ctx.engine.wgrad_, main_grad(weight), dy, x.reshape(-1, x.shape[-1])))
+        # Detached: what waits for its turn must not hold the graph.
+        ctx.sink(partial(ctx.engine.wgrad_, main_grad(weight), dy, x.detach().reshape(-1, x.shape[-1])))
         return dx, None, None, None
 
 
