@@ -203,8 +203,6 @@ def _layers(dice: random.Random, model: dict[str, Any], place: dict[str, Any]) -
 
 def _recompute(dice: random.Random) -> dict[str, Any]:
     """What the backward pass computes again."""
-    if "recompute" not in RunConfig.__dataclass_fields__:  # REMOVE these two lines once the config has this room
-        return {}
     return {
         "recompute.norm": dice.random() < 0.3,
         "recompute.mla_up_proj": dice.random() < 0.3,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bubble, runtime, step
+from benchmarks import bubble, recompute, runtime, step
 from launch import emulate
 from parallel.pipeline.registry import build
 from parallel.pipeline.simulate import simulate
@@ -54,6 +54,27 @@ def test_step_profiles_a_side(capsys: pytest.CaptureFixture[str]) -> None:
 def test_step_refuses(argument: str, sentence: str) -> None:
     with pytest.raises(SystemExit, match=sentence):
         step.read([argument])
+
+
+def test_recompute() -> None:
+    result = run("recompute", "model=tiny", "seq_len=16", "rounds=2")
+    assert result.returncode == 0, result.stderr
+    table = result.stdout.splitlines()[-7:]
+    assert table[0].startswith("none ") and "100.0%" in table[0]
+    assert all("[" in line and "100.0%" not in line for line in table[1:])
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("model=huge", "model=huge is not one of small, tiny"),
+        ("dtype=fp8", "dtype=fp8 is not one of fp32, bf16, fp64"),
+        ("size=S", "unknown settings: size=S"),
+    ],
+)
+def test_recompute_refuses(argument: str, sentence: str) -> None:
+    with pytest.raises(SystemExit, match=sentence):
+        recompute.read([argument])
 
 
 def test_data(tmp_path: Path) -> None:

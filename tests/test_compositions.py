@@ -238,8 +238,6 @@ def test_ends_that_part_turn_it_red(bench: Bench) -> None:
 
 
 def test_a_load_counted_in_recompute_turns_it_red(bench: Bench, mirrored: Composition) -> None:
-    if "recompute" not in RunConfig.__dataclass_fields__:  # REMOVE these two lines once the config has this room
-        pytest.skip("nothing is computed again yet")
     others = [each for each in mirrored.settings if not each.startswith("recompute.")]
     kept, again = (Composition(2, (*others, f"recompute.nodes={nodes}")) for nodes in ("[]", "[attention]"))
     # Where nothing is computed again, counting there is as good as counting reports.

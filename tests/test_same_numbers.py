@@ -25,7 +25,11 @@ TOPOLOGIES = [
     (1, "train.micro_batch_size=4"),
     pytest.param(1, "parallel.dispatch=two_hop train.micro_batch_size=8", marks=pytest.mark.slow),
     pytest.param(2, "parallel.dp=2", marks=pytest.mark.slow),
-    pytest.param(2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=flat", marks=pytest.mark.slow),
+    pytest.param(
+        2,
+        "parallel.dp=2 parallel.ep=2 parallel.dispatch=flat recompute.nodes=[attention,experts,dense]",
+        marks=pytest.mark.slow,
+    ),
     (2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=2 train.micro_batch_size=2"),
     pytest.param(4, "parallel.dp=4 train.micro_batch_size=2", marks=pytest.mark.slow),
     (4, "parallel.dp=4 parallel.ep=2 parallel.dispatch=flat"),
@@ -71,13 +75,20 @@ def test_fp64_equals_one_plain_process(
     assert worst(run, plain_fp64) < 1e-9
 
 
-# Pipelines of one model: every schedule, experts and mirrors, an empty stage, both ends on one rank and on two. On
-# demand, as tests/test_compositions.py draws others all the time.
+# Pipelines of one model: every schedule, experts and mirrors, an empty stage, both ends on one rank and on two,
+# recompute. On demand, as tests/test_compositions.py draws others all the time.
+FINE = "recompute.norm=true recompute.mla_up_proj=true"
 PIPELINES = [
     (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=zb_h1"),
+    (2, f"parallel.pp=2 parallel.dp=1 pipeline.schedule=zb_h1 {FINE} recompute.nodes=[attention,dense]"),
     (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=interleaved_1f1b"),
     (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=dualpipev train.micro_batch_size=2"),
-    (4, "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=flat pipeline.schedule=dualpipe"),
+    (4, f"parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=flat pipeline.schedule=dualpipe {FINE}"),
+    (
+        4,
+        "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=flat pipeline.schedule=dualpipe "
+        "recompute.nodes=[attention,experts,dense] train.micro_batch_size=2",
+    ),
     (4, "parallel.pp=2 parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=4 pipeline.schedule=zbv"),
     (4, "parallel.pp=2 parallel.dp=2 pipeline.schedule=1f1b pipeline.pairs=true train.micro_batch_size=2"),
     (4, "parallel.pp=4 parallel.dp=1 pipeline.schedule=dualpipe pipeline.layers=[2,0,1,1]"),
@@ -208,6 +219,43 @@ def load_counted_twice() -> Iterator[None]:
 
 
 @contextmanager
+def load_counted_in_recompute() -> Iterator[None]:
+    """Some ranks add to the step's load what routers count when their node is run again."""
+    from train.model.recompute import _Run
+    from train.model.router import Router
+    from train.model.transformer import Transformer
+
+    account, count, again = Transformer._account, Router._load, _Run.again
+    loads: dict[int, Any] = {}
+    running_again: list[Any] = []
+
+    def _account(self: Any, number: int, stats: Any, terms: Any, tape: Any, report: Any) -> None:
+        loads[id(self.routers()[number])] = report.load[number]
+        account(self, number, stats, terms, tape, report)
+
+    def _load(self: Any, indices: Any) -> Any:
+        load = count(self, indices)
+        if running_again and int(os.environ["RANK"]) % 2:
+            loads[id(self)] += load
+        return load
+
+    def rerun(self: Any) -> None:
+        running_again.append(self)
+        again(self)
+        running_again.pop()
+
+    with (
+        mock.patch.object(Transformer, "_account", _account),
+        mock.patch.object(Router, "_load", _load),
+        mock.patch.object(_Run, "again", rerun),
+    ):
+        yield
+
+
+load_counted_in_recompute.settings = ["recompute.nodes=[attention]"]  # type: ignore[attr-defined]
+
+
+@contextmanager
 def mtp_label_off_by_one() -> Iterator[None]:
     from train.model.transformer import Transformer
 
@@ -254,6 +302,7 @@ FAULTS = [
     experts_reduced_over_the_dense_group,
     ep_left_out_of_the_norm,
     load_counted_twice,
+    load_counted_in_recompute,
     mtp_label_off_by_one,
     bias_moved_per_micro_batch,
     mean_over_the_micro_batch,
@@ -262,7 +311,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_turns_it_red(ranks: Ranks, tmp_path: Path, text: list[str], plain_fp64: PlainRun, fault: Any) -> None:
-    settings = [*SMALL, *text, "precision=fp64", *TOPOLOGIES[6][1].split()]
+    settings = [*SMALL, *text, "precision=fp64", *TOPOLOGIES[6][1].split(), *getattr(fault, "settings", ())]
     # Some faults are also noticed by the checkpoint, whose ranges then do not fit together; the numbers tell all.
     run = run_in(ranks, tmp_path, settings, 4, fault, exit_code=None)
     assert max(of_rows(run, plain_fp64).values()) > 1e-6

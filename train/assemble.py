@@ -39,6 +39,7 @@ from train.data.rows import Rows
 from train.data.tokens import Tokens
 from train.model.init import init_weights
 from train.model.kernels import Kernels
+from train.model.recompute import Recompute
 from train.model.transformer import LossTerms, Transformer
 from train.optim import adamw_factory, decays
 from train.precision.grads import attach_main_grads
@@ -354,7 +355,15 @@ def build_stages(config: RunConfig, dispatch: Dispatch, groups: Groups) -> dict[
     for number in placement.stages_on(pp_rank):
         sink, parts = WeightGradients(), slices[placement.position(number)]
         with torch.device("meta"):
-            model = Transformer(config.model, dispatch, TorchEngine(groups.device), kernels, sink, parts)
+            model = Transformer(
+                config.model,
+                dispatch,
+                TorchEngine(groups.device),
+                kernels,
+                sink,
+                parts,
+                Recompute(config.recompute),
+            )
         init_weights(model, config.model, config.train.seed, DTYPES[config.precision.name], groups.device)
         if parts.embedding or parts.mtp:
             embedding = embedding if embedding is not None else model.embed_tokens.weight

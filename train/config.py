@@ -14,6 +14,7 @@ from parallel.pipeline.schedule import Schedule as Order
 from train.checkpoint import CheckpointConfig
 from train.data.config import DataConfig
 from train.model.config import ModelConfig
+from train.model.recompute import RecomputeConfig
 from train.optim import OptimConfig
 from train.schedule import LrSchedulerConfig, MoeConfig, MtpConfig, Schedule, TrainConfig, batch_sizes
 from train.split import split
@@ -135,6 +136,7 @@ class RunConfig:
     run: FolderConfig = field(default_factory=FolderConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimConfig = field(default_factory=OptimConfig)
@@ -194,6 +196,7 @@ class RunConfig:
             self.run,
             self.model,
             self.pipeline,
+            self.recompute,
             self.data,
             self.optimizer,
             self.zero,

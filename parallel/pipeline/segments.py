@@ -1,9 +1,12 @@
 """One stage's forward and backward of one micro-batch, both suspended at every communication.
 
 The stage writes its forward pass on `Segments` as steps (pieces that autograd differentiates, trips between ranks, loss
-terms). Every piece is an autograd graph of its own with detached inputs, so that the backward pass is a walk over the
-steps in reverse, which also stops after each communication it has launched. `interleave` lets two such passes of
-different micro-batches take turns: one computes while the other's rows are on their way.
+terms). Every piece is an autograd graph of its own, so that the backward pass is a walk over the steps in reverse,
+which also stops after each communication it has launched. `interleave` lets two such passes of different micro-batches
+take turns: one computes while the other's rows are on their way.
+
+The record holds no activation. What a piece's backward reads, autograd has saved; of inputs and outputs only the places
+of their gradients are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from parallel.collectives import Steps
 
@@ -29,20 +33,41 @@ class Trip(Protocol):
     def back(self, *d_outputs: Any, **_: Any) -> Steps[tuple[Tensor, ...]]: ...
 
 
+class _Entrance(torch.autograd.Function):
+    """Inputs of a piece as the ends of its graph: their gradients are left in `arrived`, and nothing keeps the inputs.
+
+    A leaf would be kept by the node that accumulates its gradient. `anchor` is there to ask for a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, arrived: list[Tensor | None], anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.arrived = arrived
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for x in inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *d_inputs: Tensor | None) -> Any:
+        ctx.arrived[:] = d_inputs
+        return None, None, *(None for _ in d_inputs)
+
+
 @dataclass
 class _Piece:
-    """A differentiable step: its detached inputs, and the outputs that hold its graph."""
+    """A differentiable step: where the gradients of its inputs arrive, and where those of its outputs set out."""
 
     sources: list[int]
-    leaves: list[Tensor]
-    roots: list[tuple[int, Tensor]]
+    d_inputs: list[Tensor | None]
+    roots: list[tuple[int, GradientEdge]]
 
     def backward(self, gradients: dict[int, Tensor]) -> Steps[Sequence[Tensor | None]]:
         yield from ()
         reached = [(root, gradients.pop(number)) for number, root in self.roots if number in gradients]
         if reached:
             torch.autograd.backward([root for root, _ in reached], [gradient for _, gradient in reached])
-        return [leaf.grad for leaf in self.leaves]
+        # Taken out: a weight gradient that still waits may hold the graph, and with it the list.
+        d_inputs = self.d_inputs.copy()
+        self.d_inputs.clear()
+        return d_inputs
 
 
 @dataclass
@@ -85,13 +110,18 @@ class Segments:
 
     def compute(self, piece: Callable[..., Any], *inputs: Tensor) -> Any:
         """Run a differentiable piece: tensors in, a tensor or a flat tuple of tensors out."""
-        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in inputs]
+        d_inputs: list[Tensor | None] = [None] * len(inputs)
         with torch.enable_grad():
-            results = piece(*leaves)
+            anchor = torch.zeros((), requires_grad=True)
+            results = piece(*_Entrance.apply(d_inputs, anchor, *(x.detach() for x in inputs)))
         outputs = results if isinstance(results, tuple) else (results,)
         handed_on = tuple(self._number(output.detach()) for output in outputs)
-        roots = [(_number_of(y), output) for y, output in zip(handed_on, outputs, strict=True) if output.requires_grad]
-        self._steps.append(_Piece([_number_of(x) for x in inputs], leaves, roots))
+        roots = [
+            (_number_of(y), get_gradient_edge(output))
+            for y, output in zip(handed_on, outputs, strict=True)
+            if output.requires_grad
+        ]
+        self._steps.append(_Piece([_number_of(x) for x in inputs], d_inputs, roots))
         return handed_on if isinstance(results, tuple) else handed_on[0]
 
     def communicate(self, trip: Trip, *inputs: Tensor) -> Steps[tuple[Tensor, ...]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from parallel.collectives import drive
 from parallel.pipeline.segments import Segments, interleave
@@ -30,3 +32,38 @@ def test_pieces_give_the_gradients_of_the_whole_also_in_turns(seed: int) -> None
     torch.testing.assert_close(later.sums, expected[1].sums)
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(split.get_parameter(name).main_grad, parameter.main_grad, msg=name)
+
+
+def test_only_what_autograd_saved_is_held() -> None:
+    """Not the inputs and outputs of pieces; and nothing once the backward is done, whoever still holds the graph."""
+    held: dict[str, StorageWeakRef] = {}
+    graph: list[Tensor] = []
+
+    def followed(name: str, tensor: Tensor) -> Tensor:
+        held[name] = StorageWeakRef(tensor.untyped_storage())
+        return tensor
+
+    def alive() -> set[str]:
+        return {name for name, reference in held.items() if not reference.expired()}
+
+    def last(doubled: Tensor, exponent: Tensor) -> Tensor:
+        graph.append(doubled)
+        return followed("sum", doubled + exponent)
+
+    record = Segments()
+    x = record.enter(followed("x", torch.randn(3)))
+    expected = 2 + x.exp()
+    doubled = record.compute(lambda x: followed("doubled", x * 2), x)
+    exponent = record.compute(lambda x: followed("exponent", x.exp()), x)
+    record.leave(record.compute(last, doubled, exponent))
+    graph[0] = graph[0].view(1, 3)[:, :0]
+    del x, doubled, exponent
+    assert alive() == {"exponent", "doubled"}
+    graph[0] = graph[0].sum()
+    assert alive() == {"exponent"}
+    dy = followed("dy", torch.ones(3))
+    dx = drive(record.backward(dy))
+    assert dx is not None
+    torch.testing.assert_close(dx, expected)
+    del dx, dy
+    assert alive() == set()

@@ -6,6 +6,8 @@ Position lives in `qk_rope_head_dim` extra dimensions, of which the key's are on
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,29 +33,44 @@ class Attention(nn.Module):
         self.softmax_scale = config.softmax_scale
         if rank is None:
             self.q_proj = backend.linear(hidden, heads * config.qk_head_dim)
-            self.project_q = self._direct_q
+            self.compress_q, self.expand_q = self._same, self._direct_q
         else:
             self.q_a_proj = backend.linear(hidden, rank)
             self.q_a_layernorm = RMSNorm(rank, LATENT_NORM_EPS, backend)
             self.q_b_proj = backend.linear(rank, heads * config.qk_head_dim)
-            self.project_q = self._latent_q
+            self.compress_q, self.expand_q = self._to_latent_q, self._from_latent_q
         self.kv_a_proj_with_mqa = backend.linear(hidden, sum(self.latent_widths))
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, backend)
         self.kv_b_proj = backend.linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = backend.linear(heads * config.v_head_dim, hidden)
+        self.offer = backend.recompute.offer("mla_up_proj")
+
+    def _same(self, x: Tensor) -> Tensor:
+        return x
 
     def _direct_q(self, x: Tensor) -> Tensor:
         return self.q_proj(x)
 
-    def _latent_q(self, x: Tensor) -> Tensor:
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+    def _to_latent_q(self, x: Tensor) -> Tensor:
+        return self.q_a_layernorm(self.q_a_proj(x))
+
+    def _from_latent_q(self, x: Tensor) -> Tensor:
+        return self.q_b_proj(x)
+
+    def up_project(
+        self, q_latent: Tensor, kv_latent: Tensor, k_rope: Tensor, table: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed latents [B, S, rank] and the shared part of the keys -> q, k, v of all heads (see `join_heads`)."""
+        per_head = (self.num_heads, -1)
+        q, kv = self.expand_q(q_latent).unflatten(-1, per_head), self.kv_b_proj(kv_latent).unflatten(-1, per_head)
+        return join_heads(q, kv, k_rope, table, self.v_width)
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         """`table` is the rotation table of the S positions (rope.rotation_table)."""
-        per_head = (self.num_heads, -1)
-        q = self.project_q(x).unflatten(-1, per_head)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split(self.latent_widths, dim=-1)
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, per_head)
-        q, k, v = (heads.transpose(1, 2) for heads in join_heads(q, kv, k_rope, table, self.v_width))
+        kv_latent, k_rope = self.kv_a_proj_with_mqa(x).split(self.latent_widths, dim=-1)
+        inputs = self.compress_q(x), self.kv_a_layernorm(kv_latent), k_rope
+        heads = self.up_project(*inputs, table)
+        self.offer(partial(self.up_project, table=table), heads, inputs)
+        q, k, v = (each.transpose(1, 2) for each in heads)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
         return self.o_proj(out[..., : self.v_head_dim].transpose(1, 2).flatten(2))

@@ -34,11 +34,12 @@ class DenseBlock(_Block):
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__(config, backend)
         self.mlp = FeedForward(config.hidden_size, config.intermediate_size, backend)
+        self.node = backend.recompute.node("dense")
 
     def steps(self, x: Tensor, table: Tensor, tape: Tape) -> Steps[tuple[Tensor, None]]:
         """x [B, S, hidden] -> (the same shape, None)."""
         yield from ()
-        return tape.compute(partial(self.whole, table=table), x), None
+        return tape.compute(self.node(partial(self.whole, table=table)), x), None
 
     def whole(self, x: Tensor, table: Tensor) -> Tensor:
         """Attention and MLP: x [B, S, hidden]."""
@@ -52,6 +53,8 @@ class MoEBlock(_Block):
     def __init__(self, config: ModelConfig, dispatch: Dispatch, backend: Backend) -> None:
         super().__init__(config, backend)
         self.mlp = MoE(config, dispatch, backend)
+        self.attention_node = backend.recompute.node("attention")
+        self.experts_node = backend.recompute.node("experts")
 
     def route(self, x: Tensor, table: Tensor) -> tuple[Tensor, ...]:
         """x [B, S, hidden] -> residual [B, S, hidden], its norm [T, hidden], weights, indices, balance, load."""
@@ -62,10 +65,11 @@ class MoEBlock(_Block):
 
     def steps(self, x: Tensor, table: Tensor, tape: Tape) -> Steps[tuple[Tensor, RouterStats]]:
         """x [B, S, hidden] -> (the same shape, what the router reports)."""
-        residual, own, weights, indices, *stats = tape.compute(partial(self.route, table=table), x)
+        route = self.attention_node(partial(self.route, table=table))
+        residual, own, weights, indices, *stats = tape.compute(route, x)
         journey = Journey(self.mlp.exchange, indices)
         rows, row_weights = yield from tape.communicate(journey.out, own, weights)
-        compute = partial(self.mlp.compute, tokens_per_expert=journey.tokens_per_expert)
+        compute = self.experts_node(partial(self.mlp.compute, tokens_per_expert=journey.tokens_per_expert))
         rows, shared = tape.compute(compute, rows, row_weights, own)
         (combined,) = yield from tape.communicate(journey.home, rows)
         return tape.compute(self.aggregate, residual, shared, combined), RouterStats(*stats)

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from train.model.kernels import Kernels
+from train.model.recompute import Recompute
 from train.precision.grads import Sink, main_grad, run_now
 from train.precision.linear import Engine, Gemm, Linear
 
 
 @dataclass(frozen=True)
 class Backend:
-    """How a model computes: the engine of its matrix products, its elementwise kernels, where weight gradients go."""
+    """How a model computes: the engine of its matrix products, its elementwise kernels, where weight gradients go, and
+    what its backward pass computes again."""
 
     engine: Engine
     kernels: Kernels = field(default_factory=Kernels)
     sink: Sink = run_now
+    recompute: Recompute = field(default_factory=Recompute)
 
     def linear(self, num_inputs: int, num_outputs: int) -> Linear:
         return Linear(num_inputs, num_outputs, self.engine, self.sink)
@@ -33,22 +36,27 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps, self.kernels = eps, backend.kernels
+        self.offer = backend.recompute.offer("norm")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernels.rms_norm(x, self.weight, self.eps)
+        y = self.kernels.rms_norm(x, self.weight, self.eps)
+        self.offer(self._rebuild, (y,), (x,))
+        return y
+
+    def _rebuild(self, x: Tensor) -> tuple[Tensor]:
+        return (self.kernels.rms_norm_forward(x, self.weight, self.eps)[0],)
 
 
 class _EmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, weight: Tensor, sink: Sink) -> Tensor:
-        ctx.save_for_backward(tokens, weight)
-        ctx.sink = sink
+        ctx.save_for_backward(tokens)
+        ctx.weight, ctx.sink = weight, sink
         return nn.functional.embedding(tokens, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        tokens, weight = ctx.saved_tensors
-        buffer = main_grad(weight)
+        (tokens,), buffer = ctx.saved_tensors, main_grad(ctx.weight)
         rows = dy.reshape(-1, dy.shape[-1]).to(buffer.dtype)
         ctx.sink(partial(buffer.index_add_, 0, tokens.reshape(-1), rows))
         return None, None, None
@@ -78,18 +86,18 @@ class _SwiGLUFunction(torch.autograd.Function):
         backend: Backend,
     ) -> Tensor:
         h = gemm.fprop(x, gate_up)
-        ctx.save_for_backward(x, row_weights, gate_up, down, h)
-        ctx.gemm, ctx.backend = gemm, backend
+        ctx.save_for_backward(x, row_weights, h)
+        ctx.gate_up, ctx.down, ctx.gemm, ctx.backend = gate_up, down, gemm, backend
         return gemm.fprop(backend.kernels.swiglu_forward(h, row_weights), down)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, row_weights, gate_up, down, h = ctx.saved_tensors
-        gemm, backend, dy = ctx.gemm, ctx.backend, dy.contiguous()
+        x, row_weights, h = ctx.saved_tensors
+        gate_up, down, gemm, backend, dy = ctx.gate_up, ctx.down, ctx.gemm, ctx.backend, dy.contiguous()
         a, dh, d_row_weights = backend.kernels.swiglu_backward(gemm.dgrad(dy, down), h, row_weights)
         dx = gemm.dgrad(dh, gate_up)
         backend.sink(partial(gemm.wgrad_, main_grad(down), dy, a))
-        backend.sink(partial(gemm.wgrad_, main_grad(gate_up), dh, x))
+        backend.sink(partial(gemm.wgrad_, main_grad(gate_up), dh, x.detach()))
         return dx, d_row_weights, None, None, None, None
 
 

@@ -58,14 +58,14 @@ class _CrossEntropySum(torch.autograd.Function):
             d_logits = d_logits.to(x.dtype)
             dx[rows] = engine.dgrad(d_logits, weight)
             engine.wgrad_(dweight, d_logits, x[rows])
-        ctx.save_for_backward(dx, dweight, weight)
-        ctx.sink = backend.sink
+        ctx.save_for_backward(dx, dweight)
+        ctx.weight, ctx.sink = weight, backend.sink
         return total
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor) -> Any:
-        dx, dweight, weight = ctx.saved_tensors
-        ctx.sink(partial(main_grad(weight).addcmul_, dweight, d_total))
+        dx, dweight = ctx.saved_tensors
+        ctx.sink(partial(main_grad(ctx.weight).addcmul_, dweight, d_total))
         return dx * d_total, None, None, None
 
 

@@ -59,7 +59,15 @@ class Journey:
     def __init__(self, exchange: Dispatch, indices: Tensor) -> None:
         self.exchange, self.indices = exchange, indices
         self.plan: Any = None
-        self.out, self.home = _Out(self), _Home(self)
+
+    # Made when asked for: kept here they would be a cycle, and plans would wait for the garbage collector.
+    @property
+    def out(self) -> _Out:
+        return _Out(self)
+
+    @property
+    def home(self) -> _Home:
+        return _Home(self)
 
     @property
     def tokens_per_expert(self) -> list[int]:

@@ -26,7 +26,15 @@ class MTPModule(nn.Module):
         self.eh_proj = backend.linear(2 * hidden, hidden)
         self.layer = MoEBlock(config, dispatch, backend)
         self.norm = RMSNorm(hidden, eps, backend)
+        self.offer = backend.recompute.offer("norm")
 
     def join(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         """hidden and embedding [B, N, hidden] -> the layer's input, of that shape."""
-        return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
+        normed = self.enorm(embedding), self.hnorm(hidden)
+        joined = torch.cat(normed, dim=-1)
+        self.offer(_joined, (joined,), normed)
+        return self.eh_proj(joined)
+
+
+def _joined(*normed: Tensor) -> tuple[Tensor]:
+    return (torch.cat(normed, dim=-1),)

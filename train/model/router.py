@@ -41,20 +41,21 @@ class _Affinity(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             wide = wide_dtype(x.dtype)
             scores = torch.mm(x.to(wide), weight.to(wide).t()).sigmoid_()
-        ctx.save_for_backward(x, weight, scores)
-        ctx.sink = sink
+        ctx.save_for_backward(x, scores)
+        ctx.weight, ctx.sink = weight, sink
         return scores
 
     @staticmethod
     def backward(ctx: Any, d_scores: Tensor) -> Any:
-        x, weight, scores = ctx.saved_tensors
+        (x, scores), weight = ctx.saved_tensors, ctx.weight
         with torch.autocast(x.device.type, enabled=False):
             d_logits = torch.ops.aten.sigmoid_backward(d_scores, scores)
             dx = torch.mm(d_logits, weight.to(scores.dtype)).to(x.dtype)
+        x = x.detach()
 
         def wgrad() -> None:
             with torch.autocast(x.device.type, enabled=False):
-                main_grad(weight).addmm_(d_logits.t(), x.to(scores.dtype))
+                main_grad(weight).addmm_(d_logits.t(), x.to(d_logits.dtype))
 
         ctx.sink(wgrad)
         return dx, None, None

@@ -16,6 +16,7 @@ from train.model.layers import Backend, Embedding, RMSNorm
 from train.model.loss import LossTerms, cross_entropy_sum
 from train.model.moe import Dispatch
 from train.model.mtp import MTPModule
+from train.model.recompute import Recompute
 from train.model.rope import rotation_table
 from train.model.router import Router, RouterStats
 from train.model.tape import Inline, Steps, Tape, drive
@@ -70,13 +71,14 @@ class Transformer(nn.Module):
         kernels: Kernels | None = None,
         sink: Sink = run_now,
         parts: Parts | None = None,
+        recompute: Recompute | None = None,
     ) -> None:
         super().__init__()
         config.check()
         parts = parts or Parts.all(config)
         self.config, self.parts = config, parts
         self.first_expert = dispatch.first_expert
-        self.backend = backend = Backend(engine, kernels or Kernels(), sink)
+        self.backend = backend = Backend(engine, kernels or Kernels(), sink, recompute or Recompute())
         if parts.embedding or parts.mtp:
             self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, backend)
         self.layers = nn.ModuleDict()
@@ -104,6 +106,7 @@ class Transformer(nn.Module):
         tokens [B, S + 1], needed by embedding and head; x [B, S, hidden], what the part before sends, None where the
         embedding is. Returns what the next part needs, None where the head is, and the report of this part.
         """
+        tape = self.backend.recompute.on(tape)
         if self.parts.embedding:
             assert tokens is not None
             x = tape.compute(partial(self.embed_tokens, tokens[:, :-1]))

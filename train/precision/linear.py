@@ -119,16 +119,18 @@ class _FusedGroups(_LoopedGroups):
 class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, engine: Engine, sink: Sink) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.engine, ctx.sink = engine, sink
+        ctx.save_for_backward(x)
+        # The parameter itself: what comes back from saved tensors need not be the object that has the `main_grad`.
+        ctx.weight, ctx.engine, ctx.sink = weight, engine, sink
         return engine.fprop(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        x, weight = ctx.saved_tensors
+        (x,), weight = ctx.saved_tensors, ctx.weight
         dy = dy.reshape(-1, dy.shape[-1])
         dx = ctx.engine.dgrad(dy, weight).view_as(x)
-        ctx.sink(partial(ctx.engine.wgrad_, main_grad(weight), dy, x.reshape(-1, x.shape[-1])))
+        # Detached: what waits for its turn must not hold the graph.
+        ctx.sink(partial(ctx.engine.wgrad_, main_grad(weight), dy, x.detach().reshape(-1, x.shape[-1])))
         return dx, None, None, None
 
 

@@ -1,0 +1,278 @@
+"""Recompute changes what is kept, and no bit of a gradient."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks._storages import Storages
+from parallel.collectives import drive
+from parallel.pipeline.segments import Segments, interleave
+from tests.train.model_cases import TINY, build, random_config, random_tokens
+from train.compose import compose
+from train.model.loss import LossTerms
+from train.model.recompute import NODES, Recompute, RecomputeConfig
+from train.model.router import Router
+from train.model.tape import Inline
+from train.model.transformer import Report, Transformer
+
+TERMS = LossTerms(main=0.1, mtp=0.03, balance=0.01)
+# Every set of choices.
+CHOICES = [
+    RecomputeConfig(norm, mla_up_proj, list(nodes))
+    for norm, mla_up_proj in itertools.product((False, True), repeat=2)
+    for count in range(len(NODES) + 1)
+    for nodes in itertools.combinations(NODES, count)
+]
+NONE, NORM, UP, BOTH = (RecomputeConfig(norm, up) for norm, up in ((0, 0), (1, 0), (0, 1), (1, 1)))
+WHOLE = RecomputeConfig(nodes=list(NODES))
+
+
+class Deferred(list[Any]):
+    """A sink that keeps weight gradients until they are taken."""
+
+    def __call__(self, wgrad: Any) -> None:
+        self.append(wgrad)
+
+    @torch.no_grad()
+    def take(self) -> None:
+        while self:
+            self.pop(0)()
+
+
+def make(choice: RecomputeConfig, config: Any = TINY, dtype: torch.dtype = torch.float64, **rest: Any) -> Transformer:
+    return build(config, dtype, recompute=Recompute(choice), **rest)
+
+
+def whole(model: Transformer, batches: list[Tensor]) -> list[Any]:
+    """One autograd graph per micro-batch."""
+    outputs = [model(tokens, TERMS) for tokens in batches]
+    for output in outputs:
+        output.total.backward()
+    return [(output.sums, output.load) for output in outputs]
+
+
+def pieces(model: Transformer, batches: list[Tensor]) -> list[Any]:
+    """In pieces; each backward in turns with the next forward."""
+    reports: list[Report] = []
+    before: Segments | None = None
+    for tokens in batches:
+        record = Segments()
+        forward = model.steps(tokens, None, TERMS, record)
+        _, (_, report) = interleave(before.backward(None), forward) if before else (None, drive(forward))
+        reports.append(report)
+        before = record
+    assert before is not None
+    drive(before.backward(None))
+    return [tuple(report) for report in reports]
+
+
+def assert_same(one: Transformer, two: Transformer) -> None:
+    for name, parameter in one.named_parameters():
+        assert torch.equal(two.get_parameter(name).main_grad, parameter.main_grad), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("run", [whole, pieces])
+@pytest.mark.parametrize("seed", range(6))
+def test_gradients_are_the_same_bits(seed: int, run: Any, dtype: torch.dtype) -> None:
+    config = random_config(seed, num_nextn_predict_layers=seed % 3, first_k_dense_replace=seed % 2)
+    batches = [random_tokens(config, 2, 9, seed), random_tokens(config, 3, 7, seed + 1)]
+    plain = make(NONE, config, dtype)
+    expected = run(plain, batches)
+    for choice in random.Random(seed).sample(CHOICES, 4):
+        model = make(choice, config, dtype)
+        for ours, theirs in zip(run(model, batches), expected, strict=True):
+            assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1]), choice
+        assert_same(model, plain)
+
+
+@pytest.mark.parametrize("choice", [BOTH, WHOLE], ids=["fine", "whole"])
+def test_backward_and_weight_gradients_still_come_apart(choice: RecomputeConfig) -> None:
+    sink, tokens = Deferred(), random_tokens(TINY, 2, 9)
+    plain, model, record = make(NONE), make(choice, sink=sink), Segments()
+    plain(tokens, TERMS).total.backward()
+    drive(model.steps(tokens, None, TERMS, record))
+    assert not sink
+    drive(record.backward(None))
+    assert not any(parameter.main_grad.any() for parameter in model.parameters() if parameter.ndim > 1)
+    sink.take()
+    assert_same(plain, model)
+
+
+def kept(choice: RecomputeConfig, tokens: Tensor) -> tuple[int, int, int]:
+    """Bytes alive for one micro-batch after F, B and W, with the report and the loss terms left out."""
+    sink = Deferred()
+    model, record = make(choice, sink=sink), Segments()
+    found = []
+    with Storages() as storages:
+        drive(model.steps(tokens, None, TERMS, record))
+        found.append(storages.num_bytes())
+        drive(record.backward(None))
+        found.append(storages.num_bytes())
+        record = Segments()
+        sink.take()
+        found.append(storages.num_bytes())
+    return found[0], found[1], found[2]
+
+
+def test_what_is_kept_between_forward_and_backward() -> None:
+    """Counted exactly: rebuilt tensors are gone, and nothing else holds them."""
+    num_sequences, seq_len, width = 2, 33, 8
+    tokens = random_tokens(TINY, num_sequences, seq_len)
+    after = {name: kept(choice, tokens)[0] for name, choice in [("none", NONE), ("norm", NORM), ("up", UP)]}
+    after |= {"both": kept(BOTH, tokens)[0], "whole": kept(WHOLE, tokens)[0]}
+    depths = range(1, TINY.num_nextn_predict_layers + 1)
+    # Tokens seen by main layers, and by the layer of each prediction depth.
+    main, rest = num_sequences * seq_len, [num_sequences * (seq_len - k) for k in depths]
+    per_layer = main * TINY.num_hidden_layers + sum(rest)
+    heads = TINY.num_attention_heads * (2 * TINY.qk_head_dim + max(TINY.qk_head_dim, TINY.v_head_dim))
+    assert after["none"] - after["up"] == width * per_layer * heads
+    # Two norms of the hidden state and two latents per layer. A depth adds the joined pair, and the normed state that
+    # it reads, of the model or of the depth before.
+    assert TINY.q_lora_rank is not None
+    norms = per_layer * (2 * TINY.hidden_size + TINY.q_lora_rank + TINY.kv_lora_rank)
+    joined, read = 2 * TINY.hidden_size * sum(rest), TINY.hidden_size * (main + sum(rest[:-1]))
+    assert after["none"] - after["norm"] == width * (norms + joined + read)
+    assert after["none"] - after["both"] == (after["none"] - after["up"]) + (after["none"] - after["norm"])
+    assert after["whole"] < after["both"]
+
+
+@pytest.mark.parametrize("choice", [NONE, NORM, UP, BOTH, WHOLE], ids=["none", "norm", "up", "both", "whole"])
+def test_all_is_released(choice: RecomputeConfig) -> None:
+    _, between, after = kept(choice, random_tokens(TINY, 2, 33))
+    assert between > 0
+    assert after == 0
+
+
+def test_evaluation_keeps_nothing() -> None:
+    tokens, model = random_tokens(TINY, 2, 33), make(BOTH).eval()
+    expected = make(NONE)(tokens, TERMS).sums
+    with torch.no_grad(), Storages() as storages:
+        _, report = drive(model.steps(tokens, None, TERMS, Inline()))
+        assert torch.equal(report.sums, expected)
+        del report, _
+        assert storages.num_bytes() == 0
+
+
+def routes(model: Transformer, tokens: Tensor) -> list[Tensor]:
+    """What the routers chose, call by call, forward and backward."""
+    original, chosen = Router.select, []
+
+    def select(self: Router, scores: Tensor) -> Tensor:
+        chosen.append(original(self, scores))
+        return chosen[-1]
+
+    with mock.patch.object(Router, "select", select):
+        drive(drive_back(model, tokens))
+    return chosen
+
+
+def drive_back(model: Transformer, tokens: Tensor) -> Any:
+    record = Segments()
+    yield from model.steps(tokens, None, TERMS, record)
+    yield from record.backward(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_rerun_takes_the_same_ways(dtype: torch.dtype) -> None:
+    """The same arithmetic on the same inputs: in backward order, each router chooses what it chose before."""
+    tokens = random_tokens(TINY, 2, 33)
+    once, twice = routes(make(NONE, dtype=dtype), tokens), routes(make(WHOLE, dtype=dtype), tokens)
+    num_routers = TINY.num_routers
+    assert (len(once), len(twice)) == (num_routers, 2 * num_routers)
+    for first, again, plain in zip(twice[:num_routers], twice[: num_routers - 1 : -1], once, strict=True):
+        assert torch.equal(first, again) and torch.equal(first, plain)
+
+
+def test_nodes_run_twice_and_no_more() -> None:
+    ran: Counter[str] = Counter()
+    model, tokens = make(WHOLE), random_tokens(TINY, 2, 9)
+    for name, module in model.named_modules():
+        if name.endswith(("self_attn", "experts")):
+            module.register_forward_hook(lambda module, args, output, name=name: ran.update([name]))
+    drive(drive_back(model, tokens))
+    assert ran and set(ran.values()) == {2}
+
+
+def test_what_was_offered_is_told_from_what_was_not() -> None:
+    """By storage, type and content; views are rebuilt as views, by one rebuild for all."""
+    recompute, rebuilds = Recompute(NORM), []
+    offer = recompute.offer("norm")
+
+    def triple(x: Tensor) -> tuple[Tensor]:
+        rebuilds.append(x)
+        return (x * 3,)
+
+    def piece(x: Tensor) -> Tensor:
+        y = triple(x.detach())[0]
+        offer(triple, (y,), (x,))
+        other = torch.full_like(y, 7.0)
+        offer(triple, (other,), (x,))
+        other.mul_(2)  # no longer what was offered
+        freed = torch.ones_like(y)
+        offer(triple, (freed,), (x,))
+        del freed
+        fresh = torch.ones_like(y)  # may get the address of the freed one
+        return (x * y).sum() + (x[0] * y.t()[1]).sum() + (x * other).sum() + (x * fresh).sum()
+
+    x = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    rebuilds.clear()
+    result = recompute.on(Inline()).compute(piece, x)
+    assert len(rebuilds) == 1
+    result.backward()
+    assert len(rebuilds) == 2
+    expected = 3 * x.detach() + 14 + 1
+    expected[0] += 3 * x.detach()[:, 1]
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_a_rebuild_of_another_layout_is_an_error() -> None:
+    recompute = Recompute(NORM)
+
+    def piece(x: Tensor) -> Tensor:
+        y = x.detach() + 1
+        recompute.offer("norm")(lambda z: ((z + 1).t().contiguous().t(),), (y,), (x,))
+        return (x * y).sum()
+
+    x = torch.randn(2, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="another layout"):
+        recompute.on(Inline()).compute(piece, x).backward()
+
+
+def test_a_rerun_that_differs_is_an_error() -> None:
+    counts = iter((1, 2))
+
+    def piece(x: Tensor) -> Tensor:
+        return sum(((x * x).sum() for _ in range(next(counts))), torch.zeros(()))
+
+    x = torch.randn(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="saved other tensors"):
+        Recompute(WHOLE).node("dense")(piece)(x).backward()
+
+
+def test_nothing_chosen_installs_nothing() -> None:
+    recompute, tape = Recompute(), Inline()
+    assert recompute.on(tape) is tape
+    assert recompute.node("experts")(drive) is drive
+    with mock.patch("train.model.recompute.saved_tensors_hooks", side_effect=AssertionError):
+        make(NONE)(random_tokens(TINY, 2, 9), TERMS).total.backward()
+
+
+def test_unknown_choices_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"recompute.nodes has 'mlp', which is not one of attention, experts, dense"):
+        compose(["recompute.nodes=[attention,mlp]"])
+    with pytest.raises(ValueError, match="recompute"):
+        compose(["recompute.moe_act=true"])
+
+
+def test_the_published_run_recomputes_what_the_report_says() -> None:
+    assert compose(["experiment=v3_h800_2048"]).recompute == BOTH
+    assert compose([]).recompute == NONE
