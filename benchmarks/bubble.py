@@ -49,11 +49,13 @@ from parallel.mesh import ParallelConfig
 from parallel.pipeline.actions import Action, Chunk, Pair
 from parallel.pipeline.links import Links, connect
 from parallel.pipeline.placement import loop, vee
+from parallel.pipeline.record import Recorder
 from parallel.pipeline.registry import NAMES, build
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import simulate
 from parallel.process import Groups
+from parallel.watch import Watch
 from train.picture import COLORS, FAINT, INK, save
 
 WIDTH = 64  # floats that stages hand on
@@ -151,7 +153,8 @@ def ours(rig: Rig, side: str, channels: Any) -> Step:
     placement = schedule.placement
     part_s = rig.forward_s * placement.stage_size
     stages = {number: SleepingStage(rig.sleeper, part_s) for number in placement.stages_on(rig.rank)}
-    runtime = Runtime(rig.rank, stages, Links(rig.rank, channels, torch.float32, torch.device("cpu")))
+    links = Links(rig.rank, channels, torch.float32, torch.device("cpu"))
+    runtime = Runtime(rig.rank, stages, links, Recorder(rig.rank, Watch()))
     return lambda: runtime.run(schedule, (WIDTH,))
 
 

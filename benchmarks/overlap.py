@@ -50,10 +50,12 @@ from parallel.expert.dispatch import Dispatch, LocalDispatch
 from parallel.mesh import ParallelConfig
 from parallel.pipeline import registry
 from parallel.pipeline.links import Links, connect
+from parallel.pipeline.record import Recorder
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.segments import Segments
 from parallel.process import Groups
+from parallel.watch import Watch
 from train.assemble import Job, assemble
 from train.compose import compose
 from train.data.prepare import prepare
@@ -180,7 +182,9 @@ class Rig:
             model = SleepingModel(parts, dispatch, routing, self["hidden"], sink)
             stages[number] = Stage(cast(Transformer, model), sink, Segments)
         links = Links(rank, channels, DTYPE, torch.device("cpu"))
-        return Side(schedule, Runtime(rank, stages, links), stages, (self["tokens"], LINK_WIDTH))
+        return Side(
+            schedule, Runtime(rank, stages, links, Recorder(rank, Watch())), stages, (self["tokens"], LINK_WIDTH)
+        )
 
     def sides(self, schedule: Schedule, rank: int, channels: Any) -> dict[str, Side]:
         """With pairs, apart, and with pairs over an exchange that costs nothing."""

@@ -31,9 +31,11 @@ from parallel.pipeline import registry
 from parallel.pipeline.links import Links
 from parallel.pipeline.one_f_one_b import interleaved_1f1b
 from parallel.pipeline.placement import loop
+from parallel.pipeline.record import Recorder
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.segments import Segments
+from parallel.watch import Watch
 from train.compose import compose
 from train.config import RunConfig
 from train.model.init import init_weights
@@ -95,7 +97,8 @@ class Comparison:
             stages[number] = Stage(build_model(self.config, sink, slices[placement.position(number)]), sink, Segments)
         for stage in stages.values():
             attach_main_grads(stage.model)
-        runtime = Runtime(0, stages, Links(0, {}, torch.float32, torch.device("cpu")))
+        links = Links(0, {}, torch.float32, torch.device("cpu"))
+        runtime = Runtime(0, stages, links, Recorder(0, Watch()))
         train, hidden = self.config.train, self.config.model.hidden_size
 
         def step() -> None:

@@ -21,7 +21,6 @@ from tests.compositions import Composition, Generator
 from tests.deviation import between
 from tests.fuzz import FP64, FP64_NATIVE, Bench
 from tests.spawn import Ranks
-from train.config import RunConfig
 
 SEED = int(os.environ.get("HALOCLINE_SEED", random.randrange(1 << 32)))
 NUM_COMPOSITIONS = int(os.environ.get("HALOCLINE_COMPOSITIONS", 4))

@@ -219,43 +219,6 @@ def load_counted_twice() -> Iterator[None]:
 
 
 @contextmanager
-def load_counted_in_recompute() -> Iterator[None]:
-    """Some ranks add to the step's load what routers count when their node is run again."""
-    from train.model.recompute import _Run
-    from train.model.router import Router
-    from train.model.transformer import Transformer
-
-    account, count, again = Transformer._account, Router._load, _Run.again
-    loads: dict[int, Any] = {}
-    running_again: list[Any] = []
-
-    def _account(self: Any, number: int, stats: Any, terms: Any, tape: Any, report: Any) -> None:
-        loads[id(self.routers()[number])] = report.load[number]
-        account(self, number, stats, terms, tape, report)
-
-    def _load(self: Any, indices: Any) -> Any:
-        load = count(self, indices)
-        if running_again and int(os.environ["RANK"]) % 2:
-            loads[id(self)] += load
-        return load
-
-    def rerun(self: Any) -> None:
-        running_again.append(self)
-        again(self)
-        running_again.pop()
-
-    with (
-        mock.patch.object(Transformer, "_account", _account),
-        mock.patch.object(Router, "_load", _load),
-        mock.patch.object(_Run, "again", rerun),
-    ):
-        yield
-
-
-load_counted_in_recompute.settings = ["recompute.nodes=[attention]"]  # type: ignore[attr-defined]
-
-
-@contextmanager
 def mtp_label_off_by_one() -> Iterator[None]:
     from train.model.transformer import Transformer
 
@@ -302,7 +265,6 @@ FAULTS = [
     experts_reduced_over_the_dense_group,
     ep_left_out_of_the_norm,
     load_counted_twice,
-    load_counted_in_recompute,
     mtp_label_off_by_one,
     bias_moved_per_micro_batch,
     mean_over_the_micro_batch,
@@ -311,7 +273,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_fault_turns_it_red(ranks: Ranks, tmp_path: Path, text: list[str], plain_fp64: PlainRun, fault: Any) -> None:
-    settings = [*SMALL, *text, "precision=fp64", *TOPOLOGIES[6][1].split(), *getattr(fault, "settings", ())]
+    settings = [*SMALL, *text, "precision=fp64", *TOPOLOGIES[6][1].split()]
     # Some faults are also noticed by the checkpoint, whose ranges then do not fit together; the numbers tell all.
     run = run_in(ranks, tmp_path, settings, 4, fault, exit_code=None)
     assert max(of_rows(run, plain_fp64).values()) > 1e-6
