@@ -234,7 +234,8 @@ def deepspeeds(rig: Rig) -> Step:
 def make(rig: Rig, names: list[str]) -> dict[str, Step]:
     """The sides that this machine has; one line for each that it lacks."""
     placements = loop(rig.num_ranks, 2), vee(rig.num_ranks)  # between them every link of every schedule
-    channels = {channel: group for place in placements for channel, group in connect(place, rig.groups.mesh).items()}
+    mesh, device = rig.groups.mesh, rig.groups.device
+    channels = {channel: group for place in placements for channel, group in connect(place, mesh, device).items()}
     sides: dict[str, Step] = {}
     for name in names:
         try:

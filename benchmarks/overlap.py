@@ -182,9 +182,8 @@ class Rig:
             model = SleepingModel(parts, dispatch, routing, self["hidden"], sink)
             stages[number] = Stage(cast(Transformer, model), sink, Segments)
         links = Links(rank, channels, DTYPE, torch.device("cpu"))
-        return Side(
-            schedule, Runtime(rank, stages, links, Recorder(rank, Watch())), stages, (self["tokens"], LINK_WIDTH)
-        )
+        runtime = Runtime(rank, stages, links, Recorder(rank, Watch()))
+        return Side(schedule, runtime, stages, (self["tokens"], LINK_WIDTH))
 
     def sides(self, schedule: Schedule, rank: int, channels: Any) -> dict[str, Side]:
         """With pairs, apart, and with pairs over an exchange that costs nothing."""
@@ -230,7 +229,8 @@ def with_sleeping_layers(rig: Rig) -> None:
     step_sides = {}
     for name in rig.settings["schedules"].split(","):
         schedule = registry.build(name, PP, rig["micro_batches"], pairs=True)
-        step_sides[name] = rig.sides(schedule, rig.groups.mesh.pp_rank, connect(schedule.placement, rig.groups.mesh))
+        links = connect(schedule.placement, rig.groups.mesh, rig.groups.device)
+        step_sides[name] = rig.sides(schedule, rig.groups.mesh.pp_rank, links)
     if rig.groups.mesh.rank == 0:
         print(
             f"{'':12s}{'ratio':>6s}{'a2a ms':>9s}{'paired':>8s}{'apart s':>9s}{'pairs':>8s}{'free':>8s}   {'gain':22s}"

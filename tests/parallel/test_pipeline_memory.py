@@ -20,10 +20,12 @@ from parallel.pipeline import registry
 from parallel.pipeline.actions import Chunk
 from parallel.pipeline.order import peak_chunks, source, walk
 from parallel.pipeline.placement import Placement
+from parallel.pipeline.record import Recorder
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.segments import Segments
 from parallel.pipeline.simulate import simulate
+from parallel.watch import Watch
 from tests.train.model_cases import TINY, build, random_tokens
 from train.model.loss import LossTerms
 from train.model.recompute import Recompute, RecomputeConfig
@@ -57,7 +59,12 @@ class World:
             self.stages[stage] = Stage(model, sink, Segments)
             self.stages[stage].begin(self.tokens.__getitem__, LossTerms(1.0, 0.0, 1.0))
         self.runtimes = [
-            Runtime(rank, {s: Watched(self, s) for s in placement.stages_on(rank)}, Copies(self))
+            Runtime(
+                rank,
+                {s: Watched(self, s) for s in placement.stages_on(rank)},
+                Copies(self),
+                Recorder(rank, Watch()),
+            )
             for rank in range(placement.num_ranks)
         ]
 
