@@ -1,7 +1,9 @@
 """Activations and gradients between neighbouring stages: two one-way links per direction, each with a group of its own.
 
 A link keeps order and the schedule says it, so no message carries a tag: both ends derive from the lists which tensor
-comes next. Receives are posted ahead of need; a sent tensor is kept until it is gone.
+comes next. Receives are posted ahead of need. A sent tensor is kept until the lists prove that it has arrived: whoever
+sends at the end of one action has taken all that its earlier actions work on. (Asking would not help: gloo says that a
+send is complete only to those who wait for it.)
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import datetime
 from collections import deque
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from parallel.mesh import Mesh
 from parallel.pipeline.actions import Chunk
-from parallel.pipeline.order import Channel, messages, source
+from parallel.pipeline.order import Channel, Message, messages, source
 from parallel.pipeline.placement import Placement
 from parallel.pipeline.schedule import Schedule
 from parallel.watch import Need, Watch
@@ -61,6 +64,24 @@ def connect(
     return own
 
 
+class _Expected(NamedTuple):
+    """A receive that has been posted."""
+
+    message: Message
+    buffer: Tensor
+    work: dist.Work
+    need: Need
+
+
+class _Leaving(NamedTuple):
+    """A send under way, to be taken by the `taken`-th action of its target."""
+
+    taken: int
+    work: dist.Work
+    tensor: Tensor
+    need: Need
+
+
 class Links:
     """One rank's ends of the links. `open` a schedule, then `take` and `send` in its order."""
 
@@ -80,27 +101,30 @@ class Links:
         self._dtype, self._device = dtype, device
         self._shape: tuple[int, ...] = ()
         self._placement: Placement | None = None
-        self._expected: dict[Channel, deque[Chunk]] = {}
-        self._posted: dict[Channel, deque[tuple[Chunk, Tensor, dist.Work, Need]]] = {}
-        self._leaving: deque[tuple[dist.Work, Tensor, Need]] = deque()
+        self._to_send: dict[Channel, deque[Message]] = {}
+        self._to_post: dict[Channel, deque[Message]] = {}
+        self._posted: dict[Channel, deque[_Expected]] = {}
+        self._leaving: dict[Channel, deque[_Leaving]] = {}
         self._here: dict[Chunk, Tensor] = {}
 
     def open(self, schedule: Schedule, shape: tuple[int, ...]) -> None:
         """Post the first receives of a schedule, whose tensors all have this shape."""
         self._placement, self._shape = schedule.placement, shape
-        for channel, expected in messages(schedule).items():
+        for channel, sent in messages(schedule).items():
+            if channel.source == self._rank:
+                self._to_send[channel], self._leaving[channel] = deque(sent), deque()
             if channel.target == self._rank:
-                self._expected[channel] = deque(message.consumer for message in expected)
-                self._posted[channel] = deque()
+                self._to_post[channel], self._posted[channel] = deque(sent), deque()
                 for _ in range(self._slots):
                     self._post(channel)
 
     def close(self) -> None:
         """Wait until everything sent has left."""
-        while self._leaving:
-            work, _, need = self._leaving.popleft()
-            self._watch.wait(need, work.wait)
-        assert not self._here and not any(self._posted.values()) and not any(self._expected.values())
+        for leaving in self._leaving.values():
+            while leaving:
+                self._let_go(leaving.popleft())
+        assert not self._here
+        assert not any(map(any, (self._to_send.values(), self._to_post.values(), self._posted.values())))
 
     def take(self, part: Chunk) -> Tensor | None:
         """What an F or B works on: waits for it. None where tokens or the loss come in."""
@@ -111,10 +135,15 @@ class Links:
         if self._placement.rank_of[made_by.stage] == self._rank:
             return self._here.pop(part)
         channel = Channel(self._placement.rank_of[made_by.stage], self._rank, part.kind)
-        expected, buffer, work, need = self._posted[channel].popleft()
-        assert expected == part, f"{channel} brings {expected}, not {part}"
+        message, buffer, work, need = self._posted[channel].popleft()
+        assert message.consumer == part, f"{channel} brings {message.consumer}, not {part}"
         self._watch.wait(need, work.wait)
         self._post(channel)
+        for kind in "FB":
+            leaving = self._leaving.get(Channel(self._rank, channel.source, kind), ())
+            # Strictly: the two halves of a pair take and send in turns.
+            while leaving and leaving[0].taken < message.sent:
+                self._let_go(leaving.popleft())
         return buffer
 
     def send(self, part: Chunk, tensor: Tensor | None) -> None:
@@ -128,23 +157,23 @@ class Links:
         if target == self._rank:
             self._here[Chunk(part.kind, at, part.micro_batch)] = tensor
             return
-        while self._leaving and self._leaving[0][0].is_completed():
-            self._leaving.popleft()
-        group, leaving = self._groups[Channel(self._rank, target, part.kind)], tensor.contiguous()
+        channel = Channel(self._rank, target, part.kind)
+        group, leaving, message = self._groups[channel], tensor.contiguous(), self._to_send[channel].popleft()
+        assert message.producer == part, f"{channel} is to carry {message.producer}, not {part}"
         need = Need("output", f"{CARRIES[part.kind]} of {{what}} to be taken by {{peers}}", group, part)
         work = self._watch.reach(need, lambda: dist.isend(leaving, group=group, group_dst=1 - dist.get_rank(group)))
         assert work is not None
-        self._leaving.append((work, leaving, need))
+        self._leaving[channel].append(_Leaving(message.taken, work, leaving, need))
+
+    def _let_go(self, sent: _Leaving) -> None:
+        self._watch.wait(sent.need, sent.work.wait)
 
     def _post(self, channel: Channel) -> None:
-        if not self._expected[channel]:
+        if not self._to_post[channel]:
             return
-        group = self._groups[channel]
+        group, message = self._groups[channel], self._to_post[channel].popleft()
         buffer = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        part = self._expected[channel].popleft()
-        assert self._placement is not None
-        made_by = source(self._placement, part)
-        need = Need("input", f"{CARRIES[part.kind]} of {{what}} from {{peers}}", group, made_by)
+        need = Need("input", f"{CARRIES[channel.kind]} of {{what}} from {{peers}}", group, message.producer)
         work = self._watch.reach(need, lambda: dist.irecv(buffer, group=group, group_src=1 - dist.get_rank(group)))
         assert work is not None
-        self._posted[channel].append((part, buffer, work, need))
+        self._posted[channel].append(_Expected(message, buffer, work, need))
