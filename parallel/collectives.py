@@ -132,7 +132,7 @@ def reduce_scatter(flat: Tensor, group: dist.ProcessGroup) -> Handle:
     parts = torch.empty_like(own)
     works, peers = _post(parts.unbind(), own.unbind(), group)
     parts[me].copy_(own[me])
-    return Handle(works, (flat, parts), lambda: sum_in_order(parts), peers)
+    return Handle(works, (flat, parts), lambda: _sum_in_order(parts), peers)
 
 
 def all_gather(shard: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Handle:
@@ -153,12 +153,7 @@ def all_gather(shard: Tensor, group: dist.ProcessGroup, out: Tensor | None = Non
     return Handle(works, (shard, gathered), lambda: gathered, peers)
 
 
-def ordered_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum `x` (any shape) over the group, in rank order on every rank: identical bits everywhere. Blocks."""
-    return sum_in_order(all_gather(x.reshape(1, -1), group).wait()).view(x.shape)
-
-
-def sum_in_order(parts: Tensor) -> Tensor:
+def _sum_in_order(parts: Tensor) -> Tensor:
     """parts [ranks, n] -> [n], added from the first row to the last; 16-bit floats in fp32, rounded once."""
     total = parts[0].to(torch.promote_types(parts.dtype, torch.float32)) if _is_short(parts) else parts[0].clone()
     for part in parts[1:]:

@@ -40,7 +40,7 @@ def reads_of_a_run(settings: list[str]) -> tuple[Counter[str], dict[str, int]]:
     from train.track import Tracker
 
     config = compose(settings)
-    with join(config) as groups:
+    with join(config, end_hung=print) as groups:
         job = assemble(config, groups)
         assert run(job, Tracker(), 1.0, StopRequest())
 

@@ -122,7 +122,8 @@ class Links:
         """Wait until everything sent has left."""
         for leaving in self._leaving.values():
             while leaving:
-                self._let_go(leaving.popleft())
+                sent = leaving.popleft()
+                self._watch.wait(sent.need, sent.work.wait)
         assert not self._here
         assert not any(map(any, (self._to_send.values(), self._to_post.values(), self._posted.values())))
 
@@ -143,7 +144,7 @@ class Links:
             leaving = self._leaving.get(Channel(self._rank, channel.source, kind), ())
             # Strictly: the two halves of a pair take and send in turns.
             while leaving and leaving[0].taken < message.sent:
-                self._let_go(leaving.popleft())
+                leaving.popleft().work.wait()  # no time: it is there
         return buffer
 
     def send(self, part: Chunk, tensor: Tensor | None) -> None:
@@ -164,9 +165,6 @@ class Links:
         work = self._watch.reach(need, lambda: dist.isend(leaving, group=group, group_dst=1 - dist.get_rank(group)))
         assert work is not None
         self._leaving[channel].append(_Leaving(message.taken, work, leaving, need))
-
-    def _let_go(self, sent: _Leaving) -> None:
-        self._watch.wait(sent.need, sent.work.wait)
 
     def _post(self, channel: Channel) -> None:
         if not self._to_post[channel]:

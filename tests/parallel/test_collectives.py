@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import Steps, all_gather, drive, exchange, exchange_counts, ordered_sum, reduce_scatter
+from parallel.collectives import Steps, all_gather, drive, exchange, exchange_counts, reduce_scatter
 from tests.spawn import Ranks
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
@@ -63,12 +63,10 @@ def reductions() -> list[Tensor]:
         assert torch.equal(piece, in_order.to(dtype).view(size, -1)[rank])
         gathered = all_gather(piece, group).wait()
         assert torch.equal(gathered, in_order.to(dtype))
-        grid = flat[: size * (flat.numel() // size)].view(size, -1)
-        assert torch.equal(ordered_sum(grid, group), in_order.to(dtype).view(size, -1))
         library = torch.empty((size, piece.numel()), dtype=dtype)
         dist.all_gather_into_tensor(library.view(-1), piece)
         assert torch.equal(all_gather(piece.view(1, -1), group).wait(), library)
-        sums.append(ordered_sum(flat.sum(), group))
+        sums.append(gathered)
     return sums
 
 

@@ -333,7 +333,7 @@ ACROSS = """
 import torch
 from launch import emulate
 from parallel import process
-from parallel.collectives import drive, ordered_sum
+from parallel.collectives import all_gather, drive
 from parallel.expert.build import build
 from parallel.mesh import ParallelConfig
 groups = process.start(ParallelConfig(dp=4, ep=4, nodes=2, dispatch="{dispatch}"))
@@ -342,7 +342,7 @@ x, weights = torch.randn(2000, 512), torch.rand(2000, 4)
 rows, row_weights, plan = drive(dispatch.dispatch(x, weights, torch.rand(2000, 16).topk(4, 1)[1]))
 drive(dispatch.combine(rows, plan))
 drive(dispatch.dispatch_backward(drive(dispatch.combine_backward(x, plan)), row_weights, plan))
-sent = ordered_sum(torch.tensor([dispatch.take_internode_bytes()]), groups.world)
+sent = all_gather(torch.tensor([dispatch.take_internode_bytes()]), groups.world).wait().sum()
 print("sent", int(sent), flush=True)
 process.stop(groups)
 """

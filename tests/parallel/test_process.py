@@ -94,15 +94,15 @@ def test_what_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 SCRIPT = """
 import os, signal, torch
 from parallel import process
-from parallel.collectives import ordered_sum
+from parallel.collectives import all_gather
 from parallel.mesh import ParallelConfig
 groups = process.start(ParallelConfig(dp=3))
-ordered_sum(torch.ones(1), groups.world)
+all_gather(torch.ones(1), groups.world).wait()
 print("ready", flush=True)
 if groups.mesh.rank == 2:
     signal.pause()
 # Ranks 0 and 1 wait for rank 2, which never answers.
-ordered_sum(torch.ones(1), groups.dense)
+all_gather(torch.ones(1), groups.dense).wait()
 """
 
 
