@@ -36,14 +36,17 @@ from train.model.kernels import Kernels
 from train.model.transformer import LossTerms, Transformer
 from train.optim import adamw_factory, decays
 from train.precision.grads import attach_main_grads
-from train.precision.linear import TorchEngine
+from train.precision.linear import Engines
+from train.precision.recipe import build_engines
+from train.precision.reference import QuantisedWeights
 from train.schedule import Schedule, StepPlan
 from train.split import split
 from train.stage import Stage, WeightGradients
 from train.state import TrainState, capture_rng, fingerprint, restore_rng
 
 EMBEDDING = "embed_tokens.weight"
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+# Of weights and activations; fp8 is the format of products alone.
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 @dataclass
@@ -159,7 +162,7 @@ class Job:
         recipe = {
             **json.loads(self.schedule.fingerprint()),
             "optimizer": asdict(config.optimizer),
-            "precision": config.precision.name,
+            **config.precision.recipe(),
         }
         tokens = {"train": self.train_rows.tokens.fingerprint, "source": config.data.name}
         return {
@@ -238,7 +241,9 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
     """
     torch.manual_seed(config.train.seed)  # nothing in a step draws from it; what ever will does so reproducibly
     dispatch = build_dispatch(config.model.n_routed_experts, groups)
-    stages = build_stages(config, dispatch, groups)
+    precision, weights = config.precision, QuantisedWeights(config.precision.power_of_two_scales)
+    engines = build_engines(precision.name, groups.device, weights, precision.power_of_two_scales)
+    stages = build_stages(config, dispatch, engines, groups)
     models = [stage.model for stage in stages.values()]
     optimizer = build_optimizer(
         config.zero.engine,
@@ -247,6 +252,7 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
         adamw_factory(config.optimizer),
         clip_grad_norm=config.optimizer.clip_grad_norm,
         weight_decay=config.optimizer.weight_decay,
+        on_new_weights=weights.changed,
     )
     for model in models:
         attach_main_grads(model)
@@ -268,7 +274,7 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
     )
 
 
-def build_stages(config: RunConfig, dispatch: Dispatch, groups: Groups) -> dict[int, Stage]:
+def build_stages(config: RunConfig, dispatch: Dispatch, engines: Engines, groups: Groups) -> dict[int, Stage]:
     """This rank's slices of the model: laid out without memory, then filled with (seed, name)'s values.
 
     Slices that both need the embedding share one tensor.
@@ -281,7 +287,7 @@ def build_stages(config: RunConfig, dispatch: Dispatch, groups: Groups) -> dict[
     for number in placement.stages_on(pp_rank):
         sink, parts = WeightGradients(), slices[placement.position(number)]
         with torch.device("meta"):
-            model = Transformer(config.model, dispatch, TorchEngine(groups.device), kernels, sink, parts)
+            model = Transformer(config.model, dispatch, engines, kernels, sink, parts)
         init_weights(model, config.model, config.train.seed, DTYPES[config.precision.name], groups.device)
         if parts.embedding or parts.mtp:
             embedding = embedding if embedding is not None else model.embed_tokens.weight

@@ -50,8 +50,16 @@ class StepResult:
 class ZeroOptimizer:
     """Sharded optimizer over flat `main_grad` buffers. Made by `build`."""
 
-    def __init__(self, engine: Engine, sets: list[ParamSet], groups: ReplicaGroups, clip_grad_norm: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        sets: list[ParamSet],
+        groups: ReplicaGroups,
+        clip_grad_norm: float,
+        on_new_weights: Callable[[], None],
+    ) -> None:
         self._engine, self._sets, self._groups, self._clip_grad_norm = engine, sets, groups, clip_grad_norm
+        self._on_new_weights = on_new_weights
         self.num_steps = 0
         for each, layout, flat in zip(sets, engine.layouts, engine.main_grads, strict=True):
             for param, view in zip(each.params, views(flat, layout, each.params), strict=True):
@@ -82,6 +90,7 @@ class ZeroOptimizer:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.update(grads)
+        self._on_new_weights()
         self.num_steps += 1
         return StepResult(norm, True)
 
@@ -141,6 +150,7 @@ class ZeroOptimizer:
         for index in range(len(self._sets)):
             self._moments(index)["step"].fill_(num_steps)
         self._engine.publish()
+        self._on_new_weights()
 
     def state_bytes(self) -> int:
         """Bytes of masters and moments on this rank (weights that are their own masters count as masters)."""
@@ -163,6 +173,7 @@ def build(
     *,
     clip_grad_norm: float = 1.0,
     weight_decay: float = 0.1,
+    on_new_weights: Callable[[], None] = lambda: None,
 ) -> ZeroOptimizer:
     """Move parameters into flat storage, give each a `main_grad` and shard the optimizer state over its replicas.
 
@@ -174,6 +185,7 @@ def build(
             "exp_avg_sq". The learning rate is set at each step.
         clip_grad_norm: largest global norm; 0 for no clipping.
         weight_decay: decay of those that decay.
+        on_new_weights: called after every change of the weights: a step, a checkpoint read.
 
     Raises ValueError for an unknown engine, or for one that cannot hold these parameters.
     """
@@ -182,4 +194,4 @@ def build(
     sets = split_sets(params, groups, weight_decay)
     if not sets:
         raise ValueError("params: a sharded optimizer needs at least one parameter")
-    return ZeroOptimizer(_ENGINES[engine](sets, make_adamw), sets, groups, clip_grad_norm)
+    return ZeroOptimizer(_ENGINES[engine](sets, make_adamw), sets, groups, clip_grad_norm, on_new_weights)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from train.model.config import ModelConfig
 from train.model.kernels import join_heads
 from train.model.layers import Backend, RMSNorm
+from train.precision.linear import project
 
 # The released code norms the latents with this constant; `rms_norm_eps` speaks of the hidden state alone.
 LATENT_NORM_EPS = 1e-6
@@ -30,29 +31,34 @@ class Attention(nn.Module):
         self.v_width = max(config.v_head_dim, config.qk_head_dim)
         self.softmax_scale = config.softmax_scale
         if rank is None:
-            self.q_proj = backend.linear(hidden, heads * config.qk_head_dim)
-            self.project_q = self._direct_q
+            self.q_proj = backend.linear("q_proj", hidden, heads * config.qk_head_dim)
+            self.project_in = self._direct_q
         else:
-            self.q_a_proj = backend.linear(hidden, rank)
+            self.q_a_proj = backend.linear("q_a_proj", hidden, rank)
             self.q_a_layernorm = RMSNorm(rank, LATENT_NORM_EPS, backend)
-            self.q_b_proj = backend.linear(rank, heads * config.qk_head_dim)
-            self.project_q = self._latent_q
-        self.kv_a_proj_with_mqa = backend.linear(hidden, sum(self.latent_widths))
+            self.q_b_proj = backend.linear("q_b_proj", rank, heads * config.qk_head_dim)
+            self.project_in = self._latent_q
+        self.kv_a_proj_with_mqa = backend.linear("kv_a_proj_with_mqa", hidden, sum(self.latent_widths))
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, backend)
-        self.kv_b_proj = backend.linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
-        self.o_proj = backend.linear(heads * config.v_head_dim, hidden)
+        self.kv_b_proj = backend.linear(
+            "kv_b_proj", config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim)
+        )
+        self.o_proj = backend.linear("o_proj", heads * config.v_head_dim, hidden)
 
-    def _direct_q(self, x: Tensor) -> Tensor:
-        return self.q_proj(x)
+    def _direct_q(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q, kv = project(x, self.q_proj, self.kv_a_proj_with_mqa)
+        return q, kv
 
-    def _latent_q(self, x: Tensor) -> Tensor:
-        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+    def _latent_q(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        latent, kv = project(x, self.q_a_proj, self.kv_a_proj_with_mqa)
+        return self.q_b_proj(self.q_a_layernorm(latent)), kv
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         """`table` is the rotation table of the S positions (rope.rotation_table)."""
         per_head = (self.num_heads, -1)
-        q = self.project_q(x).unflatten(-1, per_head)
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split(self.latent_widths, dim=-1)
+        q, kv = self.project_in(x)
+        q = q.unflatten(-1, per_head)
+        latent, k_rope = kv.split(self.latent_widths, dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).unflatten(-1, per_head)
         q, k, v = (heads.transpose(1, 2) for heads in join_heads(q, kv, k_rope, table, self.v_width))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
