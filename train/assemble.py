@@ -243,7 +243,7 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
     dispatch = build_dispatch(config.model.n_routed_experts, groups)
     precision, weights = config.precision, QuantisedWeights(config.precision.power_of_two_scales)
     engines = build_engines(precision.name, groups.device, weights, precision.power_of_two_scales)
-    stages = build_stages(config, dispatch, engines, groups)
+    stages = build_stages(config, dispatch, groups, engines)
     models = [stage.model for stage in stages.values()]
     optimizer = build_optimizer(
         config.zero.engine,
@@ -274,7 +274,7 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
     )
 
 
-def build_stages(config: RunConfig, dispatch: Dispatch, engines: Engines, groups: Groups) -> dict[int, Stage]:
+def build_stages(config: RunConfig, dispatch: Dispatch, groups: Groups, engines: Engines) -> dict[int, Stage]:
     """This rank's slices of the model: laid out without memory, then filled with (seed, name)'s values.
 
     Slices that both need the embedding share one tensor.
