@@ -1,9 +1,9 @@
 """The engine `fp8`: products with the numerics of FP8 hardware, on any device.
 
-Operands are rounded to E4M3 by tile or block, dequantised, and multiplied in float32 by one ordinary product. That is
-what tensor cores with exact accumulation would give; it differs from the report's promotion every 128 elements by
-1e-5 of the rounding of the operands (docs/fp8.md). Results have the type of the weights; gradients of weights stay
-float32.
+Operands are rounded to E4M3 by tile or block, dequantised, and multiplied in float32 by one ordinary product. Tensor
+cores that accumulate in few bits and are promoted every 128 elements, as the report has it, differ from that by far
+less than the rounding of the operands does (benchmarks/fp8_error.py models them; docs/fp8.md has the numbers). Results
+have the type of the weights; gradients of weights stay float32.
 """
 
 from __future__ import annotations
