@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,14 +23,15 @@ from parallel.pipeline.schedule import Schedule as Order
 from parallel.pipeline.segments import Segments
 from parallel.process import Groups
 from parallel.shards import ParamInfo, Piece, stacked_experts
-from parallel.zero.optimizer import MOMENTS, ZeroOptimizer
+from parallel.zero.optimizer import MOMENTS, StepResult, ZeroOptimizer
 from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
-from train import compose, flops
+from train import compose, flat, flops
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data.rows import Rows
 from train.data.tokens import Tokens
+from train.ema import Ema
 from train.model.init import init_weights
 from train.model.kernels import Kernels
 from train.model.transformer import LossTerms, Transformer
@@ -60,6 +61,7 @@ class Job:
     runtime: Runtime
     dispatch: Dispatch
     optimizer: ZeroOptimizer
+    ema: Ema | None
     train_rows: Rows
     valid_rows: Rows
     checkpoints: Checkpoints
@@ -109,6 +111,15 @@ class Job:
         for stage in self.stages.values():
             stage.begin(tokens, terms)
         self.runtime.run(order, (num_sequences, self.config.train.seq_len, self.config.model.hidden_size))
+
+    def update(self, lr: float) -> StepResult:
+        """One optimizer step; the moving average takes in its weights beside what comes next."""
+        if self.ema is not None:
+            self.ema.wait()
+        result = self.optimizer.step(lr)
+        if self.ema is not None and result.finite:
+            self.ema.start()
+        return result
 
     def micro_batches(self, plan: StepPlan) -> Iterator[tuple[int, int]]:
         """(position of the first sequence, number of sequences) of each of this rank's micro-batches of a step.
@@ -171,13 +182,18 @@ class Job:
             "recipe": fingerprint(recipe),
         }
 
-    def pieces(self) -> tuple[dict[str, list[Piece]], dict[str, int]]:
+    def pieces(self) -> tuple[flat.Pieces, dict[str, int]]:
         """All large state of this rank as ranges of global tensors, and the sizes of those: what a checkpoint holds.
 
-        Weights are the masters rounded to the run's precision, so they are not stored a second time.
+        Weights are the masters rounded to the run's precision, so they are not stored a second time. Waits for the
+        moving average, which is a state like any other.
         """
-        pieces = dict(self.optimizer.state())
-        sizes = {f"{kind}.{info.name}": info.global_numel for info in self._infos() for kind in ("master", *MOMENTS)}
+        pieces: dict[str, Sequence[flat.Piece]] = {**self.optimizer.state()}
+        kinds = ["master", *MOMENTS]
+        if self.ema is not None:
+            pieces |= self.ema.state()
+            kinds.append("ema")
+        sizes = {f"{kind}.{info.name}": info.global_numel for info in self._infos() for kind in kinds}
         for model in self.models:
             for name, bias in model.named_buffers():
                 pieces[name] = [Piece(0, bias)]
@@ -267,6 +283,7 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
         runtime=Runtime(mesh.pp_rank, stages, links),
         dispatch=dispatch,
         optimizer=optimizer,
+        ema=Ema(optimizer.state(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         train_rows=Rows(Tokens.open(data, "train"), train.seq_len, train.seed),
         valid_rows=Rows(Tokens.open(data, "valid"), train.seq_len, order="sequential"),
         checkpoints=Checkpoints(config.checkpoint.folder(config.run.dir), config.checkpoint, groups.checkpoint),

@@ -53,7 +53,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
     while job.step < schedule.num_steps:
         plan = schedule.at(job.step)
         tally = accumulate(job, plan, timer)
-        update = job.optimizer.step(plan.lr)
+        update = job.update(plan.lr)
         step_stats, stopping = reduce(job, tally, stop)
         if not (update.finite and bool(tally.losses.isfinite().all())):
             stop_not_finite(job, plan, update.grad_norm, tally)
@@ -73,6 +73,8 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
             log.info("asked to stop: saved after step %d", job.step)
             break
     job.checkpoints.wait()
+    if job.ema is not None:
+        job.ema.wait()
     return job.step == schedule.num_steps
 
 
