@@ -59,7 +59,8 @@ def scales_of(amax: Tensor, power_of_two: bool, fmt: Format = E4M3) -> Tensor:
         exponent = ((amax.view(torch.int32) + carry) >> 23) - ((int(largest) >> 23) - 127)
         scales = (exponent.clamp_(min=1) << 23).view(torch.float32)
     else:
-        scales = (amax / fmt.largest).clamp_(min=LEAST_SCALE)
+        # By a tensor: on a GPU, torch multiplies by the reciprocal of a number, which rounds otherwise.
+        scales = (amax / amax.new_full((), fmt.largest)).clamp_(min=LEAST_SCALE)
     scales.masked_fill_(amax == 0, 1.0)
     return scales.masked_fill_(~amax.isfinite(), torch.nan)
 
