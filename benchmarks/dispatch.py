@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks._sides import Neighbours, median_ms, speedup, take_turns, wall
+from benchmarks._ranks import read_settings, slowest, total
+from benchmarks._sides import Neighbours, median_ms, speedup, take_turns
 from launch.emulate import LINK, Lab, able, bits_per_s
 from parallel import process
 from parallel.collectives import Handle, drive, exchange
@@ -65,18 +66,6 @@ def sent_on_link() -> int:
     if os.environ["LOCAL_RANK"] != "0":
         return 0
     return int(Path(f"/sys/class/net/{LINK}/statistics/tx_bytes").read_text())
-
-
-def total(number: float, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> float:
-    cell = torch.tensor([number], dtype=torch.float64)
-    dist.all_reduce(cell, op)
-    return float(cell)
-
-
-def slowest(side: Callable[[], object]) -> float:
-    """Seconds of the slowest rank, all having started together."""
-    dist.barrier()
-    return total(wall(side), dist.ReduceOp.MAX)
 
 
 def there_and_back(dispatch: Dispatch, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -158,10 +147,7 @@ def on_a_rank(part: str, settings: dict[str, str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    part = next((word for word in arguments if "=" not in word), "")
-    settings = DEFAULTS | dict(word.split("=", 1) for word in arguments if "=" in word)
-    if unknown := settings.keys() - DEFAULTS.keys():
-        raise SystemExit(f"unknown settings: {', '.join(sorted(unknown))}; known: {', '.join(DEFAULTS)}")
+    part, settings = read_settings(arguments, DEFAULTS)
     if part:
         on_a_rank(part, settings)
         return 0

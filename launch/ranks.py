@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from parallel.watch import blamed
+
 # A worker saves after the step it is in; past this it is killed, and the launcher says so.
 GRACE_S = 60.0
 # Ranks whose peer died fail by themselves within moments; a little patience finds the one that failed first.
@@ -24,6 +26,8 @@ PATIENCE_S = 2.0
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "67108864"}
 # With these codes the ranks end together, and their last words are a sentence for people (see train/__main__.py).
 EXPLAINED = (2, 3, 4)
+# With these a rank ends because of another one, for which it waited too long or which broke off: it says which.
+HUNG, LOST = 5, 6
 _PR_SET_PDEATHSIG = 1
 
 
@@ -132,19 +136,49 @@ def _newly_failed(ranks: list[_Rank], known: list[int]) -> list[int]:
 
 
 def _verdict(ranks: list[_Rank], failed: list[int], was_asked: bool) -> Ended:
-    """The job's end. A rank that was killed outright is the cause, else the first to fail: the others are victims."""
+    """The job's end. A rank that was killed outright is the cause, else the first to fail of its own, else one that the
+    first to complain waits for: the others are victims."""
     if not failed:
         return Ended(0, "", was_asked)
-    killed = [number for number in failed if ranks[number].process.returncode == -signal.SIGKILL]
-    cause = (killed or failed)[0]
-    code, log, words = ranks[cause].process.returncode, ranks[cause].log, _last_words(ranks[cause])
+    codes = {number: ranks[number].process.returncode for number in failed}
+    killed = [number for number, code in codes.items() if code == -signal.SIGKILL]
+    own = [number for number, code in codes.items() if code not in (HUNG, LOST)]
+    hung = [number for number, code in codes.items() if code == HUNG]
+    cause = (killed or own or hung or failed)[0]
+    code, log, words = codes[cause], ranks[cause].log, _last_words(ranks[cause])
     if code in EXPLAINED and words:
         return Ended(code, words, was_asked)
+    if code in (HUNG, LOST) and words:
+        return Ended(code, "; ".join([*_accused(ranks, cause), words]), was_asked)
     if code == -signal.SIGTERM and was_asked:
         return Ended(128 - code, "stopped before the ranks had met: there was nothing to save", True)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
     why = f" ({words})" if words and code != -signal.SIGKILL else ""
     return Ended(code if code > 0 else 128 - code, f"rank {cause} {how}{why}; its log: {log}", was_asked)
+
+
+def _accused(ranks: list[_Rank], first: int) -> list[str]:
+    """A sentence about each living rank for which `first` waits, directly or through ranks that have said for whom."""
+    found, seen, ahead = [], {first}, [first]
+    while ahead:
+        for number in blamed(_last_words(ranks[ahead.pop(0)])):
+            if number in seen or number >= len(ranks):
+                continue
+            seen.add(number)
+            if ranks[number].process.poll() is not None:
+                ahead.append(number)
+                continue
+            how = "is stopped" if _is_stopped(ranks[number].process.pid) else "hangs"
+            found.append(f"rank {number} {how}, and others wait for it; its log: {ranks[number].log}")
+    return found
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a signal (SIGSTOP) has stopped a process; False where the system does not say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] in "Tt"
+    except OSError:
+        return False
 
 
 def _last_words(rank: _Rank) -> str:

@@ -6,8 +6,11 @@
 Costs are of 1 / parallel.pp of the model; a pair costs f + b + w unless cost.pair says otherwise. Micro-batches are
 those of one pipeline, over all its directions. A file that ends in .json is a trace for ui.perfetto.dev.
 
-`events=FILE` names such a trace of a real step: it is drawn under the simulated one, rank by rank, and where no cost is
-given the costs are those that it shows.
+`events=FILE` names the trace of a real step, as a run with `profile.steps` writes it to traces/ in its folder. The file
+says which schedule it was, and where no cost is given the costs are those that it shows:
+
+    python -m launch timeline events=runs/tiny/traces/step-00000012.json                  # recorded under simulated
+    python -m launch timeline events=... show=recorded column=1 out=step.png              # of the second pipeline
 """
 
 from __future__ import annotations
@@ -15,24 +18,26 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from parallel.pipeline.actions import Action, Pair
-from parallel.pipeline.events import Event, read_trace, write_trace
-from parallel.pipeline.measure import check_recorded, idle_s, measured_costs
+from parallel.pipeline.events import Event, Timeline, read_trace, write_trace
+from parallel.pipeline.measure import check_recorded, exposed_s, idle_s, measured_costs
 from parallel.pipeline.registry import build
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import Costs, Simulation, simulate
 from parallel.pipeline.verify import verify
-from train.picture_rows import Bar, Rows, Swatch, draw_rows, shades
+from train.picture_rows import Bar, Mark, Rows, Swatch, draw_rows, shades
 
 NEEDED = ("pipeline.schedule", "parallel.pp", "pipeline.num_micro_batches")
 COSTS = ("f", "b", "w", "pair", "latency", "early")
-OPTIONS = ("pipeline.pairs", "pipeline.stages_per_rank", "events", "out", "json")
-KEYS = (*NEEDED, *OPTIONS, *(f"cost.{name}" for name in COSTS))
+SHAPES = (*NEEDED, "pipeline.pairs", "pipeline.stages_per_rank")
+OPTIONS = ("events", "column", "show", "out", "json")
+SHOWS = ("simulated", "recorded", "both")
+KEYS = (*SHAPES, *OPTIONS, *(f"cost.{name}" for name in COSTS))
 SUFFIXES = (".svg", ".png", ".json")
+EXPOSED = "#c22f2f"
 # What each kind is called, and its colours from a rank's first stage (or direction) to its last.
 KINDS = {
     "F": ("Forward", "#f6b64b", "#c76f14"),
@@ -43,31 +48,29 @@ KINDS = {
 
 
 def timeline(settings: Sequence[str]) -> int:
-    """Simulates the schedule that `key=value` settings name, prints its numbers, draws it. ValueError for bad ones."""
+    """Simulates the schedule that `key=value` settings or a recorded step name, prints its numbers, draws it.
+
+    ValueError for bad settings.
+    """
     given = _read(settings)
-    schedule = build(
-        given["pipeline.schedule"],
-        _whole(given, "parallel.pp"),
-        _whole(given, "pipeline.num_micro_batches"),
-        pairs=_switch(given, "pipeline.pairs", None),
-        stages_per_rank=_whole(given, "pipeline.stages_per_rank") if "pipeline.stages_per_rank" in given else None,
-    )
+    recorded = _recorded(given)
+    step = recorded[1] if recorded else ()
+    schedule = _schedule(given) if recorded is None or any(key in given for key in SHAPES) else recorded[0]
     costs = Costs(**{name: _number(given, f"cost.{name}") for name in COSTS if f"cost.{name}" in given})
     as_json = _switch(given, "json", False)
     out = _out(given, as_json is True)
     verify(schedule)
-    recorded = read_trace(Path(given["events"])) if "events" in given else []
-    if recorded:
-        check_recorded(schedule, recorded)
+    if step:
+        check_recorded(schedule, step)
         if not any(key.startswith("cost.") for key in given):
-            costs = measured_costs(schedule, recorded)
+            costs = measured_costs(schedule, step)
     result = simulate(schedule, costs)
     if out is not None:
-        draw(result, out, recorded)
+        draw(result, out, step, given.get("show", "both"))
     if as_json:
-        print(json.dumps(numbers(result, recorded)))
+        print(json.dumps(numbers(result, step)))
     else:
-        print(table(result, recorded))
+        print(table(result, step))
         print(f"\n{'trace' if out and out.suffix == '.json' else 'picture'}: {out}")
     return 0
 
@@ -75,7 +78,7 @@ def timeline(settings: Sequence[str]) -> int:
 def numbers(result: Simulation, recorded: Sequence[Event] = ()) -> dict[str, Any]:
     """Step, and per rank bubble and peak activations, without the last digits' noise of added times.
 
-    With a recorded step also its length and idle times, under `recorded`.
+    With a recorded step also its length, idle times and waits for experts, under `recorded`.
     """
     found = {
         "step": _plain(result.step),
@@ -85,7 +88,9 @@ def numbers(result: Simulation, recorded: Sequence[Event] = ()) -> dict[str, Any
     if not recorded:
         return found
     step, idle = idle_s(recorded, len(result.bubble))
-    return found | {"recorded": {"step": _plain(step), "bubble": [_plain(time) for time in idle]}}
+    exposed = exposed_s(recorded, len(result.bubble))
+    lists = {"bubble": [_plain(time) for time in idle], "exposed_comm": [_plain(time) for time in exposed]}
+    return found | {"recorded": {"step": _plain(step), **lists}}
 
 
 def table(result: Simulation, recorded: Sequence[Event] = ()) -> str:
@@ -95,38 +100,64 @@ def table(result: Simulation, recorded: Sequence[Event] = ()) -> str:
         rows.append([str(rank), _short(result.step), _short(idle), f"{idle / result.step:.1%}", _short(peak)])
     if recorded:
         step, idles = idle_s(recorded, len(result.bubble))
-        rows[0] += ["recorded step", "bubble", "of step"]
-        for row, idle in zip(rows[1:], idles, strict=True):
-            row += [_short(step), _short(idle), f"{idle / step:.1%}"]
+        rows[0] += ["recorded step", "bubble", "of step", "exposed comm", "of step"]
+        for row, idle, exposed in zip(rows[1:], idles, exposed_s(recorded, len(idles)), strict=True):
+            row += [_short(step), _short(idle), f"{idle / step:.1%}", _short(exposed), f"{exposed / step:.1%}"]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def draw(result: Simulation, out: Path, recorded: Sequence[Event] = ()) -> None:
-    """Writes the step as a picture (.svg, .png) or as a trace (.json); a recorded step rank by rank under it."""
-    schedule = result.schedule
-    if out.suffix == ".json":
-        write_trace(result.events, out, _title(schedule))
-        return
-    num_ranks = schedule.placement.num_ranks
-    idle = sum(result.bubble) / (num_ranks * result.step)
-    note = f"one step takes {_short(result.step)}, of which ranks idle {idle:.1%}"
-    names = [f"rank {rank}" for rank in range(num_ranks)]
-    entries = [(_short(a), _short(b)) for a, b in zip(result.bubble, result.peak_activations, strict=True)]
-    rows_of = [(event, event.rank) for event in result.events]
-    if recorded:
-        step, idles = idle_s(recorded, num_ranks)
-        note += f", the recorded one {_short(step)} and {sum(idles) / (num_ranks * step):.1%}"
-        names = [name for rank in range(num_ranks) for name in (f"rank {rank}", "recorded")]
-        entries = [entry for rank in range(num_ranks) for entry in (entries[rank], (_short(idles[rank]), ""))]
+def draw(result: Simulation, out: Path, recorded: Sequence[Event] = (), show: str = "both") -> None:
+    """Writes the step as a picture (.svg, .png) or as a trace (.json).
+
+    show: "simulated", "recorded", or "both": the recorded step rank by rank under the simulated one (in a trace, as a
+    process of its own). Without a recorded step it is the simulated one.
+    """
+    show = show if recorded else "simulated"
+    steps: dict[str, Sequence[Event]] = {}
+    if show != "recorded":
+        steps["simulated"] = result.events
+    if show != "simulated":
         first_s = min(event.start_s for event in recorded)
-        moved = [replace(e, start_s=e.start_s - first_s, stop_s=e.stop_s - first_s) for e in recorded]
-        rows_of = [(event, 2 * rank) for event, rank in rows_of] + [(event, 2 * event.rank + 1) for event in moved]
+        steps["recorded"] = [event.moved(-first_s) for event in recorded]
+    if out.suffix == ".json":
+        write_trace(Timeline(_title(result.schedule), result.schedule, steps), out)
+    else:
+        _draw_picture(result, steps, out)
+
+
+def _draw_picture(result: Simulation, steps: dict[str, Sequence[Event]], out: Path) -> None:
+    schedule, num_ranks = result.schedule, result.schedule.placement.num_ranks
     palette = _palette(schedule)
-    bars = [Bar(row, event.start_s, event.stop_s, *_look(schedule, palette, event.action)) for event, row in rows_of]
-    unit = "time, s" if recorded else "time, in the unit of the costs"
-    rows = Rows(_title(schedule), f"{note}. {_shades_mean(schedule)}", unit, names, ("bubble", "peak"), entries)
-    draw_rows(rows, bars, _key(schedule, palette), out)
+    columns = {"simulated": ("bubble", "peak"), "recorded": ("bubble", "exposed")}
+    headings = list(dict.fromkeys(name for kind in steps for name in columns[kind]))
+    notes, lanes, bars = [], [], []
+    for place, (kind, events) in enumerate(steps.items()):
+        length, idles = idle_s(events, num_ranks)
+        exposed = exposed_s(events, num_ranks)
+        notes.append(f"the {kind} step takes {_short(length)}, of which ranks idle {_share(idles, length)}")
+        if any(exposed):
+            notes[-1] += f" and wait {_share(exposed, length)} for experts"
+        for rank in range(num_ranks):
+            known = {"bubble": idles[rank], "peak": result.peak_activations[rank], "exposed": exposed[rank]}
+            entry = tuple(_short(known[name]) if name in columns[kind] else "" for name in headings)
+            lanes.append((rank, place, kind if place else f"rank {rank}", entry))
+        for event in events:
+            marks = tuple(Mark(wait.start_s, wait.stop_s, EXPOSED) for wait in event.waits if wait.kind == "experts")
+            look = _look(schedule, palette, event.action)
+            bars.append(Bar(event.rank * len(steps) + place, event.start_s, event.stop_s, *look, marks))
+    lanes.sort()
+    key = _key(schedule, palette)
+    if any(bar.marks for bar in bars):
+        key.append(Swatch("Waits for experts", [[EXPOSED]]))
+    note = f"{'; '.join(notes).capitalize()}. {_shades_mean(schedule)}"
+    unit = "time, s" if "recorded" in steps else "time, in the unit of the costs"
+    names, entries = [name for _, _, name, _ in lanes], [entry for *_, entry in lanes]
+    draw_rows(Rows(_title(schedule), note, unit, names, headings, entries), bars, key, out)
+
+
+def _share(times: Sequence[float], length: float) -> str:
+    return f"{sum(times) / len(times) / length:.1%}"
 
 
 def _title(schedule: Schedule) -> str:
@@ -204,10 +235,40 @@ def _read(settings: Sequence[str]) -> dict[str, str]:
         if not equals or not value:
             raise ValueError(f"{key} needs a value: {key}=...")
         given[key] = value
-    for key in NEEDED:
-        if key not in given:
-            raise ValueError(f"timeline needs {key}=...")
+    if "events" not in given or any(key in given for key in SHAPES):
+        for key in NEEDED:
+            if key not in given:
+                raise ValueError(f"timeline needs {key}=...")
+    for key in ("column", "show"):
+        if key in given and "events" not in given:
+            raise ValueError(f"{key}={given[key]} belongs to events=FILE")
+    if given.get("show", "both") not in SHOWS:
+        raise ValueError(f"show={given['show']} is not one of {', '.join(SHOWS)}")
     return given
+
+
+def _schedule(given: dict[str, str]) -> Schedule:
+    return build(
+        given["pipeline.schedule"],
+        _whole(given, "parallel.pp"),
+        _whole(given, "pipeline.num_micro_batches"),
+        pairs=_switch(given, "pipeline.pairs", None),
+        stages_per_rank=_whole(given, "pipeline.stages_per_rank") if "pipeline.stages_per_rank" in given else None,
+    )
+
+
+def _recorded(given: dict[str, str]) -> tuple[Schedule, Sequence[Event]] | None:
+    """The pipeline of a recorded step that `column` names."""
+    if "events" not in given:
+        return None
+    file = read_trace(Path(given["events"]))
+    column = _whole(given, "column") if "column" in given else 0
+    pipelines = list(file.pipelines.values())
+    if not 0 <= column < len(pipelines):
+        raise ValueError(f"column={column}: {given['events']} has the columns 0 to {len(pipelines) - 1}")
+    if not pipelines[column]:
+        raise ValueError(f"column={column} of {given['events']} is empty")
+    return file.schedule, pipelines[column]
 
 
 def _whole(given: dict[str, str], key: str) -> int:

@@ -1,18 +1,23 @@
 """Asynchronous collectives with a handle, and sums whose order is fixed.
 
-On CPU (gloo) everything is built from point-to-point messages, every receive posted before the first send: gloo sends
+On gloo (CPU) everything is built from point-to-point messages, every receive posted before the first send: gloo sends
 the receiver's "ready" notice over the connection that carries the payload, so a receive posted after a send waits
 behind one's own payload and the two directions of a link run one after the other, as they do in gloo's
-`all_to_all_single`. On CUDA (NCCL) the library's own collectives are used; that path has not yet run on a GPU.
+`all_to_all_single`. On every other backend (NCCL) the library's own collectives are used.
+
+On NCCL an operation runs on a stream of its group, which first waits for what is queued on the current one: to start is
+to queue. `Handle.wait` makes the current stream wait, by an event, and never the host; so it is called as late as on a
+CPU, and what is queued between start and wait runs beside the operation. Until then the handle holds the operation's
+tensors, and after it their memory is given out again in the order of the current stream. This has not yet run on a GPU.
 
 All ranks of a group must launch the same operations in the same order. A tensor handed to an operation must not change
-before its handle has been waited for. Code that overlaps communication is written as a generator that yields once
-after each communication it has launched; `drive` runs one to its end.
+before its handle has been waited for. Code that overlaps communication is written as a generator that yields while
+what it has launched is on its way, where that is worth a turn of somebody else's; `drive` runs one to its end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -35,8 +40,11 @@ def drive(steps: Steps[T]) -> T:
 class Handle:
     """A communication under way. Holds its tensors and requests until `wait`, which may be called again."""
 
-    def __init__(self, works: Iterable[Any], keep: Sequence[Tensor], finish: Callable[[], Tensor]) -> None:
-        self._works = [work for work in works if work is not None]
+    def __init__(
+        self, works: Sequence[Any], keep: Sequence[Tensor], finish: Callable[[], Tensor], peers: Sequence[int] = ()
+    ) -> None:
+        """peers: of each of the works, the rank of the group at its other end; empty where each has several."""
+        self._works, self._peers, self._at = works, peers, 0
         self._keep: Sequence[Tensor] = keep
         self._finish: Callable[[], Tensor] | None = finish
         self._result: Tensor | None = None
@@ -47,25 +55,37 @@ class Handle:
         Raises RuntimeError when a peer's connection broke or the group's timeout passed.
         """
         if self._finish is not None:
-            for work in self._works:
+            for at, work in enumerate(self._works):
+                self._at = at
                 work.wait()
             self._result = self._finish()
-            self._works, self._keep, self._finish = [], (), None
+            self._works, self._keep, self._finish = (), (), None
         assert self._result is not None
         return self._result
 
+    def waits_for(self) -> int | None:
+        """The rank of the group that `wait` waits for now; None where it waits for all at once."""
+        return self._peers[self._at] if self._peers else None
 
-def _post(receive: Sequence[Tensor], send: Sequence[Tensor], group: dist.ProcessGroup) -> list[Any]:
+
+def _is_gloo(group: dist.ProcessGroup) -> bool:
+    return dist.get_backend(group) == dist.Backend.GLOO
+
+
+def _post(
+    receive: Sequence[Tensor], send: Sequence[Tensor], group: dist.ProcessGroup
+) -> tuple[list[dist.Work | None], list[int]]:
     """Post one receive from, then one send to, every other rank of the group; empty tensors are left out.
 
-    Peers are met in a rotated order, so that at any time the ranks send to different peers.
+    Returns what was posted and with whom. Peers are met in a rotated order, so that at any time the ranks send to
+    different peers.
     """
     size, me = dist.get_world_size(group), dist.get_rank(group)
-    sources = [(me - i) % size for i in range(1, size)]
-    targets = [(me + i) % size for i in range(1, size)]
-    works = [dist.irecv(receive[peer], group=group, group_src=peer) for peer in sources if receive[peer].numel()]
-    works += [dist.isend(send[peer], group=group, group_dst=peer) for peer in targets if send[peer].numel()]
-    return works
+    sources = [peer for i in range(1, size) if receive[peer := (me - i) % size].numel()]
+    targets = [peer for i in range(1, size) if send[peer := (me + i) % size].numel()]
+    works = [dist.irecv(receive[peer], group=group, group_src=peer) for peer in sources]
+    works += [dist.isend(send[peer], group=group, group_dst=peer) for peer in targets]
+    return works, sources + targets
 
 
 def exchange(send: Tensor, send_counts: list[int], recv_counts: list[int], group: dist.ProcessGroup) -> Handle:
@@ -79,13 +99,13 @@ def exchange(send: Tensor, send_counts: list[int], recv_counts: list[int], group
     assert sum(send_counts) == send.shape[0], (send_counts, send.shape)
     send = send.contiguous()
     received = send.new_empty((sum(recv_counts), *send.shape[1:]))
-    if send.is_cuda:
+    if not _is_gloo(group):
         work = dist.all_to_all_single(received, send, recv_counts, send_counts, group=group, async_op=True)
         return Handle([work], (send, received), lambda: received)
     outgoing, incoming = send.split(send_counts), received.split(recv_counts)
-    works = _post(incoming, outgoing, group)
+    works, peers = _post(incoming, outgoing, group)
     incoming[me].copy_(outgoing[me])
-    return Handle(works, (send, received), lambda: received)
+    return Handle(works, (send, received), lambda: received, peers)
 
 
 def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Handle:
@@ -104,15 +124,15 @@ def reduce_scatter(flat: Tensor, group: dist.ProcessGroup) -> Handle:
     if flat.dim() != 1 or flat.numel() % size:
         raise ValueError(f"reduce_scatter of {tuple(flat.shape)}: {size} ranks must divide a one-dimensional tensor")
     flat = flat.contiguous()
-    if flat.is_cuda:
+    if not _is_gloo(group):
         piece = flat.new_empty(flat.numel() // size)
-        work = dist.reduce_scatter_tensor(piece, flat, group=group, async_op=True)
+        work = dist.reduce_scatter_single(piece, flat, group=group, async_op=True)
         return Handle([work], (flat, piece), lambda: piece)
     own = flat.view(size, -1)
     parts = torch.empty_like(own)
-    works = _post(parts.unbind(), own.unbind(), group)
+    works, peers = _post(parts.unbind(), own.unbind(), group)
     parts[me].copy_(own[me])
-    return Handle(works, (flat, parts), lambda: _sum_in_order(parts))
+    return Handle(works, (flat, parts), lambda: sum_in_order(parts), peers)
 
 
 def all_gather(shard: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Handle:
@@ -123,22 +143,22 @@ def all_gather(shard: Tensor, group: dist.ProcessGroup, out: Tensor | None = Non
     size, me = dist.get_world_size(group), dist.get_rank(group)
     shard = shard.contiguous()
     gathered = shard.new_empty((size * shard.shape[0], *shard.shape[1:])) if out is None else out
-    if shard.is_cuda:
-        work = dist.all_gather_into_tensor(gathered, shard, group=group, async_op=True)
+    if not _is_gloo(group):
+        work = dist.all_gather_single(gathered, shard, group=group, async_op=True)
         return Handle([work], (shard, gathered), lambda: gathered)
     parts = gathered.split([shard.shape[0]] * size)
-    works = _post(parts, [shard] * size, group)
+    works, peers = _post(parts, [shard] * size, group)
     if parts[me].data_ptr() != shard.data_ptr():
         parts[me].copy_(shard)
-    return Handle(works, (shard, gathered), lambda: gathered)
+    return Handle(works, (shard, gathered), lambda: gathered, peers)
 
 
 def ordered_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum `x` (any shape) over the group, in rank order on every rank: identical bits everywhere. Blocks."""
-    return _sum_in_order(all_gather(x.reshape(1, -1), group).wait()).view(x.shape)
+    return sum_in_order(all_gather(x.reshape(1, -1), group).wait()).view(x.shape)
 
 
-def _sum_in_order(parts: Tensor) -> Tensor:
+def sum_in_order(parts: Tensor) -> Tensor:
     """parts [ranks, n] -> [n], added from the first row to the last; 16-bit floats in fp32, rounded once."""
     total = parts[0].to(torch.promote_types(parts.dtype, torch.float32)) if _is_short(parts) else parts[0].clone()
     for part in parts[1:]:

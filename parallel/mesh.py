@@ -157,8 +157,13 @@ class Mesh:
 
     def groups(self, kind: str) -> tuple[tuple[int, ...], ...]:
         """Every group of a kind in the mesh, the same on all ranks and in one order (by first rank)."""
-        views = (replace(self, rank=rank) for rank in range(self.world_size))
-        return tuple(sorted({view.own_group(kind) for view in views}))
+        groups: list[tuple[int, ...]] = []
+        placed: set[int] = set()
+        for rank in range(self.world_size):
+            if rank not in placed:  # every rank is in one group of a kind
+                groups.append(replace(self, rank=rank).own_group(kind))
+                placed.update(groups[-1])
+        return tuple(groups)
 
     def _same_stages(self) -> tuple[int, ...]:
         """The pp ranks that hold this rank's stages."""

@@ -14,20 +14,26 @@ from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
+from parallel.host import Host, host_of
 from parallel.mesh import KINDS, Mesh, ParallelConfig
+from parallel.watch import Need, Watch
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's place in the mesh, its device, and the process group of each kind that it belongs to."""
+    """This rank's place in the mesh, its device and border to it, the process group of each kind that it belongs to.
+
+    timeout: after which a group gives up by itself. watch: through which this rank waits for others.
+    """
 
     mesh: Mesh
     device: torch.device
+    host: Host
     dense: dist.ProcessGroup
     expert: dist.ProcessGroup
     embedding: dist.ProcessGroup
@@ -37,6 +43,8 @@ class Groups:
     world: dist.ProcessGroup
     checkpoint: dist.ProcessGroup
     started_default: bool
+    timeout: datetime.timedelta = datetime.timedelta(seconds=600)
+    watch: Watch = field(default_factory=Watch)
 
 
 def start(
@@ -79,18 +87,22 @@ def start(
     return Groups(
         mesh=mesh,
         device=place,
+        host=host_of(place),
         **made,
         embedding=embedding,
         world=_own_group(rank, everyone, "world", backend, timeout),
         checkpoint=_own_group(rank, everyone, "checkpoint", "gloo", timeout),
         started_default=not in_job,
+        timeout=timeout,
+        watch=Watch(f"rank {rank} (pipeline rank {mesh.pp_rank}, data rank {mesh.dp_rank})", behind=device == "cuda"),
     )
 
 
 def stop(groups: Groups) -> None:
     """Wait for all ranks, then end the groups that `start` made. For a job that ended well; see the module's text."""
     # A connection closed while a peer still reads from it would look like a death to that peer.
-    dist.barrier(groups.checkpoint)
+    together = Need("numbers", "the end of the run on {peers}", groups.checkpoint)
+    groups.watch.wait(together, lambda: dist.barrier(groups.checkpoint))
     # The embedding's group may be the dense one.
     for group in {getattr(groups, name) for name in (*KINDS, "embedding", "world", "checkpoint")}:
         dist.destroy_process_group(group)

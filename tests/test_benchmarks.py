@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import step
+from benchmarks import bubble, runtime, step
 from launch import emulate
+from parallel.pipeline.registry import build
+from parallel.pipeline.simulate import simulate
+from train.compose import compose
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,6 +64,92 @@ def test_data(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "MB/s" in result.stdout
     assert len(result.stdout.splitlines()) == 10  # three lines, the head and six rows of the table
+
+
+def table(output: str) -> dict[str, list[str]]:
+    """Lines of a benchmark's tables by their first column, which ends at two spaces."""
+    rows = (re.split(r"\s{2,}", line.strip()) for line in output.splitlines())
+    return {row[0]: row[1:] for row in rows if len(row) > 1}
+
+
+def test_bubble(tmp_path: Path) -> None:
+    sides = ["ours 1f1b", "ours dualpipev", "torch dualpipev"]
+    result = run(
+        "bubble", "ranks=2", "forward_ms=4", "rounds=2", f"sides={','.join(sides)}", f"out={tmp_path / 'bubble.svg'}"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = table(result.stdout)
+    # formula, as run, measured, best, spread, above formula, and above torch where torch has the schedule
+    assert [(rows[side][0], len(rows[side])) for side in sides] == [("3.0", 6), ("1.0", 7), ("1.0", 6)]
+    assert "late on average" in result.stdout and "neighbours" in result.stdout
+    assert "dualpipev" in (tmp_path / "bubble.2.svg").read_text()
+
+
+@pytest.mark.slow
+def test_bubble_of_deepspeed() -> None:
+    result = run("bubble", "ranks=2", "forward_ms=4", "rounds=1", "sides=deepspeed dualpipev")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert table(result.stdout)["deepspeed dualpipev"][0] == "2.0"  # takes weight gradients in its backward: twice ours
+
+
+def test_bubble_refuses() -> None:
+    with pytest.raises(SystemExit, match="sides=ours gpipe is not one of ours 1f1b"):
+        bubble.main(["sides=ours gpipe"])
+    with pytest.raises(SystemExit, match="unknown settings: speed; known: ranks"):
+        bubble.main(["speed=9"])
+
+
+@pytest.mark.parametrize("name", ["1f1b", "interleaved_1f1b", "zb_h1", "zbv", "dualpipe", "dualpipev"])
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_the_bubbles_formula_is_the_simulators(name: str, num_ranks: int) -> None:
+    schedule = build(name, num_ranks, 2 * num_ranks)
+    due = bubble.formula(name, num_ranks)
+    assert max(simulate(schedule).bubble) == pytest.approx(due)
+    assert max(simulate(bubble.as_run(schedule)).bubble) <= due  # results that leave earlier never idle a rank longer
+
+
+def test_runtime() -> None:
+    result = run(
+        "runtime", "rounds=2", "seq_len=16", "micro_batch_size=1", "micro_batches=2", "stages=2", "few_tokens=4"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    for size in ("2 micro-batches of 1 x 16 tokens", "2 micro-batches of 1 x 4 tokens"):
+        rows = table(result.stdout.split(size)[1])
+        assert [rows[side][1] for side in ("ours", "ours, pairs", "ours, 2 stages")] == ["4", "3", "8"]
+
+
+def test_runtime_refuses_a_side_that_computes_something_else() -> None:
+    config = compose(["train.seq_len=4", "train.micro_batch_size=1"])
+    comparison = runtime.Comparison(config, 2)
+    step, models = comparison.plain()
+    step()
+    want = runtime.gradients(models)
+    runtime.check_same(want, models, "plain")
+    wrong = want | {"norm.weight": want["norm.weight"] * 1.01}
+    with pytest.raises(SystemExit, match=r"plain computes another gradient of norm.weight"):
+        runtime.check_same(wrong, models, "plain")
+
+
+@pytest.mark.slow
+def test_overlap() -> None:
+    if reason := emulate.able():
+        pytest.skip(f"this machine cannot emulate a cluster: {reason}")
+    result = run(
+        *("overlap", "rounds=2", "ratios=1", "schedules=dualpipev", "micro_batches=4", "layers=1"),
+        *("tokens=16", "hidden=32", "dispatch=flat"),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert {"pair", "dualpipev"} <= {line.split()[0] for line in result.stdout.splitlines()}
+
+
+@pytest.mark.slow
+def test_overlap_on_the_tiny_model() -> None:
+    result = run("overlap", "model", "rounds=1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    network, loopback = result.stdout.split("tiny model, loopback")
+    for part in (loopback,) if "no emulated network" in network else (network, loopback):
+        rows = table(part)
+        assert {f"{way} pairs={pairs}" for way in ("two_hop", "flat") for pairs in ("true", "false")} <= rows.keys()
 
 
 @pytest.mark.slow

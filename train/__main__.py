@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
 
 from train import compose, metrics, run_folder
-from train.assemble import Job, assemble, join
+from train.assemble import Job, PeerError, assemble, join
 from train.checkpoint import CheckpointError
 from train.config import RunConfig
 from train.data.prepare import prepare
@@ -27,8 +28,10 @@ from train.track import ConsoleSink, JsonlSink, PictureSink, Tracker, WandbSink,
 log = logging.getLogger("train")
 
 # A sentence explains these: the settings, the data or a checkpoint were refused before anything was changed; a loss or
-# gradient was not finite; a checkpoint could not be written.
-EXIT_CODES = {ValueError: 2, NotFiniteError: 3, CheckpointError: 4}
+# gradient was not finite; a checkpoint could not be written; another rank was lost.
+EXIT_CODES = {ValueError: 2, NotFiniteError: 3, CheckpointError: 4, PeerError: 6}
+# The watchdog ended this rank, which waited too long for another one.
+HUNG = 5
 # All ranks meet the same mistake in the settings, and torchrun ends the rest when the first one exits.
 LET_RANK_0_SPEAK_S = 10.0
 
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         with run_folder.opened(Path(config.run.dir), rank, expected):
             _rank(config)
     except expected as error:
-        if speaks:
+        if speaks or isinstance(error, PeerError):  # of which every rank has its own to tell
             print(error, file=sys.stderr)
         return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
     return 0
@@ -68,7 +71,7 @@ def _rank(config: RunConfig) -> None:
         prepare(config.data, log.info)
     together: Exception | None = None
     # Until all ranks have met, SIGTERM simply ends them: there is nothing to save.
-    with join(config) as groups, _stop_on_sigterm() as stop:
+    with join(config, _end_hung) as groups, _stop_on_sigterm() as stop:
         try:
             _train(assemble(config, groups), stop)
         except (NotFiniteError, CheckpointError) as error:
@@ -76,6 +79,13 @@ def _rank(config: RunConfig) -> None:
             together = error
     if together is not None:
         raise together
+
+
+def _end_hung(sentence: str) -> NoReturn:
+    """End this process, from the watchdog's thread: the main one waits where nothing reaches it."""
+    log.error("%s", sentence)
+    print(sentence, file=sys.stderr, flush=True)
+    os._exit(HUNG)
 
 
 def _train(job: Job, stop: StopRequest) -> None:

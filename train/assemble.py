@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ from parallel import process
 from parallel.collectives import all_gather
 from parallel.expert.build import build as build_dispatch
 from parallel.expert.dispatch import Dispatch
+from parallel.host import Host
+from parallel.pipeline.events import Timeline, write_trace
 from parallel.pipeline.links import Links, connect
+from parallel.pipeline.measure import bubble_s
+from parallel.pipeline.record import Recorder, Times
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule as Order
 from parallel.pipeline.segments import Segments
 from parallel.process import Groups
 from parallel.shards import ParamInfo, Piece, stacked_experts
+from parallel.watch import Need, PeerError, Watch, Watchdog
 from parallel.zero.optimizer import MOMENTS, StepResult, ZeroOptimizer
 from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
@@ -45,7 +51,11 @@ from train.split import split
 from train.stage import Stage, WeightGradients
 from train.state import TrainState, capture_rng, fingerprint, restore_rng
 
+__all__ = ["Job", "PeerError", "assemble", "join"]
+
 EMBEDDING = "embed_tokens.weight"
+# After which process groups give up by themselves, at least; and how much earlier the watchdog speaks.
+GROUP_TIMEOUT_S, WATCHDOG_LEAD_S = 600.0, 120.0
 # Of weights and activations; fp8 is the format of products alone.
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
@@ -59,6 +69,7 @@ class Job:
     schedule: Schedule
     stages: dict[int, Stage]  # by number in the pipeline's placement
     runtime: Runtime
+    recorder: Recorder
     dispatch: Dispatch
     optimizer: ZeroOptimizer
     ema: Ema | None
@@ -66,12 +77,23 @@ class Job:
     valid_rows: Rows
     checkpoints: Checkpoints
     flops_per_token: float
+    one_machine: bool  # all ranks' clocks are one
     wandb_id: str | None = None
     step: int = 0  # finished steps
 
     @property
     def device(self) -> torch.device:
         return self.groups.device
+
+    @property
+    def host(self) -> Host:
+        """The border to the device: where numbers are read, and counted."""
+        return self.groups.host
+
+    @property
+    def watch(self) -> Watch:
+        """Through which this rank waits for others, and says what it does."""
+        return self.groups.watch
 
     @property
     def is_main(self) -> bool:
@@ -139,19 +161,58 @@ class Job:
 
     def gather(self, numbers: Tensor) -> Tensor:
         """numbers [n] of every rank, in rank order: [ranks, n]."""
-        return all_gather(numbers.reshape(1, -1), self.groups.world).wait()
+        need = Need("numbers", "numbers from {peers}", self.groups.world)
+        return self.watch.launch(need, lambda: all_gather(numbers.reshape(1, -1), self.groups.world)).wait()
 
     def sum_counts(self, counts: Tensor) -> Tensor:
         """Integers summed over all ranks, exact in any order."""
-        dist.all_reduce(counts, group=self.groups.world)
+        need = Need("numbers", "counts from {peers}", self.groups.world)
+        self.watch.wait(need, lambda: dist.all_reduce(counts, group=self.groups.world))
         return counts
 
     def gather_objects(self, thing: Any) -> list[Any]:
         """One small object of every rank, in rank order. Not for the hot path."""
         self.checkpoints.wait()
         everyone = [thing] * self.groups.mesh.world_size
-        dist.all_gather_object(everyone, thing, group=self.groups.checkpoint)
+        need = Need("numbers", "words from {peers}", self.groups.checkpoint)
+        self.watch.wait(need, lambda: dist.all_gather_object(everyone, thing, group=self.groups.checkpoint))
         return everyone
+
+    def meet(self) -> None:
+        """Call where all ranks have just left an exchange: clocks of different machines are compared from here on."""
+        if not self.one_machine:
+            self.recorder.meet()
+
+    def times(self) -> list[float]:
+        """This rank's times of the step, for `mean_times` of all ranks'."""
+        return list(astuple(self.recorder.times()))
+
+    def mean_times(self, everyone: list[list[float]]) -> tuple[float, float, float] | None:
+        """Bubble, exposed communication and waits of the optimizer in seconds, means over the ranks, whose `times` are
+        given in rank order. None where waits cannot be measured on the host."""
+        if self.device.type != "cpu":
+            return None
+        times = [Times(*each) for each in everyone]
+        num_ranks = len(times)
+        return (
+            bubble_s(times, self.config.parallel.dp),
+            sum(each.experts_s for each in times) / num_ranks,
+            sum(each.optimizer_s for each in times) / num_ranks,
+        )
+
+    def write_timeline(self, num_micro_batches: int) -> None:
+        """Gather the events of the step just finished, of which each rank had so many, into one file of rank 0's."""
+        everyone = self.gather_objects(self.recorder.events)
+        if self.is_main:
+            dp = self.config.parallel.dp
+            first_s = min(event.start_s for events in everyone for event in events)
+            pipelines = {
+                f"pipeline {column}": [event.moved(-first_s) for events in everyone[column::dp] for event in events]
+                for column in range(dp)
+            }
+            order = self.config.order(num_micro_batches)
+            timeline = Timeline(f"{self.config.run.name}, step {self.step}, {order.name}", order, pipelines)
+            write_trace(timeline, self.folder / "traces" / f"step-{self.step:08d}.json")
 
     def state(self) -> TrainState:
         """The small state of a checkpoint taken now."""
@@ -224,15 +285,21 @@ class Job:
 
 
 @contextmanager
-def join(config: RunConfig) -> Iterator[Groups]:
+def join(config: RunConfig, end_hung: Callable[[str], object]) -> Iterator[Groups]:
     """This rank's process groups, from the moment that all ranks have met until all leave.
 
+    end_hung: called from another thread, with a sentence, when this rank has waited `run.hang_timeout_s` for others.
     After an exception nobody waits for the others: the process is expected to end, which is how they hear of it.
     """
     cuda = torch.cuda.is_available() if config.run.device == "auto" else config.run.device == "cuda"
-    groups = process.start(config.parallel, "cuda" if cuda else "cpu", config.mirrored, config.shared_ends)
-    yield groups
-    process.stop(groups)
+    if cuda and config.profile.steps:
+        raise ValueError(f"profile.steps={config.profile.steps}: steps can be recorded with run.device=cpu only")
+    timeout_s = max(GROUP_TIMEOUT_S, (config.run.hang_timeout_s or 0) + WATCHDOG_LEAD_S)
+    groups = process.start(config.parallel, "cuda" if cuda else "cpu", config.mirrored, config.shared_ends, timeout_s)
+    limit_s = config.run.hang_timeout_s
+    with Watchdog(groups.watch, limit_s, end_hung) if limit_s is not None else nullcontext():
+        yield groups
+        process.stop(groups)
 
 
 def held(models: Iterable[Transformer]) -> list[tuple[ParamInfo, nn.Parameter]]:
@@ -268,19 +335,24 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
         adamw_factory(config.optimizer),
         clip_grad_norm=config.optimizer.clip_grad_norm,
         weight_decay=config.optimizer.weight_decay,
+        host=groups.host,
+        watch=groups.watch,
         on_new_weights=weights.changed,
     )
     for model in models:
         attach_main_grads(model)
     train, data, mesh = config.train, config.data.folder, groups.mesh
     dtype = DTYPES[config.precision.name]
-    links = Links(mesh.pp_rank, connect(config.placement, mesh), dtype, groups.device)
+    link_groups = connect(config.placement, mesh, groups.device, groups.timeout)
+    links = Links(mesh.pp_rank, link_groups, dtype, groups.device, groups.watch)
+    recorder = Recorder(mesh.pp_rank, groups.watch)
     return Job(
         config=config,
         groups=groups,
         schedule=config.schedule(),
         stages=stages,
-        runtime=Runtime(mesh.pp_rank, stages, links),
+        runtime=Runtime(mesh.pp_rank, stages, links, recorder),
+        recorder=recorder,
         dispatch=dispatch,
         optimizer=optimizer,
         ema=Ema(optimizer.state(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
@@ -288,6 +360,7 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
         valid_rows=Rows(Tokens.open(data, "valid"), train.seq_len, order="sequential"),
         checkpoints=Checkpoints(config.checkpoint.folder(config.run.dir), config.checkpoint, groups.checkpoint),
         flops_per_token=flops.training_flops_per_token(config.model, train.seq_len),
+        one_machine=os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"),
     )
 
 

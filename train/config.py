@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from parallel import mesh
@@ -23,20 +24,27 @@ PRECISIONS = ("fp64", "fp32", "bf16", "fp8")
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """`run`: where the run lives and on what."""
+    """`run`: where the run lives and on what.
+
+    hang_timeout_s: a rank that waits longer for another one says for what and for whom, and ends; None: it waits until
+        the library gives up.
+    """
 
     name: str = "tiny"
     dir: str = "runs/tiny"
     device: str = "auto"
     num_threads: int | None = None
     compile: bool = False
+    hang_timeout_s: float | None = 600.0
 
     def check(self) -> None:
-        """ValueError unless the device is known and the number of threads positive."""
+        """ValueError unless the device is known, the number of threads positive and the timeout of a useful length."""
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"run.device={self.device} is not one of auto, cpu, cuda")
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"run.num_threads={self.num_threads} must be at least 1, or null to share the cores")
+        if self.hang_timeout_s is not None and not (1 <= self.hang_timeout_s < math.inf):
+            raise ValueError(f"run.hang_timeout_s={self.hang_timeout_s} must be at least 1 s, or null to wait on")
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,21 @@ class ZeroConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """`profile`: steps (from 1) whose timeline is written to `traces/` in the run's folder."""
+
+    steps: list[int] = field(default_factory=list)
+
+    def check(self) -> None:
+        """ValueError for a step that cannot be, or is named twice."""
+        for step in self.steps:
+            if step < 1:
+                raise ValueError(f"profile.steps={self.steps}: steps count from 1")
+            if self.steps.count(step) > 1:
+                raise ValueError(f"profile.steps={self.steps} names step {step} twice")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """`evaluate`: loss on the same sequences of the validation split."""
 
@@ -134,6 +157,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
     @property
@@ -188,13 +212,16 @@ class RunConfig:
             self.precision,
             self.checkpoint,
             self.evaluate,
+            self.profile,
             self.track,
         )
         for room in rooms:
             room.check()
         mesh.check(self.parallel, self.mirrored)
         split(self.model, self.placement.num_slices, self.train.seq_len, self.pipeline.layers)
-        self.schedule()
+        num_steps = self.schedule().num_steps
+        if self.profile.steps and max(self.profile.steps) > num_steps:
+            raise ValueError(f"profile.steps={self.profile.steps}: the run ends after step {num_steps}")
         self._check_sequences()
         placement.check(self.parallel, self.model.n_routed_experts, self.model.n_group)
         if self.zero.engine == "deepspeed" and self.precision.name == "fp64":

@@ -21,7 +21,7 @@ def evaluate(job: Job) -> float:
     own = range(mesh.dp_rank * per_rank, min((mesh.dp_rank + 1) * per_rank, num_sequences))
 
     def tokens(micro_batch: int) -> Tensor:
-        return job.valid_rows.rows(own[micro_batch] if micro_batch < len(own) else 0, 1).to(job.device)
+        return job.host.put(job.valid_rows.rows(own[micro_batch] if micro_batch < len(own) else 0, 1))
 
     job.forward(tokens, per_rank)
     loss_sum = torch.zeros(1, dtype=torch.float64, device=job.device)
@@ -31,4 +31,5 @@ def evaluate(job: Job) -> float:
                 loss_sum += report.sums[0]
     job.dispatch.take_internode_bytes()
     job.dispatch.take_node_visits()
-    return sum(job.gather(loss_sum).flatten().tolist()) / (num_sequences * job.config.train.seq_len)
+    (loss_sums,) = job.host.read("validation loss", job.gather(loss_sum).flatten())
+    return sum(loss_sums) / (num_sequences * job.config.train.seq_len)

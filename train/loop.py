@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import dataclass, field, replace
+import operator
+from dataclasses import dataclass, replace
+from functools import reduce as fold
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,11 +39,24 @@ class StopRequest:
 
 @dataclass
 class Tally:
-    """What one step adds up to, on one rank and then over all: sums only, never means."""
+    """What one step adds up to: sums only, never means. On the device; the losses of this rank alone."""
 
     losses: Tensor  # [3]: cross-entropy, MTP, balance
-    load: Tensor  # [num_routers, n_routed_experts]: tokens that chose each expert
-    bad_sequences: list[int] = field(default_factory=list)
+    load: Tensor  # [num_routers, n_routed_experts]: tokens that chose each expert, after `reduce` over all ranks
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What the host reads of a step, over all ranks."""
+
+    losses: tuple[float, float, float]  # sums: cross-entropy, MTP, balance
+    nodes_per_token: float
+    internode_bytes: int
+    peak_bytes: int
+    max_vio: float | None  # None for a model without routers
+    min_load: float | None
+    waits_s: tuple[float, float, float] | None  # bubble, exposed communication, the optimizer's
+    stopping: bool  # whether any rank was asked to stop
 
 
 def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) -> bool:
@@ -50,26 +65,34 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
     Raises NotFiniteError; the last good checkpoint then stays as it is.
     """
     config, schedule, timer = job.config, job.schedule, StepTimer()
+    job.meet()
     while job.step < schedule.num_steps:
         plan = schedule.at(job.step)
+        job.watch.during = f"step {job.step + 1}"
+        job.watch.do("start of the pipeline")
         tally = accumulate(job, plan, timer)
+        job.watch.do("optimizer")
         update = job.update(plan.lr)
-        step_stats, stopping = reduce(job, tally, stop)
-        if not (update.finite and bool(tally.losses.isfinite().all())):
-            stop_not_finite(job, plan, update.grad_norm, tally)
+        job.watch.do("after the optimizer")
+        stats = reduce(job, tally, stop)
+        if not (update.finite and all(map(math.isfinite, stats.losses))):
+            stop_not_finite(job, plan, update.grad_norm)
         for model in job.models:
             update_bias(model, tally.load, plan.bias_update_rate)
         job.step += 1
         last = job.step == schedule.num_steps
-        report = describe(job, plan, tally, update.grad_norm, step_stats, timer.stop(), peak_flops_per_s)
+        report = describe(job, plan, stats, update.grad_norm, timer.stop(), peak_flops_per_s)
+        if job.step in config.profile.steps:
+            job.write_timeline(len(list(job.micro_batches(plan))))
+            timer.stop()
         if last or (config.evaluate.interval and job.step % config.evaluate.interval == 0):
             report = replace(report, valid_loss=finite_valid_loss(job))
             timer.stop()
         tracker.write(report)
-        if stopping or config.checkpoint.due(job.step, schedule.num_steps):
+        if stats.stopping or config.checkpoint.due(job.step, schedule.num_steps):
             tracker.checkpoint()
             job.save()
-        if stopping and not last:
+        if stats.stopping and not last:
             log.info("asked to stop: saved after step %d", job.step)
             break
     job.checkpoints.wait()
@@ -82,20 +105,18 @@ def accumulate(job: Job, plan: StepPlan, timer: StepTimer) -> Tally:
     """Forward and backward of this rank's micro-batches; gradients add up in `main_grad`."""
     job.optimizer.zero_grad()
     micro_batches = list(job.micro_batches(plan))
+    job.recorder.open(events=job.step + 1 in job.config.profile.steps)
 
     def tokens(micro_batch: int) -> Tensor:
         with timer.waiting_for_data():
-            return job.train_rows.rows(*micro_batches[micro_batch]).to(job.device)
+            return job.host.put(job.train_rows.rows(*micro_batches[micro_batch]))
 
     job.forward_backward(tokens, loss_terms(job, plan), len(micro_batches))
     tally = Tally(torch.zeros(3, dtype=torch.float64, device=job.device), job.no_load())
     for stage in job.stages.values():
-        for number, report in sorted(stage.reports.items()):
+        for _, report in sorted(stage.reports.items()):
             tally.losses += report.sums
             tally.load += report.load
-            if not bool(report.sums.isfinite().all()):
-                first, count = micro_batches[number]
-                tally.bad_sequences += range(first, first + count)
     return tally
 
 
@@ -110,44 +131,43 @@ def loss_terms(job: Job, plan: StepPlan) -> LossTerms:
     )
 
 
-@dataclass(frozen=True)
-class StepStats:
-    """What the ranks know of a step besides losses, over all of them."""
-
-    nodes_per_token: float
-    internode_bytes: int
-    peak_bytes: int
-
-
-def reduce(job: Job, tally: Tally, stop: StopRequest) -> tuple[StepStats, bool]:
-    """Sum the tally over all ranks, in place and in rank order; also whether any rank was asked to stop."""
-    nodes, tokens = job.dispatch.take_node_visits()
-    mine = [nodes, tokens, job.dispatch.take_internode_bytes(), metrics.peak_memory_bytes(job.device), stop.asked]
-    numbers = torch.tensor(mine, dtype=torch.float64, device=job.device)
+def reduce(job: Job, tally: Tally, stop: StopRequest) -> StepStats:
+    """Sum the tally over all ranks, in rank order, its load in place; read the outcome in one go."""
+    visits, num_tokens = job.dispatch.take_node_visits()
+    mine = [0.0, num_tokens, job.dispatch.take_internode_bytes(), metrics.peak_memory_bytes(job.device), stop.asked]
+    numbers = job.host.put(torch.tensor([*mine, *job.times()], dtype=torch.float64))
+    numbers[0] += visits
     everyone = job.gather(torch.cat([tally.losses, numbers]))
-    total = everyone[0].clone()
-    for row in everyone[1:]:
-        total += row
-    tally.losses = total[:3]
     tally.load = job.sum_counts(tally.load)
-    nodes, tokens, internode_bytes = total[3:6].tolist()
-    stats = StepStats(nodes / max(tokens, 1), int(internode_bytes), int(everyone[:, 6].max()))
-    return stats, bool(total[7] > 0)
+    job.meet()
+    spread = [metrics.max_vio(tally.load), metrics.min_load(tally.load)] if tally.load.numel() else []
+    rows, *balance = job.host.read("step", everyone, *spread)
+    columns = list(zip(*rows, strict=True))[:8]
+    main, mtp, seq_balance, nodes, tokens, internode_bytes, _, asked = (fold(operator.add, each) for each in columns)
+    return StepStats(
+        losses=(main, mtp, seq_balance),
+        nodes_per_token=nodes / max(tokens, 1),
+        internode_bytes=int(internode_bytes),
+        peak_bytes=int(max(columns[6])),
+        max_vio=balance[0] if spread else None,
+        min_load=balance[1] if spread else None,
+        waits_s=job.mean_times([row[8:] for row in rows]),
+        stopping=asked > 0,
+    )
 
 
 def describe(
     job: Job,
     plan: StepPlan,
-    tally: Tally,
-    grad_norm: float,
     stats: StepStats,
+    grad_norm: float,
     times_s: tuple[float, float],
     peak_flops_per_s: float,
 ) -> StepReport:
     """What this step reports, but for the validation loss."""
     model = job.config.model
     num_tokens = plan.num_sequences * job.config.train.seq_len
-    main, mtp, balance = tally.losses.tolist()
+    main, mtp, balance = stats.losses
     step_s, data_wait_s = times_s
     report = StepReport(
         step=plan.step + 1,
@@ -161,14 +181,17 @@ def describe(
         peak_bytes=stats.peak_bytes,
         mfu=metrics.mfu(job.flops_per_token, num_tokens / step_s, peak_flops_per_s),
     )
+    if stats.waits_s is not None:
+        bubble_s, exposed_comm_s, zero_comm_s = stats.waits_s
+        report = replace(report, bubble_s=bubble_s, exposed_comm_s=exposed_comm_s, zero_comm_s=zero_comm_s)
     if model.num_nextn_predict_layers:
         report = replace(report, mtp_loss=mtp / (model.num_nextn_predict_layers * num_tokens))
-    if tally.load.numel():
+    if model.num_routers:
         report = replace(
             report,
             seq_balance_loss=balance / plan.num_sequences,
-            max_vio=metrics.max_vio(tally.load),
-            min_load=metrics.min_load(tally.load),
+            max_vio=stats.max_vio,
+            min_load=stats.min_load,
             nodes_per_token=stats.nodes_per_token,
             internode_bytes=stats.internode_bytes,
         )
@@ -177,6 +200,8 @@ def describe(
 
 def finite_valid_loss(job: Job) -> float:
     """Loss on the validation split. NotFiniteError, on all ranks, when the step's update has spoilt the weights."""
+    job.watch.during = f"evaluation after step {job.step}"
+    job.watch.do("start of the pipeline")
     loss = evaluate(job)
     if not math.isfinite(loss):
         path = record_not_finite(job, {"step": job.step, "valid/loss": repr(loss), "sequences": []})
@@ -187,12 +212,12 @@ def finite_valid_loss(job: Job) -> float:
     return loss
 
 
-def stop_not_finite(job: Job, plan: StepPlan, grad_norm: float, tally: Tally) -> NoReturn:
+def stop_not_finite(job: Job, plan: StepPlan, grad_norm: float) -> NoReturn:
     """Write which sequences made the step's loss or gradient not finite, then raise NotFiniteError on all ranks."""
-    if not any(job.gather_objects(tally.bad_sequences)):
+    found = job.gather_objects(sequences_with_bad_losses(job, plan))
+    if not any(found):
         # The losses were finite: the weights have not changed, so each micro-batch can be asked for its gradient.
-        tally.bad_sequences = sequences_with_bad_gradients(job, plan)
-    found = job.gather_objects(tally.bad_sequences)
+        found = job.gather_objects(sequences_with_bad_gradients(job, plan))
     # Every stage that saw it reports a sequence; the first is named.
     first_rank = {position: rank for rank, bad in reversed(list(enumerate(found))) for position in bad}
     sequences = [describe_sequence(job, rank, position) for position, rank in sorted(first_rank.items())]
@@ -218,6 +243,15 @@ def describe_sequence(job: Job, rank: int, position: int) -> dict[str, object]:
     return {"rank": rank, "sequence": position, "documents": documents}
 
 
+def sequences_with_bad_losses(job: Job, plan: StepPlan) -> list[int]:
+    """Those of this rank's sequences whose micro-batch reported a loss that is not finite."""
+    micro_batches = list(job.micro_batches(plan))
+    reports = [each for stage in job.stages.values() for each in sorted(stage.reports.items())]
+    (finite,) = job.host.read("losses", torch.stack([report.sums for _, report in reports]).isfinite().all(1))
+    bad = {number for (number, _), good in zip(reports, finite, strict=True) if not good}
+    return [first + i for first, count in (micro_batches[number] for number in sorted(bad)) for i in range(count)]
+
+
 def sequences_with_bad_gradients(job: Job, plan: StepPlan) -> list[int]:
     """Those of this rank's sequences whose micro-batch, alone, makes a gradient that is not finite.
 
@@ -227,7 +261,7 @@ def sequences_with_bad_gradients(job: Job, plan: StepPlan) -> list[int]:
     bad: list[int] = []
     for first, count in job.micro_batches(plan):
         job.optimizer.zero_grad()
-        job.forward_backward_alone(job.train_rows.rows(first, count).to(job.device), loss_terms(job, plan))
+        job.forward_backward_alone(job.host.put(job.train_rows.rows(first, count)), loss_terms(job, plan))
         everyone = job.gather_objects(bad_gradients(job))
         own_stages = everyone[job.groups.mesh.dp_rank :: job.groups.mesh.config.dp]
         dense_anywhere = any("dense" in kinds for kinds in everyone)

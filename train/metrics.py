@@ -53,6 +53,9 @@ class StepReport:
     mtp_loss: float | None = _key("train/mtp_loss", "nats per token, mean over depths", default=None)
     seq_balance_loss: float | None = _key("train/seq_balance_loss", "sum over MoE layers, 1 each: even", default=None)
     valid_loss: float | None = _key("valid/loss", "nats per token", default=None)
+    bubble_s: float | None = _key("perf/bubble_s", "seconds, mean over ranks", default=None)
+    exposed_comm_s: float | None = _key("perf/exposed_comm_s", "seconds, mean over ranks", default=None)
+    zero_comm_s: float | None = _key("perf/zero_comm_s", "seconds, mean over ranks", default=None)
     mfu: float | None = _key("perf/mfu", "share of the peak", default=None)
     max_vio: float | None = _key("moe/max_vio", "largest load / mean - 1, worst router", default=None)
     min_load: float | None = _key("moe/min_load", "smallest load / mean, worst router", default=None)
@@ -69,27 +72,29 @@ class StepReport:
 UNITS: dict[str, str] = {item.metadata["name"]: item.metadata["unit"] for item in fields(StepReport)}
 
 
-def max_vio(load: Tensor) -> float:
+def max_vio(load: Tensor) -> Tensor:
     """Worst router's MaxVio = (largest expert load - mean) / mean, from `load` [num_routers, num_experts].
 
     The balance measure of Wang et al. 2024 (auxiliary-loss-free balancing), over the whole global batch of a step.
-    0 is even, num_experts / top_k - 1 the worst. A router that saw no token counts as even.
+    0 is even, num_experts / top_k - 1 the worst. A router that saw no token counts as even. A float64 scalar, left on
+    the device.
     """
     loads = load.double()
     mean = loads.mean(dim=1)
     excess = torch.where(mean > 0, (loads.amax(dim=1) - mean) / mean, 0.0)
-    return float(excess.max())
+    return excess.max()
 
 
-def min_load(load: Tensor) -> float:
+def min_load(load: Tensor) -> Tensor:
     """Worst router's smallest expert load as a share of its mean, from `load` [num_routers, num_experts].
 
-    1 is even, 0 means that some expert got nothing. A router that saw no token counts as even.
+    1 is even, 0 means that some expert got nothing. A router that saw no token counts as even. A float64 scalar, left
+    on the device.
     """
     loads = load.double()
     mean = loads.mean(dim=1)
     shares = torch.where(mean > 0, loads.amin(dim=1) / mean, 1.0)
-    return float(shares.min())
+    return shares.min()
 
 
 class StepTimer:

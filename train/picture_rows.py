@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -22,8 +23,17 @@ from train.picture import FAINT, INK, save
 
 IDLE, EDGE = "#f1f3f5", "white"
 ROW, GAP = 0.34, 0.07  # inches
-TOP, BOTTOM, LEFT, RIGHT = 1.02, 0.55, 0.78, 1.35
+MARK = 0.14  # of a row, most of it in the gap below
+TOP, BOTTOM, LEFT, RIGHT, COLUMN, MAX_WIDTH = 1.02, 0.55, 0.78, 0.17, 0.59, 22.0
 POINTS = 72
+
+
+class Mark(NamedTuple):
+    """A stretch of a bar that is underlined in a colour of its own."""
+
+    start: float
+    stop: float
+    color: str
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Bar:
     stop: float
     colors: tuple[str, ...]
     texts: tuple[str, ...]
+    marks: tuple[Mark, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,8 @@ class Rows:
     note: str
     unit: str
     names: Sequence[str]
-    columns: tuple[str, str]
-    entries: Sequence[tuple[str, str]]
+    columns: Sequence[str]
+    entries: Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -59,12 +70,12 @@ class Swatch:
 
 
 def draw_rows(rows: Rows, bars: Sequence[Bar], key: Sequence[Swatch], out: Path) -> None:
-    """Writes the PNG or SVG `out`, as wide as the shortest bar needs to show its text (within reason)."""
+    """Writes the PNG or SVG `out`, as wide as short bars need to show their text (within reason)."""
     stop = max((bar.stop for bar in bars), default=1.0)
-    shortest = min((bar.stop - bar.start for bar in bars if bar.stop > bar.start), default=stop)
-    width = min(max(stop / shortest * 0.205, 9.5), 22.0)
+    lengths = sorted(bar.stop - bar.start for bar in bars if bar.stop > bar.start) or [stop]
+    width = min(max(stop / lengths[len(lengths) // 4] * 0.205, 9.5), MAX_WIDTH)
     height = len(rows.names) * (ROW + GAP)
-    size = (LEFT + width + RIGHT, TOP + height + BOTTOM)
+    size = (LEFT + width + RIGHT + COLUMN * len(rows.columns), TOP + height + BOTTOM)
     figure = Figure(figsize=size, dpi=160)
     figure.set_facecolor("white")
     FigureCanvasAgg(figure)
@@ -86,7 +97,8 @@ def _draw_frame(axes: Axes, rows: Rows, stop: float) -> None:
     pad = GAP / (ROW + GAP) / 2
     for row in range(len(rows.names)):
         axes.add_patch(Rectangle((0, row + pad), stop, 1 - 2 * pad, color=IDLE, linewidth=0, zorder=0.5))
-    for column, (heading, at) in enumerate(zip(rows.columns, (46, 88), strict=True)):
+    for column, heading in enumerate(rows.columns):
+        at = (RIGHT + COLUMN * (column + 1)) * POINTS - 9
         style = {"textcoords": "offset points", "ha": "right", "va": "center", "annotation_clip": False}
         axes.annotate(heading, (stop, 0), (at, 7), fontsize=8.5, color=FAINT, **style)  # type: ignore[arg-type]
         for row, entry in enumerate(rows.entries):
@@ -96,8 +108,9 @@ def _draw_frame(axes: Axes, rows: Rows, stop: float) -> None:
 
 def _draw_bars(axes: Axes, bars: Sequence[Bar], points_per_unit: float) -> None:
     pad = GAP / (ROW + GAP) / 2
-    cells, colors, frames = [], [], []
+    cells, colors, frames, lines = [], [], [], []
     for bar in bars:
+        lines += [(bar.row, mark) for mark in bar.marks]
         width = bar.stop - bar.start
         height = (1 - 2 * pad) / len(bar.colors)
         for half, (color, text) in enumerate(zip(bar.colors, bar.texts, strict=True)):
@@ -110,11 +123,18 @@ def _draw_bars(axes: Axes, bars: Sequence[Bar], points_per_unit: float) -> None:
                 axes.text(*middle, text, fontsize=fontsize, color=on(color), ha="center", va="center_baseline")
         if len(bar.colors) > 1:
             frames.append(Rectangle((bar.start, bar.row + pad), width, 1 - 2 * pad))
+    _draw_marks(axes, lines)
     thin = points_per_unit * min((bar.stop - bar.start for bar in bars), default=1) < 5
     axes.add_collection(PatchCollection(cells, facecolors=colors, edgecolors=EDGE, linewidths=0.2 if thin else 0.7))
     axes.add_collection(
         PatchCollection(frames, facecolors="none", edgecolors=INK, linewidths=0.35 if thin else 1.0, zorder=2)
     )
+
+
+def _draw_marks(axes: Axes, marks: Sequence[tuple[int, Mark]]) -> None:
+    cells = [Rectangle((mark.start, row + 1 - MARK), mark.stop - mark.start, MARK) for row, mark in marks]
+    colors = [mark.color for _, mark in marks]
+    axes.add_collection(PatchCollection(cells, facecolors=colors, linewidths=0, zorder=3))
 
 
 def _fontsize(text: str, width: float, height: float) -> float:

@@ -15,5 +15,5 @@ def build(num_experts: int, groups: Groups) -> Dispatch:
     """
     name = groups.mesh.config.dispatch
     if name == "local":
-        return LocalDispatch(num_experts)
+        return LocalDispatch(num_experts, groups.host)
     return {"flat": FlatDispatch, "two_hop": TwoHopDispatch}[name](num_experts, groups)

@@ -62,13 +62,14 @@ class Copies:
         return self.back.numel() if self.offsets is None else self.offsets.numel()
 
 
-def arrange(wanted: Tensor, keys: Tensor, weighted: bool) -> Copies:
+def arrange(wanted: Tensor, keys: Tensor, num_copies: int, weighted: bool) -> Copies:
     """One copy of row m for every true `wanted[m, p]`, ordered by `keys[m, p]`, then by m, then by p.
 
-    wanted: bool [M, P]; keys: integers [M, P]. With `weighted`, P is K and copy (m, p) takes weight (m, p) along.
+    wanted: bool [M, P], true `num_copies` times: the host knows that number, so that it need not wait for the device to
+    count. keys: integers [M, P]. With `weighted`, P is K and copy (m, p) takes weight (m, p) along.
     """
     num_columns = wanted.shape[1]
-    natural = wanted.reshape(-1).nonzero().squeeze(1)
+    natural = wanted.reshape(-1).nonzero_static(size=num_copies).squeeze(1)
     order = keys.reshape(-1).index_select(0, natural).argsort(stable=True)
     pairs = natural.index_select(0, order)
     per_row = wanted.sum(1)
@@ -91,22 +92,41 @@ def reach(places: Tensor, num_places: int) -> Tensor:
     return reached.scatter_(1, torch.where(inside, places, num_places), True)[:, :num_places]
 
 
-def one_per_place(reached: Tensor) -> Copies:
-    """One copy of row m for each place p that it reaches (bool [M, places]), ordered by place, then by row."""
-    columns = torch.arange(reached.shape[1], device=reached.device).expand_as(reached)
-    return arrange(reached, columns, weighted=False)
+def one_per_place(reached: Tensor, num_copies: int) -> Copies:
+    """One copy of row m for each place p that it reaches (bool [M, places]), ordered by place, then by row.
+
+    `reached` is true `num_copies` times. What `arrange` gives with the place as key, without a sort.
+    """
+    num_rows, num_places = reached.shape
+    leaving = reached.t().reshape(-1).nonzero_static(size=num_copies).squeeze(1)  # place * M + row
+    source = leaving.remainder(max(1, num_rows))
+    cell = source * num_places + leaving.div(max(1, num_rows), rounding_mode="floor")
+    per_row = reached.sum(1)
+    return Copies(
+        source=source,
+        back=inverse(reached.reshape(-1).cumsum(0).index_select(0, cell) - 1),
+        offsets=per_row.cumsum(0) - per_row,
+    )
 
 
-def regroup(counts: Tensor) -> Tensor:
+def tally(ids: Tensor, num_ids: int) -> Tensor:
+    """How often each of 0..num_ids-1 occurs: ids, integers of any shape, -1 for none -> int64 [num_ids]."""
+    slots = ids.reshape(-1) + 1  # the first is for those that are none
+    counts = torch.zeros(num_ids + 1, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, slots, torch.ones_like(slots))[1:]
+
+
+def regroup(counts: Tensor, num_rows: int) -> Tensor:
     """Rows lie in blocks (a, b) of counts[a, b] rows, a slowest; return the order that makes b slowest.
 
-    counts: [A, B] integers. Returns [sum(counts)]: `rows[regroup(counts)]` has the blocks in the order (b, a).
+    counts: [A, B] integers whose sum is num_rows. Returns [num_rows]: `rows[regroup(counts, num_rows)]` has the blocks
+    in the order (b, a).
     """
     lengths = counts.t().reshape(-1)
     starts = (counts.reshape(-1).cumsum(0) - counts.reshape(-1)).view_as(counts).t().reshape(-1)
     shifts = starts - (lengths.cumsum(0) - lengths)
-    moved = shifts.repeat_interleave(lengths)
-    return moved + torch.arange(moved.numel(), device=counts.device)
+    moved = shifts.repeat_interleave(lengths, output_size=num_rows)
+    return moved + torch.arange(num_rows, device=counts.device)
 
 
 def inverse(order: Tensor) -> Tensor:

@@ -7,33 +7,44 @@ four directions: dispatch and the backward of combine go out, combine and the ba
 
 Legend: T tokens of this rank, K experts per token, d hidden size, R rows that reach this rank's experts.
 
-All methods are generators that yield once after each communication they have launched (see parallel.collectives); every
-rank of the expert-parallel group must run them in the same order. They take and return plain tensors: no autograd.
+All methods are generators that yield while their rows are on the way (see parallel.collectives); every rank of the
+expert-parallel group must run them in the same order. They take and return plain tensors: no autograd. They yield once
+per trip, for its slowest hop. What is short, counts and hops inside a node, is waited for at once: whoever gives a turn
+away for it launches its rows a whole computation later, and nothing is under way meanwhile.
+
+How many rows travel, only the device knows: `dispatch` reads the counts of each hop to the host, once. The ways back
+know everything from the plan and read nothing.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import Handle, Steps, exchange
-from parallel.expert.copies import Copies, arrange, reach
+from parallel.collectives import Handle, Steps, exchange, exchange_counts
+from parallel.expert.copies import Copies, arrange, reach, tally
 from parallel.expert.placement import Placement
+from parallel.host import Host
+from parallel.watch import Need, Watch, Watched
 
 
 @dataclass(frozen=True)
 class Hop:
-    """One exchange: the copies that leave, how many go to and come from each rank, which ranks are on other nodes."""
+    """One exchange: the copies that leave, how many go to and come from each rank, which ranks are on other nodes.
+
+    takes_turn: whether others compute while it is under way.
+    """
 
     copies: Copies
     group: dist.ProcessGroup
     send_counts: list[int]
     recv_counts: list[int]
     is_remote: list[bool]
+    takes_turn: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,27 +70,29 @@ def owners(ids: Tensor, num_each: int) -> Tensor:
 class Dispatch(ABC):
     """Base of the ways in which tokens travel. `placement` says which experts this rank holds."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: Placement, host: Host | None = None, watch: Watch | None = None) -> None:
+        """host: where counts are read; None for a CPU's. watch: through which this rank waits for others."""
         self.placement = placement
+        self._host, self._watch = host or Host(), watch or Watch()
         self.num_local_experts = placement.num_local_experts
         self.first_expert = placement.first_expert
         self.internode_bytes = 0
         self._num_tokens = 0
-        self._num_visits: list[Tensor] = []
+        self._num_visits: Tensor | int = 0
 
     def take_internode_bytes(self) -> int:
         """Payload bytes (rows, weights, expert ids; not the counts) sent to other nodes since the last call."""
         taken, self.internode_bytes = self.internode_bytes, 0
         return taken
 
-    def take_node_visits(self) -> tuple[int, int]:
+    def take_node_visits(self) -> tuple[Tensor | int, int]:
         """(nodes visited by this rank's tokens, number of those tokens) since the last call.
 
-        A token visits every node that has at least one of its experts, its own node too.
+        A token visits every node that has at least one of its experts, its own node too. The visits stay on the device.
         """
-        num_visits = int(torch.stack(self._num_visits).sum()) if self._num_visits else 0
-        num_tokens, self._num_tokens, self._num_visits = self._num_tokens, 0, []
-        return num_visits, num_tokens
+        taken = self._num_visits, self._num_tokens
+        self._num_visits, self._num_tokens = 0, 0
+        return taken
 
     @abstractmethod
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
@@ -99,7 +112,8 @@ class Dispatch(ABC):
         dx, d_weights = plan.experts.fold(d_rows), plan.experts.fold_weights(d_row_weights)
         for hop in reversed(plan.hops):
             arriving = self._send_back(hop, d_weights), self._send_back(hop, dx)
-            yield
+            if hop.takes_turn:
+                yield
             d_weights = hop.copies.fold_weights(arriving[0].wait())
             dx = hop.copies.fold(arriving[1].wait())
         return dx, d_weights
@@ -109,7 +123,8 @@ class Dispatch(ABC):
         rows = dy
         for hop in plan.hops:
             arriving = self._send(hop, hop.copies.spread(rows))
-            yield
+            if hop.takes_turn:
+                yield
             rows = arriving.wait()
         return plan.experts.spread(rows)
 
@@ -117,7 +132,8 @@ class Dispatch(ABC):
         y = plan.experts.fold(rows)
         for hop in reversed(plan.hops):
             arriving = self._send_back(hop, y)
-            yield
+            if hop.takes_turn:
+                yield
             y = hop.copies.fold(arriving.wait())
         return y
 
@@ -125,16 +141,34 @@ class Dispatch(ABC):
         """indices [T, K] -> bool [T, nodes]; counted for `take_node_visits`."""
         reached = reach(owners(indices, self.placement.experts_per_node), self.placement.num_nodes)
         self._num_tokens += indices.shape[0]
-        self._num_visits.append(reached.sum())  # stays on the device: reading it here would wait for the device
+        self._num_visits = self._num_visits + reached.sum()
         return reached
 
-    def _send(self, hop: Hop, payload: Tensor) -> Handle:
-        """Payload [sum(send_counts), ...] out along a hop."""
-        return self._transfer(hop, payload, hop.send_counts, hop.recv_counts)
+    def _exchange_counts(
+        self, name: str, leaving: Tensor, group: dist.ProcessGroup
+    ) -> Steps[tuple[Tensor, list[Any], list[Any]]]:
+        """Exchange counts [group size, ...]: those that arrive, and as numbers those that leave and that arrive.
 
-    def _send_back(self, hop: Hop, payload: Tensor) -> Handle:
+        A host that runs ahead of its device queues another's work meanwhile; one that is the device would only send its
+        rows later for it.
+        """
+        counts = Need("experts", "the numbers of the experts' rows from {peers}", group)
+        arriving = self._watch.launch(counts, lambda: exchange_counts(leaving, group))
+        reading = self._host.start(name, lambda: (leaving, arriving.wait()))
+        if self._host.runs_ahead:
+            yield
+        to_rank, from_rank = reading.wait()
+        return arriving.wait(), to_rank, from_rank
+
+    def _send(self, hop: Hop, payload: Tensor) -> Watched[Tensor]:
+        """Payload [sum(send_counts), ...] out along a hop."""
+        rows = Need("experts", "the experts' rows from {peers}", hop.group)
+        return self._watch.launch(rows, lambda: self._transfer(hop, payload, hop.send_counts, hop.recv_counts))
+
+    def _send_back(self, hop: Hop, payload: Tensor) -> Watched[Tensor]:
         """Payload [sum(recv_counts), ...] back along a hop."""
-        return self._transfer(hop, payload, hop.recv_counts, hop.send_counts)
+        rows = Need("experts", "the rows back from the experts of {peers}", hop.group)
+        return self._watch.launch(rows, lambda: self._transfer(hop, payload, hop.recv_counts, hop.send_counts))
 
     def _transfer(self, hop: Hop, payload: Tensor, send_counts: list[int], recv_counts: list[int]) -> Handle:
         """The one place where payload leaves this rank: what travels could be encoded here, and is counted here."""
@@ -147,13 +181,12 @@ class Dispatch(ABC):
 class LocalDispatch(Dispatch):
     """All experts on this rank: tokens are only sorted. Also the twin that the other two are held against."""
 
-    def __init__(self, num_experts: int) -> None:
-        super().__init__(Placement(num_experts, ep=1, ep_rank=0, num_nodes=1))
+    def __init__(self, num_experts: int, host: Host | None = None) -> None:
+        super().__init__(Placement(num_experts, ep=1, ep_rank=0, num_nodes=1), host)
 
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
         yield from ()
         self._nodes_reached(indices)
-        copies = arrange(indices >= 0, indices, weighted=True)
-        chosen = indices.reshape(-1).index_select(0, copies.slots) if copies.slots is not None else indices
-        plan = Plan((), copies, chosen.bincount(minlength=self.num_local_experts).tolist())
-        return copies.spread(x), copies.spread_weights(weights), plan
+        (tokens_per_expert,) = self._host.read("expert counts", tally(indices, self.num_local_experts))
+        copies = arrange(indices >= 0, indices, sum(tokens_per_expert), weighted=True)
+        return copies.spread(x), copies.spread_weights(weights), Plan((), copies, tokens_per_expert)

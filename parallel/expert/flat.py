@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from parallel.collectives import Steps, exchange_counts
-from parallel.expert.copies import Copies, arrange, inverse, regroup
+from parallel.collectives import Steps
+from parallel.expert.copies import Copies, arrange, inverse, regroup, tally
 from parallel.expert.dispatch import Dispatch, Dispatched, Hop, Plan
 from parallel.expert.placement import Placement
 from parallel.process import Groups
@@ -19,24 +19,21 @@ class FlatDispatch(Dispatch):
     """
 
     def __init__(self, num_experts: int, groups: Groups) -> None:
-        super().__init__(Placement.of(groups.mesh, num_experts))
+        super().__init__(Placement.of(groups.mesh, num_experts), groups.host, groups.watch)
         self.group = groups.ep
         ranks_per_node = self.placement.ranks_per_node
         self.is_remote = [rank // ranks_per_node != self.placement.node for rank in range(self.placement.ep)]
 
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
         self._nodes_reached(indices)
-        chosen = indices >= 0
-        copies = arrange(chosen, indices, weighted=True)
-        counts = indices[chosen].bincount(minlength=self.placement.num_experts)
-        leaving = counts.view(self.placement.ep, self.num_local_experts)
-        counts_arriving = exchange_counts(leaving, self.group)
-        yield
-        counts = counts_arriving.wait()  # [source rank, local expert]
-        hop = Hop(copies, self.group, leaving.sum(1).tolist(), counts.sum(1).tolist(), self.is_remote)
+        counts = tally(indices, self.placement.num_experts).view(self.placement.ep, self.num_local_experts)
+        counts, to_rank, from_rank = yield from self._exchange_counts("expert counts", counts, self.group)
+        send_counts, recv_counts = [sum(counts) for counts in to_rank], [sum(counts) for counts in from_rank]
+        copies = arrange(indices >= 0, indices, sum(send_counts), weighted=True)
+        hop = Hop(copies, self.group, send_counts, recv_counts, self.is_remote)
         arriving = self._send(hop, copies.spread_weights(weights)), self._send(hop, copies.spread(x))
         yield
-        order = regroup(counts)
+        order = regroup(counts, sum(recv_counts))
         experts = Copies(order, inverse(order), offsets=None)
         row_weights, rows = (experts.spread(handle.wait()) for handle in arriving)
-        return rows, row_weights, Plan((hop,), experts, counts.sum(0).tolist())
+        return rows, row_weights, Plan((hop,), experts, [sum(counts) for counts in zip(*from_rank, strict=True)])

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parallel.collectives import Steps, exchange_counts
-from parallel.expert.copies import arrange, inverse, one_per_place, reach, regroup
+from parallel.collectives import Steps
+from parallel.expert.copies import arrange, inverse, one_per_place, reach, regroup, tally
 from parallel.expert.dispatch import Dispatch, Dispatched, Hop, Plan, owners
 from parallel.expert.placement import Placement
 from parallel.process import Groups
@@ -27,8 +27,9 @@ class TwoHopDispatch(Dispatch):
     """
 
     def __init__(self, num_experts: int, groups: Groups) -> None:
-        super().__init__(Placement.of(groups.mesh, num_experts))
+        super().__init__(Placement.of(groups.mesh, num_experts), groups.host, groups.watch)
         self.rail, self.node = groups.rail, groups.node
+        self.has_rail = self.placement.num_nodes > 1
         self.is_remote = [node != self.placement.node for node in range(self.placement.num_nodes)]
         self.id_dtype = torch.int16 if self.placement.experts_per_node <= torch.iinfo(torch.int16).max else torch.int32
 
@@ -36,42 +37,49 @@ class TwoHopDispatch(Dispatch):
         place, local = self.placement, [False] * self.placement.ranks_per_node
 
         reached = self._nodes_reached(indices)
-        copies, leaving = one_per_place(reached), reached.sum(0)
-        counts_arriving = exchange_counts(leaving, self.rail)
-        yield
-        counts = counts_arriving.wait()
-        rail = Hop(copies, self.rail, leaving.tolist(), counts.tolist(), self.is_remote)
+        leaving = reached.sum(0)
+        _, send_counts, recv_counts = yield from self._exchange_counts("rail counts", leaving, self.rail)
+        copies = one_per_place(reached, sum(send_counts))
+        rail = Hop(copies, self.rail, send_counts, recv_counts, self.is_remote, takes_turn=self.has_rail)
         # What the next hop needs to be planned leaves before the rows, so that it is planned while they travel.
         ids = _within(copies.spread(indices), leaving, place.experts_per_node)
         routes_arriving = self._send(rail, _pack(copies.spread(weights), ids.to(self.id_dtype)))
         rows_arriving = self._send(rail, copies.spread(x))
-        yield
+        if rail.takes_turn:
+            yield
         weights, ids = _unpack(routes_arriving.wait(), weights.dtype, self.id_dtype)
 
         reached = reach(owners(ids, self.num_local_experts), place.ranks_per_node)
-        copies = one_per_place(reached)
-        by_source = torch.stack([block.sum(0) for block in reached.split(rail.recv_counts)], 1)  # [rank, source node]
-        counts_arriving = exchange_counts(by_source, self.node)
-        yield
-        counts, leaving = counts_arriving.wait(), by_source.sum(1)
-        node = Hop(copies, self.node, leaving.tolist(), counts.sum(1).tolist(), local)
+        by_source = torch.stack([block.sum(0) for block in reached.split(recv_counts)], 1)  # [rank, source node]
+        # Beside them what each rank's experts will get, so that the last step needs no counts of its own.
+        by_expert = tally(ids, place.experts_per_node).view(place.ranks_per_node, self.num_local_experts)
+        leaving = by_source.sum(1)
+        counts, to_rank, from_rank = yield from self._exchange_counts(
+            "node counts", torch.cat([by_source, by_expert], 1), self.node
+        )
+        send_counts, recv_counts = ([sum(row[: place.num_nodes]) for row in rows] for rows in (to_rank, from_rank))
+        tokens_per_expert = [sum(counts) for counts in list(zip(*from_rank, strict=True))[place.num_nodes :]]
+        copies = one_per_place(reached, sum(send_counts))
+        node = Hop(copies, self.node, send_counts, recv_counts, local, takes_turn=not self.has_rail)
         ids = _within(copies.spread(ids), leaving, self.num_local_experts)
         routes_arriving = self._send(node, _pack(copies.spread(weights), ids.to(self.id_dtype)))
         rows_arriving = self._send(node, copies.spread(rows_arriving.wait()))
-        yield
+        if node.takes_turn:
+            yield
         weights, ids = _unpack(routes_arriving.wait(), weights.dtype, self.id_dtype)
 
         # Rows came from (rail, source node); the promised order is by the source's rank, (source node, rail).
-        position = inverse(regroup(counts)).unsqueeze(1)
-        experts = arrange(ids >= 0, ids * max(1, ids.shape[0]) + position, weighted=True)
-        tokens_per_expert = ids[ids >= 0].bincount(minlength=self.num_local_experts).tolist()
+        position = inverse(regroup(counts[:, : place.num_nodes], sum(recv_counts))).unsqueeze(1)
+        keys = ids * max(1, ids.shape[0]) + position
+        experts = arrange(ids >= 0, keys, sum(tokens_per_expert), weighted=True)
         plan = Plan((rail, node), experts, tokens_per_expert)
         return experts.spread(rows_arriving.wait()), experts.spread_weights(weights), plan
 
 
 def _within(ids: Tensor, counts: Tensor, num_each: int) -> Tensor:
     """Renumber the expert ids [C, K] of copies for place p (counts[p] of them, in order): 0..num_each-1, others -1."""
-    first = (torch.arange(counts.numel(), device=ids.device) * num_each).repeat_interleave(counts).unsqueeze(1)
+    first = torch.arange(counts.numel(), device=ids.device) * num_each
+    first = first.repeat_interleave(counts, output_size=ids.shape[0]).unsqueeze(1)
     local = ids - first
     return torch.where((ids >= first) & (local < num_each), local, -1)
 

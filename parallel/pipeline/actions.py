@@ -42,6 +42,11 @@ class Chunk:
             return (Chunk("B", self.stage, self.micro_batch), Chunk("W", self.stage, self.micro_batch))
         return (self,)
 
+    @property
+    def words(self) -> str:
+        """For a sentence."""
+        return f"{self} (micro-batch {self.micro_batch} on stage {self.stage})"
+
     def __str__(self) -> str:
         return f"{self.kind}{self.stage}.{self.micro_batch}"
 
@@ -64,6 +69,13 @@ class Pair:
     def parts(self) -> tuple[Chunk, ...]:
         """The F, B and W that this does; the F depends on neither of the others, nor they on it."""
         return (self.forward, *self.backward.parts)
+
+    @property
+    def words(self) -> str:
+        """For a sentence."""
+        first, second = self.forward, self.backward
+        places = f"micro-batch {first.micro_batch} on stage {first.stage}, {second.micro_batch} on {second.stage}"
+        return f"{self} ({places})"
 
     def __str__(self) -> str:
         return f"{self.forward}&{self.backward}"

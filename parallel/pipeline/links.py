@@ -1,11 +1,12 @@
 """Activations and gradients between neighbouring stages: two one-way links per direction, each with a group of its own.
 
 A link keeps order and the schedule says it, so no message carries a tag: both ends derive from the lists which tensor
-comes next. Receives are posted `slots` ahead of need; a sent tensor is kept until it is gone.
+comes next. Receives are posted ahead of need; a sent tensor is kept until it is gone.
 """
 
 from __future__ import annotations
 
+import datetime
 from collections import deque
 from collections.abc import Mapping
 
@@ -18,6 +19,10 @@ from parallel.pipeline.actions import Chunk
 from parallel.pipeline.order import Channel, messages, source
 from parallel.pipeline.placement import Placement
 from parallel.pipeline.schedule import Schedule
+from parallel.watch import Need, Watch
+
+# What a link of each kind brings.
+CARRIES = {"F": "the activations", "B": "the gradient"}
 
 
 def channels(placement: Placement) -> list[Channel]:
@@ -31,15 +36,28 @@ def channels(placement: Placement) -> list[Channel]:
     return sorted(found)
 
 
-def connect(placement: Placement, mesh: Mesh) -> dict[Channel, dist.ProcessGroup]:
-    """Make the two-rank groups of all links of all pipelines; every rank of the job must call it. Returns one's own."""
+def connect(
+    placement: Placement, mesh: Mesh, device: torch.device, timeout: datetime.timedelta | None = None
+) -> dict[Channel, dist.ProcessGroup]:
+    """Make the two-rank groups of all links of all pipelines; every rank of the job must call it. Returns one's own.
+
+    Each link carries one message at once. NCCL connects two ranks at their first message and waits there for the other
+    end: met first in the middle of a schedule, in an order of each rank's own, they could wait in a circle. (A rank
+    that is not in a group only counts it; for all links of 2048 ranks that takes a few hundredths of a second.)
+    """
     own = {}
     for column in range(mesh.config.dp):
         for channel in channels(placement):
             ends = [channel.source * mesh.config.dp + column, channel.target * mesh.config.dp + column]
-            group = dist.new_group(sorted(ends), group_desc=f"link {channel.kind}")
+            group = dist.new_group(sorted(ends), timeout=timeout, group_desc=f"link {channel.kind}")
             if mesh.rank in ends:
                 own[channel] = group
+    for channel, group in own.items():
+        other, message = 1 - dist.get_rank(group), torch.zeros(1, device=device)
+        if channel.source == mesh.pp_rank:
+            dist.send(message, group=group, group_dst=other)
+        else:
+            dist.recv(message, group=group, group_src=other)
     return own
 
 
@@ -52,16 +70,19 @@ class Links:
         groups: Mapping[Channel, dist.ProcessGroup],
         dtype: torch.dtype,
         device: torch.device,
-        slots: int = 2,
+        watch: Watch | None = None,
     ) -> None:
-        """rank: in the pipeline. slots: receives that are posted ahead on every link."""
-        self._rank, self._groups, self._slots = rank, groups, slots
+        """rank: in the pipeline. watch: through which it waits."""
+        self._watch = watch or Watch()
+        self._rank, self._groups = rank, groups
+        # A receive that waits on NCCL occupies multiprocessors, so there only the next one is posted.
+        self._slots = 1 if device.type == "cuda" else 2
         self._dtype, self._device = dtype, device
         self._shape: tuple[int, ...] = ()
         self._placement: Placement | None = None
         self._expected: dict[Channel, deque[Chunk]] = {}
-        self._posted: dict[Channel, deque[tuple[Chunk, Tensor, dist.Work]]] = {}
-        self._leaving: deque[tuple[dist.Work, Tensor]] = deque()
+        self._posted: dict[Channel, deque[tuple[Chunk, Tensor, dist.Work, Need]]] = {}
+        self._leaving: deque[tuple[dist.Work, Tensor, Need]] = deque()
         self._here: dict[Chunk, Tensor] = {}
 
     def open(self, schedule: Schedule, shape: tuple[int, ...]) -> None:
@@ -77,7 +98,8 @@ class Links:
     def close(self) -> None:
         """Wait until everything sent has left."""
         while self._leaving:
-            self._leaving.popleft()[0].wait()
+            work, _, need = self._leaving.popleft()
+            self._watch.wait(need, work.wait)
         assert not self._here and not any(self._posted.values()) and not any(self._expected.values())
 
     def take(self, part: Chunk) -> Tensor | None:
@@ -89,9 +111,9 @@ class Links:
         if self._placement.rank_of[made_by.stage] == self._rank:
             return self._here.pop(part)
         channel = Channel(self._placement.rank_of[made_by.stage], self._rank, part.kind)
-        expected, buffer, work = self._posted[channel].popleft()
+        expected, buffer, work, need = self._posted[channel].popleft()
         assert expected == part, f"{channel} brings {expected}, not {part}"
-        work.wait()
+        self._watch.wait(need, work.wait)
         self._post(channel)
         return buffer
 
@@ -108,17 +130,21 @@ class Links:
             return
         while self._leaving and self._leaving[0][0].is_completed():
             self._leaving.popleft()
-        group = self._groups[Channel(self._rank, target, part.kind)]
-        tensor = tensor.contiguous()
-        work = dist.isend(tensor, group=group, group_dst=1 - dist.get_rank(group))
+        group, leaving = self._groups[Channel(self._rank, target, part.kind)], tensor.contiguous()
+        need = Need("output", f"{CARRIES[part.kind]} of {{what}} to be taken by {{peers}}", group, part)
+        work = self._watch.reach(need, lambda: dist.isend(leaving, group=group, group_dst=1 - dist.get_rank(group)))
         assert work is not None
-        self._leaving.append((work, tensor))
+        self._leaving.append((work, leaving, need))
 
     def _post(self, channel: Channel) -> None:
         if not self._expected[channel]:
             return
         group = self._groups[channel]
         buffer = torch.empty(self._shape, dtype=self._dtype, device=self._device)
-        work = dist.irecv(buffer, group=group, group_src=1 - dist.get_rank(group))
+        part = self._expected[channel].popleft()
+        assert self._placement is not None
+        made_by = source(self._placement, part)
+        need = Need("input", f"{CARRIES[part.kind]} of {{what}} from {{peers}}", group, made_by)
+        work = self._watch.reach(need, lambda: dist.irecv(buffer, group=group, group_src=1 - dist.get_rank(group)))
         assert work is not None
-        self._posted[channel].append((self._expected[channel].popleft(), buffer, work))
+        self._posted[channel].append((part, buffer, work, need))

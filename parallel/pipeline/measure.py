@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from parallel.pipeline.events import Event
+from parallel.pipeline.record import Times
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import Costs
 
@@ -24,12 +25,34 @@ def check_recorded(schedule: Schedule, events: Sequence[Event]) -> None:
 
 
 def idle_s(events: Sequence[Event], num_ranks: int) -> tuple[float, list[float]]:
-    """Length of a recorded step, and how much of it each rank did not work."""
+    """Length of a recorded step, and how much of it each rank stood still for lack of work: before its first action,
+    after its last, and for results of its neighbours. Waiting for an exchange with experts is no idling here."""
     step = max(event.stop_s for event in events) - min(event.start_s for event in events)
     busy = [0.0] * num_ranks
     for event in events:
-        busy[event.rank] += event.stop_s - event.start_s
+        busy[event.rank] += event.busy_s
     return step, [step - time for time in busy]
+
+
+def exposed_s(events: Sequence[Event], num_ranks: int) -> list[float]:
+    """How long each rank waited for exchanges with experts in a recorded step."""
+    waited = [0.0] * num_ranks
+    for event in events:
+        waited[event.rank] += event.exposed_s
+    return waited
+
+
+def bubble_s(steps: Sequence[Times], num_pipelines: int) -> float:
+    """Idle time (as `idle_s` has it), mean over all ranks of all pipelines.
+
+    steps: of all ranks of the job, of which the ranks i, i + num_pipelines, ... make up pipeline i.
+    """
+    idle = 0.0
+    for pipeline in range(num_pipelines):
+        own = steps[pipeline::num_pipelines]
+        length = max(each.stop_s for each in own) - min(each.start_s for each in own)
+        idle += sum(length - each.busy_s for each in own)
+    return idle / len(steps)
 
 
 def measured_costs(schedule: Schedule, events: Sequence[Event]) -> Costs:
@@ -43,7 +66,7 @@ def measured_costs(schedule: Schedule, events: Sequence[Event]) -> Costs:
     for event in events:
         if event.action.kind != "pair":
             chunk = event.action.parts[0]
-            times[event.action.kind, placement.position(chunk.stage)].append(event.stop_s - event.start_s)
+            times[event.action.kind, placement.position(chunk.stage)].append(event.busy_s)
     for position in range(placement.num_slices):
         for kind in "BW":
             if (kind, position) not in times:
@@ -56,7 +79,7 @@ def measured_costs(schedule: Schedule, events: Sequence[Event]) -> Costs:
     apart = Costs(**by_kind)
     duration = apart.durations(placement)
     gains = [
-        (event.stop_s - event.start_s) / sum(duration(part) for part in event.action.parts)
+        event.busy_s / sum(duration(part) for part in event.action.parts)
         for event in events
         if event.action.kind == "pair"
     ]

@@ -10,6 +10,7 @@ from torch import Tensor
 from parallel.collectives import Steps, drive
 from parallel.pipeline.actions import Action, Chunk, Pair
 from parallel.pipeline.links import Links
+from parallel.pipeline.record import Recorder
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.segments import interleave
 
@@ -33,14 +34,16 @@ class Stage(Protocol):
 class Runtime:
     """One rank of a pipeline: its stages by number, and its links to the neighbours."""
 
-    def __init__(self, rank: int, stages: Mapping[int, Stage], links: Links) -> None:
-        self._rank, self._stages, self._links = rank, stages, links
+    def __init__(self, rank: int, stages: Mapping[int, Stage], links: Links, recorder: Recorder) -> None:
+        self._rank, self._stages, self._links, self._recorder = rank, stages, links, recorder
 
     def run(self, schedule: Schedule, shape: tuple[int, ...]) -> None:
         """Do this rank's list from its first action to its last; stages hand on tensors of `shape`."""
         self._links.open(schedule, shape)
         for action in schedule.ranks[self._rank]:
+            self._recorder.begin(action)
             self._do(action)
+            self._recorder.end()
         self._links.close()
 
     def _do(self, action: Action) -> None:
@@ -53,16 +56,19 @@ class Runtime:
         elif action.kind == "D":
             drive(self._full_backward(action))
         else:
+            self._recorder.started()
             self._stages[action.stage].weight_gradients(action.micro_batch)
 
     def _forward(self, chunk: Chunk) -> Steps[None]:
         x = self._links.take(chunk)
+        self._recorder.started()
         y = yield from self._stages[chunk.stage].forward(chunk.micro_batch, x)
         self._links.send(chunk, y)
 
     def _backward(self, chunk: Chunk) -> Steps[None]:
         part = chunk.parts[0]
         dy = self._links.take(part)
+        self._recorder.started()
         dx = yield from self._stages[part.stage].backward(part.micro_batch, dy)
         # Before any weight gradient that still waits: the neighbour needs it now.
         self._links.send(part, dx)

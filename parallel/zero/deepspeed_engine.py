@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.shards import lay_out
+from parallel.watch import Need, Watch
 from parallel.zero.sets import ParamSet
 
 VERSION = "0.19.8"
@@ -30,14 +31,14 @@ class DeepSpeedEngine:
     """Drives a `BF16_Optimizer`. Satisfies `zero.optimizer.Engine`; holds bf16 and fp32 parameters."""
 
     def __init__(
-        self, sets: list[ParamSet], make_adamw: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+        self, sets: list[ParamSet], make_adamw: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], watch: Watch
     ) -> None:
         if any(each.dtype == torch.float64 for each in sets):
             raise ValueError("zero.engine=deepspeed cannot hold precision=fp64; use zero.engine=native")
         deepspeed = _start(sets[0].params[0].device.type)
         process_groups = [_process_group(each.group) for each in sets]
         inner = make_adamw([{"params": list(each.params), "weight_decay": each.weight_decay} for each in sets])
-        self._zero = _build(inner, sets, process_groups)
+        self._zero = _build(inner, sets, process_groups, watch)
         self.layouts = [
             # DeepSpeed puts parameters end to end and pads the end to twice the number of shards.
             lay_out(each.numels, each.num_shards, align_shard=self._zero.nccl_start_alignment_factor)
@@ -94,9 +95,14 @@ def _process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
-def _build(inner: torch.optim.Optimizer, sets: list[ParamSet], process_groups: list[dist.ProcessGroup]) -> Any:
+def _build(
+    inner: torch.optim.Optimizer, sets: list[ParamSet], process_groups: list[dist.ProcessGroup], watch: Watch
+) -> Any:
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils.timer import NoopTimer
+
+    # Each set is gathered in its own group; of these the largest is named.
+    widest = max(process_groups, key=dist.get_world_size)
 
     class Sharded(bf16_optimizer.BF16_Optimizer):
         """One process group per set, and no norm, clipping or zeroing of its own."""
@@ -109,6 +115,10 @@ def _build(inner: torch.optim.Optimizer, sets: list[ParamSet], process_groups: l
         def get_grads_for_norm(self, for_clipping: bool = False) -> Any:
             # Norm, clipping and the decision to step are made by then. Its own norm would read all unreduced gradients.
             return [] if for_clipping else ([torch.zeros((), device=self.bf16_groups_flat[0].device)], {})
+
+        def update_lp_params(self) -> None:
+            # The copies that it makes before it gathers them count as waiting too.
+            watch.wait(Need("optimizer", "the weights from {peers}", widest), super().update_lp_params)
 
         def clear_hp_grads(self) -> None:
             # Gradients are set to zero once, by `ZeroOptimizer.zero_grad`.

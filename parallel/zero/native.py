@@ -7,6 +7,7 @@ are their own masters: the optimizer steps on the shard of the flat weights itse
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from parallel.collectives import all_gather
 from parallel.shards import FlatLayout, lay_out
+from parallel.watch import Need, Watch
 from parallel.zero.sets import ParamSet, views
 
 # Elements. Operands that start on a cache line (and on the 16 bytes that GPU matrix kernels ask for) in bf16 too.
@@ -24,9 +26,9 @@ class NativeEngine:
     """Owns the flat weights, main gradients, masters and moments of this rank. Satisfies `zero.optimizer.Engine`."""
 
     def __init__(
-        self, sets: list[ParamSet], make_adamw: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+        self, sets: list[ParamSet], make_adamw: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], watch: Watch
     ) -> None:
-        self._sets = sets
+        self._sets, self._watch = sets, watch
         self.layouts = [lay_out(each.numels, each.num_shards, _ALIGN, _ALIGN) for each in sets]
         self._weights = [_flatten(each, layout) for each, layout in zip(sets, self.layouts, strict=True)]
         self._shards = [
@@ -65,7 +67,8 @@ class NativeEngine:
             if shard.dtype != master.dtype:
                 shard.copy_(master)
             if each.group is not None and each.num_shards > 1:
-                pending.append(all_gather(shard, each.group, out=flat))
+                weights = Need("optimizer", "the weights from {peers}", each.group)
+                pending.append(self._watch.launch(weights, partial(all_gather, shard, each.group, out=flat)))
         for handle in pending:
             handle.wait()
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import ordered_sum
+from parallel.collectives import all_gather
+from parallel.host import Host
+from parallel.watch import Need, Watch
 
 # Elements that are squared in fp32 before the sum goes on in fp64, on CPUs.
 _ROW = 4096
@@ -26,18 +30,24 @@ def sum_of_squares(shard: Tensor) -> Tensor:
     fp32 on CPUs: rows of 4096 are summed in fp32 and the rows in fp64, seven times faster than widening all elements;
     where a square could leave the range of fp32, all of it is done in fp64.
     """
-    on_cpu = shard.device.type == "cpu"
-    if on_cpu and shard.dtype == torch.float32:
+    if shard.device.type != "cpu":
+        return _wide_sum_of_squares(shard, _CHUNK_GPU)
+    if shard.dtype == torch.float32:
         whole = shard.numel() // _ROW * _ROW
         parts = torch.linalg.vector_norm(shard[:whole].view(-1, _ROW), dim=1), shard[whole:].abs()
         total = torch.cat(parts).double().square().sum()
         if _LEAST_MEAN_SQUARE * shard.numel() < total.item() < math.inf:
             return total.reshape(1)
-    chunks = shard.split(_CHUNK_CPU if on_cpu else _CHUNK_GPU)
+    return _wide_sum_of_squares(shard, _CHUNK_CPU)
+
+
+def _wide_sum_of_squares(shard: Tensor, chunk_size: int) -> Tensor:
+    """All of it in fp64, a chunk at a time."""
+    chunks = shard.split(chunk_size)
     return torch.stack([torch.linalg.vector_norm(chunk.double()).square() for chunk in chunks]).sum().reshape(1)
 
 
-def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None) -> float:
+def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None, host: Host, watch: Watch) -> float:
     """L2 norm of the whole model's gradient from all ranks' reduced shards.
 
     Over all ranks the shards hold every element of every parameter exactly once, whatever its replicas are: experts,
@@ -47,4 +57,8 @@ def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None) -> fl
     total = torch.zeros(1, dtype=torch.float64, device=shards[0].device)
     for shard in shards:
         total += sum_of_squares(shard)
-    return math.sqrt((total if world is None else ordered_sum(total, world)).item())
+    if world is not None:
+        squares = Need("optimizer", "the squared norms of gradients from {peers}", world)
+        total = watch.launch(squares, lambda: all_gather(total, world)).wait()
+    (everyone,) = host.read("gradient norm", total)
+    return math.sqrt(reduce(operator.add, everyone))

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.collectives import reduce_scatter
+from parallel.host import Host
 from parallel.shards import FlatLayout, ParamInfo, Piece, shard_pieces
+from parallel.watch import Need, Watch, Watched
 from parallel.zero.deepspeed_engine import DeepSpeedEngine
 from parallel.zero.native import NativeEngine
 from parallel.zero.norm import global_norm
@@ -56,10 +59,12 @@ class ZeroOptimizer:
         sets: list[ParamSet],
         groups: ReplicaGroups,
         clip_grad_norm: float,
+        host: Host,
+        watch: Watch,
         on_new_weights: Callable[[], None],
     ) -> None:
         self._engine, self._sets, self._groups, self._clip_grad_norm = engine, sets, groups, clip_grad_norm
-        self._on_new_weights = on_new_weights
+        self._host, self._watch, self._on_new_weights = host, watch, on_new_weights
         self.num_steps = 0
         for each, layout, flat in zip(sets, engine.layouts, engine.main_grads, strict=True):
             for param, view in zip(each.params, views(flat, layout, each.params), strict=True):
@@ -73,13 +78,13 @@ class ZeroOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> StepResult:
-        """Reduce, clip and apply what `main_grad` holds. Collective over all groups.
+        """Reduce, clip and apply what `main_grad` holds. Collective over all groups. The host reads the norm alone.
 
         When the norm is not finite nothing is changed, on any rank. The content of `main_grad` is undefined afterwards
         until `zero_grad`.
         """
         grads = self._reduce()
-        norm = global_norm(grads, self._groups.world)
+        norm = global_norm(grads, self._groups.world, self._host, self._watch)
         if not math.isfinite(norm):
             return StepResult(norm, False)
         # The factor of torch.nn.utils.clip_grad_norm_, in double.
@@ -97,10 +102,14 @@ class ZeroOptimizer:
     def _reduce(self) -> list[Tensor]:
         """This rank's shard of each set's gradient, summed over the replicas; in a world of one the buffer itself."""
         pending = [
-            flat if each.group is None or each.num_shards == 1 else reduce_scatter(flat, each.group)
+            flat if each.group is None or each.num_shards == 1 else self._reduce_scatter(flat, each.group)
             for each, flat in zip(self._sets, self._engine.main_grads, strict=True)
         ]
         return [handle if isinstance(handle, Tensor) else handle.wait() for handle in pending]
+
+    def _reduce_scatter(self, flat: Tensor, group: dist.ProcessGroup) -> Watched[Tensor]:
+        gradients = Need("optimizer", "the gradients from {peers}", group)
+        return self._watch.launch(gradients, lambda: reduce_scatter(flat, group))
 
     def _moments(self, index: int) -> dict[str, Tensor]:
         return self._engine.optimizer.state[self._engine.masters[index]]
@@ -159,7 +168,7 @@ class ZeroOptimizer:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-_ENGINES: dict[str, Callable[[list[ParamSet], MakeAdamW], Engine]] = {
+_ENGINES: dict[str, Callable[[list[ParamSet], MakeAdamW, Watch], Engine]] = {
     "native": NativeEngine,
     "deepspeed": DeepSpeedEngine,
 }
@@ -173,6 +182,8 @@ def build(
     *,
     clip_grad_norm: float = 1.0,
     weight_decay: float = 0.1,
+    host: Host | None = None,
+    watch: Watch | None = None,
     on_new_weights: Callable[[], None] = lambda: None,
 ) -> ZeroOptimizer:
     """Move parameters into flat storage, give each a `main_grad` and shard the optimizer state over its replicas.
@@ -185,6 +196,8 @@ def build(
             "exp_avg_sq". The learning rate is set at each step.
         clip_grad_norm: largest global norm; 0 for no clipping.
         weight_decay: decay of those that decay.
+        host: where the norm is read; None for a CPU's.
+        watch: through which this rank waits for others.
         on_new_weights: called after every change of the weights: a step, a checkpoint read.
 
     Raises ValueError for an unknown engine, or for one that cannot hold these parameters.
@@ -194,4 +207,6 @@ def build(
     sets = split_sets(params, groups, weight_decay)
     if not sets:
         raise ValueError("params: a sharded optimizer needs at least one parameter")
-    return ZeroOptimizer(_ENGINES[engine](sets, make_adamw), sets, groups, clip_grad_norm, on_new_weights)
+    host, watch = host or Host(), watch or Watch()
+    zero = _ENGINES[engine](sets, make_adamw, watch)
+    return ZeroOptimizer(zero, sets, groups, clip_grad_norm, host, watch, on_new_weights)

@@ -80,6 +80,44 @@ def test_what_all_ranks_say_is_said_once(tmp_path: Path) -> None:
     assert start(body, 3, tmp_path) == Ended(2, "train.seq_len=7 is odd")
 
 
+HANG = "rank {0}, step 2, F0.1 (micro-batch 1 on stage 0): has waited 3.0 s for rows from rank {1}"
+
+
+def test_the_rank_that_all_others_wait_for_is_the_cause(tmp_path: Path) -> None:
+    body = f"""
+    if rank == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    explain({HANG!r}.format(rank, [1, 2, 3][rank]))
+    sys.exit(5 if rank == 0 else 6)
+    """
+    start_s = time.monotonic()
+    ended = start(body, 4, tmp_path)
+    log = tmp_path / "rank_3.log"
+    assert ended == Ended(5, f"rank 3 is stopped, and others wait for it; its log: {log}; {HANG.format(0, 1)}")
+    assert time.monotonic() - start_s < 30
+
+
+def test_ranks_that_wait_in_a_circle_have_no_culprit(tmp_path: Path) -> None:
+    body = f"""
+    explain({HANG!r}.format(rank, (rank + 1) % 3))
+    sys.exit(5)
+    """
+    assert start(body, 3, tmp_path) in [Ended(5, HANG.format(rank, (rank + 1) % 3)) for rank in range(3)]
+
+
+def test_a_failure_comes_before_those_that_miss_the_rank(tmp_path: Path) -> None:
+    body = f"""
+    if rank == 1:
+        time.sleep(0.5)
+        explain("out of memory")
+        sys.exit(1)
+    explain({HANG!r}.format(rank, 1))
+    sys.exit(6)
+    """
+    ended = start(body, 3, tmp_path)
+    assert ended == Ended(1, f"rank 1 failed with exit code 1 (out of memory); its log: {tmp_path / 'rank_1.log'}")
+
+
 def _launcher(body: str, logs: Path) -> subprocess.Popen[str]:
     code = f"""
 from pathlib import Path

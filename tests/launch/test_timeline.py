@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launch.__main__ import main
-from parallel.pipeline.events import Event, read_trace, write_trace
+from parallel.pipeline.events import Event, Timeline, read_trace, write_trace
 from parallel.pipeline.measure import measured_costs
 from parallel.pipeline.registry import NAMES, build
 from parallel.pipeline.simulate import Costs, simulate
@@ -89,7 +88,8 @@ def test_a_trace_reads_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     out = tmp_path / "step.json"
     assert run(capsys, *settings("dualpipev", 3, 7, "cost.f=0.3", "cost.latency=0.01", f"out={out}"))[0] == 0
     expected = simulate(build("dualpipev", 3, 7), Costs(f=0.3, latency=0.01)).events
-    assert set(read_trace(out)) == set(expected)
+    found = read_trace(out)
+    assert found.schedule == build("dualpipev", 3, 7) and set(found.pipelines["simulated"]) == set(expected)
     entries = json.loads(out.read_text())["traceEvents"]
     alive = [entry["args"]["chunks"] for entry in entries if entry["ph"] == "C" and entry["name"].endswith("rank 0")]
     assert max(alive) == 7 and alive[-1] == 0  # P + 1/2 activations are 2 P + 1 chunks of half a stage
@@ -99,9 +99,9 @@ def test_a_trace_reads_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 
 def recorded(path: Path, costs: Costs, name: str = "dualpipe") -> tuple[Event, ...]:
     """A step as a real run might have it: it starts late, and at its end it knows no costs."""
-    events = simulate(build(name, 4, 8), costs).events
-    late = tuple(replace(event, start_s=event.start_s + 100, stop_s=event.stop_s + 100) for event in events)
-    write_trace(late, path, "recorded")
+    schedule = build(name, 4, 8)
+    events = simulate(schedule, costs).events
+    write_trace(Timeline("recorded", schedule, {"pipeline 0": [event.moved(100) for event in events]}), path)
     return events
 
 

@@ -264,6 +264,38 @@ def test_two_dispatches_may_be_interleaved(ranks: Ranks, dispatch: str) -> None:
     ranks.run(interleaved, ParallelConfig(dp=4, ep=4, nodes=2, dispatch=dispatch), world_size=4)
 
 
+def turns(config: ParallelConfig) -> list[int]:
+    """How often each of the four trips lets others compute."""
+    groups = process.start(config)
+    case = draw(config, 1)[0]
+    dispatch, data = build(case.num_experts, groups), inputs(case, groups.mesh.rank)
+    results: list[Any] = []
+
+    def count(steps: Steps[Any]) -> int:
+        for number in itertools.count():
+            try:
+                next(steps)
+            except StopIteration as stop:
+                results.append(stop.value)
+                return number
+        raise AssertionError
+
+    out = count(dispatch.dispatch(data.x, data.weights, data.indices))
+    rows, row_weights, plan = results[0]
+    home = count(dispatch.combine(rows, plan))
+    found = [out, home, count(dispatch.combine_backward(results[1], plan))]
+    found.append(count(dispatch.dispatch_backward(rows, row_weights, plan)))
+    process.stop(groups)
+    return found
+
+
+@pytest.mark.parametrize("dispatch", ["flat", "two_hop"])
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+def test_a_trip_gives_one_turn_away(ranks: Ranks, dispatch: str, nodes: int) -> None:
+    config = ParallelConfig(dp=4, ep=4, nodes=nodes, dispatch=dispatch)
+    assert ranks.run(turns, config, world_size=4) == [[1, 1, 1, 1]] * 4
+
+
 def sums(dispatches: list[str]) -> list[Tensor]:
     """The combined tokens of the same input on each way, on the one mesh that has all of them."""
     outputs = []

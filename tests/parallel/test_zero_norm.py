@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from parallel.host import Host
+from parallel.watch import Watch
 from parallel.zero.norm import global_norm, sum_of_squares
 from tests.spawn import Ranks
 
@@ -48,7 +50,7 @@ def test_a_few_large_among_tiny_elements() -> None:
 def norm_of_a_stage() -> float:
     """On each of 4 ranks: two stages of two replicas; shards are ones of any size."""
     stage, replica = divmod(dist.get_rank(), 2)
-    return global_norm([torch.ones(1 + stage), torch.ones(10 + replica)], dist.new_group([0, 1, 2, 3]))
+    return global_norm([torch.ones(1 + stage), torch.ones(10 + replica)], dist.new_group([0, 1, 2, 3]), Host(), Watch())
 
 
 def test_every_shard_of_every_stage_counts_once(ranks: Ranks) -> None:

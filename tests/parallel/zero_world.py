@@ -169,7 +169,7 @@ def broken(groups: ReplicaGroups, fault: str) -> Iterator[ReplicaGroups]:
         if fault in ("experts reduced over the dense group", "gradients averaged"):
             patch.setattr(zero_optimizer, "reduce_scatter", reduce_wrongly)
         if fault == "norm of own shards":
-            patch.setattr(norm, "ordered_sum", lambda value, group: value)
+            patch.setattr(norm, "all_gather", lambda value, group: Handle([], (), lambda: value))
         yield replace(groups, world=groups.expert) if fault == "ep left out of the norm" else groups
 
 

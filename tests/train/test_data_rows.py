@@ -97,7 +97,7 @@ def test_an_epoch_holds_every_row_of_the_stream_once(tokens: Tokens, seq_len: in
 def test_a_row_names_its_documents(tokens: Tokens) -> None:
     rows = Rows(tokens, 33, seed=4)
     for position in (0, 1, rows.num_rows + 3):
-        start = int(rows.indices(position, 1)[0]) * 33
+        start = rows.indices(position, 1)[0] * 33
         found = rows.documents(position)
         assert found[0].first_token <= start < found[0].stop_token
         assert found[-1].first_token <= start + 33 < found[-1].stop_token

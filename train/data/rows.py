@@ -44,32 +44,31 @@ class Rows:
 
         Inputs are `[:, :-1]`, labels `[:, 1:]`.
         """
-        indices = self.indices(first, count).tolist()
-        out = np.empty((count, self.seq_len + 1), dtype=np.int64)
+        seq_len, copy = self.seq_len, self.tokens.copy
+        indices = self.indices(first, count)
+        out = np.empty((count, seq_len + 1), dtype=np.int64)
         for row, index in zip(out, indices, strict=True):
-            self.tokens.copy(index * self.seq_len, row)
+            copy(index * seq_len, row)
         return torch.from_numpy(out)
 
-    def indices(self, first: int, count: int) -> np.ndarray:
-        """Which rows of the split lie at positions [first, first + count): int64 [count], values < num_rows."""
+    def indices(self, first: int, count: int) -> list[int]:
+        """Which rows of the split lie at positions [first, first + count): `count` numbers below num_rows."""
         if first < 0 or count < 0:
             raise ValueError(f"first={first} and count={count} must not be negative")
-        out = np.empty(count, dtype=np.int64)
-        done = 0
-        while done < count:
-            epoch, place = divmod(first + done, self.num_rows)
+        found: list[int] = []
+        while True:
+            epoch, place = divmod(first + len(found), self.num_rows)
             block, offset = divmod(place, _BLOCK_ROWS)
-            part = self._block(epoch, block)[offset : offset + count - done]
-            out[done : done + len(part)] = part
-            done += len(part)
-        return out
+            found += self._block(epoch, block)[offset : offset + count - len(found)]
+            if len(found) == count:
+                return found
 
-    def _permuted(self, epoch: int, block: int) -> np.ndarray:
+    def _permuted(self, epoch: int, block: int) -> list[int]:
         """The rows at one block of an epoch's places; the last block of an epoch is shorter."""
         places = np.arange(block * _BLOCK_ROWS, min((block + 1) * _BLOCK_ROWS, self.num_rows))
-        return Permutation(self.num_rows, self.seed, epoch)(places) if self.order == "shuffled" else places
+        return (Permutation(self.num_rows, self.seed, epoch)(places) if self.order == "shuffled" else places).tolist()
 
     def documents(self, position: int) -> list[Document]:
         """The documents that the row at this position is cut from: to find the text behind a bad step."""
-        start = int(self.indices(position, 1)[0]) * self.seq_len
+        start = self.indices(position, 1)[0] * self.seq_len
         return self.tokens.documents(start, start + self.seq_len + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from train.model.config import ModelConfig
 from train.model.transformer import Transformer
@@ -20,6 +20,15 @@ def _draw(std: float, shape: torch.Size, *identity: object) -> Tensor:
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
 
 
+def _materialise(model: Transformer, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Memory for every parameter and buffer. Not `to` and `to_empty`: they cannot replace tensors that are traced."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device)))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty_like(buffer, dtype=dtype, device=device))
+
+
 @torch.no_grad()
 def init_weights(
     model: Transformer, config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str
@@ -30,8 +39,7 @@ def init_weights(
     float64). Values are drawn in float32 on CPU, then cast: the same on every device and in every precision. An
     expert's weights are drawn by its global index, so any layout of experts over ranks holds the same model.
     """
-    model.to(dtype)
-    model.to_empty(device=device)
+    _materialise(model, dtype, device)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.fill_(1.0)

@@ -22,8 +22,8 @@ from train.model.tape import Steps
 class Dispatch(Protocol):
     """Moves tokens to the experts and back. Plain tensors, no autograd.
 
-    Every method is a generator that yields once after each communication it has launched and returns its result, so
-    that a pipeline can interleave two of them.
+    Every method is a generator that yields while rows are on their way and returns its result, so that a pipeline can
+    interleave two of them.
     """
 
     num_local_experts: int

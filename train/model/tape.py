@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
-# Yields once after each communication it has launched.
+# Yields while a communication that it has launched is on its way.
 Steps = Generator[None, None, Result]
 
 

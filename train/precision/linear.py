@@ -146,23 +146,24 @@ class _LoopedGroups(_AsItIs):
             self._engine.wgrad_(accumulator[e], dy[rows], x[rows])
 
 
-class _FusedGroups(_AsItIs):
-    """One kernel for all groups."""
+class _FusedGroups(_LoopedGroups):
+    """One kernel for all groups, but for weight gradients: torch's kernel would round those. Not yet run on a GPU."""
 
     def __init__(self, engine: TorchEngine, splits: list[int]) -> None:
-        self._splits = splits
+        super().__init__(engine, splits)
+        self._ends = torch.tensor(list(accumulate(splits)), dtype=torch.int32)
 
-    def _ends(self, device: torch.device) -> Tensor:
-        return torch.tensor(list(accumulate(self._splits)), dtype=torch.int32, device=device)
+    def _ends_on(self, device: torch.device) -> Tensor:
+        if self._ends.device != device:
+            # From pinned memory: any other copy would make the host wait for the device.
+            self._ends = self._ends.pin_memory().to(device, non_blocking=True)
+        return self._ends
 
     def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
-        return torch._grouped_mm(operand, weight.transpose(1, 2), offs=self._ends(operand.device))
+        return torch._grouped_mm(operand, weight.transpose(1, 2), offs=self._ends_on(operand.device))
 
     def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
-        return torch._grouped_mm(dy, weight, offs=self._ends(dy.device))
-
-    def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
-        accumulator.add_(torch._grouped_mm(dy.t(), x, offs=self._ends(x.device)))
+        return torch._grouped_mm(dy, weight, offs=self._ends_on(dy.device))
 
 
 def weight_gradient(gemm: Gemm, weight: Tensor, dy: Tensor, kept: tuple[Tensor, ...]) -> None:

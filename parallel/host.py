@@ -1,0 +1,115 @@
+"""The border between host and device: the only place where the host waits for the device, counted by name.
+
+On a CPU the two are one, and a read costs nothing but is counted all the same. On a GPU the host runs ahead and queues
+work; where it needs a number that the device computes (how many rows will arrive) it must wait. A read is therefore
+started early, so that the copy is on its way while the host queues other work, and waited for late. The GPU's side has
+not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+# Called to obtain the tensors of a read, which may first wait for their communication.
+Source = Callable[[], Sequence[Tensor]]
+
+
+class Reading(Protocol):
+    """Numbers on their way to the host."""
+
+    def wait(self) -> list[Any]:
+        """The numbers of each tensor, as nested lists. Blocks; to be called once."""
+        ...
+
+
+class Host:
+    """The border where host and device are one. `num_reads` counts by the name that every read gives.
+
+    runs_ahead: whether the host queues work that the device does later.
+    """
+
+    runs_ahead = False
+
+    def __init__(self) -> None:
+        self.num_reads: Counter[str] = Counter()
+
+    def start(self, name: str, source: Source) -> Reading:
+        """Begin to read the tensors of `source`, all of one dtype."""
+        self.num_reads[name] += 1
+        return self._start(source)
+
+    def read(self, name: str, *tensors: Tensor) -> list[Any]:
+        """The tensors' numbers, each as a nested list, at once."""
+        return self.start(name, lambda: tensors).wait()
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """A tensor of the host's, on the device. The host does not wait."""
+        return tensor
+
+    def _start(self, source: Source) -> Reading:
+        return _Here(source)
+
+
+class _Here:
+    """Reads when asked: a communication that is still under way goes on until then."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def wait(self) -> list[Any]:
+        return [tensor.tolist() for tensor in self._source()]
+
+
+class CudaHost(Host):
+    """The border to one GPU. Numbers leave through pinned memory on a stream of their own.
+
+    That stream, not the one that computes, waits for the communication that brings the numbers (a wait for NCCL's work
+    makes the current stream wait, never the host), so neither computation nor the host stops until `wait` is called.
+    """
+
+    runs_ahead = True
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def put(self, tensor: Tensor) -> Tensor:
+        # A copy from memory that is not pinned would wait for everything queued before it.
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def _start(self, source: Source) -> Reading:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            tensors = source()
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            landed = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            landed.copy_(flat, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return _Landing(tensors, landed, event)
+
+
+class _Landing:
+    """Waits for the event behind the copy. Keeps the sources until then: other streams could be given their memory."""
+
+    def __init__(self, tensors: Sequence[Tensor], landed: Tensor, event: torch.cuda.Event) -> None:
+        self._tensors, self._landed, self._event = tensors, landed, event
+
+    def wait(self) -> list[Any]:
+        self._event.synchronize()
+        sizes = [tensor.numel() for tensor in self._tensors]
+        parts = zip(self._landed.split(sizes), self._tensors, strict=True)
+        numbers = [part.view(tensor.shape).tolist() for part, tensor in parts]
+        self._tensors = ()
+        return numbers
+
+
+def host_of(device: torch.device) -> Host:
+    """The border of a rank that computes on this device."""
+    return CudaHost(device) if device.type == "cuda" else Host()

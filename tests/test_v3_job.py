@@ -1,0 +1,282 @@
+"""The published job without its cluster: ranks of 2048 assemble with fake tensors and trace a step of 671 B parameters.
+
+A fake tensor has a shape and no values, so whatever would make the host wait for the device (a number read, a size that
+depends on values) raises: a step that runs to its end waits nowhere but in `Host`, which counts. The process groups are
+fake too: all 2048 ranks are there, and every message arrives. What is chosen for a GPU when a job is built is chosen
+here: NCCL's branch of the collectives, grouped products, the optimizer's large chunks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from parallel import process
+from parallel.host import Host, Source
+from parallel.pipeline.order import messages
+from parallel.pipeline.schedule import Schedule as Order
+from parallel.zero import norm
+from train import assemble, loop, optim
+from train.assemble import Job
+from train.compose import compose
+from train.config import RunConfig
+from train.metrics import StepTimer
+from train.precision.linear import TorchEngine
+
+SETTINGS = ["experiment=v3_h800_2048"]
+WORLD_SIZE, DP, EP, NODES_PER_EP_GROUP, LOCAL_EXPERTS = 2048, 128, 64, 8, 4
+# Ranks of the first, a middle and the last pipeline rank, in different columns.
+RANKS = {"first": 0, "middle": 7 * DP + 5, "last": 15 * DP + 127}
+MAIN_PARAMETERS, MTP_PARAMETERS = 671_026_404_352, 11_610_067_968
+
+
+# As if every expert got the same: each of 4096 tokens goes to 4 of 8 nodes, and on each to 2 of 32 experts.
+ANSWERS: dict[str, list[Any]] = {
+    "rail counts": [[2048] * 8] * 2,
+    # To each rank of the node and from it: by source node, then by local expert.
+    "node counts": [[[512] * 8 + [1024] * 4] * 8] * 2,
+    "gradient norm": [[1.0] * WORLD_SIZE],
+    "step": [[[1.0] * 8] * WORLD_SIZE, 1.0, 1.0],
+}
+
+
+class EvenRouting(Host):
+    """Answers without values; any other name than those is refused."""
+
+    def start(self, name: str, source: Source) -> Any:
+        self.num_reads[name] += 1
+        answer = ANSWERS[name]
+        assert [tuple(tensor.shape) for tensor in source()] == [shape(numbers) for numbers in answer]
+        return mock.Mock(wait=lambda: answer)
+
+
+def shape(numbers: Any) -> tuple[int, ...]:
+    return (len(numbers), *shape(numbers[0])) if isinstance(numbers, list) else ()
+
+
+class FakeRows:
+    """Rows of the right shape."""
+
+    def __init__(self, tokens: Any, seq_len: int, *_: Any, **__: Any) -> None:
+        self.seq_len = seq_len
+
+    def rows(self, first: int, count: int) -> Tensor:
+        return torch.empty(count, self.seq_len + 1, dtype=torch.int64)
+
+
+class Copies(TorchFunctionMode):
+    """Notes what names a device: a copy to or from one that is not made by `Host` would make the host wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        moved = func in (torch.Tensor.cpu, torch.Tensor.cuda, torch.Tensor.numpy)
+        moved |= func is torch.Tensor.to and any(
+            isinstance(arg, str | torch.device) for arg in (*args[1:], kwargs.get("device"))
+        )
+        moved |= func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None
+        if moved:
+            self.found.append(str(func))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def fake_job(rank: int) -> Iterator[Job]:
+    """The job of one of 2048 ranks, inside a fake world."""
+    config, make_group = compose(SETTINGS), dist.new_group
+
+    def new_group(ranks: list[int], **options: Any) -> Any:
+        return make_group(ranks, **{**options, "backend": "fake"})
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD_SIZE)
+    try:
+        with ExitStack() as stack:
+            for where, name, what in [
+                (dist, "new_group", new_group),
+                (assemble, "Tokens", mock.MagicMock()),
+                (assemble, "Rows", FakeRows),
+                (assemble, "Checkpoints", mock.MagicMock()),
+                # What a GPU gets.
+                (assemble, "TorchEngine", lambda device: TorchEngine("cuda")),
+                (norm, "sum_of_squares", lambda shard: norm._wide_sum_of_squares(shard, norm._CHUNK_GPU)),
+                (optim, "_CHUNK_CPU", optim._CHUNK_GPU),
+            ]:
+                stack.enter_context(mock.patch.object(where, name, what))
+            stack.enter_context(FakeTensorMode())
+            groups = process.start(config.parallel, "cpu", config.mirrored, config.shared_ends)
+            yield assemble.assemble(config, dataclasses.replace(groups, host=EvenRouting()))
+    finally:
+        dist.destroy_process_group()
+
+
+# --- closed forms, from the sizes in the report ---
+
+
+def dense_parameters(config: RunConfig, layer: int) -> int:
+    """Of one layer: all but routed experts."""
+    model, d = config.model, config.model.hidden_size
+    heads, rope = model.num_attention_heads, model.qk_rope_head_dim
+    assert model.q_lora_rank is not None
+    queries = d * model.q_lora_rank + model.q_lora_rank + model.q_lora_rank * heads * (model.qk_nope_head_dim + rope)
+    latent = d * (model.kv_lora_rank + rope) + model.kv_lora_rank
+    values = model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
+    attention = queries + latent + values + heads * model.v_head_dim * d
+    if layer < model.first_k_dense_replace:
+        return attention + 2 * d + 3 * d * model.intermediate_size
+    return attention + 2 * d + 3 * d * model.moe_intermediate_size + model.n_routed_experts * d
+
+
+def expected_parameters(job: Job) -> tuple[int, int]:
+    """(dense, routed experts) of a rank, from the layers that it says it holds."""
+    config, d = job.config, job.config.model.hidden_size
+    expert = 3 * d * config.model.moe_intermediate_size
+    dense = experts = 0
+    for part in (model.parts for model in job.models):
+        depths = [config.model.num_hidden_layers] if part.mtp else []
+        dense += sum(dense_parameters(config, layer) for layer in [*part.layers, *depths])
+        experts += LOCAL_EXPERTS * expert * moe_layers(job, part)
+        dense += part.embedding * config.model.vocab_size * d + part.head * (config.model.vocab_size + 1) * d
+        dense += part.mtp * (2 * d * d + 3 * d)  # the projection, the norms before it and the one before the head
+    return dense, experts
+
+
+def moe_layers(job: Job, part: Any) -> int:
+    return sum(layer >= job.config.model.first_k_dense_replace for layer in part.layers) + part.mtp
+
+
+def moe_forwards(job: Job, order: Order) -> int:
+    """MoE layers through which a rank's forward chunks of a step go."""
+    rank = job.groups.mesh.pp_rank
+    forwards = [part for action in order.ranks[rank] for part in action.parts]
+    return sum(moe_layers(job, job.stages[part.stage].model.parts) for part in forwards if part.kind == "F")
+
+
+def internode_bytes(job: Job, num_forwards: int) -> int:
+    """Each token's copies to 3.5 other nodes on average: out and home, forward and backward."""
+    copies = 7 * 2048
+    row, weight, expert_id = 2 * job.config.model.hidden_size, 4, 2
+    routes = job.config.model.num_experts_per_tok * (2 * weight + expert_id)  # the weights' gradients come back
+    return num_forwards * copies * (4 * row + routes)
+
+
+# --- one step ---
+
+
+def trace(job: Job, num_micro_batches: int) -> None:
+    """Everything that `loop.run` does in a step, held against the closed forms."""
+    plan = job.schedule.at(first_step_of(job, num_micro_batches))
+    order = job.config.order(plan.num_sequences // DP)
+    sent: Counter[Any] = Counter()
+    isend = dist.isend
+
+    def note(tensor: Tensor, group: Any, group_dst: int) -> Any:
+        assert tensor.shape == (1, 4096, 7168) and tensor.dtype == torch.bfloat16
+        sent[next(channel for channel, own in job.runtime._links._groups.items() if own is group)] += 1
+        return isend(tensor, group=group, group_dst=group_dst)
+
+    with Copies() as copies:
+        with mock.patch.object(dist, "isend", note):
+            tally = loop.accumulate(job, plan, StepTimer())
+        forwards = moe_forwards(job, order)
+        assert job.dispatch.internode_bytes == internode_bytes(job, forwards)
+        assert job.optimizer.step(plan.lr).finite
+        loop.reduce(job, tally, loop.StopRequest())
+        for model in job.models:
+            loop.update_bias(model, tally.load, plan.bias_update_rate)
+    assert copies.found == []
+    pp_rank = job.groups.mesh.pp_rank
+    assert sent == {
+        channel: len(carried) for channel, carried in messages(order).items() if channel.source == pp_rank and carried
+    }
+    reads = {"rail counts": forwards, "node counts": forwards, "gradient norm": 1, "step": 1}
+    assert job.host.num_reads == {name: count for name, count in reads.items() if count}
+
+
+def check_sizes(job: Job) -> None:
+    """Parameters, and bytes of weights, gradients and sharded state."""
+    dense, experts = expected_parameters(job)
+    held = assemble.held(job.models)
+    assert sum(param.numel() for info, param in held if info.replicas != "expert") == dense
+    assert sum(param.numel() for info, param in held if info.replicas == "expert") == experts
+    assert {param.dtype for _, param in held} == {torch.bfloat16}
+    assert {param.main_grad.dtype for _, param in held} == {torch.float32}
+    # fp32 masters and two bf16 moments, over 2 x 128 replicas of what is dense and 2 x 128 / 64 of an expert.
+    exact = 8 * (dense / 256 + experts / 4)
+    assert exact <= job.optimizer.state_bytes() < exact * 1.0001
+
+
+def first_step_of(job: Job, num_micro_batches: int) -> int:
+    """The first step of the ramp with that many micro-batches for each pipeline."""
+    steps = range(job.schedule.num_steps)
+    return next(step for step in steps if job.schedule.at(step).num_sequences >= DP * num_micro_batches)
+
+
+# The run's very first step has 24 micro-batches, too few for DualPipe: 1F1B over one of its two directions.
+STEPS = [
+    ("first", 32),
+    ("middle", 24),
+    ("last", 32),
+    pytest.param("first", 24, marks=pytest.mark.slow),
+    pytest.param("middle", 32, marks=pytest.mark.slow),
+    pytest.param("last", 24, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("place", "num_micro_batches"), STEPS)
+def test_a_rank_assembles_and_traces_a_step(place: str, num_micro_batches: int) -> None:
+    with fake_job(RANKS[place]) as job:
+        check_sizes(job)
+        trace(job, num_micro_batches)
+
+
+def test_the_ranks_of_a_pipeline_hold_the_published_model() -> None:
+    """Half of them: the others are their mirrors."""
+    sizes: dict[str, int] = {}
+    for pp_rank in range(8):
+        with fake_job(pp_rank * DP) as job:
+            for info, _ in assemble.held(job.models):
+                assert info.name not in sizes
+                sizes[info.name] = info.global_numel
+            check_sizes(job)
+    assert sum(size for name, size in sizes.items() if not name.startswith("mtp.")) == MAIN_PARAMETERS
+    assert sum(size for name, size in sizes.items() if name.startswith("mtp.")) == MTP_PARAMETERS
+
+
+WAITS = {
+    "a number": lambda x: x.sum().item(),
+    "a list": lambda x: x.tolist(),
+    "a question": lambda x: bool(x.isfinite().all()),
+    "where": lambda x: x.nonzero(),
+    "a mask": lambda x: x[x > 0],
+    "a histogram": lambda x: x.long().bincount(),
+    "unknown repeats": lambda x: x.repeat_interleave(x.long()),
+    "distinct values": lambda x: x.unique(),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_a_trace_sees_every_wait(wait: str) -> None:
+    with FakeTensorMode(), pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        WAITS[wait](torch.ones(8))
+
+
+@pytest.mark.parametrize("copy", [lambda x: x.to("cpu"), lambda x: x.cpu(), lambda x: torch.tensor([1], device="cpu")])
+def test_a_trace_sees_copies(copy: Any) -> None:
+    with Copies() as copies:
+        copy(torch.ones(8))
+    assert len(copies.found) == 1
