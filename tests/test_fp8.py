@@ -25,6 +25,7 @@ from train.track import read_metrics
 
 STEPS = ["precision=fp8", "train.max_steps=6", "checkpoint.interval=3", "checkpoint.keep_latest_k=0"]
 MEASURED = ("train/loss", "train/mtp_loss", "train/seq_balance_loss", "train/grad_norm", "moe/max_vio", "valid/loss")
+BYTES = "moe/internode_bytes"
 OPERATIONS = {"fprop": 1, "dgrad": 1, "wgrad_": 0}  # name -> which argument says whose product it is
 
 
@@ -214,3 +215,28 @@ def test_composed(
     assert ours[0]["train/grad_norm"] == pytest.approx(theirs[0]["train/grad_norm"], rel=first_norm, abs=0)
     for row, twin in zip(ours, theirs, strict=True):
         assert row["train/loss"] == pytest.approx(twin["train/loss"], rel=later, abs=0)
+
+
+@contextmanager
+def uncoded() -> Iterator[None]:
+    """Rows travel as they are."""
+    with mock.patch("train.assemble.row_codec", lambda *_: None):
+        yield
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=2",
+        pytest.param("parallel.dp=2 parallel.ep=2 parallel.dispatch=flat parallel.nodes=2", marks=pytest.mark.slow),
+    ],
+)
+def test_bytes_on_the_way_change_no_number(ranks: Ranks, tmp_path: Path, text: list[str], settings: str) -> None:
+    """The rounding of what travels belongs to the model: without the codec the same bits, and more bytes."""
+    words = [*SMALL, *text, *STEPS, "train.max_steps=3", *settings.split()]
+    coded, plain = (run_in(ranks, tmp_path / str(fault is None), words, 2, fault) for fault in (None, uncoded))
+    for key in MEASURED:
+        assert [row.get(key) for row in coded.rows] == [row.get(key) for row in plain.rows]
+    theirs = plain.masters
+    assert all(torch.equal(value, theirs[name]) for name, value in coded.masters.items())
+    assert coded.rows[0][BYTES] < plain.rows[0][BYTES]

@@ -44,7 +44,7 @@ from train.model.transformer import LossTerms, Transformer
 from train.optim import adamw_factory, decays
 from train.precision.grads import attach_main_grads
 from train.precision.linear import Engines
-from train.precision.recipe import build_engines
+from train.precision.recipe import build_engines, row_codec
 from train.precision.reference import QuantisedWeights
 from train.schedule import Schedule, StepPlan
 from train.split import split
@@ -323,7 +323,9 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
     Raises ValueError for what needs ranks or data to be seen: missing or changed tokens, or a split too short.
     """
     torch.manual_seed(config.train.seed)  # nothing in a step draws from it; what ever will does so reproducibly
-    dispatch = build_dispatch(config.model.n_routed_experts, groups)
+    dispatch = build_dispatch(
+        config.model.n_routed_experts, groups, row_codec(config.precision.name, config.model.hidden_size)
+    )
     precision, weights = config.precision, QuantisedWeights(config.precision.power_of_two_scales)
     engines = build_engines(precision.name, groups.device, weights, precision.power_of_two_scales)
     stages = build_stages(config, dispatch, groups, engines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from train.precision.codec import Fp8Rows
 from train.precision.linear import Engine, Engines, TorchEngine
 from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
 
@@ -51,3 +52,8 @@ def build_engines(
         return torch_engine
     made = {recipe: Fp8Engine(recipe, weights, power_of_two) for recipe in FP8_MODULES.values() if recipe is not None}
     return Table({name: made[recipe] if recipe else torch_engine for name, recipe in FP8_MODULES.items()})
+
+
+def row_codec(precision: str, width: int) -> Fp8Rows | None:
+    """What rows of `width` elements are on their way to the experts; None for themselves."""
+    return Fp8Rows(width) if precision == "fp8" else None
