@@ -3,14 +3,15 @@
     OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 python -m benchmarks.step [size=S rounds=7 sides=ours,... threads=1]
 
 size     S (8.34 M parameters, 50 GFLOP a step), M (195.28 M, 402 GFLOP) or tiny (to see that it runs).
-sides    ours, ours_compiled, transformers, transformers_compiled, torchtitan, torchtitan_fp32_experts; a framework that
-         is not installed is told and left out. At size M a side holds 3 GB.
+sides    ours, ours_compiled, ours_bf16, ours_fp8, ours_fp8_compiled, transformers, transformers_compiled, torchtitan,
+         torchtitan_fp32_experts; a framework that is not installed is told and left out. At size M a side holds 3 GB.
 clock    cpu (default with one thread): processor seconds, which neighbours hardly change. wall: with several threads.
 malloc   system, or tuned: start again with allocator settings that keep large blocks, for all sides alike.
 clip     largest gradient norm; 0: the others do not take the norm, ours does. Their own trainers clip to 1.
 profile  a side to profile instead of comparing.
 
-All sides hold the same number of parameters, read the same tokens in fp32, and use torch's fused AdamW. Ours is what
+All sides hold the same number of parameters, read the same tokens, train in fp32 if their name does not say otherwise,
+and use torch's fused AdamW. Ours is what
 `python -m train` runs in one process: the same model, local dispatch, native sharded optimizer, gradients in
 `main_grad`, global norm taken. The others train neither multi-token prediction, which is left out, nor the balance
 loss, which ours still computes, with a factor of zero. "GEMM" is a product of two 2048 x 2048 fp32 matrices, timed in
@@ -37,7 +38,7 @@ from benchmarks._sides import Neighbours, cpu, median_ms, speedup, take_turns, w
 from parallel.expert.dispatch import LocalDispatch
 from parallel.zero.optimizer import build
 from parallel.zero.sets import ReplicaGroups
-from train.assemble import held
+from train.assemble import DTYPES, held
 from train.flops import parameter_counts, training_flops_per_token
 from train.model.config import ModelConfig
 from train.model.init import init_weights
@@ -46,7 +47,8 @@ from train.model.loss import LossTerms
 from train.model.transformer import Transformer
 from train.optim import OptimConfig, adamw_factory, decays
 from train.precision.grads import attach_main_grads
-from train.precision.linear import TorchEngine
+from train.precision.recipe import build_engines
+from train.precision.reference import QuantisedWeights
 
 DEFAULTS = {
     "size": "S",
@@ -134,14 +136,24 @@ class Batches:
         return self._batches[self._number % 4]
 
 
-def ours(config: ModelConfig, clip: float, compile: bool = False) -> Side:
-    dispatch = LocalDispatch(config.n_routed_experts)
+def ours(config: ModelConfig, clip: float, precision: str = "fp32", compile: bool = False) -> Side:
+    dispatch, weights = LocalDispatch(config.n_routed_experts), QuantisedWeights()
     with torch.device("meta"):
-        model = Transformer(config, dispatch, TorchEngine(), kernels=Kernels(compile=compile))
-    init_weights(model, config, 0, torch.float32, "cpu")
+        model = Transformer(
+            config, dispatch, build_engines(precision, "cpu", weights), kernels=Kernels(compile=compile)
+        )
+    init_weights(model, config, 0, DTYPES[precision], "cpu")
     params = [(info, param, decays(param.shape)) for info, param in held([model])]
     factory = adamw_factory(OptimConfig())
-    optimizer = build("native", params, ReplicaGroups(), factory, clip_grad_norm=clip, weight_decay=WEIGHT_DECAY)
+    optimizer = build(
+        "native",
+        params,
+        ReplicaGroups(),
+        factory,
+        clip_grad_norm=clip,
+        weight_decay=WEIGHT_DECAY,
+        on_new_weights=weights.changed,
+    )
     attach_main_grads(model)
     batches, terms = Batches(config), LossTerms(1 / (BATCH * config.max_position_embeddings), 0.0, 0.0)
 
@@ -179,6 +191,9 @@ def peer(config: ModelConfig, clip: float, make: Callable[[ModelConfig], _peers.
 SIDES: dict[str, Callable[[ModelConfig, float], Side]] = {
     "ours": ours,
     "ours_compiled": lambda config, clip: ours(config, clip, compile=True),
+    "ours_bf16": lambda config, clip: ours(config, clip, "bf16"),
+    "ours_fp8": lambda config, clip: ours(config, clip, "fp8"),
+    "ours_fp8_compiled": lambda config, clip: ours(config, clip, "fp8", compile=True),
     **{
         make.__name__: (lambda make: lambda config, clip: peer(config, clip, make))(make)
         for make in (

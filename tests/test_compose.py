@@ -67,7 +67,8 @@ MISTAKES = [
     ("train.seq_len.deeper=1", "train.seq_len.deeper", ""),
     # groups
     ("model=huge", "model=huge", "tiny"),
-    ("precision=fp8", "precision=fp8", "bf16"),
+    ("precision=fp4", "precision=fp4", "fp64, fp8"),
+    ("precision.power_of_two_scales=true", "precision.power_of_two_scales=true", "precision=fp8"),
     ("experiment=unknown", "experiment=unknown", "first_run"),
     # types
     ("train.seq_len=long", "train.seq_len", "long"),

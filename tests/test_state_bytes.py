@@ -13,6 +13,7 @@ from train.assemble import build_stages, held
 from train.compose import compose
 from train.flops import parameter_counts
 from train.optim import adamw_factory, decays
+from train.precision.linear import TorchEngine
 
 DP, EP = 4, 2
 
@@ -22,7 +23,7 @@ def weigh(settings: list[str]) -> int:
     config = compose(settings)
     groups = process.start(config.parallel)
     dispatch = build_dispatch(config.model.n_routed_experts, groups)
-    models = [stage.model for stage in build_stages(config, dispatch, groups).values()]
+    models = [stage.model for stage in build_stages(config, dispatch, groups, TorchEngine()).values()]
     params = [(info, param, decays(param.shape)) for info, param in held(models)]
     replicas = ReplicaGroups(groups.dense, groups.expert, groups.embedding, groups.world)
     optimizer = build(config.zero.engine, params, replicas, adamw_factory(config.optimizer))

@@ -33,6 +33,7 @@ from train.assemble import Job
 from train.compose import compose
 from train.config import RunConfig
 from train.metrics import StepTimer
+from train.precision import recipe
 from train.precision.linear import TorchEngine
 
 SETTINGS = ["experiment=v3_h800_2048"]
@@ -112,7 +113,7 @@ def fake_job(rank: int) -> Iterator[Job]:
                 (assemble, "Rows", FakeRows),
                 (assemble, "Checkpoints", mock.MagicMock()),
                 # What a GPU gets.
-                (assemble, "TorchEngine", lambda device: TorchEngine("cuda")),
+                (recipe, "TorchEngine", lambda device: TorchEngine("cuda")),
                 (norm, "sum_of_squares", lambda shard: norm._wide_sum_of_squares(shard, norm._CHUNK_GPU)),
                 (optim, "_CHUNK_CPU", optim._CHUNK_GPU),
             ]:
@@ -194,7 +195,7 @@ def trace(job: Job, num_micro_batches: int) -> None:
             tally = loop.accumulate(job, plan, StepTimer())
         forwards = moe_forwards(job, order)
         assert job.dispatch.internode_bytes == internode_bytes(job, forwards)
-        assert job.optimizer.step(plan.lr).finite
+        assert job.update(plan.lr).finite
         loop.reduce(job, tally, loop.StopRequest())
         for model in job.models:
             loop.update_bias(model, tally.load, plan.bias_update_rate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -29,21 +29,24 @@ from parallel.pipeline.segments import Segments
 from parallel.process import Groups
 from parallel.shards import ParamInfo, Piece, stacked_experts
 from parallel.watch import Need, PeerError, Watch, Watchdog
-from parallel.zero.optimizer import MOMENTS, ZeroOptimizer
+from parallel.zero.optimizer import MOMENTS, StepResult, ZeroOptimizer
 from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
-from train import compose, flops
+from train import compose, flat, flops
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data.rows import Rows
 from train.data.tokens import Tokens
+from train.ema import Ema
 from train.model.init import init_weights
 from train.model.kernels import Kernels
 from train.model.recompute import Recompute
 from train.model.transformer import LossTerms, Transformer
 from train.optim import adamw_factory, decays
 from train.precision.grads import attach_main_grads
-from train.precision.linear import TorchEngine
+from train.precision.linear import Engines
+from train.precision.recipe import build_engines, row_codec
+from train.precision.reference import QuantisedWeights
 from train.schedule import Schedule, StepPlan
 from train.split import split
 from train.stage import Stage, WeightGradients
@@ -54,7 +57,8 @@ __all__ = ["Job", "PeerError", "assemble", "join"]
 EMBEDDING = "embed_tokens.weight"
 # After which process groups give up by themselves, at least; and how much earlier the watchdog speaks.
 GROUP_TIMEOUT_S, WATCHDOG_LEAD_S = 600.0, 120.0
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
+# Of weights and activations; fp8 is the format of products alone.
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 @dataclass
@@ -69,6 +73,7 @@ class Job:
     recorder: Recorder
     dispatch: Dispatch
     optimizer: ZeroOptimizer
+    ema: Ema | None
     train_rows: Rows
     valid_rows: Rows
     checkpoints: Checkpoints
@@ -129,6 +134,15 @@ class Job:
         for stage in self.stages.values():
             stage.begin(tokens, terms)
         self.runtime.run(order, (num_sequences, self.config.train.seq_len, self.config.model.hidden_size))
+
+    def update(self, lr: float) -> StepResult:
+        """One optimizer step; the moving average takes in its weights beside what comes next."""
+        if self.ema is not None:
+            self.ema.wait()
+        result = self.optimizer.step(lr)
+        if self.ema is not None and result.finite:
+            self.ema.start()
+        return result
 
     def micro_batches(self, plan: StepPlan) -> Iterator[tuple[int, int]]:
         """(position of the first sequence, number of sequences) of each of this rank's micro-batches of a step.
@@ -221,7 +235,7 @@ class Job:
         recipe = {
             **json.loads(self.schedule.fingerprint()),
             "optimizer": asdict(config.optimizer),
-            "precision": config.precision.name,
+            **config.precision.recipe(),
         }
         tokens = {"train": self.train_rows.tokens.fingerprint, "source": config.data.name}
         return {
@@ -230,13 +244,18 @@ class Job:
             "recipe": fingerprint(recipe),
         }
 
-    def pieces(self) -> tuple[dict[str, list[Piece]], dict[str, int]]:
+    def pieces(self) -> tuple[flat.Pieces, dict[str, int]]:
         """All large state of this rank as ranges of global tensors, and the sizes of those: what a checkpoint holds.
 
-        Weights are the masters rounded to the run's precision, so they are not stored a second time.
+        Weights are the masters rounded to the run's precision, so they are not stored a second time. Waits for the
+        moving average, which is a state like any other.
         """
-        pieces = dict(self.optimizer.state())
-        sizes = {f"{kind}.{info.name}": info.global_numel for info in self._infos() for kind in ("master", *MOMENTS)}
+        pieces: dict[str, Sequence[flat.Piece]] = {**self.optimizer.state()}
+        kinds = ["master", *MOMENTS]
+        if self.ema is not None:
+            pieces |= self.ema.state()
+            kinds.append("ema")
+        sizes = {f"{kind}.{info.name}": info.global_numel for info in self._infos() for kind in kinds}
         for model in self.models:
             for name, bias in model.named_buffers():
                 pieces[name] = [Piece(0, bias)]
@@ -305,8 +324,12 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
     Raises ValueError for what needs ranks or data to be seen: missing or changed tokens, or a split too short.
     """
     torch.manual_seed(config.train.seed)  # nothing in a step draws from it; what ever will does so reproducibly
-    dispatch = build_dispatch(config.model.n_routed_experts, groups)
-    stages = build_stages(config, dispatch, groups)
+    dispatch = build_dispatch(
+        config.model.n_routed_experts, groups, row_codec(config.precision.name, config.model.hidden_size)
+    )
+    precision, weights = config.precision, QuantisedWeights(config.precision.power_of_two_scales)
+    engines = build_engines(precision.name, groups.device, weights, precision.power_of_two_scales)
+    stages = build_stages(config, dispatch, groups, engines)
     models = [stage.model for stage in stages.values()]
     optimizer = build_optimizer(
         config.zero.engine,
@@ -317,6 +340,7 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
         weight_decay=config.optimizer.weight_decay,
         host=groups.host,
         watch=groups.watch,
+        on_new_weights=weights.changed,
     )
     for model in models:
         attach_main_grads(model)
@@ -334,6 +358,7 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
         recorder=recorder,
         dispatch=dispatch,
         optimizer=optimizer,
+        ema=Ema(optimizer.state(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         train_rows=Rows(Tokens.open(data, "train"), train.seq_len, train.seed),
         valid_rows=Rows(Tokens.open(data, "valid"), train.seq_len, order="sequential"),
         checkpoints=Checkpoints(config.checkpoint.folder(config.run.dir), config.checkpoint, groups.checkpoint),
@@ -342,7 +367,7 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
     )
 
 
-def build_stages(config: RunConfig, dispatch: Dispatch, groups: Groups) -> dict[int, Stage]:
+def build_stages(config: RunConfig, dispatch: Dispatch, groups: Groups, engines: Engines) -> dict[int, Stage]:
     """This rank's slices of the model: laid out without memory, then filled with (seed, name)'s values.
 
     Slices that both need the embedding share one tensor.
@@ -355,15 +380,7 @@ def build_stages(config: RunConfig, dispatch: Dispatch, groups: Groups) -> dict[
     for number in placement.stages_on(pp_rank):
         sink, parts = WeightGradients(), slices[placement.position(number)]
         with torch.device("meta"):
-            model = Transformer(
-                config.model,
-                dispatch,
-                TorchEngine(groups.device),
-                kernels,
-                sink,
-                parts,
-                Recompute(config.recompute),
-            )
+            model = Transformer(config.model, dispatch, engines, kernels, sink, parts, Recompute(config.recompute))
         init_weights(model, config.model, config.train.seed, DTYPES[config.precision.name], groups.device)
         if parts.embedding or parts.mtp:
             embedding = embedding if embedding is not None else model.embed_tokens.weight

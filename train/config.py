@@ -20,7 +20,7 @@ from train.schedule import LrSchedulerConfig, MoeConfig, MtpConfig, Schedule, Tr
 from train.split import split
 from train.track import TrackConfig
 
-PRECISIONS = ("fp64", "fp32", "bf16")
+PRECISIONS = ("fp64", "fp32", "bf16", "fp8")
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,26 @@ class FolderConfig:
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """`precision`: fp64 | fp32 | bf16 (design: fp64 is for proofs)."""
+    """`precision`: fp64 (for proofs) | fp32 | bf16 | fp8 (products in FP8, everything else as in bf16).
+
+    Attributes:
+        power_of_two_scales: for every scale of fp8, not only where the report has them.
+    """
 
     name: str = "fp32"
+    power_of_two_scales: bool = False
 
     def check(self) -> None:
-        """ValueError for an unknown precision."""
+        """ValueError for an unknown precision, or for scales where there are none."""
         if self.name not in PRECISIONS:
             raise ValueError(f"precision={self.name} is not one of {', '.join(PRECISIONS)}")
+        if self.power_of_two_scales and self.name != "fp8":
+            raise ValueError(f"precision.power_of_two_scales=true needs precision=fp8, not {self.name}")
+
+    def recipe(self) -> dict[str, object]:
+        """What of it makes the numbers of a run."""
+        scales = {"power_of_two_scales": self.power_of_two_scales} if self.name == "fp8" else {}
+        return {"precision": self.name, **scales}
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
         job.watch.do("start of the pipeline")
         tally = accumulate(job, plan, timer)
         job.watch.do("optimizer")
-        update = job.optimizer.step(plan.lr)
+        update = job.update(plan.lr)
         job.watch.do("after the optimizer")
         stats = reduce(job, tally, stop)
         if not (update.finite and all(map(math.isfinite, stats.losses))):
@@ -96,6 +96,8 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
             log.info("asked to stop: saved after step %d", job.step)
             break
     job.checkpoints.wait()
+    if job.ema is not None:
+        job.ema.wait()
     return job.step == schedule.num_steps
 
 

@@ -27,6 +27,7 @@ class OptimConfig:
     Attributes:
         clip_grad_norm: largest L2 norm of the whole model's gradient; 0 for no clipping.
         moments_dtype: dtype in which exp_avg and exp_avg_sq are kept: "fp32" (fp64 in an fp64 run) or "bf16".
+        ema_decay: of the weights' moving average, which is kept in CPU memory and saved; 0 for none.
     """
 
     beta1: float = 0.9
@@ -35,10 +36,11 @@ class OptimConfig:
     weight_decay: float = 0.1
     clip_grad_norm: float = 1.0
     moments_dtype: str = "fp32"
+    ema_decay: float = 0.0
 
     def check(self) -> None:
         """Raises ValueError for a value out of range."""
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} is not in [0, 1)")
         if not 0 < self.eps < math.inf:

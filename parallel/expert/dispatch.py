@@ -20,8 +20,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -62,6 +63,28 @@ class Plan:
 Dispatched = tuple[Tensor, Tensor, Plan]
 
 
+class Codec(Protocol):
+    """What rows are while they travel out, to the experts. On the way back they travel as they are."""
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """rows [N, d] -> what is sent of them [N, ...]."""
+        ...
+
+    def decode(self, payload: Tensor, dtype: torch.dtype) -> Tensor:
+        """What has arrived -> rows [N, d] of `dtype`."""
+        ...
+
+
+class AsTheyAre:
+    """Rows travel as rows."""
+
+    def encode(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def decode(self, payload: Tensor, dtype: torch.dtype) -> Tensor:
+        return payload
+
+
 def owners(ids: Tensor, num_each: int) -> Tensor:
     """Place of each expert when places hold runs of `num_each` experts; -1 stays negative."""
     return ids.div(num_each, rounding_mode="floor")
@@ -70,8 +93,18 @@ def owners(ids: Tensor, num_each: int) -> Tensor:
 class Dispatch(ABC):
     """Base of the ways in which tokens travel. `placement` says which experts this rank holds."""
 
-    def __init__(self, placement: Placement, host: Host | None = None, watch: Watch | None = None) -> None:
-        """host: where counts are read; None for a CPU's. watch: through which this rank waits for others."""
+    def __init__(
+        self,
+        placement: Placement,
+        host: Host | None = None,
+        watch: Watch | None = None,
+        codec: Codec | None = None,
+    ) -> None:
+        """host: where counts are read; None for a CPU's. watch: through which this rank waits for others.
+
+        codec: of what is sent out, once per row and not per copy; None sends rows as they are.
+        """
+        self._codec = codec or AsTheyAre()
         self.placement = placement
         self._host, self._watch = host or Host(), watch or Watch()
         self.num_local_experts = placement.num_local_experts
@@ -120,13 +153,13 @@ class Dispatch(ABC):
 
     def combine_backward(self, dy: Tensor, plan: Plan) -> Steps[Tensor]:
         """dy [T, d] -> d_rows [R, d]."""
-        rows = dy
+        rows = self._codec.encode(dy)
         for hop in plan.hops:
             arriving = self._send(hop, hop.copies.spread(rows))
             if hop.takes_turn:
                 yield
             rows = arriving.wait()
-        return plan.experts.spread(rows)
+        return plan.experts.spread(self._codec.decode(rows, dy.dtype))
 
     def _walk_back(self, rows: Tensor, plan: Plan) -> Steps[Tensor]:
         y = plan.experts.fold(rows)
@@ -171,7 +204,7 @@ class Dispatch(ABC):
         return self._watch.launch(rows, lambda: self._transfer(hop, payload, hop.recv_counts, hop.send_counts))
 
     def _transfer(self, hop: Hop, payload: Tensor, send_counts: list[int], recv_counts: list[int]) -> Handle:
-        """The one place where payload leaves this rank: what travels could be encoded here, and is counted here."""
+        """The one place where payload leaves this rank: what travels is counted here."""
         remote_rows = sum(count for count, remote in zip(send_counts, hop.is_remote, strict=True) if remote)
         row_bytes = payload[:1].numel() * payload.element_size() if remote_rows else 0
         self.internode_bytes += remote_rows * row_bytes

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parallel.collectives import Steps
 from parallel.expert.copies import arrange, inverse, one_per_place, reach, regroup, tally
-from parallel.expert.dispatch import Dispatch, Dispatched, Hop, Plan, owners
+from parallel.expert.dispatch import Codec, Dispatch, Dispatched, Hop, Plan, owners
 from parallel.expert.placement import Placement
 from parallel.process import Groups
 
@@ -21,13 +21,13 @@ from parallel.process import Groups
 class TwoHopDispatch(Dispatch):
     """Rail first, then the node.
 
-    Bytes to other nodes, dispatch: d * bytes per element + K * (bytes of a weight + bytes of an expert id) for each
-    (token, other node) such that at least one of the token's experts lives there; combine: d * bytes per element for
-    each of the same.
+    Bytes to other nodes, dispatch: bytes of a row as the codec sends it + K * (bytes of a weight + bytes of an expert
+    id) for each (token, other node) such that at least one of the token's experts lives there; combine: d * bytes per
+    element for each of the same.
     """
 
-    def __init__(self, num_experts: int, groups: Groups) -> None:
-        super().__init__(Placement.of(groups.mesh, num_experts), groups.host, groups.watch)
+    def __init__(self, num_experts: int, groups: Groups, codec: Codec | None = None) -> None:
+        super().__init__(Placement.of(groups.mesh, num_experts), groups.host, groups.watch, codec)
         self.rail, self.node = groups.rail, groups.node
         self.has_rail = self.placement.num_nodes > 1
         self.is_remote = [node != self.placement.node for node in range(self.placement.num_nodes)]
@@ -44,7 +44,7 @@ class TwoHopDispatch(Dispatch):
         # What the next hop needs to be planned leaves before the rows, so that it is planned while they travel.
         ids = _within(copies.spread(indices), leaving, place.experts_per_node)
         routes_arriving = self._send(rail, _pack(copies.spread(weights), ids.to(self.id_dtype)))
-        rows_arriving = self._send(rail, copies.spread(x))
+        rows_arriving = self._send(rail, copies.spread(self._codec.encode(x)))
         if rail.takes_turn:
             yield
         weights, ids = _unpack(routes_arriving.wait(), weights.dtype, self.id_dtype)
@@ -73,7 +73,8 @@ class TwoHopDispatch(Dispatch):
         keys = ids * max(1, ids.shape[0]) + position
         experts = arrange(ids >= 0, keys, sum(tokens_per_expert), weighted=True)
         plan = Plan((rail, node), experts, tokens_per_expert)
-        return experts.spread(rows_arriving.wait()), experts.spread_weights(weights), plan
+        rows = self._codec.decode(rows_arriving.wait(), x.dtype)
+        return experts.spread(rows), experts.spread_weights(weights), plan
 
 
 def _within(ids: Tensor, counts: Tensor, num_each: int) -> Tensor:

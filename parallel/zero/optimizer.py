@@ -61,9 +61,10 @@ class ZeroOptimizer:
         clip_grad_norm: float,
         host: Host,
         watch: Watch,
+        on_new_weights: Callable[[], None],
     ) -> None:
         self._engine, self._sets, self._groups, self._clip_grad_norm = engine, sets, groups, clip_grad_norm
-        self._host, self._watch = host, watch
+        self._host, self._watch, self._on_new_weights = host, watch, on_new_weights
         self.num_steps = 0
         for each, layout, flat in zip(sets, engine.layouts, engine.main_grads, strict=True):
             for param, view in zip(each.params, views(flat, layout, each.params), strict=True):
@@ -94,6 +95,7 @@ class ZeroOptimizer:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.update(grads)
+        self._on_new_weights()
         self.num_steps += 1
         return StepResult(norm, True)
 
@@ -157,6 +159,7 @@ class ZeroOptimizer:
         for index in range(len(self._sets)):
             self._moments(index)["step"].fill_(num_steps)
         self._engine.publish()
+        self._on_new_weights()
 
     def state_bytes(self) -> int:
         """Bytes of masters and moments on this rank (weights that are their own masters count as masters)."""
@@ -181,6 +184,7 @@ def build(
     weight_decay: float = 0.1,
     host: Host | None = None,
     watch: Watch | None = None,
+    on_new_weights: Callable[[], None] = lambda: None,
 ) -> ZeroOptimizer:
     """Move parameters into flat storage, give each a `main_grad` and shard the optimizer state over its replicas.
 
@@ -195,6 +199,7 @@ def build(
         weight_decay: decay of those that decay.
         host: where the norm is read; None for a CPU's.
         watch: through which this rank waits for others.
+        on_new_weights: called after every change of the weights: a step, a checkpoint read.
 
     Raises ValueError for an unknown engine, or for one that cannot hold these parameters.
     """
@@ -204,4 +209,5 @@ def build(
     host, watch = host or Host(), watch or Watch()
     # Without parameters there is nothing for DeepSpeed to hold.
     make_engine = _ENGINES[engine] if sets else NativeEngine
-    return ZeroOptimizer(make_engine(sets, make_adamw, watch), sets, groups, clip_grad_norm, host, watch)
+    zero = make_engine(sets, make_adamw, watch)
+    return ZeroOptimizer(zero, sets, groups, clip_grad_norm, host, watch, on_new_weights)

@@ -16,7 +16,7 @@ from train.model.init import init_weights
 from train.model.kernels import Kernels
 from train.model.transformer import Transformer
 from train.precision.grads import attach_main_grads
-from train.precision.linear import TorchEngine
+from train.precision.linear import Engines, TorchEngine
 
 TINY = ModelConfig(
     vocab_size=89,
@@ -111,11 +111,16 @@ def random_config(seed: int, **fixed: Any) -> ModelConfig:
 
 
 def build(
-    config: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0, kernels: Kernels | None = None, **parts: Any
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    kernels: Kernels | None = None,
+    engines: Engines | None = None,
+    **parts: Any,
 ) -> Transformer:
     """A model with all experts, seeded weights, router biases that matter, norms that are not one."""
     with torch.device("meta"):
-        model = Transformer(config, LocalDispatch(config.n_routed_experts), TorchEngine(), kernels, **parts)
+        model = Transformer(config, LocalDispatch(config.n_routed_experts), engines or TorchEngine(), kernels, **parts)
     init_weights(model, config, seed, dtype, "cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tests import reference
 from train.model.kernels import Kernels, join_heads, rms_norm_forward, rotate, swiglu_backward, swiglu_forward
-from train.model.layers import Backend, swiglu_mlp
+from train.model.layers import Backend, Gemms, swiglu_mlp
 from train.model.loss import cross_entropy_sum
 from train.precision.linear import TorchEngine
 
@@ -79,7 +79,7 @@ def test_swiglu_mlp(splits: list[int] | None) -> None:
     x, row_weights = random(5, 4), random(5)
 
     def apply(x: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
-        return swiglu_mlp(x, row_weights, gate_up, down, gemm, Backend(engine))
+        return swiglu_mlp(x, row_weights, gate_up, down, Gemms(gemm, gemm), Backend(engine))
 
     assert gradcheck(apply, (x, row_weights))
     groups = torch.zeros(5, dtype=torch.int64) if splits is None else torch.tensor([0, 0, 0, 2, 2])

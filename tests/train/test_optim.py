@@ -24,6 +24,7 @@ CONFIG = OptimConfig()
         ("weight_decay", -1.0),
         ("clip_grad_norm", math.nan),
         ("moments_dtype", "fp16"),
+        ("ema_decay", 1.0),
     ],
 )
 def test_values_out_of_range_are_named(key: str, value: float | str) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from train.model.config import ModelConfig
 from train.model.kernels import join_heads
 from train.model.layers import Backend, RMSNorm
+from train.precision.linear import project
 
 # The released code norms the latents with this constant; `rms_norm_eps` speaks of the hidden state alone.
 LATENT_NORM_EPS = 1e-6
@@ -32,29 +33,32 @@ class Attention(nn.Module):
         self.v_width = max(config.v_head_dim, config.qk_head_dim)
         self.softmax_scale = config.softmax_scale
         if rank is None:
-            self.q_proj = backend.linear(hidden, heads * config.qk_head_dim)
-            self.compress_q, self.expand_q = self._same, self._direct_q
+            self.q_proj = backend.linear("q_proj", hidden, heads * config.qk_head_dim)
+            self.compress, self.expand_q = self._keep_input, self._from_input
         else:
-            self.q_a_proj = backend.linear(hidden, rank)
+            self.q_a_proj = backend.linear("q_a_proj", hidden, rank)
             self.q_a_layernorm = RMSNorm(rank, LATENT_NORM_EPS, backend)
-            self.q_b_proj = backend.linear(rank, heads * config.qk_head_dim)
-            self.compress_q, self.expand_q = self._to_latent_q, self._from_latent_q
-        self.kv_a_proj_with_mqa = backend.linear(hidden, sum(self.latent_widths))
+            self.q_b_proj = backend.linear("q_b_proj", rank, heads * config.qk_head_dim)
+            self.compress, self.expand_q = self._to_latents, self._from_latent
+        self.kv_a_proj_with_mqa = backend.linear("kv_a_proj_with_mqa", hidden, sum(self.latent_widths))
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, backend)
-        self.kv_b_proj = backend.linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
-        self.o_proj = backend.linear(heads * config.v_head_dim, hidden)
+        self.kv_b_proj = backend.linear(
+            "kv_b_proj", config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim)
+        )
+        self.o_proj = backend.linear("o_proj", heads * config.v_head_dim, hidden)
         self.offer = backend.recompute.offer("mla_up_proj")
 
-    def _same(self, x: Tensor) -> Tensor:
-        return x
+    def _keep_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, self.kv_a_proj_with_mqa(x)
 
-    def _direct_q(self, x: Tensor) -> Tensor:
+    def _from_input(self, x: Tensor) -> Tensor:
         return self.q_proj(x)
 
-    def _to_latent_q(self, x: Tensor) -> Tensor:
-        return self.q_a_layernorm(self.q_a_proj(x))
+    def _to_latents(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        q_latent, kv = project(x, self.q_a_proj, self.kv_a_proj_with_mqa)
+        return self.q_a_layernorm(q_latent), kv
 
-    def _from_latent_q(self, x: Tensor) -> Tensor:
+    def _from_latent(self, x: Tensor) -> Tensor:
         return self.q_b_proj(x)
 
     def up_project(
@@ -67,8 +71,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         """`table` is the rotation table of the S positions (rope.rotation_table)."""
-        kv_latent, k_rope = self.kv_a_proj_with_mqa(x).split(self.latent_widths, dim=-1)
-        inputs = self.compress_q(x), self.kv_a_layernorm(kv_latent), k_rope
+        q_latent, kv = self.compress(x)
+        kv_latent, k_rope = kv.split(self.latent_widths, dim=-1)
+        inputs = q_latent, self.kv_a_layernorm(kv_latent), k_rope
         heads = self.up_project(*inputs, table)
         self.offer(partial(self.up_project, table=table), heads, inputs)
         q, k, v = (each.transpose(1, 2) for each in heads)

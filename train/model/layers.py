@@ -12,21 +12,22 @@ from torch import Tensor, nn
 from train.model.kernels import Kernels
 from train.model.recompute import Recompute
 from train.precision.grads import Sink, main_grad, run_now
-from train.precision.linear import Engine, Gemm, Linear
+from train.precision.linear import Engines, Gemm, Linear, weight_gradient
 
 
 @dataclass(frozen=True)
 class Backend:
-    """How a model computes: the engine of its matrix products, its elementwise kernels, where weight gradients go, and
+    """How a model computes: the engines of its matrix products, its elementwise kernels, where weight gradients go, and
     what its backward pass computes again."""
 
-    engine: Engine
+    engines: Engines
     kernels: Kernels = field(default_factory=Kernels)
     sink: Sink = run_now
     recompute: Recompute = field(default_factory=Recompute)
 
-    def linear(self, num_inputs: int, num_outputs: int) -> Linear:
-        return Linear(num_inputs, num_outputs, self.engine, self.sink)
+    def linear(self, name: str, num_inputs: int, num_outputs: int) -> Linear:
+        """`name` is the module's own, by which its engine is found."""
+        return Linear(num_inputs, num_outputs, self.engines.of(name), self.sink)
 
 
 class RMSNorm(nn.Module):
@@ -74,6 +75,14 @@ class Embedding(nn.Module):
         return _EmbeddingFunction.apply(tokens, self.weight, self.sink)
 
 
+@dataclass(frozen=True)
+class Gemms:
+    """The products of an MLP's two maps: with gate_up, then with down."""
+
+    up: Gemm
+    down: Gemm
+
+
 class _SwiGLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -82,34 +91,39 @@ class _SwiGLUFunction(torch.autograd.Function):
         row_weights: Tensor | None,
         gate_up: Tensor,
         down: Tensor,
-        gemm: Gemm,
+        gemms: Gemms,
         backend: Backend,
     ) -> Tensor:
-        h = gemm.fprop(x, gate_up)
-        ctx.save_for_backward(x, row_weights, h)
-        ctx.gate_up, ctx.down, ctx.gemm, ctx.backend = gate_up, down, gemm, backend
-        return gemm.fprop(backend.kernels.swiglu_forward(h, row_weights), down)
+        kept_x = gemms.up.keep(x)
+        h = gemms.up.fprop(gemms.up.operand(x), gate_up)
+        a = backend.kernels.swiglu_forward(h, row_weights)
+        ctx.save_for_backward(row_weights, *kept_x, *gemms.down.keep(h))
+        ctx.gate_up, ctx.down, ctx.gemms, ctx.backend, ctx.num_kept = gate_up, down, gemms, backend, len(kept_x)
+        return gemms.down.fprop(gemms.down.operand(a), down)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, row_weights, h = ctx.saved_tensors
-        gate_up, down, gemm, backend, dy = ctx.gate_up, ctx.down, ctx.gemm, ctx.backend, dy.contiguous()
-        a, dh, d_row_weights = backend.kernels.swiglu_backward(gemm.dgrad(dy, down), h, row_weights)
-        dx = gemm.dgrad(dh, gate_up)
-        backend.sink(partial(gemm.wgrad_, main_grad(down), dy, a))
-        backend.sink(partial(gemm.wgrad_, main_grad(gate_up), dh, x.detach()))
+        row_weights, *kept = ctx.saved_tensors
+        # Detached: what waits for its turn must not hold the graph.
+        kept_x, kept_h = tuple(x.detach() for x in kept[: ctx.num_kept]), tuple(kept[ctx.num_kept :])
+        gate_up, down, gemms, backend, dy = ctx.gate_up, ctx.down, ctx.gemms, ctx.backend, dy.contiguous()
+        h = gemms.down.restore(kept_h).to(dy.dtype)
+        a, dh, d_row_weights = backend.kernels.swiglu_backward(gemms.down.dgrad(dy, down), h, row_weights)
+        dx = gemms.up.dgrad(dh, gate_up)
+        backend.sink(partial(gemms.down.wgrad_, main_grad(down), dy, a))
+        backend.sink(partial(weight_gradient, gemms.up, gate_up, dh, kept_x))
         return dx, d_row_weights, None, None, None, None
 
 
 def swiglu_mlp(
-    x: Tensor, row_weights: Tensor | None, gate_up: Tensor, down: Tensor, gemm: Gemm, backend: Backend
+    x: Tensor, row_weights: Tensor | None, gate_up: Tensor, down: Tensor, gemms: Gemms, backend: Backend
 ) -> Tensor:
-    """(row_weights silu(x gateᵀ) (x upᵀ)) downᵀ as one autograd node; dense or grouped by what `gemm` is.
+    """(row_weights silu(x gateᵀ) (x upᵀ)) downᵀ as one autograd node; dense or grouped by what the gemms are.
 
-    x [R, d], row_weights [R] or None, gate_up [(E,) 2f, d], down [(E,) d, f] -> [R, d]. Saves x and the product with
-    gate_up; the activation is recomputed in backward (technical report, section 3.3.3).
+    x [R, d], row_weights [R] or None, gate_up [(E,) 2f, d], down [(E,) d, f] -> [R, d]. Keeps x and the product with
+    gate_up as the gemms keep their inputs; the activation is recomputed in backward (technical report, 3.3.3).
     """
-    return _SwiGLUFunction.apply(x, row_weights, gate_up, down, gemm, backend)
+    return _SwiGLUFunction.apply(x, row_weights, gate_up, down, gemms, backend)
 
 
 class FeedForward(nn.Module):
@@ -117,10 +131,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden: int, inter: int, backend: Backend) -> None:
         super().__init__()
-        self.gate_up_proj = backend.linear(hidden, 2 * inter)
-        self.down_proj = backend.linear(inter, hidden)
+        self.gate_up_proj = backend.linear("gate_up_proj", hidden, 2 * inter)
+        self.down_proj = backend.linear("down_proj", inter, hidden)
+        self.gemms = Gemms(self.gate_up_proj.engine, self.down_proj.engine)
         self.backend = backend
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.gate_up_proj.weight, self.down_proj.weight
-        return swiglu_mlp(x, None, *weights, self.backend.engine, self.backend)
+        return swiglu_mlp(x, None, *weights, self.gemms, self.backend)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from train.model.config import ModelConfig
-from train.model.layers import Backend, FeedForward, swiglu_mlp
+from train.model.layers import Backend, FeedForward, Gemms, swiglu_mlp
 from train.model.router import Router
 from train.model.tape import Steps
 
@@ -110,6 +110,7 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_local, 2 * inter, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_local, hidden, inter))
+        self.engines = [backend.engines.of(f"experts.{name}") for name in ("gate_up_proj", "down_proj")]
         self.backend = backend
 
     def forward(self, rows: Tensor, row_weights: Tensor, tokens_per_expert: list[int]) -> Tensor:
@@ -117,8 +118,8 @@ class Experts(nn.Module):
 
         The weight is applied before the down projection, so that combining is a plain sum on any route.
         """
-        gemm = self.backend.engine.grouped(tokens_per_expert)
-        return swiglu_mlp(rows, row_weights, self.gate_up_proj, self.down_proj, gemm, self.backend)
+        gemms = Gemms(*(engine.grouped(tokens_per_expert) for engine in self.engines))
+        return swiglu_mlp(rows, row_weights, self.gate_up_proj, self.down_proj, gemms, self.backend)
 
 
 class MoE(nn.Module):

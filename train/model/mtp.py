@@ -23,7 +23,7 @@ class MTPModule(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.enorm = RMSNorm(hidden, eps, backend)
         self.hnorm = RMSNorm(hidden, eps, backend)
-        self.eh_proj = backend.linear(2 * hidden, hidden)
+        self.eh_proj = backend.linear("eh_proj", 2 * hidden, hidden)
         self.layer = MoEBlock(config, dispatch, backend)
         self.norm = RMSNorm(hidden, eps, backend)
         self.offer = backend.recompute.offer("norm")

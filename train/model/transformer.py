@@ -21,7 +21,7 @@ from train.model.rope import rotation_table
 from train.model.router import Router, RouterStats
 from train.model.tape import Inline, Steps, Tape, drive
 from train.precision.grads import Sink, run_now
-from train.precision.linear import Engine
+from train.precision.linear import Engines
 
 
 class Report(NamedTuple):
@@ -67,7 +67,7 @@ class Transformer(nn.Module):
         self,
         config: ModelConfig,
         dispatch: Dispatch,
-        engine: Engine,
+        engines: Engines,
         kernels: Kernels | None = None,
         sink: Sink = run_now,
         parts: Parts | None = None,
@@ -78,7 +78,7 @@ class Transformer(nn.Module):
         parts = parts or Parts.all(config)
         self.config, self.parts = config, parts
         self.first_expert = dispatch.first_expert
-        self.backend = backend = Backend(engine, kernels or Kernels(), sink, recompute or Recompute())
+        self.backend = backend = Backend(engines, kernels or Kernels(), sink, recompute or Recompute())
         if parts.embedding or parts.mtp:
             self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, backend)
         self.layers = nn.ModuleDict()
@@ -88,7 +88,7 @@ class Transformer(nn.Module):
         if parts.head:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
         if parts.head or parts.mtp:
-            self.lm_head = backend.linear(config.hidden_size, config.vocab_size)
+            self.lm_head = backend.linear("lm_head", config.hidden_size, config.vocab_size)
         depths = range(config.num_nextn_predict_layers if parts.mtp else 0)
         self.mtp = nn.ModuleList(MTPModule(config, dispatch, backend) for _ in depths)
 

@@ -1,6 +1,9 @@
 """Matrix products: the `Engine` that takes them and the `Linear` layer that asks for them.
 
 Shapes: T tokens (rows), k inputs, n outputs, E groups (experts). Weights are [n, k], or stacked [E, n, k].
+
+Every product of a layer has three forms, and its input two: what the forward product multiplies (`operand`) and what
+is kept of it until the weight gradient (`keep`, `restore`). For most engines both are the input itself.
 """
 
 from __future__ import annotations
@@ -18,8 +21,20 @@ from train.precision.grads import Sink, main_grad
 class Gemm(Protocol):
     """The three products of one linear map."""
 
-    def fprop(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [T, k], weight [n, k] -> x weightᵀ [T, n]."""
+    def operand(self, x: Tensor) -> Tensor:
+        """x [..., k] as `fprop` takes it."""
+        ...
+
+    def keep(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What is kept of x [..., k] for the backward pass."""
+        ...
+
+    def restore(self, kept: tuple[Tensor, ...]) -> Tensor:
+        """x [..., k], as far as it was kept, in its own or a wider type."""
+        ...
+
+    def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
+        """The operand of x [T, k], weight [n, k] -> x weightᵀ [T, n]."""
         ...
 
     def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
@@ -27,20 +42,46 @@ class Gemm(Protocol):
         ...
 
     def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
-        """accumulator [n, k] += dyᵀ x, without rounding the product to the type of its operands."""
+        """accumulator [n, k] += dyᵀ x, without rounding the product to the type of its operands; x as restored."""
         ...
 
 
 class Engine(Gemm, Protocol):
     """An arithmetic for dense products, and for products grouped by expert."""
 
+    @property
+    def name(self) -> str:
+        """What a run reports of it."""
+        ...
+
     def grouped(self, splits: list[int]) -> Gemm:
         """The same products with stacked weights [E, n, k]: rows come sorted by group, `splits[e]` of them for e."""
         ...
 
 
-class TorchEngine:
-    """Products by torch, in the type of their operands.
+class Engines(Protocol):
+    """Which engine multiplies for which module of a model."""
+
+    def of(self, module: str) -> Engine:
+        """module: the last part of its name, as "o_proj"; an expert's with "experts." before it."""
+        ...
+
+
+class _AsItIs:
+    """Inputs that are multiplied and kept as they are."""
+
+    def operand(self, x: Tensor) -> Tensor:
+        return x
+
+    def keep(self, x: Tensor) -> tuple[Tensor, ...]:
+        return (x,)
+
+    def restore(self, kept: tuple[Tensor, ...]) -> Tensor:
+        return kept[0]
+
+
+class TorchEngine(_AsItIs):
+    """Products by torch, in the type of their operands; of every module, where it is handed in for all.
 
     bfloat16 on a CPU without bfloat16 instructions is multiplied in float32 and rounded once: the same numbers as
     hardware with a float32 accumulator, several times faster than torch's emulation.
@@ -49,6 +90,10 @@ class TorchEngine:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self._cuda = torch.device(device).type == "cuda"
         self._widen = not self._cuda and not torch.cpu._is_avx512_bf16_supported()
+        self.name = "torch"
+
+    def of(self, module: str) -> Engine:
+        return self
 
     def _mm(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         if self._widen and a.dtype == torch.bfloat16:
@@ -56,8 +101,8 @@ class TorchEngine:
             return product.to(a.dtype) if out is None else out.copy_(product)
         return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
 
-    def fprop(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._mm(x, weight.t())
+    def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
+        return self._mm(operand, weight.t())
 
     def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
         return self._mm(dy, weight)
@@ -74,16 +119,21 @@ class TorchEngine:
         return _FusedGroups(self, splits) if self._cuda else _LoopedGroups(self, splits)
 
 
-class _LoopedGroups:
+def spans(splits: list[int]) -> list[tuple[int, slice]]:
+    """(group, its rows) of every group that has any."""
+    ends = list(accumulate(splits))
+    return [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(splits, ends, strict=True)) if n]
+
+
+class _LoopedGroups(_AsItIs):
     """Group by group into slices of one output: on CPU faster than torch's grouped product, which loops as well."""
 
     def __init__(self, engine: TorchEngine, splits: list[int]) -> None:
         self._engine = engine
-        ends = list(accumulate(splits))
-        self._spans = [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(splits, ends, strict=True)) if n]
+        self._spans = spans(splits)
 
-    def fprop(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self.dgrad(x, weight.transpose(1, 2))
+    def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
+        return self.dgrad(operand, weight.transpose(1, 2))
 
     def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
         out = dy.new_empty(dy.shape[0], weight.shape[2])
@@ -109,29 +159,41 @@ class _FusedGroups(_LoopedGroups):
             self._ends = self._ends.pin_memory().to(device, non_blocking=True)
         return self._ends
 
-    def fprop(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch._grouped_mm(x, weight.transpose(1, 2), offs=self._ends_on(x.device))
+    def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
+        return torch._grouped_mm(operand, weight.transpose(1, 2), offs=self._ends_on(operand.device))
 
     def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
         return torch._grouped_mm(dy, weight, offs=self._ends_on(dy.device))
 
 
-class _LinearFunction(torch.autograd.Function):
+def weight_gradient(gemm: Gemm, weight: Tensor, dy: Tensor, kept: tuple[Tensor, ...]) -> None:
+    """Add a weight's gradient to its `main_grad`: dy [T, n] and what was kept of x [..., k]."""
+    x = gemm.restore(kept)
+    gemm.wgrad_(main_grad(weight), dy, x.reshape(-1, x.shape[-1]))
+
+
+class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, engine: Engine, sink: Sink) -> Tensor:
-        ctx.save_for_backward(x)
-        # The parameter itself: what comes back from saved tensors need not be the object that has the `main_grad`.
-        ctx.weight, ctx.engine, ctx.sink = weight, engine, sink
-        return engine.fprop(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+    def forward(ctx: Any, x: Tensor, engine: Engine, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*engine.keep(x))
+        # Parameters themselves: what comes back from saved tensors need not be the object that has the `main_grad`.
+        ctx.weights, ctx.engine, ctx.sink, ctx.shape = weights, engine, sink, x.shape
+        operand = engine.operand(x.reshape(-1, x.shape[-1]))
+        return tuple(engine.fprop(operand, weight).view(*x.shape[:-1], weight.shape[0]) for weight in weights)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,), weight = ctx.saved_tensors, ctx.weight
-        dy = dy.reshape(-1, dy.shape[-1])
-        dx = ctx.engine.dgrad(dy, weight).view_as(x)
+    def backward(ctx: Any, *d_outputs: Tensor) -> Any:
         # Detached: what waits for its turn must not hold the graph.
-        ctx.sink(partial(ctx.engine.wgrad_, main_grad(weight), dy, x.detach().reshape(-1, x.shape[-1])))
-        return dx, None, None, None
+        kept = tuple(x.detach() for x in ctx.saved_tensors)
+        dx: Tensor | None = None
+        for dy, weight in zip(d_outputs, ctx.weights, strict=True):
+            dy = dy.reshape(-1, dy.shape[-1])
+            part = ctx.engine.dgrad(dy, weight)
+            dx = part if dx is None else dx.add_(part)
+            main_grad(weight)  # missing, it is missed here and not when the sink gets to it
+            ctx.sink(partial(weight_gradient, ctx.engine, weight, dy, kept))
+        assert dx is not None
+        return dx.view(ctx.shape), None, None, *(None for _ in ctx.weights)
 
 
 class Linear(nn.Module):
@@ -143,4 +205,11 @@ class Linear(nn.Module):
         self.engine, self.sink = engine, sink
 
     def forward(self, x: Tensor) -> Tensor:
-        return _LinearFunction.apply(x, self.weight, self.engine, self.sink)
+        return project(x, self)[0]
+
+
+def project(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
+    """What each of the layers makes of x [..., k], which is quantised and kept once. They share engine and sink."""
+    first = layers[0]
+    assert all(layer.engine is first.engine and layer.sink is first.sink for layer in layers)
+    return _Project.apply(x, first.engine, first.sink, *(layer.weight for layer in layers))

@@ -1,0 +1,131 @@
+"""The engine `fp8`: products with the numerics of FP8 hardware, on any device.
+
+Operands are rounded to E4M3 by tile or block, dequantised, and multiplied in float32 by one ordinary product. Tensor
+cores that accumulate in few bits and are promoted every 128 elements, as the report has it, differ from that by far
+less than the rounding of the operands does (benchmarks/fp8_error.py models them; docs/fp8.md has the numbers). Results
+have the type of the weights; gradients of weights stay float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.precision.linear import Gemm, spans
+from train.precision.tiles import (
+    Kept,
+    keep_rows,
+    keep_rows_e5m6,
+    restore_rows,
+    restore_rows_e5m6,
+    round_blocks,
+    round_columns,
+    round_rows,
+)
+
+
+class QuantisedWeights:
+    """Weights rounded in blocks of 128 x 128, made when first used and used until they are told to have changed.
+
+    One dequantised copy serves the forward product and the gradient of the input: a block is its own transpose's.
+    """
+
+    def __init__(self, power_of_two: bool = False) -> None:
+        self._power_of_two = power_of_two
+        self._rounded: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+    def of(self, weight: Tensor) -> Tensor:
+        """weight [..., n, k] -> float32, the same shape."""
+        found = self._rounded.get(id(weight))
+        # The count of in-place changes does not see those made through a flat buffer: `changed` says them.
+        if found is None or found[1] != weight._version:
+            found = weight, weight._version, round_blocks(weight.detach(), self._power_of_two)
+            self._rounded[id(weight)] = found
+        return found[2]
+
+    def changed(self) -> None:
+        """Forget all: an optimizer has stepped, or a checkpoint was read."""
+        self._rounded.clear()
+
+
+@dataclass(frozen=True)
+class Fp8:
+    """How one kind of matrix is multiplied in FP8. The default is the report's for most.
+
+    Attributes:
+        round_input: the input's scales are powers of two.
+        round_gradient: the gradient's are too, and its columns are made from its quantised rows, as they are where the
+            rows have come from other ranks.
+        keep: the format in which the input is kept for the backward pass: "e4m3" or "e5m6".
+    """
+
+    round_input: bool = False
+    round_gradient: bool = False
+    keep: str = "e4m3"
+
+
+class Fp8Engine:
+    """Fprop and Dgrad on tiles of 1 x 128, Wgrad on tiles of 128 x 1 (tokens), weights in blocks of 128 x 128."""
+
+    def __init__(self, recipe: Fp8, weights: QuantisedWeights, power_of_two: bool = False) -> None:
+        """power_of_two: for all scales of inputs and gradients, whatever the recipe says."""
+        self._recipe, self._weights = recipe, weights
+        self._round_input = recipe.round_input or power_of_two
+        self._round_gradient = recipe.round_gradient or power_of_two
+        self.name = "fp8" if recipe.keep == "e4m3" else f"fp8, input kept in {recipe.keep}"
+
+    def operand(self, x: Tensor) -> Tensor:
+        return round_rows(x, self._round_input)
+
+    def keep(self, x: Tensor) -> Kept:
+        return keep_rows(x, self._round_input) if self._recipe.keep == "e4m3" else keep_rows_e5m6(x)
+
+    def restore(self, kept: Kept) -> Tensor:
+        return restore_rows(kept) if self._recipe.keep == "e4m3" else restore_rows_e5m6(kept)
+
+    def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
+        return torch.mm(operand, self._weights.of(weight).t()).to(weight.dtype)
+
+    def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
+        return torch.mm(round_rows(dy, self._round_gradient), self._weights.of(weight)).to(weight.dtype)
+
+    def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
+        self.add_product_(accumulator, self.received(dy), x)
+
+    def grouped(self, splits: list[int]) -> Gemm:
+        return _Groups(self, self._weights, splits)
+
+    def received(self, dy: Tensor) -> Tensor:
+        """The gradient dy [T, n] of which the weight gradient makes its columns."""
+        return round_rows(dy, self._round_gradient) if self._recipe.round_gradient else dy
+
+    def add_product_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
+        """accumulator [n, k] += dyᵀ x, both in columns."""
+        accumulator.addmm_(round_columns(dy, self._round_gradient).t(), round_columns(x, self._round_input))
+
+
+class _Groups:
+    """Group by group; tiles of rows know nothing of groups, and no tile of tokens reaches from one into the next."""
+
+    def __init__(self, engine: Fp8Engine, weights: QuantisedWeights, splits: list[int]) -> None:
+        self._engine, self._weights, self._spans = engine, weights, spans(splits)
+        self.operand, self.keep, self.restore = engine.operand, engine.keep, engine.restore
+
+    def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
+        return self._product(operand, self._weights.of(weight).transpose(1, 2)).to(weight.dtype)
+
+    def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
+        return self._product(round_rows(dy, self._engine._round_gradient), self._weights.of(weight)).to(weight.dtype)
+
+    def _product(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        out = rows.new_empty(rows.shape[0], matrices.shape[2])
+        for e, where in self._spans:
+            torch.mm(rows[where], matrices[e], out=out[where])
+        return out
+
+    def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
+        dy = self._engine.received(dy)
+        for e, where in self._spans:
+            self._engine.add_product_(accumulator[e], dy[where], x[where])
