@@ -12,6 +12,7 @@ becomes all NaN, so that an overflow reaches the loss or the gradient norm, whic
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,10 +54,10 @@ def scales_of(amax: Tensor, power_of_two: bool, fmt: Format = E4M3) -> Tensor:
     power_of_two: the least power of two that does so, found on the bits, without rounding.
     """
     if power_of_two:
-        largest = torch.tensor(fmt.largest).view(torch.int32).item()
+        (largest,) = struct.unpack("<i", struct.pack("<f", fmt.largest))
         # A mantissa above that of the largest value carries into the exponent.
-        carry = 0x7FFFFF - (int(largest) & 0x7FFFFF)
-        exponent = ((amax.view(torch.int32) + carry) >> 23) - ((int(largest) >> 23) - 127)
+        carry = 0x7FFFFF - (largest & 0x7FFFFF)
+        exponent = ((amax.view(torch.int32) + carry) >> 23) - ((largest >> 23) - 127)
         scales = (exponent.clamp_(min=1) << 23).view(torch.float32)
     else:
         # By a tensor: on a GPU, torch multiplies by the reciprocal of a number, which rounds otherwise.
