@@ -6,11 +6,13 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.spawn import Ranks
@@ -53,10 +55,13 @@ def train_main(settings: list[str], fault: Callable[[], Any] | None = None) -> i
     """What `torchrun ... -m train SETTINGS` runs on this rank; `fault`, a context manager's maker, spoils it."""
     from train.__main__ import main
 
-    if fault is None:
-        return main(settings)
-    with fault():
-        return main(settings)
+    try:
+        with nullcontext() if fault is None else fault():
+            return main(settings)
+    finally:
+        # A run that was refused ends without a word to the others, as its process is about to; this process goes on.
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @dataclass
