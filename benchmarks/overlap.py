@@ -56,9 +56,10 @@ from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.segments import Segments
 from parallel.process import Groups
 from parallel.watch import Watch
-from train.assemble import Job, assemble
+from train.assemble import assemble
 from train.compose import compose
 from train.data.prepare import prepare
+from train.job import Job
 from train.loop import accumulate
 from train.metrics import StepTimer
 from train.model.loss import LossTerms

@@ -38,8 +38,9 @@ from benchmarks._sides import Neighbours, cpu, median_ms, speedup, take_turns, w
 from parallel.expert.dispatch import LocalDispatch
 from parallel.zero.optimizer import build
 from parallel.zero.sets import ReplicaGroups
-from train.assemble import DTYPES, held
+from train.assemble import DTYPES
 from train.flops import parameter_counts, training_flops_per_token
+from train.job import held
 from train.model.config import ModelConfig
 from train.model.init import init_weights
 from train.model.kernels import Kernels

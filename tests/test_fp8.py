@@ -17,7 +17,7 @@ from torch import Tensor
 from tests.runs import SMALL, Finished, prepare_text, read_checkpoint, run_in, train_main
 from tests.spawn import Ranks
 from train import __main__ as program
-from train.assemble import Job
+from train.job import Job
 from train.precision import linear, reference
 from train.precision.recipe import FP8_MODULES
 from train.precision.reference import Fp8

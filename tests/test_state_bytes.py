@@ -9,9 +9,10 @@ from parallel.expert.build import build as build_dispatch
 from parallel.zero.optimizer import build
 from parallel.zero.sets import ReplicaGroups
 from tests.spawn import Ranks
-from train.assemble import build_stages, held
+from train.assemble import build_stages
 from train.compose import compose
 from train.flops import parameter_counts
+from train.job import held
 from train.optim import adamw_factory, decays
 from train.precision.linear import TorchEngine
 

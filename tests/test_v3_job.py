@@ -29,9 +29,9 @@ from parallel.pipeline.order import messages
 from parallel.pipeline.schedule import Schedule as Order
 from parallel.zero import norm
 from train import assemble, loop, optim
-from train.assemble import Job
 from train.compose import compose
 from train.config import RunConfig
+from train.job import Job, held
 from train.metrics import StepTimer
 from train.precision import recipe
 from train.precision.linear import TorchEngine
@@ -211,11 +211,11 @@ def trace(job: Job, num_micro_batches: int) -> None:
 def check_sizes(job: Job) -> None:
     """Parameters, and bytes of weights, gradients and sharded state."""
     dense, experts = expected_parameters(job)
-    held = assemble.held(job.models)
-    assert sum(param.numel() for info, param in held if info.replicas != "expert") == dense
-    assert sum(param.numel() for info, param in held if info.replicas == "expert") == experts
-    assert {param.dtype for _, param in held} == {torch.bfloat16}
-    assert {param.main_grad.dtype for _, param in held} == {torch.float32}
+    params = held(job.models)
+    assert sum(param.numel() for info, param in params if info.replicas != "expert") == dense
+    assert sum(param.numel() for info, param in params if info.replicas == "expert") == experts
+    assert {param.dtype for _, param in params} == {torch.bfloat16}
+    assert {param.main_grad.dtype for _, param in params} == {torch.float32}
     # fp32 masters and two bf16 moments, over 2 x 128 replicas of what is dense and 2 x 128 / 64 of an expert.
     exact = 8 * (dense / 256 + experts / 4)
     assert exact <= job.optimizer.state_bytes() < exact * 1.0001
@@ -250,7 +250,7 @@ def test_the_ranks_of_a_pipeline_hold_the_published_model() -> None:
     sizes: dict[str, int] = {}
     for pp_rank in range(8):
         with fake_job(pp_rank * DP) as job:
-            for info, _ in assemble.held(job.models):
+            for info, _ in held(job.models):
                 assert info.name not in sizes
                 sizes[info.name] = info.global_numel
             check_sizes(job)

@@ -18,10 +18,11 @@ from typing import NoReturn
 import torch
 
 from train import compose, metrics, run_folder
-from train.assemble import Job, PeerError, assemble, join
+from train.assemble import PeerError, assemble, join
 from train.checkpoint import CheckpointError
 from train.config import RunConfig
 from train.data.prepare import prepare
+from train.job import Job
 from train.loop import NotFiniteError, StopRequest, run
 from train.track import ConsoleSink, JsonlSink, PictureSink, Tracker, WandbSink, read_metrics
 

@@ -2,287 +2,49 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, astuple, dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from parallel import process
-from parallel.collectives import all_gather
 from parallel.expert.build import build as build_dispatch
 from parallel.expert.dispatch import Dispatch
-from parallel.host import Host
-from parallel.pipeline.events import Timeline, write_trace
 from parallel.pipeline.links import Links, connect
-from parallel.pipeline.measure import bubble_s
-from parallel.pipeline.record import Recorder, Times
+from parallel.pipeline.record import Recorder
 from parallel.pipeline.runtime import Runtime
-from parallel.pipeline.schedule import Schedule as Order
 from parallel.pipeline.segments import Segments
 from parallel.process import Groups
-from parallel.shards import ParamInfo, Piece, stacked_experts
-from parallel.watch import Need, PeerError, Watch, Watchdog
-from parallel.zero.optimizer import MOMENTS, StepResult, ZeroOptimizer
+from parallel.watch import PeerError, Watchdog
 from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
-from train import compose, flat, flops
+from train import flops
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.data.rows import Rows
 from train.data.tokens import Tokens
 from train.ema import Ema
+from train.job import Job, held
 from train.model.init import init_weights
 from train.model.kernels import Kernels
 from train.model.recompute import Recompute
-from train.model.transformer import LossTerms, Transformer
+from train.model.transformer import Transformer
 from train.optim import adamw_factory, decays
 from train.precision.grads import attach_main_grads
 from train.precision.linear import Engines
 from train.precision.recipe import build_engines, row_codec
 from train.precision.reference import QuantisedWeights
-from train.schedule import Schedule, StepPlan
 from train.split import split
 from train.stage import Stage, WeightGradients
-from train.state import TrainState, capture_rng, fingerprint, restore_rng
 
-__all__ = ["Job", "PeerError", "assemble", "join"]
+__all__ = ["PeerError", "assemble", "join"]
 
-EMBEDDING = "embed_tokens.weight"
 # After which process groups give up by themselves, at least; and how much earlier the watchdog speaks.
 GROUP_TIMEOUT_S, WATCHDOG_LEAD_S = 600.0, 120.0
 # Of weights and activations; fp8 is the format of products alone.
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-
-
-@dataclass
-class Job:
-    """Everything that a rank needs to train, and how far it has come."""
-
-    config: RunConfig
-    groups: Groups
-    schedule: Schedule
-    stages: dict[int, Stage]  # by number in the pipeline's placement
-    runtime: Runtime
-    recorder: Recorder
-    dispatch: Dispatch
-    optimizer: ZeroOptimizer
-    ema: Ema | None
-    train_rows: Rows
-    valid_rows: Rows
-    checkpoints: Checkpoints
-    flops_per_token: float
-    one_machine: bool  # all ranks' clocks are one
-    wandb_id: str | None = None
-    step: int = 0  # finished steps
-
-    @property
-    def device(self) -> torch.device:
-        return self.groups.device
-
-    @property
-    def host(self) -> Host:
-        """The border to the device: where numbers are read, and counted."""
-        return self.groups.host
-
-    @property
-    def watch(self) -> Watch:
-        """Through which this rank waits for others, and says what it does."""
-        return self.groups.watch
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this rank speaks for the run: console, metrics, pictures."""
-        return self.groups.mesh.rank == 0
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.config.run.dir)
-
-    @property
-    def models(self) -> list[Transformer]:
-        """The slices of the model that this rank holds."""
-        return [stage.model for stage in self.stages.values()]
-
-    def forward_backward(self, tokens: Callable[[int], Tensor], terms: LossTerms, num_micro_batches: int) -> None:
-        """All of a step's micro-batches through the pipeline; gradients add up in `main_grad`, reports in the stages.
-
-        tokens: micro-batch (0 to num_micro_batches - 1) to its rows [B, S + 1].
-        """
-        self._run(self.config.order(num_micro_batches), tokens, terms, self.config.train.micro_batch_size)
-
-    def forward_backward_alone(self, rows: Tensor, terms: LossTerms) -> None:
-        """One micro-batch by itself, stage after stage and back."""
-        self._run(self.config.order_alone(), lambda _: rows, terms, len(rows))
-
-    @torch.no_grad()
-    def forward(self, tokens: Callable[[int], Tensor], num_micro_batches: int) -> None:
-        """Micro-batches of one sequence through the pipeline, forward only, in evaluation mode."""
-        for model in self.models:
-            model.eval()
-        self._run(self.config.forward_order(num_micro_batches), tokens, LossTerms(1.0, 0.0, 0.0), 1)
-        for model in self.models:
-            model.train()
-
-    def _run(self, order: Order, tokens: Callable[[int], Tensor], terms: LossTerms, num_sequences: int) -> None:
-        for stage in self.stages.values():
-            stage.begin(tokens, terms)
-        self.runtime.run(order, (num_sequences, self.config.train.seq_len, self.config.model.hidden_size))
-
-    def update(self, lr: float) -> StepResult:
-        """One optimizer step; the moving average takes in its weights beside what comes next."""
-        if self.ema is not None:
-            self.ema.wait()
-        result = self.optimizer.step(lr)
-        if self.ema is not None and result.finite:
-            self.ema.start()
-        return result
-
-    def micro_batches(self, plan: StepPlan) -> Iterator[tuple[int, int]]:
-        """(position of the first sequence, number of sequences) of each of this rank's micro-batches of a step.
-
-        A step's sequences are dealt out in runs, one per data-parallel rank, so that a batch is a function of
-        (seed, step) and never of the topology.
-        """
-        mesh, count = self.groups.mesh, self.config.train.micro_batch_size
-        share = plan.num_sequences // mesh.config.dp
-        first = plan.first_sequence + mesh.dp_rank * share
-        return ((position, count) for position in range(first, first + share, count))
-
-    def no_load(self) -> Tensor:
-        """Zeros [num_routers, n_routed_experts] to count tokens into."""
-        shape = (self.config.model.num_routers, self.config.model.n_routed_experts)
-        return torch.zeros(shape, dtype=torch.int64, device=self.device)
-
-    def gather(self, numbers: Tensor) -> Tensor:
-        """numbers [n] of every rank, in rank order: [ranks, n]."""
-        need = Need("numbers", "numbers from {peers}", self.groups.world)
-        return self.watch.launch(need, lambda: all_gather(numbers.reshape(1, -1), self.groups.world)).wait()
-
-    def sum_counts(self, counts: Tensor) -> Tensor:
-        """Integers summed over all ranks, exact in any order."""
-        need = Need("numbers", "counts from {peers}", self.groups.world)
-        self.watch.wait(need, lambda: dist.all_reduce(counts, group=self.groups.world))
-        return counts
-
-    def gather_objects(self, thing: Any) -> list[Any]:
-        """One small object of every rank, in rank order. Not for the hot path."""
-        self.checkpoints.wait()
-        everyone = [thing] * self.groups.mesh.world_size
-        need = Need("numbers", "words from {peers}", self.groups.checkpoint)
-        self.watch.wait(need, lambda: dist.all_gather_object(everyone, thing, group=self.groups.checkpoint))
-        return everyone
-
-    def meet(self) -> None:
-        """Call where all ranks have just left an exchange: clocks of different machines are compared from here on."""
-        if not self.one_machine:
-            self.recorder.meet()
-
-    def times(self) -> list[float]:
-        """This rank's times of the step, for `mean_times` of all ranks'."""
-        return list(astuple(self.recorder.times()))
-
-    def mean_times(self, everyone: list[list[float]]) -> tuple[float, float, float] | None:
-        """Bubble, exposed communication and waits of the optimizer in seconds, means over the ranks, whose `times` are
-        given in rank order. None where waits cannot be measured on the host."""
-        if self.device.type != "cpu":
-            return None
-        times = [Times(*each) for each in everyone]
-        num_ranks = len(times)
-        return (
-            bubble_s(times, self.config.parallel.dp),
-            sum(each.experts_s for each in times) / num_ranks,
-            sum(each.optimizer_s for each in times) / num_ranks,
-        )
-
-    def write_timeline(self, num_micro_batches: int) -> None:
-        """Gather the events of the step just finished, of which each rank had so many, into one file of rank 0's."""
-        everyone = self.gather_objects(self.recorder.events)
-        if self.is_main:
-            dp = self.config.parallel.dp
-            first_s = min(event.start_s for events in everyone for event in events)
-            pipelines = {
-                f"pipeline {column}": [event.moved(-first_s) for events in everyone[column::dp] for event in events]
-                for column in range(dp)
-            }
-            order = self.config.order(num_micro_batches)
-            timeline = Timeline(f"{self.config.run.name}, step {self.step}, {order.name}", order, pipelines)
-            write_trace(timeline, self.folder / "traces" / f"step-{self.step:08d}.json")
-
-    def state(self) -> TrainState:
-        """The small state of a checkpoint taken now."""
-        tokens = self.schedule.tokens_before(self.step)
-        return TrainState(
-            step=self.step,
-            consumed_tokens=tokens,
-            consumed_sequences=tokens // self.config.train.seq_len,
-            num_optimizer_steps=self.optimizer.num_steps,
-            rng=capture_rng(),
-            wandb_id=self.wandb_id,
-            fingerprints=self._fingerprints(),
-            config=compose.text(self.config),
-        )
-
-    def _fingerprints(self) -> dict[str, str]:
-        """What makes the numbers of this run: never resumed under another model, data or recipe."""
-        config = self.config
-        recipe = {
-            **json.loads(self.schedule.fingerprint()),
-            "optimizer": asdict(config.optimizer),
-            **config.precision.recipe(),
-        }
-        tokens = {"train": self.train_rows.tokens.fingerprint, "source": config.data.name}
-        return {
-            "model": fingerprint({"model": asdict(config.model)}),
-            "data": fingerprint({"data": tokens}),
-            "recipe": fingerprint(recipe),
-        }
-
-    def pieces(self) -> tuple[flat.Pieces, dict[str, int]]:
-        """All large state of this rank as ranges of global tensors, and the sizes of those: what a checkpoint holds.
-
-        Weights are the masters rounded to the run's precision, so they are not stored a second time. Waits for the
-        moving average, which is a state like any other.
-        """
-        pieces: dict[str, Sequence[flat.Piece]] = {**self.optimizer.state()}
-        kinds = ["master", *MOMENTS]
-        if self.ema is not None:
-            pieces |= self.ema.state()
-            kinds.append("ema")
-        sizes = {f"{kind}.{info.name}": info.global_numel for info in self._infos() for kind in kinds}
-        for model in self.models:
-            for name, bias in model.named_buffers():
-                pieces[name] = [Piece(0, bias)]
-                sizes[name] = bias.numel()
-        return pieces, sizes
-
-    def _infos(self) -> list[ParamInfo]:
-        return [info for info, _ in held(self.models)]
-
-    def save(self) -> None:
-        """Take a checkpoint of the finished step; returns when it is copied."""
-        self.checkpoints.save(self.state(), *self.pieces())
-
-    def resume(self) -> Path | None:
-        """Go on from the checkpoint that `checkpoint.resume` allows; its folder, or None for a fresh start.
-
-        Raises ValueError when it is of another model, data or recipe, or damaged.
-        """
-        found = self.checkpoints.resume(self.state())
-        if found is None:
-            return None
-        folder, state = found
-        self.checkpoints.load(folder, *self.pieces())
-        self.optimizer.load_finished(state.num_optimizer_steps)
-        self.step, self.wandb_id = state.step, state.wandb_id
-        restore_rng(state.rng)
-        return folder
 
 
 @contextmanager
@@ -301,21 +63,6 @@ def join(config: RunConfig, end_hung: Callable[[str], object]) -> Iterator[Group
     with Watchdog(groups.watch, limit_s, end_hung) if limit_s is not None else nullcontext():
         yield groups
         process.stop(groups)
-
-
-def held(models: Iterable[Transformer]) -> list[tuple[ParamInfo, nn.Parameter]]:
-    """Every parameter of this rank once, with its place in the global tensor of its name."""
-    found: dict[str, tuple[ParamInfo, nn.Parameter]] = {}
-    for model in models:
-        for name, param in model.named_parameters():
-            shape = tuple(param.shape)
-            if model.is_expert(name):
-                info = stacked_experts(name, shape, model.config.n_routed_experts, model.first_expert)
-            else:
-                info = ParamInfo(name, shape, replicas="embedding" if name == EMBEDDING else "dense")
-            # Slices that share the embedding hold the same tensor.
-            found.setdefault(name, (info, param))
-    return list(found.values())
 
 
 def assemble(config: RunConfig, groups: Groups) -> Job:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from train.assemble import Job
+from train.job import Job
 
 
 def evaluate(job: Job) -> float:

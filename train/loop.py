@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from train import metrics
-from train.assemble import Job
 from train.balance import update_bias
 from train.evaluate import evaluate
+from train.job import Job
 from train.metrics import StepReport, StepTimer
 from train.model.transformer import LossTerms
 from train.schedule import StepPlan
