@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ IDLE, EDGE = "#f1f3f5", "white"
 ROW, GAP = 0.34, 0.07  # inches
 MARK = 0.14  # of a row, most of it in the gap below
 TOP, BOTTOM, LEFT, RIGHT, COLUMN, MAX_WIDTH = 1.02, 0.55, 0.78, 0.17, 0.59, 22.0
+LINE, KEY = 0.18, 1.8  # of the note; the least width of an entry of the key
+LETTERS = 13  # of the note, to the inch
 POINTS = 72
 
 
@@ -73,9 +76,12 @@ def draw_rows(rows: Rows, bars: Sequence[Bar], key: Sequence[Swatch], out: Path)
     """Writes the PNG or SVG `out`, as wide as short bars need to show their text (within reason)."""
     stop = max((bar.stop for bar in bars), default=1.0)
     lengths = sorted(bar.stop - bar.start for bar in bars if bar.stop > bar.start) or [stop]
-    width = min(max(stop / lengths[len(lengths) // 4] * 0.205, 9.5), MAX_WIDTH)
+    width = min(max(stop / lengths[len(lengths) // 4] * 0.205, 9.5, KEY * len(key)), MAX_WIDTH)
     height = len(rows.names) * (ROW + GAP)
-    size = (LEFT + width + RIGHT + COLUMN * len(rows.columns), TOP + height + BOTTOM)
+    right = RIGHT + COLUMN * len(rows.columns)
+    note = textwrap.wrap(rows.note, int((width + right) * LETTERS))
+    top = TOP + LINE * max(0, len(note) - 1)
+    size = (LEFT + width + right, top + height + BOTTOM)
     figure = Figure(figsize=size, dpi=160)
     figure.set_facecolor("white")
     FigureCanvasAgg(figure)
@@ -84,7 +90,7 @@ def draw_rows(rows: Rows, bars: Sequence[Bar], key: Sequence[Swatch], out: Path)
     axes.set_ylim(len(rows.names), 0)
     _draw_frame(axes, rows, stop)
     _draw_bars(axes, bars, points_per_unit=width * POINTS / stop)
-    _draw_heading(axes, rows, key, TOP, height)
+    _draw_heading(axes, rows.title, note, key, top, height)
     save(figure, out)
 
 
@@ -157,12 +163,15 @@ def shades(light: str, dark: str, count: int) -> list[str]:
     return ["#" + "".join(f"{round(255 * part):02x}" for part in color) for color in mixed]
 
 
-def _draw_heading(axes: Axes, rows: Rows, key: Sequence[Swatch], top: float, height: float) -> None:
+def _draw_heading(
+    axes: Axes, title: str, note: Sequence[str], key: Sequence[Swatch], top: float, height: float
+) -> None:
     style = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
     place = (0, (top - 0.3) * POINTS)
-    axes.annotate(rows.title, (0, 1), place, fontsize=12, fontweight="bold", color=INK, **style)  # type: ignore[arg-type]
-    place = (0, (top - 0.52) * POINTS)
-    axes.annotate(rows.note, (0, 1), place, fontsize=9, color=FAINT, **style)  # type: ignore[arg-type]
+    axes.annotate(title, (0, 1), place, fontsize=12, fontweight="bold", color=INK, **style)  # type: ignore[arg-type]
+    for number, line in enumerate(note):
+        place = (0, (top - 0.52 - LINE * number) * POINTS)
+        axes.annotate(line, (0, 1), place, fontsize=9, color=FAINT, **style)  # type: ignore[arg-type]
     legend = axes.legend(  # type: ignore[call-overload]  # our handler draws what is no artist
         key,
         [swatch.text for swatch in key],
