@@ -21,8 +21,9 @@ def valid_losses(folder: Path, settings: list[str]) -> list[float]:
     return [row["valid/loss"] for row in read_metrics(folder / "metrics.jsonl") if "valid/loss" in row]
 
 
-@pytest.mark.parametrize("model", ["small", pytest.param("tiny", marks=pytest.mark.slow)])
-def test_bf16_is_within_the_noise_of_seeds(tmp_path: Path, model: str) -> None:
+# How many times the noise of seeds a run learns at least: the seeds of the tiny model part further in 60 steps.
+@pytest.mark.parametrize(("model", "learns"), [("small", 5), pytest.param("tiny", 2, marks=pytest.mark.slow)])
+def test_bf16_is_within_the_noise_of_seeds(tmp_path: Path, model: str, learns: int) -> None:
     text = prepare_text(tmp_path / "tokens") if model == "small" else [f"data.dir={tmp_path / 'tokens'}"]
     settings = [*(SMALL if model == "small" else TINY), *text]
     single = [
@@ -32,5 +33,5 @@ def test_bf16_is_within_the_noise_of_seeds(tmp_path: Path, model: str) -> None:
     # The widest spread that three seeds have at any of the evaluations is one noise.
     noise = max(max(theirs) - min(theirs) for theirs in zip(*single, strict=True))
     assert half == pytest.approx(single[0], abs=noise)
-    # It is another arithmetic, and it learns: by more than what could be noise at both ends.
-    assert half != single[0] and half[-1] < half[0] - 2 * noise
+    # It is another arithmetic, and it learns.
+    assert half != single[0] and half[-1] < half[0] - learns * noise
