@@ -63,7 +63,3 @@ class Placement:
     def node(self) -> int:
         """Index of this rank's node among the group's nodes."""
         return self.ep_rank // self.ranks_per_node
-
-    @property
-    def index_in_node(self) -> int:
-        return self.ep_rank % self.ranks_per_node
