@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# Tests share out over two processes; each starts ranks of its own. WORKERS= runs them one after the other.
+WORKERS ?= -n 2 --dist worksteal
 
 .PHONY: setup train test test-slow lint clean
 
@@ -21,10 +23,10 @@ train: $(STAMP)
 	$(BIN)/python -m launch local experiment=first_run $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not gpu' $(WORKERS) $(ARGS)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
+	$(BIN)/python -m pytest -m 'slow and not gpu' $(WORKERS) $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

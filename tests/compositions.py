@@ -37,6 +37,13 @@ class Composition:
         quoted = [f"'{setting}'" if set(setting) & set("[]{}") else setting for setting in self.settings]
         return f"torchrun --standalone --nproc-per-node {self.world_size} -m train {' '.join(quoted)}"
 
+    @property
+    def alone(self) -> Composition:
+        """The same run in one process, with the same micro-batches."""
+        places = ("parallel.", "pipeline.", "zero.")
+        kept = (setting for setting in self.settings if not setting.startswith(places))
+        return Composition(1, (*kept, "zero.engine=native"))
+
 
 @dataclass
 class Generator:
@@ -58,6 +65,11 @@ class Generator:
             if _num_tokens(config) <= MAX_TOKENS:
                 return Composition(config.parallel.world_size, settings)
             self.refusals["too many tokens for a test"] += 1
+
+    def draw_fp8(self, seed: int, index: int, max_ranks: int = 8) -> Composition:
+        """One in FP8, wide enough for tiles of every kind: one, several, and an edge."""
+        width = random.Random(f"width {seed}/{index}").choice([24, 128, 130, 200, 257])
+        return self.draw(seed, index, max_ranks, (f"model.hidden_size={width}", "precision=fp8"))
 
     def move(self, composition: Composition, seed: int, index: int, max_ranks: int = 8) -> Composition:
         """The same run somewhere else: only what changes no number is drawn anew."""
@@ -213,13 +225,14 @@ def _recompute(dice: random.Random) -> dict[str, Any]:
 def _recipe(dice: random.Random, model: dict[str, Any], place: dict[str, Any], fixed: dict[str, str]) -> dict[str, Any]:
     depth = model["model.num_nextn_predict_layers"]
     seq_len = max(depth + 1, dice.choice([dice.randint(1, 8), dice.randint(9, 40)]))
-    fp32 = fixed.get("precision", dice.choice(["fp64", "fp64", "fp64", "fp32"])) == "fp32"
+    precision = fixed.get("precision", dice.choice(["fp64", "fp64", "fp64", "fp32"]))
+    engines = {"fp64": ["native"], "fp32": ["deepspeed"]}.get(precision, ["native", "deepspeed"])
     return {
-        "precision": "fp32" if fp32 else "fp64",
-        "zero.engine": "deepspeed" if fp32 else "native",
+        "precision": precision,
+        "zero.engine": dice.choice(engines),
         "train.seed": dice.randrange(1000),
         "train.seq_len": seq_len,
-        "train.max_steps": 1 if fp32 else 5,
+        "train.max_steps": 5 if precision == "fp64" else 1,
         **_batch(dice, place, seq_len),
         "optimizer.clip_grad_norm": dice.choice([0, 1.0, 0.05]),
         "optimizer.weight_decay": dice.choice([0.0, 0.1]),

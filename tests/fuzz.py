@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 
+from parallel.mesh import ParallelConfig
 from tests.compositions import Composition, Generator
 from tests.deviation import of_rows, of_states
 from tests.plain_run import PlainRun, plain_run
@@ -33,6 +34,16 @@ FP64 = 1e-9
 FP32_LOSS, FP32_NORM = 1e-6, 1e-5
 # A router's choice closer than this may fall otherwise under a re-associated fp32 sum: no comparison of a step with it.
 FP32_TIE = 1e-5
+# What one step in FP8 may differ by from the same step in one process: (loss, norm), relative, and whether every router
+# must choose alike. Ranks of a pipeline or of data parallelism round the same rows at the same points: their losses are
+# sums of the same numbers in fp64, their norm one of gradients that were added in another order in fp32.
+FP8_SAME = (1e-12, 1e-6, True)
+# An expert that ranks share multiplies the rows of all of them at once: another number of rows in one product, whose
+# last bits may turn a rounding to bf16; and its weight gradient quantises other tokens together.
+FP8_SHARED_EXPERTS = (1e-4, 1e-2, False)
+# Two hops add a token's results in two rounds, each rounded to bf16, which moves the last bit of many; a router may
+# then choose otherwise.
+FP8_TWO_ROUNDS = (3e-3, 3e-2, False)
 FP64_NATIVE = ("precision=fp64", "zero.engine=native")
 
 
@@ -139,6 +150,11 @@ class Bench:
         _, plain = self.plain(composition)
         return compare_fp64(self.run_moved(composition, other, step), plain)
 
+    def judge_fp8(self, composition: Composition, fault: Callable[[], Any] | None = None) -> Verdict:
+        """Hold a run in FP8 against the same run in one process."""
+        runs = self.run(composition, fault), self.run(composition.alone)
+        return compare_fp8(*runs, compose(self.whole(composition)).parallel)
+
     def judge(self, composition: Composition, fault: Callable[[], Any] | None = None) -> Verdict:
         """Run it and the plain one, and compare all that design promises of the precision."""
         composition, plain = self.plain(composition)
@@ -149,10 +165,20 @@ class Bench:
         return verdict
 
 
+def compare_fp8(run: Finished, alone: Finished, parallel: ParallelConfig) -> Verdict:
+    """The first step of two FP8 runs of the same micro-batches, the second in one process."""
+    across = parallel.dispatch == "two_hop" and parallel.nodes > 1
+    loss, norm, alike = FP8_SAME if parallel.ep == 1 else FP8_TWO_ROUNDS if across else FP8_SHARED_EXPERTS
+    found = {name: value for name, value in of_rows(run, alone).items() if name.startswith("train/")}
+    bounds = {name: norm if "grad_norm" in name else loss for name in found}
+    loads = _of_loads(run, torch.load(alone.folder / "loads.pt")) if alike else {}
+    return Verdict({**found, **loads}, {**bounds, "loads": 0.0})
+
+
 def compare_fp64(run: Finished, plain: PlainRun, with_states: bool = True) -> Verdict:
     """Everything to FP64, loads exactly. Without states: a fault may have kept the checkpoint from being whole."""
     found = {**of_rows(run, plain), **(of_states(run, plain) if with_states else {})}
-    return Verdict({**found, **_of_loads(run, plain)}, dict.fromkeys(found, FP64) | {"loads": 0.0})
+    return Verdict({**found, **_of_loads(run, plain.loads)}, dict.fromkeys(found, FP64) | {"loads": 0.0})
 
 
 def compare_fp32(run: Finished, plain: PlainRun) -> Verdict:
@@ -160,37 +186,42 @@ def compare_fp32(run: Finished, plain: PlainRun) -> Verdict:
     found = {name: value for name, value in of_rows(run, plain).items() if name.endswith("step 1")}
     found = {name: value for name, value in found.items() if not name.startswith("valid")}
     bounds = {name: FP32_NORM if "grad_norm" in name else FP32_LOSS for name in found}
-    return Verdict({**found, **_of_loads(run, plain)}, {**bounds, "loads": 0.0})
+    return Verdict({**found, **_of_loads(run, plain.loads)}, {**bounds, "loads": 0.0})
 
 
-def _of_loads(run: Finished, plain: PlainRun) -> dict[str, float]:
+def _of_loads(run: Finished, loads: list[torch.Tensor]) -> dict[str, float]:
     ours = torch.load(run.folder / "loads.pt")
-    return {"loads": float(sum((a - b).abs().sum() for a, b in zip(ours, plain.loads, strict=True)))}
+    return {"loads": float(sum((a - b).abs().sum() for a, b in zip(ours, loads, strict=True)))}
 
 
 # --- on demand ---
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`seed=S count=N [first=I] [max_ranks=R] [moves=true] [log=FILE]`: a line each, a summary; 1 when any failed.
+    """`seed=S count=N [first=I] [max_ranks=R] [kind=plain|moves|fp8] [log=FILE]`: a line each; 1 when any failed.
 
-    With `moves` every run goes on in another place half-way, from its checkpoint.
+    moves: every run goes on in another place half-way, from its checkpoint. fp8: against one process, also in FP8.
     """
     given = dict(argument.split("=", 1) for argument in arguments)
     seed, first, count = int(given.get("seed", 0)), int(given.get("first", 0)), int(given.get("count", 100))
-    max_ranks, moves = int(given.get("max_ranks", 8)), given.get("moves") == "true"
+    max_ranks, kind = int(given.get("max_ranks", 8)), given.get("kind", "plain")
     log = Path(given.get("log", "runs/compositions.jsonl"))
     log.parent.mkdir(parents=True, exist_ok=True)
     known = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {(line["seed"], line["index"], line["moves"]) for line in known}
+    done = {(line["seed"], line["index"], line["kind"]) for line in known}
     generator, ranks, results = Generator(), Ranks(), []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(ranks, Path(folder))
         for index in range(first, first + count):
-            if (seed, index, moves) not in done:
-                case = [generator.draw(seed, index, max_ranks, fixed=FP64_NATIVE if moves else ())]
-                case += [generator.move(case[0], seed, index, max_ranks)] if moves else []
-                results.append(_report(bench, case, {"seed": seed, "index": index, "moves": moves}, log))
+            if (seed, index, kind) in done:
+                continue
+            if kind == "fp8":
+                case = [generator.draw_fp8(seed, index, max_ranks)]
+            else:
+                case = [generator.draw(seed, index, max_ranks, fixed=FP64_NATIVE if kind == "moves" else ())]
+            if kind == "moves":
+                case.append(generator.move(case[0], seed, index, max_ranks))
+            results.append(_report(bench, case, {"seed": seed, "index": index, "kind": kind}, log))
     ranks.close()
     failed = [result for result in [*known, *results] if result["broken"]]
     distinct = len({json.dumps(result["settings"]) for result in [*known, *results]})
@@ -202,7 +233,10 @@ def main(arguments: Sequence[str]) -> int:
 def _report(bench: Bench, case: list[Composition], which: dict[str, Any], log: Path) -> dict[str, Any]:
     start_s = time.monotonic()
     try:
-        verdict = bench.judge(case[0]) if len(case) == 1 else bench.judge_moved(case[0], case[1], step=2)
+        if which["kind"] == "moves":
+            verdict = bench.judge_moved(case[0], case[1], step=2)
+        else:
+            verdict = bench.judge_fp8(case[0]) if which["kind"] == "fp8" else bench.judge(case[0])
         broken, worst = verdict.broken, verdict.worst
     except Exception as error:  # goes on to the next one, whatever it was
         broken, worst = [str(error)], float("nan")

@@ -7,7 +7,6 @@ The seed of what is drawn is part of a test's name: HALOCLINE_SEED repeats it, H
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,7 @@ from tests.deviation import between
 from tests.fuzz import FP64, FP64_NATIVE, Bench
 from tests.spawn import Ranks
 
-SEED = int(os.environ.get("HALOCLINE_SEED", random.randrange(1 << 32)))
+SEED = int(os.environ["HALOCLINE_SEED"])  # tests/conftest.py draws one
 NUM_COMPOSITIONS = int(os.environ.get("HALOCLINE_COMPOSITIONS", 4))
 
 
@@ -36,6 +35,13 @@ def test_a_random_composition_equals_one_plain_process(bench: Bench, index: int)
     composition = Generator().draw(SEED, index, max_ranks=4)
     print(f"HALOCLINE_SEED={SEED}", composition.command, sep="\n")
     assert bench.judge(composition).broken == []
+
+
+@pytest.mark.parametrize("index", range(2), ids=lambda index: f"{SEED}-{index}")
+def test_a_random_composition_in_fp8_equals_one_process(bench: Bench, index: int) -> None:
+    composition = Generator().draw_fp8(SEED, index, max_ranks=4)
+    print(f"HALOCLINE_SEED={SEED}", composition.command, sep="\n")
+    assert bench.judge_fp8(composition).broken == []
 
 
 @pytest.mark.slow
@@ -214,6 +220,14 @@ def test_without_a_fault_it_is_green(bench: Bench, mirrored: Composition) -> Non
 def test_a_fault_turns_it_red(bench: Bench, mirrored: Composition, fault: Any) -> None:
     verdict = bench.judge(mirrored, fault)
     assert verdict.broken and verdict.worst > 1e-6
+
+
+def test_a_fault_turns_fp8_red(bench: Bench, mirrored: Composition) -> None:
+    """What one process is compared with is coarser there, not blind."""
+    others = [each for each in mirrored.settings if not each.startswith(("precision", "parallel.ep=", "zero."))]
+    composition = Composition(2, (*others, "precision=fp8", "parallel.ep=1", "zero.engine=native"))
+    assert bench.judge_fp8(composition).broken == []
+    assert bench.judge_fp8(composition, w_of_another_micro_batch).broken != []
 
 
 @contextmanager

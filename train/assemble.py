@@ -65,9 +65,10 @@ def join(config: RunConfig, end_hung: Callable[[str], object]) -> Iterator[Group
         process.stop(groups)
 
 
-def assemble(config: RunConfig, groups: Groups) -> Job:
+def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engines] = build_engines) -> Job:
     """Build this rank's part of the run, with its initial weights.
 
+    make_engines: other arithmetics of matrix products, for comparisons; takes what `build_engines` takes.
     Raises ValueError for what needs ranks or data to be seen: missing or changed tokens, or a split too short.
     """
     torch.manual_seed(config.train.seed)  # nothing in a step draws from it; what ever will does so reproducibly
@@ -75,7 +76,7 @@ def assemble(config: RunConfig, groups: Groups) -> Job:
         config.model.n_routed_experts, groups, row_codec(config.precision.name, config.model.hidden_size)
     )
     precision, weights = config.precision, QuantisedWeights(config.precision.power_of_two_scales)
-    engines = build_engines(precision.name, groups.device, weights, precision.power_of_two_scales)
+    engines = make_engines(precision.name, groups.device, weights, precision.power_of_two_scales)
     stages = build_stages(config, dispatch, groups, engines)
     models = [stage.model for stage in stages.values()]
     optimizer = build_optimizer(

@@ -89,7 +89,11 @@ class Fp8Engine:
         return torch.mm(operand, self._weights.of(weight).t()).to(weight.dtype)
 
     def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
-        return torch.mm(round_rows(dy, self._round_gradient), self._weights.of(weight)).to(weight.dtype)
+        return torch.mm(self.gradient_operand(dy), self._weights.of(weight)).to(weight.dtype)
+
+    def gradient_operand(self, dy: Tensor) -> Tensor:
+        """dy [T, n] as `dgrad` multiplies it."""
+        return round_rows(dy, self._round_gradient)
 
     def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
         self.add_product_(accumulator, self.received(dy), x)
@@ -117,7 +121,7 @@ class _Groups:
         return self._product(operand, self._weights.of(weight).transpose(1, 2)).to(weight.dtype)
 
     def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
-        return self._product(round_rows(dy, self._engine._round_gradient), self._weights.of(weight)).to(weight.dtype)
+        return self._product(self._engine.gradient_operand(dy), self._weights.of(weight)).to(weight.dtype)
 
     def _product(self, rows: Tensor, matrices: Tensor) -> Tensor:
         out = rows.new_empty(rows.shape[0], matrices.shape[2])

@@ -1,0 +1,104 @@
+"""Arithmetics of matrix products beside FP8 as we train with it: what the loss gap of FP8 is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from train.precision.blockwise import E4M3, scales_of
+from train.precision.linear import Engines, TorchEngine
+from train.precision.recipe import FP8_MODULES, Table
+from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
+from train.precision.tiles import Kept, round_blocks, round_columns, round_to
+
+MakeEngines = Callable[..., Engines]
+
+
+class Reassociated(TorchEngine):
+    """Products whose sums over the inner dim are taken in two halves: the same numbers but for the last bits."""
+
+    def _mm(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        half = a.shape[1] // 2
+        total = super()._mm(a[:, :half], b[:half], out)
+        return total.add_(super()._mm(a[:, half:], b[half:]))
+
+    def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
+        half = dy.shape[0] // 2
+        super().wgrad_(accumulator, dy[half:], x[half:])
+        super().wgrad_(accumulator, dy[:half], x[:half])
+
+
+class _OtherGradients(Fp8Engine):
+    """Gradients quantised in one way for both products that take them."""
+
+    def add_product_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
+        accumulator.addmm_(self.gradient_operand(dy).t(), round_columns(x, self._round_input))
+
+
+class UnscaledGradients(_OtherGradients):
+    """E4M3 without scales: what lies under 2^-10, as most gradients do, is lost."""
+
+    def gradient_operand(self, dy: Tensor) -> Tensor:
+        return round_to(dy.float().clamp(-E4M3.largest, E4M3.largest), E4M3)
+
+
+class BlockGradients(_OtherGradients):
+    """One scale for 128 x 128 values, with which the report saw a model of 16 B parameters diverge (appendix B.2)."""
+
+    def gradient_operand(self, dy: Tensor) -> Tensor:
+        return round_blocks(dy)
+
+
+def round_whole(x: Tensor) -> Tensor:
+    """x -> float32, the same shape: quantised to E4M3 with one scale for all of it, and dequantised."""
+    if not x.numel():
+        return x.float()
+    scale = scales_of(x.float().abs().amax(), power_of_two=False)
+    return round_to(x.float() / scale, E4M3) * scale
+
+
+class _WholeWeights(QuantisedWeights):
+    """Weights with one scale per matrix, quantised whenever they are asked for."""
+
+    def of(self, weight: Tensor) -> Tensor:
+        whole = weight.detach()
+        return torch.stack([round_whole(each) for each in whole]) if whole.dim() == 3 else round_whole(whole)
+
+
+class PerTensor(_OtherGradients):
+    """One scale per tensor for inputs, weights and gradients; of experts' matrices for each."""
+
+    def __init__(self, recipe: Fp8, _weights: QuantisedWeights) -> None:
+        super().__init__(recipe, _WholeWeights())
+
+    def operand(self, x: Tensor) -> Tensor:
+        return round_whole(x)
+
+    def keep(self, x: Tensor) -> Kept:
+        return (x,)
+
+    def restore(self, kept: Kept) -> Tensor:
+        return kept[0]
+
+    def gradient_operand(self, dy: Tensor) -> Tensor:
+        return round_whole(dy)
+
+    def add_product_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
+        accumulator.addmm_(round_whole(dy).t(), round_whole(x))
+
+
+def reassociated(_precision: str, device: torch.device | str, *_: object) -> Engines:
+    return Reassociated(device)
+
+
+def instead(kind: type[Fp8Engine]) -> MakeEngines:
+    """The table of FP8 with another engine wherever it has one of FP8."""
+
+    def make(_precision: str, device: torch.device | str, weights: QuantisedWeights, *_: object) -> Engines:
+        made = kind(Fp8(), weights)
+        high = TorchEngine(device)
+        return Table({name: made if recipe else high for name, recipe in FP8_MODULES.items()})
+
+    return make

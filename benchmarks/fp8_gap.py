@@ -1,0 +1,281 @@
+"""How far training in FP8 ends from training in FP32, beside what re-associated FP32 sums alone do.
+
+    OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 python -m benchmarks.fp8_gap [steps=1000 seeds=3 jobs=1 dir=runs/fp8_gap]
+
+size     gap (a DeepSeek-V3 of 10 M parameters, with 6 M more for MTP; its products are 384 to 1152 wide, some of them
+         no multiple of 128) or tiny
+steps    of each run, and seeds: of weights and of the order of the text (the Python standard library).
+sides    fp32, reassociated, fp8, control with every seed; bf16, block_gradients, per_tensor with the first `extra`.
+jobs     runs at once. Every run keeps checkpoints: the same command goes on where it was ended.
+dir      of the runs, of gap.png and gap.csv.
+
+The gap of a side is |its loss - FP32's| / FP32's in every step, of losses smoothed by 0.9 (report, appendix B.1), both
+runs having the same seed; a run's figure is the largest after a tenth of its steps. The noise floor is that figure of
+FP32 with the sums of its products taken in another order, the largest of all seeds. FP8 passes if every seed's figure
+is at most 0.25 % (the report's bound) or twice the floor. The control, gradients in E4M3 without scales, must not pass:
+it shows that the bench can tell.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+from benchmarks import _recipes
+from benchmarks._sides import Neighbours
+from train import compose, run_folder
+from train.assemble import assemble, join
+from train.config import RunConfig
+from train.data.prepare import prepare
+from train.flops import parameter_counts
+from train.loop import NotFiniteError, StopRequest, run
+from train.picture import COLORS, FAINT, INK, headline, paper, save
+from train.precision.recipe import build_engines
+from train.track import JsonlSink, Tracker, read_metrics
+
+BOUND, SMOOTHING = 0.0025, 0.9
+DEFAULTS = {"size": "gap", "steps": "1000", "seeds": "3", "extra": "1", "jobs": "1", "dir": "runs/fp8_gap", "sides": ""}
+# side -> (precision of everything but products, arithmetic of products)
+SIDES: dict[str, tuple[str, _recipes.MakeEngines]] = {
+    "fp32": ("fp32", build_engines),
+    "reassociated": ("fp32", _recipes.reassociated),
+    "fp8": ("fp8", build_engines),
+    "control": ("fp8", _recipes.instead(_recipes.UnscaledGradients)),
+    "bf16": ("bf16", build_engines),
+    "block_gradients": ("fp8", _recipes.instead(_recipes.BlockGradients)),
+    "per_tensor": ("fp8", _recipes.instead(_recipes.PerTensor)),
+}
+EVERY_SEED = ("fp32", "reassociated", "fp8", "control")
+GAP = {
+    "hidden_size": 448,
+    "intermediate_size": 1152,
+    "moe_intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "q_lora_rank": 384,
+    "kv_lora_rank": 416,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+}
+SIZES = {"gap": GAP, "tiny": {"num_hidden_layers": 2}}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The settings of one comparison."""
+
+    size: str
+    num_steps: int
+    num_seeds: int
+    num_extra: int
+    num_jobs: int
+    folder: Path
+    sides: tuple[str, ...]
+
+    def runs(self) -> list[tuple[str, int]]:
+        """(side, seed) of every run, seed by seed."""
+        seeds = {side: self.num_seeds if side in EVERY_SEED else self.num_extra for side in self.sides}
+        return [(side, seed) for seed in range(self.num_seeds) for side in self.sides if seed < seeds[side]]
+
+    def config(self, side: str, seed: int) -> RunConfig:
+        """The run of a side: one process, 256 tokens a step."""
+        model = [f"model.{key}={value}" for key, value in SIZES[self.size].items()]
+        return compose.compose(
+            [
+                *("model=tiny", "parallel=one", "zero.engine=native", "track.wandb=disabled", "run.device=cpu", *model),
+                *("train.seq_len=128", "train.micro_batch_size=2", "train.global_batch_size=2"),
+                *(f"train.max_steps={self.num_steps}", f"train.seed={seed}", f"precision={SIDES[side][0]}"),
+                *("lr_scheduler.lr=1e-3", f"lr_scheduler.warmup_steps={max(1, self.num_steps // 20)}"),
+                *(
+                    "evaluate.interval=0",
+                    "evaluate.num_sequences=2",
+                    f"checkpoint.interval={max(1, self.num_steps // 5)}",
+                ),
+                *("checkpoint.keep_latest_k=1", f"run.dir={self.folder / f'{side}-{seed}'}", "run.num_threads=1"),
+            ]
+        )
+
+    def losses(self, side: str, seed: int) -> np.ndarray:
+        """Loss of each step so far; NaN from where the run stopped because it was not finite."""
+        path = self.folder / f"{side}-{seed}" / "metrics.jsonl"
+        found = np.array([row["train/loss"] for row in read_metrics(path)] if path.exists() else [])
+        if (path.parent / "not-finite").exists():
+            found = np.append(found, np.full(self.num_steps - len(found), np.nan))
+        return found
+
+
+def read(arguments: list[str]) -> Bench:
+    words = dict(word.split("=", 1) for word in arguments if "=" in word)
+    unknown = [word for word in arguments if word.split("=", 1)[0] not in DEFAULTS or "=" not in word]
+    if unknown:
+        raise SystemExit(f"unknown settings: {' '.join(unknown)}; there are {', '.join(DEFAULTS)}")
+    words = DEFAULTS | words
+    if words["size"] not in SIZES:
+        raise SystemExit(f"size={words['size']} is not one of {', '.join(SIZES)}")
+    sides = tuple(words["sides"].split(",")) if words["sides"] else tuple(SIDES)
+    if not set(EVERY_SEED[:3]) <= set(sides) <= set(SIDES):
+        raise SystemExit(
+            f"sides={words['sides']} must have {', '.join(EVERY_SEED[:3])}, and others of {', '.join(SIDES)}"
+        )
+    numbers = {}
+    for key in ("steps", "seeds", "extra", "jobs"):
+        if not words[key].isdigit() or int(words[key]) < (key != "extra"):
+            raise SystemExit(f"{key}={words[key]} must be a whole number above 0")
+        numbers[key] = int(words[key])
+    return Bench(
+        words["size"], numbers["steps"], numbers["seeds"], numbers["extra"], numbers["jobs"], Path(words["dir"]), sides
+    )
+
+
+def work(bench: Bench, side: str, seed: int) -> None:
+    """One run, from where it is to its end."""
+    config, engines = bench.config(side, seed), SIDES[side][1]
+    torch.set_num_threads(1)
+    folder = Path(config.run.dir)
+    with run_folder.opened(folder, 0, (ValueError, NotFiniteError)), join(config, _end) as groups:
+        job = assemble(config, groups, engines)
+        job.resume()
+        tracker = Tracker([JsonlSink(folder / "metrics.jsonl", job.step)])
+        try:
+            run(job, tracker, float("nan"), StopRequest())
+        except NotFiniteError as error:
+            (folder / "not-finite").write_text(f"{error}\n")
+        tracker.close(False)
+
+
+def _end(sentence: str) -> NoReturn:
+    raise SystemExit(sentence)
+
+
+def run_all(bench: Bench, arguments: list[str]) -> None:
+    """Every run that is not at its end yet, `jobs` at once, each in a process of its own."""
+    prepare(bench.config("fp32", 0).data, print)
+    todo = [(side, seed) for side, seed in bench.runs() if len(bench.losses(side, seed)) < bench.num_steps]
+    print(f"{len(bench.runs())} runs of {bench.num_steps} steps, {len(todo)} to do", flush=True)
+
+    def one(what: tuple[str, int]) -> None:
+        command = [sys.executable, "-m", "benchmarks.fp8_gap", "--run", f"{what[0]}-{what[1]}", *arguments]
+        with Neighbours() as around:
+            done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{what[0]}-{what[1]} failed:\n{done.stderr[-2000:]}")
+        losses = bench.losses(*what)
+        print(f"{what[0]}-{what[1]}: last loss {losses[-1]:.4f}, {around.seconds:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(bench.num_jobs) as pool:
+        for _ in pool.map(one, todo):
+            pass
+
+
+def smooth(losses: np.ndarray) -> np.ndarray:
+    """Running average with weight 0.9 on the past, freed of its start at zero."""
+    total, weight, out = 0.0, 0.0, np.empty_like(losses)
+    for step, loss in enumerate(losses):
+        total, weight = SMOOTHING * total + (1 - SMOOTHING) * loss, SMOOTHING * weight + 1 - SMOOTHING
+        out[step] = total / weight
+    return out
+
+
+def gaps(bench: Bench) -> dict[str, list[np.ndarray]]:
+    """side -> per seed, (smoothed loss - FP32's) / FP32's of each step."""
+    base = [smooth(bench.losses("fp32", seed)) for seed in range(bench.num_seeds)]
+    found: dict[str, list[np.ndarray]] = {side: [] for side in bench.sides if side != "fp32"}
+    for side, seed in bench.runs():
+        if side != "fp32":
+            found[side].append(smooth(bench.losses(side, seed)) / base[seed] - 1)
+    return {side: each for side, each in found.items() if each}
+
+
+def figure(gap: np.ndarray) -> float:
+    """The largest distance after a tenth of the steps; infinite for a run that was not finite."""
+    worst = float(np.abs(gap[len(gap) // 10 :]).max())
+    return worst if worst == worst else float("inf")
+
+
+def allowed(found: Mapping[str, list[np.ndarray]]) -> float:
+    """What a gap may be: the report's bound, or twice the noise floor."""
+    return max(BOUND, 2 * max(map(figure, found["reassociated"])))
+
+
+def report(bench: Bench, found: dict[str, list[np.ndarray]]) -> Iterator[str]:
+    """The table and the verdicts, line by line."""
+    limit = allowed(found)
+    tail = max(1, bench.num_steps // 10)
+    yield f"{'':16s}{'largest gap of each seed':>34s}{'mean of the last tenth':>26s}   within {limit:.2%}"
+    for side, each in found.items():
+        figures = [figure(gap) for gap in each]
+        last = float(np.mean([gap[-tail:].mean() for gap in each]))
+        passes = "yes" if max(figures) <= limit else "no"
+        yield f"{side:16s}{'  '.join(f'{number:.3%}' for number in figures):>34s}{last:>+26.3%}   {passes}"
+    fp8 = max(map(figure, found["fp8"]))
+    yield f"noise floor: {max(map(figure, found['reassociated'])):.3%}"
+    yield f"fp8: {fp8:.3%} at most, {'passes' if fp8 <= limit else 'does not pass'} at {limit:.3%}"
+    if "control" in found:
+        least = min(map(figure, found["control"]))
+        verdict = "fails, as it must" if least > limit else "PASSES: this bench cannot tell"
+        yield f"control: {least:.3%} at least, {verdict}"
+
+
+def draw(bench: Bench, found: dict[str, list[np.ndarray]], out: Path) -> None:
+    """Smoothed losses of the first seed, and every seed's gap over the steps."""
+    sheet, (above, below) = paper([2.6, 2.8])
+    tokens = np.arange(1, bench.num_steps + 1) * 256
+    colors = dict(zip(("fp32", *found), COLORS, strict=False))
+    for side, color in colors.items():
+        losses = smooth(bench.losses(side, 0))
+        above.plot(tokens, losses, color=color, linewidth=1.4, label=side)
+        for gap in found.get(side, []):
+            below.plot(tokens, 100 * gap, color=color, linewidth=1.0)
+    limit = 100 * allowed(found)
+    inner = [100 * figure(gap) for side in ("fp8", "reassociated") for gap in found[side]]
+    reach = 1.6 * max(limit, *inner)
+    below.set_ylim(-reach, reach)
+    below.axhspan(-limit, limit, color=FAINT, alpha=0.12, linewidth=0)
+    above.legend(fontsize=8, frameon=False, labelcolor=INK, ncols=4)
+    headline(above, "loss, nats per token, smoothed by 0.9", "first seed")
+    headline(below, "distance from FP32, %", f"every seed; the band is what is allowed, ±{limit:.2f} %")
+    save(sheet, out)
+
+
+def write_csv(bench: Bench, out: Path) -> None:
+    """side, seed, step, loss: every number that was compared."""
+    lines = ["side,seed,step,loss"]
+    for side, seed in bench.runs():
+        lines += [f"{side},{seed},{step},{loss:.6f}" for step, loss in enumerate(bench.losses(side, seed), 1)]
+    out.write_text("\n".join(lines) + "\n")
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--run"]:
+        side, _, seed = arguments[1].rpartition("-")
+        work(read(arguments[2:]), side, int(seed))
+        return
+    bench = read(arguments)
+    counts = parameter_counts(bench.config("fp32", 0).model)
+    print(
+        f"size={bench.size}: {counts.total / 1e6:.1f} M parameters and {counts.mtp / 1e6:.1f} M for MTP, "
+        f"{counts.activated / 1e6:.1f} M activated; 256 tokens a step"
+    )
+    run_all(bench, arguments)
+    found = gaps(bench)
+    print(*report(bench, found), sep="\n")
+    draw(bench, found, bench.folder / "gap.png")
+    write_csv(bench, bench.folder / "gap.csv")
+    print(f"{bench.folder / 'gap.png'}, {bench.folder / 'gap.csv'}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
