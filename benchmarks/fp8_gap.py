@@ -98,12 +98,10 @@ class Bench:
                 *("model=tiny", "parallel=one", "zero.engine=native", "track.wandb=disabled", "run.device=cpu", *model),
                 *("train.seq_len=128", "train.micro_batch_size=2", "train.global_batch_size=2"),
                 *(f"train.max_steps={self.num_steps}", f"train.seed={seed}", f"precision={SIDES[side][0]}"),
-                *("lr_scheduler.lr=1e-3", f"lr_scheduler.warmup_steps={max(1, self.num_steps // 20)}"),
-                *(
-                    "evaluate.interval=0",
-                    "evaluate.num_sequences=2",
-                    f"checkpoint.interval={max(1, self.num_steps // 5)}",
-                ),
+                *("lr_scheduler.lr=4e-4", f"lr_scheduler.warmup_steps={max(1, self.num_steps // 20)}"),
+                "lr_scheduler.phases=[{kind:constant,share:0.5},{kind:cosine,end_lr:4e-5}]",
+                *("evaluate.interval=0", "evaluate.num_sequences=2"),
+                f"checkpoint.interval={max(1, self.num_steps // 5)}",
                 *("checkpoint.keep_latest_k=1", f"run.dir={self.folder / f'{side}-{seed}'}", "run.num_threads=1"),
             ]
         )
