@@ -116,6 +116,10 @@ MISTAKES = [
     ("model.n_group=1 model.topk_group=1 moe.comm_aux_coeff=0.02", "moe.comm_aux_coeff=0.02", "model.n_group"),
     ("moe.comm_aux_coeff=-1", "moe.comm_aux_coeff=-1", "0 or more"),
     ("parallel.dp=2 parallel.ep=2 parallel.dispatch=local", "parallel.dispatch=local", "parallel.ep=1, not 2"),
+    ("model=tiny_dense parallel.dp=2 parallel.ep=2 parallel.dispatch=flat", "parallel.ep=2", "n_routed_experts=0"),
+    ("model=tiny_dense recompute.mla_up_proj=true", "recompute.mla_up_proj=true", "model.attention=gqa"),
+    ("model.n_routed_experts=0", "model.first_k_dense_replace=1", "model.num_hidden_layers=8"),
+    ("model.n_routed_experts=null", "model.n_routed_experts", ""),
 ]
 
 

@@ -22,9 +22,12 @@ class Row(NamedTuple):
     activated: int
     published_total: str
     published_activated: str
+    counts_embedding: bool = False
 
 
 TABLE = [
+    # This report counts the embedding among what is activated, though it is only looked up.
+    Row("deepseek_moe_16b", 16_375_728_128, 2_618_935_296, "16.4", "2.8", counts_embedding=True),
     Row("deepseek_v2", 235_741_434_880, 20_851_512_320, "236", "21"),
     Row("deepseek_v2_lite", 15_706_484_224, 2_451_435_008, "15.7", "2.4"),
     Row("v3_671b", 671_026_404_352, 36_625_603_584, "671", "37"),
@@ -41,7 +44,8 @@ def test_counts_are_the_published_ones(row: Row) -> None:
     assert sum(held.values()) == counts.total == row.total
     assert counts.activated == row.activated
     # A report may round or cut the digits that it does not print.
-    for count, published in ((row.total, row.published_total), (row.activated, row.published_activated)):
+    activated = row.activated + counts.embedding * row.counts_embedding
+    for count, published in ((row.total, row.published_total), (activated, row.published_activated)):
         unit = 10.0 ** -len(published.partition(".")[2])
         assert abs(count / 1e9 - float(published)) < unit, published
 
