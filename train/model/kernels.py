@@ -85,7 +85,7 @@ class _JoinHeads(torch.autograd.Function):
         ctx.nope, ctx.v_dim = nope, v_dim
         q_out, k_out, v_out = torch.empty_like(q), torch.empty_like(q), kv.new_empty(*kv.shape[:-1], v_width)
         q_out[..., :nope].copy_(q[..., :nope])
-        q_out[..., nope:].copy_(rotate(q[..., nope:], table.unsqueeze(1)))
+        q_out[..., nope:].copy_(rotate(q[..., nope:], table.unsqueeze(-2)))
         k_out[..., :nope].copy_(kv[..., :nope])
         k_out[..., nope:].copy_(rotate(k_rope, table).unsqueeze(2))
         v_out[..., :v_dim].copy_(kv[..., nope:])
@@ -99,7 +99,7 @@ class _JoinHeads(torch.autograd.Function):
         inverse = table.conj().resolve_conj()
         dq_in = torch.empty_like(dq, memory_format=torch.contiguous_format)
         dq_in[..., :nope].copy_(dq[..., :nope])
-        dq_in[..., nope:].copy_(rotate(dq[..., nope:], inverse.unsqueeze(1)))
+        dq_in[..., nope:].copy_(rotate(dq[..., nope:], inverse.unsqueeze(-2)))
         dkv = dq.new_empty(*dq.shape[:-1], nope + v_dim)
         dkv[..., :nope].copy_(dk[..., :nope])
         dkv[..., nope:].copy_(dv[..., :v_dim])
@@ -111,7 +111,7 @@ def join_heads(q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: in
     """Queries, keys and values of every head, from what the projections give.
 
     q [B, S, H, nope + rope], kv [B, S, H, nope + v], k_rope [B, S, rope] (shared by the heads), table
-    [S, rope / 2] -> q, k [B, S, H, nope + rope] with the rotary parts rotated, v [B, S, H, v_width] padded with zeros.
+    [S, rope / 2] or [B, S, rope / 2] -> q, k [B, S, H, nope + rope] with the rotary parts rotated, v [B, S, H, v_width] padded with zeros.
     """
     return _JoinHeads.apply(q, kv, k_rope, table, v_width)
 
