@@ -218,6 +218,7 @@ def _recipe(dice: random.Random, model: dict[str, Any], place: dict[str, Any], f
         "precision": "fp32" if fp32 else "fp64",
         "zero.engine": "deepspeed" if fp32 else "native",
         "train.seed": dice.randrange(1000),
+        "data.document_mask": dice.random() < 0.35,
         "train.seq_len": seq_len,
         "train.max_steps": 1 if fp32 else 5,
         **_batch(dice, place, seq_len),

@@ -110,8 +110,9 @@ class _JoinHeads(torch.autograd.Function):
 def join_heads(q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of every head, from what the projections give.
 
-    q [B, S, H, nope + rope], kv [B, S, H, nope + v], k_rope [B, S, rope] (shared by the heads), table
-    [S, rope / 2] or [B, S, rope / 2] -> q, k [B, S, H, nope + rope] with the rotary parts rotated, v [B, S, H, v_width] padded with zeros.
+    q [B, S, H, nope + rope], kv [B, S, H, nope + v], k_rope [B, S, rope] (shared by the heads), table [S, rope / 2] or
+    [B, S, rope / 2] -> q, k [B, S, H, nope + rope] with the rotary parts rotated, v [B, S, H, v_width] padded with
+    zeros.
     """
     return _JoinHeads.apply(q, kv, k_rope, table, v_width)
 

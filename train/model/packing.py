@@ -1,8 +1,8 @@
 """What the documents of a packed row see of each other: everything before, or nothing.
 
 DeepSeek-V3 packs documents into rows without masks between them (technical report, section 4.1): `OneText`. With
-`ByDocument` a row is its documents side by side and nothing more: attention stops at a document's first token, positions
-count from there, and a token of another document is no target, of the head or of any prediction depth. A prediction
+`ByDocument` a row is its documents side by side and nothing more: attention stops at a document's first token,
+positions count from there, and a token of another document is no target, of the head or of any prediction depth. A
 depth that reads a token of the next document has no target there either, so nothing crosses a border and comes back.
 """
 
@@ -134,9 +134,9 @@ def attend_masked(hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float)
 
 def attend_one_by_one(lengths: list[int], q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Documents of these lengths, row after row, each by itself."""
-    parts = zip(*(each.flatten(0, 1).split(lengths) for each in (q, k, v)), strict=True)
-    out = [attend_causally(*(each.unsqueeze(0) for each in part), scale).squeeze(0) for part in parts]
-    return torch.cat(out).unflatten(0, q.shape[:2])
+    parts = zip(*(each.flatten(0, 1).unsqueeze(0).split(lengths, dim=1) for each in (q, k, v)), strict=True)
+    out = [attend_causally(*part, scale) for part in parts]  # type: ignore[call-arg]
+    return torch.cat(out, dim=1).squeeze(0).unflatten(0, q.shape[:2])
 
 
 def _begins(documents: Tensor) -> Tensor:
