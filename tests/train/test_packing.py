@@ -74,7 +74,9 @@ def test_a_packed_row_is_its_documents_each_run_alone(seed: int, one_by_one: boo
     for name, gradient in found.items():
         # A parameter of a depth that no document reaches alone has no gradient in the row either.
         wanted = expected.get(name, torch.zeros_like(gradient))
-        torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient, wanted, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_logits_of_a_packed_row_are_those_of_its_documents() -> None:
