@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from train.data.prepare_blend import prepare_sources
 from train.data.rows import Rows
 from train.data.shares import Shares
 from train.data.tokens import Tokens
+from train.job import Job
+from train.schedule import BatchRampConfig, LrSchedulerConfig, MoeConfig, MtpConfig, Schedule, TrainConfig
 
 WEIGHTS = st.lists(
     st.integers(1, 10**6).map(lambda n: n / 1000) | st.integers(1, 20).map(float), min_size=1, max_size=9
@@ -134,6 +137,40 @@ def test_blended_rows_are_a_function_of_the_position(
     assert num_targets == stream.num_targets(first, sum(counts)) == sum(counts) * seq_len - ends
     if sum(counts):
         assert torch.equal(whole[-1], slow_row(config, seq_len, seed, position - 1, order))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    dp=st.integers(1, 6), micro_batch=st.integers(1, 4), per_rank=st.integers(1, 4), jumps=st.integers(0, 3),
+    ramp_tokens=st.integers(1, 4000), seq_len=st.integers(2, 40), seed=st.integers(0, 99), blended=st.booleans(),
+    mask=st.booleans(), steps=st.lists(st.integers(0, 60), min_size=1, max_size=3),
+)  # fmt: skip
+def test_a_batch_is_a_function_of_seed_and_step_under_any_topology(
+    blend: DataConfig, dp: int, micro_batch: int, per_rank: int, jumps: int, ramp_tokens: int, seq_len: int, seed: int,
+    blended: bool, mask: bool, steps: list[int],
+) -> None:  # fmt: skip
+    """Ramps, epochs and blends: what the ranks read of a step, dealt out in any way and in any order of the steps."""
+    quantum = dp * micro_batch
+    final = quantum * (per_rank + jumps)
+    ramp = BatchRampConfig(quantum * per_rank, ramp_tokens, quantum) if jumps else BatchRampConfig()
+    train = TrainConfig(seq_len, micro_batch, final, max_steps=61, seed=seed, batch_ramp=ramp)
+    schedule = Schedule(train, LrSchedulerConfig(), MoeConfig(), MtpConfig())
+    config = dataclasses.replace(blend if blended else blend.sources["web"], document_mask=mask)
+    for step in steps:
+        plan = schedule.at(step)
+        stream = open_stream(config, "train", seq_len, seed)  # as after a resume
+        before = sum(schedule.at(each).num_sequences for each in range(step))
+        assert plan.first_sequence == before
+        parts = []
+        for rank in range(dp):
+            mesh = SimpleNamespace(dp_rank=rank, config=SimpleNamespace(dp=dp))
+            job = SimpleNamespace(groups=SimpleNamespace(mesh=mesh), config=SimpleNamespace(train=train))
+            own = open_stream(config, "train", seq_len, seed)
+            parts += [own.rows(*each) for each in Job.micro_batches(job, plan)]  # type: ignore[arg-type]
+        batch = torch.cat(parts)
+        assert torch.equal(batch, stream.rows(before, plan.num_sequences))
+        ends = int((batch[:, :-1] == stream.end_of_document).sum()) if mask else 0
+        assert stream.num_targets(before, plan.num_sequences) == len(batch) * seq_len - ends
 
 
 def test_each_source_and_epoch_is_shuffled_anew(blend: DataConfig) -> None:
