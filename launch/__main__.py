@@ -8,14 +8,14 @@ from pathlib import Path
 
 from launch import emulate
 from launch.local import local
-from launch.prepare import prepare_command
+from launch.prepare import prepare_run
 from launch.schedule import draw
 from launch.timeline import timeline
 from train.compose import compose
 
 
 def _prepare(settings: Sequence[str]) -> int:
-    prepare_command(compose(settings).data)
+    prepare_run(compose(settings))
     return 0
 
 

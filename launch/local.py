@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.prepare import prepare_command
+from launch.prepare import prepare_run
 from launch.ranks import Ended, start_ranks
 from launch.sweep import sweep
 from train import compose, run_folder
@@ -31,7 +31,7 @@ def run(config: RunConfig) -> Ended:
     """One job: pp x dp processes on this machine that all read the same resolved config."""
     folder = Path(config.run.dir)
     run_folder.refuse_if_in_use(folder)
-    prepare_command(config.data)
+    prepare_run(config)
     with tempfile.NamedTemporaryFile("w", prefix="halocline-", suffix=".yaml") as resolved:
         resolved.write(compose.text(config))
         resolved.flush()

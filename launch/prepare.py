@@ -1,16 +1,29 @@
-"""`python -m launch prepare`: prepare the tokens of a configuration and report what they hold."""
+"""`python -m launch prepare`: prepare the tokens of a configuration, report what they hold and what a run will see."""
 
 from __future__ import annotations
 
+from train.config import RunConfig
+from train.data.blend import check_epochs, exposure_table, open_stream
 from train.data.config import DataConfig
 from train.data.meta import Meta
-from train.data.prepare import prepare
+from train.data.prepare_blend import prepare_sources
+
+
+def prepare_run(config: RunConfig) -> None:
+    """Prepare what a run reads and print what it will see of it. ValueError where `data.max_epochs` forbids the run."""
+    prepare_command(config.data)
+    rows = open_stream(config.data, "train", config.train.seq_len, config.train.seed)
+    print(f"The run reads {config.num_sequences:,} sequences of {config.train.seq_len} tokens:", flush=True)
+    print(exposure_table(rows, config.num_sequences), flush=True)
+    check_epochs(rows, config.num_sequences, config.data.max_epochs)
 
 
 def prepare_command(config: DataConfig) -> None:
     """Prepare the data of `config` unless it is there, and print what it holds. ValueError as `prepare` raises it."""
-    meta = prepare(config, say=lambda line: print(line, flush=True))
-    print(report(meta), flush=True)
+    for name, meta in prepare_sources(config, say=lambda line: print(line, flush=True)).items():
+        if config.blend:
+            print(f"\n{name}", flush=True)
+        print(report(meta), flush=True)
     print(f"The tokens lie in {config.folder}.", flush=True)
 
 

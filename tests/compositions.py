@@ -287,6 +287,7 @@ def _recipe(dice: random.Random, model: dict[str, Any], place: dict[str, Any], f
         "precision": precision,
         "zero.engine": dice.choice(engines),
         "train.seed": dice.randrange(1000),
+        "data.document_mask": dice.random() < 0.35,
         "train.seq_len": seq_len,
         "train.max_steps": 5 if precision == "fp64" else 1,
         **_batch(dice, place, seq_len),

@@ -8,6 +8,7 @@ rows of tokens, and the step's plan.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -18,8 +19,7 @@ from torch import Tensor
 from tests.reference import LocalDispatch as ReferenceDispatch
 from tests.reference import rms_norm, select
 from train.config import RunConfig
-from train.data.rows import Rows
-from train.data.tokens import Tokens
+from train.data.blend import open_stream
 from train.model.config import ModelConfig
 from train.model.init import init_weights
 from train.model.transformer import Transformer
@@ -42,14 +42,19 @@ class Sums:
     device: Tensor
     comm: Tensor
     load: Tensor  # [num_routers, E]
+    num_targets: int = 0  # predicted tokens
 
 
 class PlainModel:
     """The family's models (DeepSeek-V3's report, section 2; V2's routing where the config asks for it) on a dictionary
     of weights; sequences one by one, experts one by one."""
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], biases: Tensor) -> None:
-        self.config, self.weights, self.biases = config, weights, biases
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, Tensor], biases: Tensor, border: int | None = None
+    ) -> None:
+        """border: the token that ends a document, where the documents of a row see nothing of each other."""
+        self.config, self.weights, self.biases, self.border = config, weights, biases, border
+        self.documents: list[int] = []  # of the row at work, one number per token
         #: Of every (sequence, router) so far, in order: the experts of each token, and how close its choice was.
         self.routes: list[tuple[Tensor, Tensor]] = []
 
@@ -64,11 +69,15 @@ class PlainModel:
 
     def _sequence(self, row: Tensor, sums: Sums) -> None:
         w, config = self.weights, self.config
+        self.documents = [0]
+        for token in row[:-1].tolist():
+            self.documents.append(self.documents[-1] + (token == self.border))
+        sums.num_targets += sum(a == b for a, b in itertools.pairwise(self.documents))
         x = w["embed_tokens.weight"][row[:-1]]
         for i in range(config.num_hidden_layers):
             x = self._layer(f"layers.{i}.", i - config.first_k_dense_replace, x, sums)
         hidden = self._norm(x, "norm.weight")
-        sums.main = sums.main + self._cross_entropy(hidden, row[1:])
+        sums.main = sums.main + self._cross_entropy(hidden, row[1:], 0)
         for k in range(1, config.num_nextn_predict_layers + 1):
             name = f"mtp.{k - 1}."
             embedding = w["embed_tokens.weight"][row[k:-1]]
@@ -77,7 +86,7 @@ class PlainModel:
             x = joined @ w[name + "eh_proj.weight"].t()
             x = self._layer(name + "layer.", config.num_moe_layers + k - 1 if config.n_routed_experts else -1, x, sums)
             hidden = self._norm(x, name + "norm.weight")
-            sums.mtp = sums.mtp + self._cross_entropy(hidden, row[k + 1 :])
+            sums.mtp = sums.mtp + self._cross_entropy(hidden, row[k + 1 :], k)
 
     def _layer(self, name: str, router: int, x: Tensor, sums: Sums) -> Tensor:
         attend = self._grouped_attention if self.config.attention == "gqa" else self._latent_attention
@@ -92,8 +101,11 @@ class PlainModel:
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return rms_norm(x, self.weights[name], self.config.rms_norm_eps)
 
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(hidden @ self.weights["lm_head.weight"].t(), labels, reduction="sum")
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, depth: int) -> Tensor:
+        """Of every target that is in its position's own document."""
+        kept = [i for i in range(len(labels)) if self.documents[i] == self.documents[i + depth + 1]]
+        logits = hidden[kept] @ self.weights["lm_head.weight"].t()
+        return F.cross_entropy(logits, labels[kept], reduction="sum")
 
     def _grouped_attention(self, name: str, x: Tensor) -> Tensor:
         """Grouped-query attention (arXiv 2305.13245), query head by query head, each with the keys of its group."""
@@ -105,7 +117,7 @@ class PlainModel:
         for head, q in enumerate(queries):
             group = head * c.num_key_value_heads // c.num_attention_heads
             scores = self._rotate_halves(q) @ self._rotate_halves(keys[group]).t() / math.sqrt(c.head_dim)
-            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
+            scores = scores.masked_fill(self._hidden(len(x)), float("-inf"))
             heads.append(scores.softmax(-1) @ values[group])
         return torch.cat(heads, -1) @ w[name + "o_proj.weight"].t()
 
@@ -135,15 +147,22 @@ class PlainModel:
             q = torch.cat([q[:, : c.qk_nope_head_dim], self._rotate(q[:, c.qk_nope_head_dim :])], -1)
             k = torch.cat([kv[:, : c.qk_nope_head_dim], shared_key], -1)
             scores = q @ k.t() * self._temperature() / math.sqrt(c.qk_nope_head_dim + c.qk_rope_head_dim)
-            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
+            scores = scores.masked_fill(self._hidden(len(x)), float("-inf"))
             heads.append(scores.softmax(-1) @ kv[:, c.qk_nope_head_dim :])
         return torch.cat(heads, -1) @ w[name + "o_proj.weight"].t()
+
+    def _hidden(self, num_positions: int) -> Tensor:
+        """Whether a position (row) may not see another (column): a later one, or one of another document."""
+        number = torch.tensor(self.documents[:num_positions])
+        later = torch.ones(num_positions, num_positions).triu(1).bool()
+        return later | (number.unsqueeze(1) != number.unsqueeze(0))
 
     def _rotate(self, x: Tensor) -> Tensor:
         """Adjacent pairs of x [S, r] turned by position times frequency; angles are fp32 constants of the model."""
         wavelengths = self.config.rope_theta ** (torch.arange(0, x.shape[1], 2).float() / x.shape[1])
         frequencies = torch.stack([self._frequency(pair, length) for pair, length in enumerate(wavelengths)])
-        angles = torch.outer(torch.arange(x.shape[0]).float(), frequencies)
+        places = [i - self.documents.index(self.documents[i]) for i in range(len(x))]
+        angles = torch.outer(torch.tensor(places).float(), frequencies)
         magnitude = self._magnitude()
         cos, sin = (angles.cos() * magnitude).to(x), (angles.sin() * magnitude).to(x)
         even, odd = x[:, 0::2], x[:, 1::2]
@@ -286,7 +305,7 @@ def plain_run(config: RunConfig) -> PlainRun:
     params = list(weights.values())
     optimizer = PlainAdamW(params, config.optimizer, _moments_dtype(config))
     schedule = config.schedule()
-    train_rows = Rows(Tokens.open(config.data.folder, "train"), config.train.seq_len, config.train.seed)
+    train_rows = open_stream(config.data, "train", config.train.seq_len, config.train.seed)
     rows, loads = [], []
     for step in range(schedule.num_steps):
         plan = schedule.at(step)
@@ -310,7 +329,7 @@ def plain_run(config: RunConfig) -> PlainRun:
 
 def _loss(config: RunConfig, plan: StepPlan, sums: Sums) -> Tensor:
     """The loss of a step: main, prediction depths (Eq. 25), balance (Eq. 17; V2, Eq. 23, 26, 29)."""
-    num_tokens, depth = plan.num_sequences * config.train.seq_len, max(1, config.model.num_nextn_predict_layers)
+    num_tokens, depth = max(1, sums.num_targets), max(1, config.model.num_nextn_predict_layers)
     loss = sums.main / num_tokens + plan.mtp_loss_weight / depth * sums.mtp / num_tokens
     moe = config.moe
     balance = (moe.seq_aux_coeff * sums.balance, moe.device_aux_coeff * sums.device, moe.comm_aux_coeff * sums.comm)
@@ -318,7 +337,7 @@ def _loss(config: RunConfig, plan: StepPlan, sums: Sums) -> Tensor:
 
 
 def _row(config: RunConfig, plan: StepPlan, sums: Sums) -> dict[str, float]:
-    num_tokens, depth = plan.num_sequences * config.train.seq_len, config.model.num_nextn_predict_layers
+    num_tokens, depth = max(1, sums.num_targets), config.model.num_nextn_predict_layers
     row = {"step": plan.step + 1, "train/loss": sums.main.item() / num_tokens, "train/lr": plan.lr}
     if depth:
         row["train/mtp_loss"] = sums.mtp.item() / depth / num_tokens
@@ -337,10 +356,10 @@ def _row(config: RunConfig, plan: StepPlan, sums: Sums) -> dict[str, float]:
 @torch.no_grad()
 def _evaluate(config: RunConfig, weights: dict[str, Tensor], biases: Tensor) -> float:
     """Mean cross-entropy of the first sequences of the validation split."""
-    rows = Rows(Tokens.open(config.data.folder, "valid"), config.train.seq_len, order="sequential")
+    rows = open_stream(config.data, "valid", config.train.seq_len, order="sequential")
     num_sequences = min(config.evaluate.num_sequences, rows.num_rows)
-    sums = PlainModel(config.model, weights, biases)(rows.rows(0, num_sequences))
-    return sums.main.item() / (num_sequences * config.train.seq_len)
+    sums = PlainModel(config.model, weights, biases, _border(config))(rows.rows(0, num_sequences))
+    return sums.main.item() / max(1, sums.num_targets)
 
 
 def _moments_dtype(config: RunConfig) -> torch.dtype:
@@ -354,4 +373,8 @@ def _initial(config: RunConfig) -> tuple[dict[str, Tensor], PlainModel]:
     init_weights(model, config.model, config.train.seed, dtype, "cpu")
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     biases = torch.zeros(config.model.num_routers, config.model.n_routed_experts, dtype=dtype)
-    return weights, PlainModel(config.model, weights, biases)
+    return weights, PlainModel(config.model, weights, biases, _border(config))
+
+
+def _border(config: RunConfig) -> int | None:
+    return open_stream(config.data, "train", 1).end_of_document if config.data.document_mask else None

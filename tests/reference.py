@@ -125,6 +125,7 @@ def mtp_loss(model, hidden: Tensor, tokens: Tensor) -> Tensor:
     hidden [S, d]: the main model's state after its final norm. tokens: [S + 1]. Each depth's transformer block is the
     model's own (held against `transformers` elsewhere); joining, shifting, heads and losses are read from the report.
     """
+    from train.model.packing import OneText
     from train.model.rope import rotation_table
     from train.model.tape import Inline, drive
 
@@ -138,7 +139,8 @@ def mtp_loss(model, hidden: Tensor, tokens: Tensor) -> Tensor:
             h = rms_norm(hidden[i], module.hnorm.weight, eps)
             joined.append(module.eh_proj.weight @ torch.cat([e, h]))
         x = torch.stack(joined).unsqueeze(0)
-        x, _ = drive(module.layer.steps(x, rotation_table(model.config, x.shape[1], x.device, x.dtype), Inline()))
+        table = rotation_table(model.config, x.shape[1], x.device, x.dtype)
+        x, _ = drive(module.layer.steps(x, OneText().places(table, None), Inline()))
         hidden = rms_norm(x[0], module.norm.weight, eps)
         for i in range(num_tokens - k):
             total = total + cross_entropy(head @ hidden[i], int(tokens[i + k + 1]))

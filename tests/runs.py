@@ -40,7 +40,14 @@ SMALL = [
 def prepare_text(folder: Path) -> list[str]:
     """Tokens of a little real text in `folder`, and the settings that use them."""
     source = Path(sysconfig.get_paths()["stdlib"]) / "email"
-    data = DataConfig(source=str(source), dir=str(folder), suffixes=(".py",), vocab_size=300, valid_fraction=0.2)
+    data = DataConfig(
+        source=str(source),
+        dir=str(folder),
+        suffixes=(".py",),
+        vocab_size=300,
+        valid_fraction=0.2,
+        max_document_bytes=64,  # so that rows of a test hold borders of documents
+    )
     prepare(data, say=lambda line: None)
     return [
         f"data.source={source}",
@@ -48,6 +55,7 @@ def prepare_text(folder: Path) -> list[str]:
         "data.suffixes=[.py]",
         "data.vocab_size=300",
         "data.valid_fraction=0.2",
+        "data.max_document_bytes=64",
     ]
 
 

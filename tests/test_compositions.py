@@ -231,6 +231,32 @@ def test_a_fault_turns_fp8_red(bench: Bench, mirrored: Composition) -> None:
 
 
 @contextmanager
+def targets_counted_as_if_none_crossed() -> Iterator[None]:
+    """The losses of masked rows are divided by all their tokens."""
+    from train.data.rows import Rows
+
+    def all_tokens(self: Any, first: int, count: int) -> int:
+        return count * self.seq_len
+
+    with mock.patch.object(Rows, "num_targets", all_tokens):
+        yield
+
+
+@pytest.fixture(scope="module")
+def masked() -> Composition:
+    depths = ("model.num_nextn_predict_layers=2", "train.seq_len=30")
+    return Generator().draw(0, 0, fixed=(*MIRRORED, *depths, "data.document_mask=true", "recompute.mla_up_proj=true"))
+
+
+def test_documents_apart_equal_one_plain_process(bench: Bench, masked: Composition) -> None:
+    assert bench.judge(masked).broken == []
+
+
+def test_targets_counted_wrong_turn_it_red(bench: Bench, masked: Composition) -> None:
+    assert bench.judge(masked, targets_counted_as_if_none_crossed).worst > 1e-6
+
+
+@contextmanager
 def embedding_of_the_ends_apart() -> Iterator[None]:
     """First and last stage step on their own gradients of the embedding that both hold."""
     from parallel.zero.sets import ReplicaGroups

@@ -80,8 +80,10 @@ def test_config_page_shows_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None
         if isinstance(value, float):
             on_page = float(on_page)  # YAML takes 1e-06 for a word
         elif isinstance(value, list | tuple):
-            set_fields = ({name: part for name, part in item.items() if part is not None} for item in value)
-            value = list(set_fields)
+            value = [
+                {name: part for name, part in item.items() if part is not None} if isinstance(item, dict) else item
+                for item in value
+            ]
         assert on_page == value, f"{key}: {on_page!r} on the page, {value!r} composed"
 
 

@@ -18,8 +18,8 @@ from tests.launched import last_step, torchrun
 from tests.runs import SMALL, Finished, prepare_text, read_checkpoint, run_in
 from tests.spawn import Ranks
 from train.compose import compose
+from train.data.blend import open_stream
 from train.data.rows import Rows
-from train.data.tokens import Tokens
 
 FOUR = ["parallel.dp=4", "parallel.ep=2", "parallel.dispatch=flat"]
 BAD_STEP = 6
@@ -86,7 +86,7 @@ def test_one_bad_sequence_stops_all_ranks_and_is_named(
     record = record_of(run)
     assert record["step"] == BAD_STEP
     config = compose([*SMALL, *text])
-    rows = Rows(Tokens.open(config.data.folder, "train"), config.train.seq_len, config.train.seed)
+    rows = open_stream(config.data, "train", config.train.seq_len, config.train.seed)
     documents = [document._asdict() for document in rows.documents(BAD_POSITION)]
     assert record["sequences"] == [{"rank": 2, "sequence": BAD_POSITION, "documents": documents}]
     assert documents and Path(config.data.source or "", documents[0]["file"]).exists()

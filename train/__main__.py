@@ -21,7 +21,8 @@ from train import compose, metrics, run_folder
 from train.assemble import PeerError, assemble, join
 from train.checkpoint import CheckpointError
 from train.config import RunConfig
-from train.data.prepare import prepare
+from train.data.blend import exposure_table
+from train.data.prepare_blend import prepare_sources
 from train.job import Job
 from train.loop import NotFiniteError, StopRequest, run
 from train.track import ConsoleSink, JsonlSink, PictureSink, Tracker, WandbSink, read_metrics
@@ -69,7 +70,7 @@ def _rank(config: RunConfig) -> None:
         torch.set_num_threads(config.run.num_threads or max(1, (os.cpu_count() or 1) // local_world_size))
     if int(os.environ.get("RANK", "0")) == 0:
         # The others wait for this rank when the process groups are made.
-        prepare(config.data, log.info)
+        prepare_sources(config.data, log.info)
     together: Exception | None = None
     # Until all ranks have met, SIGTERM simply ends them: there is nothing to save.
     with join(config, _end_hung) as groups, _stop_on_sigterm() as stop:
@@ -96,6 +97,8 @@ def _train(job: Job, stop: StopRequest) -> None:
     if job.step >= job.schedule.num_steps:
         _say_where(job, f"this run is done after step {job.step}")
         return
+    if job.is_main:
+        log.info("what the run reads:\n%s", exposure_table(job.train_rows, job.config.num_sequences))
     tracker = _track(job)
     failed = True
     try:
@@ -133,9 +136,7 @@ def _track(job: Job) -> Tracker:
         schedule.tokens_before(num_steps),
         schedule.tokens_before(job.step),
     )
-    picture = PictureSink(
-        folder / "metrics.jsonl", folder / "loss.png", title, job.valid_rows.tokens.unigram_entropy_nats
-    )
+    picture = PictureSink(folder / "metrics.jsonl", folder / "loss.png", title, job.valid_rows.unigram_entropy_nats)
     return Tracker([JsonlSink(folder / "metrics.jsonl", job.step), console, wandb, picture])
 
 
@@ -158,7 +159,7 @@ def _verdict(job: Job) -> str:
     path = job.folder / "metrics.jsonl"
     rows = read_metrics(path) if path.exists() else []
     valid = next((row["valid/loss"] for row in reversed(rows) if "valid/loss" in row), math.nan)
-    entropy = job.valid_rows.tokens.unigram_entropy_nats
+    entropy = job.valid_rows.unigram_entropy_nats
     if math.isnan(valid) or entropy is None:
         return ""
     side = "below" if valid < entropy else "not below"

@@ -23,12 +23,12 @@ from parallel.zero.sets import ReplicaGroups
 from train import flops
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
-from train.data.rows import Rows
-from train.data.tokens import Tokens
+from train.data.blend import check_epochs, open_stream
 from train.ema import Ema
 from train.job import Job, held
 from train.model.init import init_weights
 from train.model.kernels import Kernels
+from train.model.packing import ByDocument, OneText, Packing
 from train.model.recompute import Recompute
 from train.model.transformer import Transformer
 from train.optim import adamw_factory, decays
@@ -72,12 +72,16 @@ def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engi
     Raises ValueError for what needs ranks or data to be seen: missing or changed tokens, or a split too short.
     """
     torch.manual_seed(config.train.seed)  # nothing in a step draws from it; what ever will does so reproducibly
+    train, data = config.train, config.data
+    train_rows = open_stream(data, "train", train.seq_len, train.seed)
+    valid_rows = open_stream(data, "valid", train.seq_len, order="sequential")
+    check_epochs(train_rows, config.num_sequences, data.max_epochs)
     dispatch = build_dispatch(
         config.model.n_routed_experts, groups, row_codec(config.precision.name, config.model.hidden_size)
     )
     precision, weights = config.precision, QuantisedWeights(config.precision.power_of_two_scales)
     engines = make_engines(precision.name, groups.device, weights, precision.power_of_two_scales)
-    stages = build_stages(config, dispatch, groups, engines)
+    stages = build_stages(config, dispatch, groups, engines, packing(config, train_rows.end_of_document, groups.device))
     models = [stage.model for stage in stages.values()]
     optimizer = build_optimizer(
         config.zero.engine,
@@ -92,7 +96,7 @@ def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engi
     )
     for model in models:
         attach_main_grads(model)
-    train, data, mesh = config.train, config.data.folder, groups.mesh
+    mesh = groups.mesh
     dtype = DTYPES[config.precision.name]
     link_groups = connect(config.placement, mesh, groups.device, groups.timeout)
     links = Links(mesh.pp_rank, link_groups, dtype, groups.device, groups.watch)
@@ -107,15 +111,22 @@ def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engi
         dispatch=dispatch,
         optimizer=optimizer,
         ema=Ema(optimizer.state(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
-        train_rows=Rows(Tokens.open(data, "train"), train.seq_len, train.seed),
-        valid_rows=Rows(Tokens.open(data, "valid"), train.seq_len, order="sequential"),
+        train_rows=train_rows,
+        valid_rows=valid_rows,
         checkpoints=Checkpoints(config.checkpoint.folder(config.run.dir), config.checkpoint, groups.checkpoint),
         flops_per_token=flops.training_flops_per_token(config.model, train.seq_len),
         one_machine=os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"),
     )
 
 
-def build_stages(config: RunConfig, dispatch: Dispatch, groups: Groups, engines: Engines) -> dict[int, Stage]:
+def packing(config: RunConfig, end_of_document: int, device: torch.device) -> Packing:
+    """What the documents of a row see of each other. On a CPU the host holds the tokens itself."""
+    return ByDocument(end_of_document, device.type == "cpu") if config.data.document_mask else OneText()
+
+
+def build_stages(
+    config: RunConfig, dispatch: Dispatch, groups: Groups, engines: Engines, packing: Packing | None = None
+) -> dict[int, Stage]:
     """This rank's slices of the model: laid out without memory, then filled with (seed, name)'s values.
 
     Slices that both need the embedding share one tensor.
@@ -128,7 +139,8 @@ def build_stages(config: RunConfig, dispatch: Dispatch, groups: Groups, engines:
     for number in placement.stages_on(pp_rank):
         sink, parts = WeightGradients(), slices[placement.position(number)]
         with torch.device("meta"):
-            model = Transformer(config.model, dispatch, engines, kernels, sink, parts, Recompute(config.recompute))
+            recompute = Recompute(config.recompute)
+            model = Transformer(config.model, dispatch, engines, kernels, sink, parts, recompute, packing)
         init_weights(model, config.model, config.train.seed, DTYPES[config.precision.name], groups.device)
         if parts.embedding or parts.mtp:
             embedding = embedding if embedding is not None else model.embed_tokens.weight

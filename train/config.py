@@ -199,6 +199,12 @@ class RunConfig:
         """The recipe over tokens. ValueError for one that cannot be."""
         return Schedule(self.train, self.lr_scheduler, self.moe, self.mtp)
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of the whole run."""
+        schedule = self.schedule()
+        return schedule.tokens_before(schedule.num_steps) // self.train.seq_len
+
     def check(self) -> None:
         """Every rule of every room and between rooms; ValueError names field, value and rule.
 

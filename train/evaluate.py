@@ -32,4 +32,4 @@ def evaluate(job: Job) -> float:
     job.dispatch.take_internode_bytes()
     job.dispatch.take_node_visits()
     (loss_sums,) = job.host.read("validation loss", job.gather(loss_sum).flatten())
-    return sum(loss_sums) / (num_sequences * job.config.train.seq_len)
+    return sum(loss_sums) / max(1, job.valid_rows.num_targets(0, num_sequences))

@@ -27,7 +27,7 @@ from parallel.zero.optimizer import MOMENTS, StepResult, ZeroOptimizer
 from train import compose, flat
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
-from train.data.rows import Rows
+from train.data.blend import Stream
 from train.ema import Ema
 from train.model.transformer import LossTerms, Transformer
 from train.schedule import Schedule, StepPlan
@@ -50,8 +50,8 @@ class Job:
     dispatch: Dispatch
     optimizer: ZeroOptimizer
     ema: Ema | None
-    train_rows: Rows
-    valid_rows: Rows
+    train_rows: Stream
+    valid_rows: Stream
     checkpoints: Checkpoints
     flops_per_token: float
     one_machine: bool  # all ranks' clocks are one
@@ -130,6 +130,10 @@ class Job:
         share = plan.num_sequences // mesh.config.dp
         first = plan.first_sequence + mesh.dp_rank * share
         return ((position, count) for position in range(first, first + share, count))
+
+    def num_targets(self, plan: StepPlan) -> int:
+        """Predicted tokens of a step over all ranks, known to each of them before it."""
+        return self.train_rows.num_targets(plan.first_sequence, plan.num_sequences)
 
     def no_load(self) -> Tensor:
         """Zeros [num_routers, n_routed_experts] to count tokens into."""
@@ -213,7 +217,11 @@ class Job:
             "optimizer": asdict(config.optimizer),
             **config.precision.recipe(),
         }
-        tokens = {"train": self.train_rows.tokens.fingerprint, "source": config.data.name}
+        tokens = {
+            "train": self.train_rows.fingerprint,
+            "source": config.data.name,
+            "document_mask": config.data.document_mask,
+        }
         return {
             "model": fingerprint({"model": asdict(config.model)}),
             "data": fingerprint({"data": tokens}),

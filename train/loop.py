@@ -122,12 +122,12 @@ def accumulate(job: Job, plan: StepPlan, timer: StepTimer) -> Tally:
 
 def loss_terms(job: Job, plan: StepPlan) -> LossTerms:
     """What every unit of a loss weighs: known before the step, so gradients are plain sums (report, Eq. 17, 25)."""
-    num_tokens = plan.num_sequences * job.config.train.seq_len
+    num_targets = max(1, job.num_targets(plan))
     depth = max(1, job.config.model.num_nextn_predict_layers)
     moe = job.config.moe
     return LossTerms(
-        main=1 / num_tokens,
-        mtp=plan.mtp_loss_weight / (depth * num_tokens),
+        main=1 / num_targets,
+        mtp=plan.mtp_loss_weight / (depth * num_targets),
         balance=moe.seq_aux_coeff / plan.num_sequences,
         device_balance=moe.device_aux_coeff / plan.num_sequences,
         comm_balance=moe.comm_aux_coeff / plan.num_sequences,
@@ -169,12 +169,12 @@ def describe(
 ) -> StepReport:
     """What this step reports, but for the validation loss."""
     model = job.config.model
-    num_tokens = plan.num_sequences * job.config.train.seq_len
+    num_tokens, num_targets = plan.num_sequences * job.config.train.seq_len, max(1, job.num_targets(plan))
     main, mtp, *balance = stats.losses
     step_s, data_wait_s = times_s
     report = StepReport(
         step=plan.step + 1,
-        loss=main / num_tokens,
+        loss=main / num_targets,
         grad_norm=grad_norm,
         lr=plan.lr,
         consumed_tokens=plan.consumed_tokens,
@@ -188,7 +188,7 @@ def describe(
         bubble_s, exposed_comm_s, zero_comm_s = stats.waits_s
         report = replace(report, bubble_s=bubble_s, exposed_comm_s=exposed_comm_s, zero_comm_s=zero_comm_s)
     if model.num_nextn_predict_layers:
-        report = replace(report, mtp_loss=mtp / (model.num_nextn_predict_layers * num_tokens))
+        report = replace(report, mtp_loss=mtp / (model.num_nextn_predict_layers * num_targets))
     if model.num_routers:
         expert, device, comm = (each / plan.num_sequences for each in balance)
         moe = job.config.moe

@@ -60,7 +60,7 @@ class Stage:
         self.reports: dict[int, Report] = {}
 
     def begin(self, tokens: Callable[[int], Tensor], terms: LossTerms) -> None:
-        """Make ready for a step. tokens: micro-batch to its rows [B, S + 1], which the ends of the model ask for."""
+        """Make ready for a step. tokens: micro-batch to its rows [B, S + 1], which stages ask for that read them."""
         self._tokens, self._terms = tokens, terms
         self.reports = {}
 
@@ -69,8 +69,7 @@ class Stage:
 
         In evaluation mode nothing is kept but the report.
         """
-        parts = self.model.parts
-        tokens = self._tokens(micro_batch) if parts.embedding or parts.head else None
+        tokens = self._tokens(micro_batch) if self.model.reads_tokens else None
         if not self.model.training:
             y, self.reports[micro_batch] = yield from self.model.steps(tokens, x, self._terms, Inline())
             return y

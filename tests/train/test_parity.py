@@ -178,9 +178,9 @@ class Reader(PlainModel):
         super().__init__(*args)
         self.logits: list[Tensor] = []
 
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, depth: int) -> Tensor:
         self.logits.append((hidden @ self.weights["lm_head.weight"].t()).detach())
-        return super()._cross_entropy(hidden, labels)
+        return super()._cross_entropy(hidden, labels, depth)
 
 
 def weighed(sums: Sums) -> Tensor:

@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 # 256 bytes and the token that ends a document: the smallest byte-level vocabulary.
 MIN_VOCAB_SIZE = 257
+
+
+# What DeepSeek's tokenizers call the tokens of fill-in-the-middle: begin, hole, end.
+FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # noqa: RUF001
+# Settings of `data` that hold for a blend as a whole.
+_SHARED = frozenset(
+    {"source", "dir", "blend", "max_epochs", "document_mask", "tokenizer", "end_of_document", "fim_tokens"}
+    | {"vocab_size", "seed", "num_workers"}
+)
+
+
+@dataclass(frozen=True)
+class BlendSource:
+    """One source of a blend.
+
+    name: of its folder of tokens, and in reports.
+    weight: its share of the run's sequences, over the sum of all weights.
+    source: as `data.source`.
+    settings: other keys of `data`, for this source alone.
+    """
+
+    name: str
+    weight: float
+    source: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise ValueError, naming the source, where it is illegal by itself."""
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
+            raise ValueError(f"data.blend has a source named {self.name!r}: a name is letters, digits, - and _")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"data.blend: weight={self.weight} of {self.name} must be above 0 and finite")
+        known = {each.name for each in dataclasses.fields(DataConfig)}
+        for key in self.settings:
+            if key not in known or key in _SHARED:
+                why = "holds for the whole blend" if key in known else "is not a key of data"
+                raise ValueError(f"data.blend: {self.name} sets {key}={self.settings[key]}, which {why}")
 
 
 @dataclass(frozen=True)
@@ -26,6 +68,13 @@ class DataConfig:
     vocab_size: every token id is below it: the size to train, or the most that a given tokenizer may have.
     valid_fraction: share of the documents that validate. A document's own hash decides, so adding documents moves
         none, and equal documents are on the same side.
+    blend: several sources instead of one, blended by weight; all have one tokenizer.
+    max_epochs: a run that would see a source more often is refused.
+    document_mask: whether the documents of a row see nothing of each other: attention, positions and targets end at
+        their borders.
+    fim_rate: share of the documents rearranged for fill-in-the-middle; `fim_tokens` are its begin, hole and end.
+    split_merged_rate: share of the tokens of punctuation and line ends that are split in two.
+    seed: draws what `fim_rate` and `split_merged_rate` choose, together with each document's contents.
     max_document_bytes: longer documents are cut at line ends into documents of at most this size.
     shard_tokens: tokens in one shard file.
     num_workers: processes that tokenise; 0 is one per usable core. The result never depends on it.
@@ -41,11 +90,19 @@ class DataConfig:
     max_document_bytes: int = 65536
     shard_tokens: int = 1 << 26
     num_workers: int = 0
+    blend: tuple[BlendSource, ...] = ()
+    max_epochs: float | None = None
+    document_mask: bool = False
+    fim_rate: float = 0.0
+    fim_tokens: tuple[str, ...] = FIM_TOKENS
+    split_merged_rate: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.suffixes, str):
             raise ValueError(f"data.suffixes={self.suffixes} must be a list, as in [{self.suffixes}]")
-        object.__setattr__(self, "suffixes", tuple(self.suffixes))  # a configuration file gives a list
+        for key in ("suffixes", "blend", "fim_tokens"):  # a configuration file gives lists
+            object.__setattr__(self, key, tuple(getattr(self, key)))
         self.check()
 
     def check(self) -> None:
@@ -64,10 +121,38 @@ class DataConfig:
             raise ValueError(f"data.vocab_size={self.vocab_size} is above 2**32: ids are stored in 32 bits at most")
         if not 0.0 <= self.valid_fraction < 1.0:
             raise ValueError(f"data.valid_fraction={self.valid_fraction} must be at least 0 and below 1")
+        self._check_rows()
+        self._check_blend()
+
+    def _check_rows(self) -> None:
+        for key in ("fim_rate", "split_merged_rate"):
+            if not 0.0 <= getattr(self, key) <= 1.0:
+                raise ValueError(f"data.{key}={getattr(self, key)} is a share: it must lie in 0..1")
+        if len(self.fim_tokens) != 3 or len(set(self.fim_tokens)) != 3 or not all(self.fim_tokens):
+            raise ValueError(f"data.fim_tokens={list(self.fim_tokens)} must be three different tokens: begin, hole, end")
+        if self.max_epochs is not None and not self.max_epochs > 0:
+            raise ValueError(f"data.max_epochs={self.max_epochs} must be above 0, or null for any number")
+
+    def _check_blend(self) -> None:
+        for each in self.blend:
+            each.check()
+        names = [each.name for each in self.blend]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"data.blend has {twice[0]} twice: name each source once")
+        if self.blend and self.source is not None:
+            raise ValueError(f"data.source={self.source} and data.blend are both set: a run reads one or the other")
+        for each in self.blend:
+            try:
+                self._source(each)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"data.blend: {each.name}: {error}") from None
 
     @property
     def name(self) -> str:
         """What the source is called in file names."""
+        if self.blend:
+            return "-".join(each.name for each in self.blend)
         if self.source is None:
             return f"python-{platform.python_version()}"
         return Path(os.path.abspath(self.source)).stem or "root"
@@ -80,6 +165,18 @@ class DataConfig:
         digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
         return Path("data") / f"{self.name}-{digest[:8]}"
 
+    @property
+    def sources(self) -> Mapping[str, DataConfig]:
+        """What is prepared by itself, by name: the one source, or each of a blend in the blend's folder."""
+        if not self.blend:
+            return {self.name: self}
+        return {each.name: self._source(each) for each in self.blend}
+
+    def _source(self, each: BlendSource) -> DataConfig:
+        tokenizer, folder = self.tokenizer or str(self.folder / "tokenizer.json"), str(self.folder / each.name)
+        own = {**each.settings, "source": each.source, "tokenizer": tokenizer, "dir": folder, "blend": ()}
+        return dataclasses.replace(self, **own)
+
     def settings(self) -> dict[str, object]:
         """All that the prepared tokens depend on, apart from the contents of files: plain values, for a JSON file."""
         return {
@@ -91,7 +188,21 @@ class DataConfig:
             "valid_fraction": self.valid_fraction,
             "max_document_bytes": self.max_document_bytes,
             "shard_tokens": self.shard_tokens,
+            "fim_rate": self.fim_rate,
+            "fim_tokens": list(self.fim_tokens),
+            "split_merged_rate": self.split_merged_rate,
+            "seed": self.seed,
+            **self._blend_settings(),
         }
+
+    def _blend_settings(self) -> dict[str, object]:
+        """Weights count only where the tokenizer is trained by them: prepared sources can be weighed anew."""
+        if not self.blend:
+            return {}
+        source = {each.name: each.source and os.path.abspath(each.source) for each in self.blend}
+        blend = {each.name: [source[each.name], each.settings] for each in self.blend}
+        weights = None if self.tokenizer else {each.name: each.weight for each in self.blend}
+        return {"blend": blend, "weights": weights}
 
 
 def _at_least(field: str, value: int, least: int, why: str) -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from train.data.encoder import Encoder, Variations
 from train.data.source import Piece, read_range
 from train.data.tokenizer import Tokenizer
 
@@ -19,6 +20,7 @@ class Task(NamedTuple):
     tokenizer_digest: str
     end_of_document: str
     dtype: str
+    variations: Variations
     pieces: tuple[Piece, ...]
     paths: tuple[str, ...]
 
@@ -66,7 +68,7 @@ def read_text(path: str, start: int, stop: int) -> tuple[str, bytes]:
 
 def encode(task: Task) -> Encoded:
     """Read and encode the documents of one task. Never raises for what the files hold."""
-    tokenizer = _tokenizer(task.tokenizer, task.tokenizer_digest, task.end_of_document)
+    encoder = _encoder(task.tokenizer, task.tokenizer_digest, task.end_of_document, task.variations)
     texts: list[str] = []
     hashes: list[int] = []
     kept: list[Piece] = []
@@ -80,8 +82,8 @@ def encode(task: Task) -> Encoded:
         texts.append(text)
         hashes.append(document_hash(data))
         kept.append(piece)
-    end = np.array([tokenizer.eod])
-    parts = [part for ids in tokenizer.encode(texts) for part in (ids, end)]
+    end = np.array([encoder.tokenizer.eod])
+    parts = [part for ids in encoder.encode(texts, hashes) for part in (ids, end)]
     return Encoded(
         ids=(np.concatenate(parts) if parts else np.empty(0)).astype(task.dtype),
         num_tokens=np.array([len(ids) + 1 for ids in parts[::2]], dtype=np.int64),
@@ -93,6 +95,6 @@ def encode(task: Task) -> Encoded:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(path: str, digest: str, end_of_document: str) -> Tokenizer:
+def _encoder(path: str, digest: str, end_of_document: str, variations: Variations) -> Encoder:
     """A worker meets the same tokenizer in every task and reads it once; `digest` tells a path's next tenant."""
-    return Tokenizer.load(path, end_of_document)
+    return Encoder(Tokenizer.load(path, end_of_document), variations)

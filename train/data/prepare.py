@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from train.data.config import DataConfig
 from train.data.encode import Task, document_hash, read_text
+from train.data.encoder import Variations, fim_ids
 from train.data.meta import FILES, META, SPLITS, TOKENIZER, FileSum, Meta, Skipped, Split, flush_folder, write_flushed
 from train.data.progress import Progress
 from train.data.source import Piece, Source, cut, open_source
@@ -29,7 +30,7 @@ from train.data.writer import Writer
 _PARTIAL, _LOCK = "partial", ".lock"
 # Text that the tokenizer is trained on: more takes longer and hardly shortens the result (3.19 bytes per token
 # from 4 MB or all 12 MB of the standard library, 2048 tokens).
-_SAMPLE_BYTES = 6 << 20
+SAMPLE_BYTES = 6 << 20
 _TASK_BYTES = 1 << 20  # work handed to a worker at a time
 _NUM_EXAMPLES = 10  # of each kind of trouble, in the report
 
@@ -47,7 +48,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Meta:
     if (folder / META).exists():
         return _check_prepared(config, folder, say)
     source = open_source(config)
-    tokenizer = _given_tokenizer(config)
+    tokenizer = given_tokenizer(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _refuse_strangers(folder)
@@ -70,10 +71,12 @@ def _prepare(
     trouble["unreadable"] += source.unreadable
     pieces = _plan(source, config.max_document_bytes, trouble)
     if tokenizer is None:
-        tokenizer = Tokenizer.train(_sample(source, pieces, _threshold(config)), config.vocab_size)
+        special = config.fim_tokens if config.fim_rate else ()
+        sample = _sample(source, pieces, _threshold(config), SAMPLE_BYTES)
+        tokenizer = Tokenizer.train(sample, config.vocab_size, special)
         say(f"trained a tokenizer: byte-level BPE with {tokenizer.vocab_size} tokens")
     tokenizer.save(partial / TOKENIZER)
-    tasks = _tasks(source, pieces, tokenizer, partial, "<u2" if config.vocab_size <= 1 << 16 else "<u4")
+    tasks = _tasks(source, pieces, tokenizer, partial, "<u2" if config.vocab_size <= 1 << 16 else "<u4", _variations(config))
     written, notes = _write(config, source, tasks, partial, say)
     for why, file, start in written.skipped:
         name = source.files[file].name
@@ -129,14 +132,21 @@ def _plan(source: Source, max_document_bytes: int, trouble: Trouble) -> list[Pie
     return pieces
 
 
-def _sample(source: Source, pieces: list[Piece], threshold: int) -> Iterator[str]:
+def sample_text(config: DataConfig, num_bytes: int) -> Iterator[str]:
+    """About so many bytes of a source's training documents, the same ones every time."""
+    source = open_source(config)
+    trouble: Trouble = {kind: [] for kind in ("empty", "unreadable", "cut")}
+    return _sample(source, _plan(source, config.max_document_bytes, trouble), _threshold(config), num_bytes)
+
+
+def _sample(source: Source, pieces: list[Piece], threshold: int, num_bytes: int) -> Iterator[str]:
     """Text for the tokenizer: training documents in the order of their places' hashes, until there is enough."""
 
     def place(piece: Piece) -> bytes:
         name = os.fsencode(source.files[piece.file].name)
         return hashlib.blake2b(b"%s\0%d" % (name, piece.start), digest_size=8).digest()
 
-    left = _SAMPLE_BYTES
+    left = num_bytes
     for piece in sorted(pieces, key=place):
         if left <= 0:
             return
@@ -149,7 +159,9 @@ def _sample(source: Source, pieces: list[Piece], threshold: int) -> Iterator[str
             yield text
 
 
-def _tasks(source: Source, pieces: list[Piece], tokenizer: Tokenizer, partial: Path, dtype: str) -> list[Task]:
+def _tasks(
+    source: Source, pieces: list[Piece], tokenizer: Tokenizer, partial: Path, dtype: str, variations: Variations
+) -> list[Task]:
     """Pieces in groups of about `_TASK_BYTES`."""
     groups: list[list[Piece]] = [[]]
     room = _TASK_BYTES
@@ -166,6 +178,7 @@ def _tasks(source: Source, pieces: list[Piece], tokenizer: Tokenizer, partial: P
             tokenizer.digest,
             tokenizer.end_of_document,
             dtype,
+            variations,
             tuple(group),
             tuple(str(source.path(piece.file)) for piece in group),
         )
@@ -225,6 +238,10 @@ def _write_once(
     return _Written(splits, files, skipped, writer.least_hash, writer.largest_hash)
 
 
+def _variations(config: DataConfig) -> Variations:
+    return Variations(config.fim_rate, config.fim_tokens, config.split_merged_rate, config.seed)
+
+
 def _threshold(config: DataConfig) -> int:
     """Documents whose hash is below it validate."""
     return int(config.valid_fraction * 2.0**64)
@@ -244,7 +261,7 @@ def _num_workers(config: DataConfig, source: Source) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), source.num_bytes // (2 << 20)))
 
 
-def _given_tokenizer(config: DataConfig) -> Tokenizer | None:
+def given_tokenizer(config: DataConfig) -> Tokenizer | None:
     """The tokenizer of `data.tokenizer`; null when one is to be trained. ValueError when it cannot be used."""
     if config.tokenizer is None:
         if config.end_of_document is not None:
@@ -259,6 +276,8 @@ def _given_tokenizer(config: DataConfig) -> Tokenizer | None:
             f"data.vocab_size={config.vocab_size} is below the {tokenizer.vocab_size} tokens "
             f"of data.tokenizer={config.tokenizer}"
         )
+    if config.fim_rate:
+        fim_ids(tokenizer, config.fim_tokens)
     return tokenizer
 
 
@@ -270,7 +289,7 @@ def _check_prepared(config: DataConfig, folder: Path, say: Callable[[str], None]
         if meta.settings.get(key) != asked:
             raise ValueError(f"{folder} was prepared with data.{key}={meta.settings.get(key)}, not {asked}: {remedy}")
     if config.tokenizer is not None:
-        tokenizer = _given_tokenizer(config)
+        tokenizer = given_tokenizer(config)
         if tokenizer is not None and tokenizer.digest != meta.tokenizer_digest:
             raise ValueError(f"{folder} was prepared with another text of data.tokenizer={config.tokenizer}: {remedy}")
     meta.check_contents(folder)

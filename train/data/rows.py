@@ -24,8 +24,13 @@ class Rows:
     function of (seed, position) alone.
     """
 
-    def __init__(self, tokens: Tokens, seq_len: int, seed: int = 0, order: str = "shuffled") -> None:
-        """Raises ValueError when the split is too short for one row."""
+    def __init__(
+        self, tokens: Tokens, seq_len: int, seed: int = 0, order: str = "shuffled", document_mask: bool = False
+    ) -> None:
+        """document_mask: whether the first token of a document is no target of the one before it.
+
+        Raises ValueError when the split is too short for one row.
+        """
         if seq_len < 1:
             raise ValueError(f"seq_len={seq_len} must be at least 1")
         if order not in ORDERS:
@@ -37,6 +42,7 @@ class Rows:
                 f"{tokens.folder} holds {tokens.num_tokens}: use more text, a larger share or a shorter seq_len"
             )
         self.tokens, self.seq_len, self.seed, self.order = tokens, seq_len, seed, order
+        self.document_mask = document_mask
         self._block = functools.lru_cache(maxsize=4)(self._permuted)
 
     def rows(self, first: int, count: int) -> torch.Tensor:
@@ -50,6 +56,16 @@ class Rows:
         for row, index in zip(out, indices, strict=True):
             copy(index * seq_len, row)
         return torch.from_numpy(out)
+
+    def num_targets(self, first: int, count: int) -> int:
+        """How many tokens the rows at positions [first, first + count) have to predict.
+
+        From the table of documents, without reading a token, so that every rank can ask for the whole batch.
+        """
+        if not self.document_mask:
+            return count * self.seq_len
+        starts = np.array(self.indices(first, count), dtype=np.int64) * self.seq_len
+        return count * self.seq_len - self.tokens.num_ends(starts, starts + self.seq_len)
 
     def indices(self, first: int, count: int) -> list[int]:
         """Which rows of the split lie at positions [first, first + count): `count` numbers below num_rows."""

@@ -8,11 +8,25 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # What published tokenizers call the token that ends a document; the first that a tokenizer has is taken.
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>")  # noqa: RUF001
+
+# The rules that DeepSeek-V3's tokenizer splits text by before it merges bytes, in their order: what one takes is final.
+_NUMBERS = r"\p{N}{1,3}"
+_CJK = r"[\u4E00-\u9FA5\u3040-\u309F\u30A0-\u30FF]+"
+_WORDS = "|".join(
+    (
+        r"[!-/:-@\[-`{-~][A-Za-z]+",  # a mark of ASCII that leads a word
+        r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",  # a word, with the space before it
+        r" ?[\p{P}\p{S}]+[\r\n]*",  # punctuation, with the line ends behind it
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",  # spaces but the last, which leads a word
+        r"\s+",
+    )
+)
 
 
 class Tokenizer:
@@ -39,22 +53,31 @@ class Tokenizer:
         found = [name for name in names if name in vocab]
         if not found:
             raise ValueError(f"none of its tokens ends a document: data.end_of_document must be one, not {names}")
-        self.text = text
+        self.text, self.vocab = text, vocab
         self.end_of_document = found[0]
         self.eod: int = vocab[found[0]]
         self.vocab_size = max(vocab.values()) + 1
         self.digest = hashlib.sha256(text.encode()).hexdigest()
+        if self.eod in self.encode([self.end_of_document])[0]:
+            raise ValueError(
+                f"data.end_of_document={self.end_of_document} comes out of plain text: it must be a special token"
+            )
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train byte-level BPE; equal texts give equal tokenizers. Too little text gives a smaller vocabulary."""
+    def train(cls, texts: Iterable[str], vocab_size: int, special_tokens: Iterable[str] = ()) -> Tokenizer:
+        """Train byte-level BPE; equal texts give equal tokenizers. Too little text gives a smaller vocabulary.
+
+        special_tokens: further ones beside the end of a document, within `vocab_size`.
+        """
         backend = Backend(models.BPE())
+        rules = [pre_tokenizers.Split(Regex(rule), "isolated") for rule in (_NUMBERS, _CJK, _WORDS)]
         # Without a prefix space, so that decoding gives back exactly what was encoded.
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*rules, as_bytes])
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[END_OF_DOCUMENT],
+            special_tokens=[END_OF_DOCUMENT, *special_tokens],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
@@ -72,6 +95,10 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write the text form, whose SHA-256 is `digest`."""
         path.write_bytes(self.text.encode())
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of this name, None where there is none."""
+        return self.vocab.get(token)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Token ids of each text, int64, without an end-of-document token."""

@@ -9,11 +9,11 @@ from __future__ import annotations
 from functools import partial
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from train.model.config import ModelConfig, given
 from train.model.kernels import join_heads
 from train.model.layers import Backend, RMSNorm
+from train.model.packing import Places
 from train.precision.linear import project
 
 # The released code norms the latents with this constant; `rms_norm_eps` speaks of the hidden state alone.
@@ -68,13 +68,12 @@ class LatentAttention(nn.Module):
         q, kv = self.expand_q(q_latent).unflatten(-1, per_head), self.kv_b_proj(kv_latent).unflatten(-1, per_head)
         return join_heads(q, kv, k_rope, table, self.v_width)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        """`table` is the rotation table of the S positions (rope.rotation_table)."""
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        """`places`: of the S positions of x."""
         q_latent, kv = self.compress(x)
         kv_latent, k_rope = kv.split(self.latent_widths, dim=-1)
         inputs = q_latent, self.kv_a_layernorm(kv_latent), k_rope
-        heads = self.up_project(*inputs, table)
-        self.offer(partial(self.up_project, table=table), heads, inputs)
-        q, k, v = (each.transpose(1, 2) for each in heads)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
-        return self.o_proj(out[..., : self.v_head_dim].transpose(1, 2).flatten(2))
+        heads = self.up_project(*inputs, places.table)
+        self.offer(partial(self.up_project, table=places.table), heads, inputs)
+        out = places.attend(*heads, self.softmax_scale)
+        return self.o_proj(out[..., : self.v_head_dim].flatten(2))

@@ -11,10 +11,11 @@ from train.model.config import ModelConfig
 from train.model.grouped_attention import GroupedAttention
 from train.model.layers import Backend, FeedForward, RMSNorm
 from train.model.moe import Dispatch, Journey, MoE
+from train.model.packing import Places
 from train.model.router import RouterStats
 from train.model.tape import Steps, Tape
 
-# By the config's name for it: x [B, S, hidden] and a rotation table -> [B, S, hidden].
+# By the config's name for it: x [B, S, hidden] and the places of its positions -> [B, S, hidden].
 ATTENTION = {"mla": LatentAttention, "gqa": GroupedAttention}
 
 
@@ -27,9 +28,9 @@ class _Block(nn.Module):
         self.self_attn = ATTENTION[config.attention](config, backend)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
 
-    def attend(self, x: Tensor, table: Tensor) -> Tensor:
+    def attend(self, x: Tensor, places: Places) -> Tensor:
         """x [B, S, hidden] plus its attention."""
-        return x + self.self_attn(self.input_layernorm(x), table)
+        return x + self.self_attn(self.input_layernorm(x), places)
 
 
 class DenseBlock(_Block):
@@ -40,14 +41,14 @@ class DenseBlock(_Block):
         self.mlp = FeedForward(config.hidden_size, config.intermediate_size, backend)
         self.node = backend.recompute.node("dense")
 
-    def steps(self, x: Tensor, table: Tensor, tape: Tape) -> Steps[tuple[Tensor, None]]:
+    def steps(self, x: Tensor, places: Places, tape: Tape) -> Steps[tuple[Tensor, None]]:
         """x [B, S, hidden] -> (the same shape, None)."""
         yield from ()
-        return tape.compute(self.node(partial(self.whole, table=table)), x), None
+        return tape.compute(self.node(partial(self.whole, places=places)), x), None
 
-    def whole(self, x: Tensor, table: Tensor) -> Tensor:
+    def whole(self, x: Tensor, places: Places) -> Tensor:
         """Attention and MLP: x [B, S, hidden]."""
-        x = self.attend(x, table)
+        x = self.attend(x, places)
         return x + self.mlp(self.post_attention_layernorm(x).flatten(0, 1)).view_as(x)
 
 
@@ -60,17 +61,17 @@ class MoEBlock(_Block):
         self.attention_node = backend.recompute.node("attention")
         self.experts_node = backend.recompute.node("experts")
 
-    def route(self, x: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+    def route(self, x: Tensor, places: Places) -> tuple[Tensor, ...]:
         """x [B, S, hidden] -> residual [B, S, hidden], its norm [T, hidden], weights, indices, and the parts of
         RouterStats."""
-        residual = self.attend(x, table)
+        residual = self.attend(x, places)
         normed = self.post_attention_layernorm(residual)
         weights, indices, stats = self.mlp.gate(normed)
         return residual, normed.flatten(0, 1), weights, indices, *stats
 
-    def steps(self, x: Tensor, table: Tensor, tape: Tape) -> Steps[tuple[Tensor, RouterStats]]:
+    def steps(self, x: Tensor, places: Places, tape: Tape) -> Steps[tuple[Tensor, RouterStats]]:
         """x [B, S, hidden] -> (the same shape, what the router reports)."""
-        route = self.attention_node(partial(self.route, table=table))
+        route = self.attention_node(partial(self.route, places=places))
         residual, own, weights, indices, *stats = tape.compute(route, x)
         journey = Journey(self.mlp.exchange, indices)
         rows, row_weights = yield from tape.communicate(journey.out, own, weights)

@@ -8,11 +8,11 @@ they are, without permuting rows.
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from train.model.config import ModelConfig, given
 from train.model.kernels import rotate_heads
 from train.model.layers import Backend
+from train.model.packing import Places
 from train.precision.linear import project
 
 
@@ -30,12 +30,10 @@ class GroupedAttention(nn.Module):
         self.v_proj = backend.linear("v_proj", hidden, key_width)
         self.o_proj = backend.linear("o_proj", query_width, hidden)
 
-    def forward(self, x: Tensor, table: Tensor) -> Tensor:
-        """`table` is the rotation table of the S positions (rope.rotation_table)."""
+    def forward(self, x: Tensor, places: Places) -> Tensor:
+        """`places`: of the S positions of x."""
         per_head = (-1, self.head_dim)
         q, k, v = (each.unflatten(-1, per_head) for each in project(x, self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate_heads(q, k, table)
-        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
         # Keys and values stay as few as they are: the kernel reads a head once for its whole group.
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        out = places.attend(*rotate_heads(q, k, places.table), v, self.softmax_scale)
+        return self.o_proj(out.flatten(2))

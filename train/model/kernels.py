@@ -85,7 +85,7 @@ class _JoinHeads(torch.autograd.Function):
         ctx.nope, ctx.v_dim = nope, v_dim
         q_out, k_out, v_out = torch.empty_like(q), torch.empty_like(q), kv.new_empty(*kv.shape[:-1], v_width)
         q_out[..., :nope].copy_(q[..., :nope])
-        q_out[..., nope:].copy_(rotate(q[..., nope:], table.unsqueeze(1)))
+        q_out[..., nope:].copy_(rotate(q[..., nope:], table.unsqueeze(-2)))
         k_out[..., :nope].copy_(kv[..., :nope])
         k_out[..., nope:].copy_(rotate(k_rope, table).unsqueeze(2))
         v_out[..., :v_dim].copy_(kv[..., nope:])
@@ -99,7 +99,7 @@ class _JoinHeads(torch.autograd.Function):
         inverse = table.conj().resolve_conj()
         dq_in = torch.empty_like(dq, memory_format=torch.contiguous_format)
         dq_in[..., :nope].copy_(dq[..., :nope])
-        dq_in[..., nope:].copy_(rotate(dq[..., nope:], inverse.unsqueeze(1)))
+        dq_in[..., nope:].copy_(rotate(dq[..., nope:], inverse.unsqueeze(-2)))
         dkv = dq.new_empty(*dq.shape[:-1], nope + v_dim)
         dkv[..., :nope].copy_(dk[..., :nope])
         dkv[..., nope:].copy_(dv[..., :v_dim])
@@ -110,8 +110,9 @@ class _JoinHeads(torch.autograd.Function):
 def join_heads(q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of every head, from what the projections give.
 
-    q [B, S, H, nope + rope], kv [B, S, H, nope + v], k_rope [B, S, rope] (shared by the heads), table
-    [S, rope / 2] -> q, k [B, S, H, nope + rope] with the rotary parts rotated, v [B, S, H, v_width] padded with zeros.
+    q [B, S, H, nope + rope], kv [B, S, H, nope + v], k_rope [B, S, rope] (shared by the heads), table [S, rope / 2] or
+    [B, S, rope / 2] -> q, k [B, S, H, nope + rope] with the rotary parts rotated, v [B, S, H, v_width] padded with
+    zeros.
     """
     return _JoinHeads.apply(q, kv, k_rope, table, v_width)
 
@@ -133,18 +134,18 @@ class _RotateHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, table: Tensor) -> Any:
         ctx.save_for_backward(table)
-        by_head = table.unsqueeze(1)
+        by_head = table.unsqueeze(-2)
         return rotate_halves(q, by_head), rotate_halves(k, by_head)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> Any:
         (table,) = ctx.saved_tensors
-        inverse = table.conj().resolve_conj().unsqueeze(1)
+        inverse = table.conj().resolve_conj().unsqueeze(-2)
         return rotate_halves(dq, inverse), rotate_halves(dk, inverse), None
 
 
 def rotate_heads(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate the halves of every head of q [B, S, H, d] and k [B, S, G, d] by the table [S, d / 2]."""
+    """Rotate the halves of every head of q [B, S, H, d] and k [B, S, G, d] by the table [S, d / 2] or [B, S, d / 2]."""
     return _RotateHeads.apply(q, k, table)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from train.model.layers import Backend
 from train.precision.grads import main_grad, wide_dtype
 
+# The label of a position that predicts nothing.
+NO_TARGET = -1
 # Logits of one chunk: enough rows for an efficient product, few enough to stay in a cache.
 _CHUNK_LOGITS = 2**21
 _MIN_CHUNK_TOKENS = 256
@@ -19,8 +21,8 @@ _MIN_CHUNK_TOKENS = 256
 class LossTerms(NamedTuple):
     """Factor of each loss per summed unit, known before the step: gradients of micro-batches and ranks then just add.
 
-    main: 1 / predicted tokens of the global batch. mtp: lambda / (D * the same). The balance losses of experts, devices
-    and communication: alpha / sequences of the global batch.
+    main: 1 / targets of the global batch, its predicted tokens. mtp: lambda / (D * the same). The balance losses of
+    experts, devices and communication: alpha / sequences of the global batch.
     """
 
     main: float
@@ -35,15 +37,20 @@ def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
-def _softmax_and_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(probabilities [C, V], summed cross-entropy) of logits [C, V] and labels [C, 1].
+def _softmax_and_loss(logits: Tensor, labels: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(probabilities [C, V], cross-entropy summed where it counts) of logits [C, V] and labels, counts [C, 1].
 
     ln Σ exp(logits) is recovered from the largest probability, which cannot underflow: the softmax is the only pass
     that takes exponentials.
     """
     probabilities = torch.softmax(logits, -1)
     log_sum = logits.amax(-1, keepdim=True) - probabilities.amax(-1, keepdim=True).log_()
-    return probabilities, (log_sum - logits.gather(1, labels)).sum()
+    return probabilities, (log_sum - logits.gather(1, labels)).mul_(counts).sum()
+
+
+def _targets(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels that can be looked up, and whether each counts."""
+    return labels.clamp(min=0), labels != NO_TARGET
 
 
 class _CrossEntropySum(torch.autograd.Function):
@@ -53,13 +60,14 @@ class _CrossEntropySum(torch.autograd.Function):
         total = x.new_zeros((), dtype=wide)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
         for rows in _chunks(len(x), len(weight)):
-            target = labels[rows, None]
-            d_logits, loss = _softmax_and_loss(engine.fprop(engine.operand(x[rows]), weight).to(wide), target)
+            target, counts = _targets(labels[rows, None])
+            d_logits, loss = _softmax_and_loss(engine.fprop(engine.operand(x[rows]), weight).to(wide), target, counts)
             total += loss
             d_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
             d_logits = d_logits.to(x.dtype)
-            dx[rows] = engine.dgrad(d_logits, weight)
-            engine.wgrad_(dweight, d_logits, x[rows])
+            # What does not count is left out of the narrow operands, not of the wide logits.
+            dx[rows] = engine.dgrad(d_logits, weight).mul_(counts)
+            engine.wgrad_(dweight, d_logits, x[rows] * counts)
         ctx.save_for_backward(dx, dweight)
         ctx.weight, ctx.sink = weight, backend.sink
         return total
@@ -74,13 +82,13 @@ class _CrossEntropySum(torch.autograd.Function):
 def cross_entropy_sum(x: Tensor, weight: Tensor, labels: Tensor, backend: Backend) -> Tensor:
     """Σ over tokens of -ln softmax(x weightᵀ)[label], in nats; scalar, float32 or wider.
 
-    x [N, d], weight [V, d], labels int64 [N]. With gradients enabled they are formed on the way, while a chunk's
-    logits are at hand.
+    x [N, d], weight [V, d], labels int64 [N], of which NO_TARGET counts nothing. With gradients enabled they are formed
+    on the way, while a chunk's logits are at hand.
     """
     if torch.is_grad_enabled():
         return _CrossEntropySum.apply(x, weight, labels, backend)
     engine, total = backend.engines.of("lm_head"), x.new_zeros((), dtype=wide_dtype(x.dtype))
     for rows in _chunks(len(x), len(weight)):
         logits = engine.fprop(engine.operand(x[rows]), weight).to(total.dtype)
-        total += _softmax_and_loss(logits, labels[rows, None])[1]
+        total += _softmax_and_loss(logits, *_targets(labels[rows, None]))[1]
     return total

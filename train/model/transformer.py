@@ -16,6 +16,7 @@ from train.model.layers import Backend, Embedding, RMSNorm
 from train.model.loss import LossTerms, cross_entropy_sum
 from train.model.moe import Dispatch
 from train.model.mtp import MTPModule
+from train.model.packing import OneText, Packing, Places
 from train.model.recompute import Recompute
 from train.model.rope import rotation_table
 from train.model.router import Router, RouterStats
@@ -74,11 +75,12 @@ class Transformer(nn.Module):
         sink: Sink = run_now,
         parts: Parts | None = None,
         recompute: Recompute | None = None,
+        packing: Packing | None = None,
     ) -> None:
         super().__init__()
         config.check()
         parts = parts or Parts.all(config)
-        self.config, self.parts = config, parts
+        self.config, self.parts, self.packing = config, parts, packing or OneText()
         self.first_expert = dispatch.first_expert
         self.backend = backend = Backend(engines, kernels or Kernels(), sink, recompute or Recompute())
         if parts.embedding or parts.mtp:
@@ -105,7 +107,7 @@ class Transformer(nn.Module):
     ) -> Steps[tuple[Tensor | None, Report]]:
         """One micro-batch through the parts held here.
 
-        tokens [B, S + 1], needed by embedding and head; x [B, S, hidden], what the part before sends, None where the
+        tokens [B, S + 1], needed where `reads_tokens`; x [B, S, hidden], what the part before sends, None where the
         embedding is. Returns what the next part needs, None where the head is, and the report of this part.
         """
         tape = self.backend.recompute.on(tape)
@@ -114,12 +116,12 @@ class Transformer(nn.Module):
             x = tape.compute(partial(self.embed_tokens, tokens[:, :-1]))
         assert x is not None
         report = self.empty_report(x.device)
-        x = yield from self.run_layers(x, terms, tape, report)
+        x = yield from self.run_layers(x, terms, tape, report, tokens)
         if not self.parts.head:
             return x, report
         assert tokens is not None
         x = tape.compute(self.norm, x)
-        main = tape.compute(partial(self.predict, labels=tokens[:, 1:]), x)
+        main = tape.compute(partial(self.predict, labels=self.packing.labels(tokens, 0)), x)
         tape.loss(main, terms.main)
         report.sums[0] += main.detach()
         yield from self.predict_further(x, tokens, terms, tape, report)
@@ -130,13 +132,20 @@ class Transformer(nn.Module):
         load = torch.zeros(self.config.num_routers, self.config.n_routed_experts, dtype=torch.int64, device=device)
         return Report(torch.zeros(NUM_SUMS, dtype=torch.float64, device=device), load)
 
-    def run_layers(self, x: Tensor, terms: LossTerms, tape: Tape, report: Report) -> Steps[Tensor]:
+    def run_layers(
+        self, x: Tensor, terms: LossTerms, tape: Tape, report: Report, tokens: Tensor | None = None
+    ) -> Steps[Tensor]:
         """The layers held here: x [B, S, hidden] -> the same shape."""
-        table = rotation_table(self.config, x.shape[1], x.device, x.dtype)
+        places = self.places(x, tokens)
         for index, layer in self._blocks():
-            x, stats = yield from layer.steps(x, table, tape)
+            x, stats = yield from layer.steps(x, places, tape)
             self._account(index - self.config.first_k_dense_replace, stats, terms, tape, report)
         return x
+
+    def places(self, x: Tensor, tokens: Tensor | None) -> Places:
+        """Where the positions of x [B, S, hidden] stand; tokens [B, S + 1] where `reads_tokens`."""
+        table = rotation_table(self.config, x.shape[1], x.device, x.dtype)
+        return self.packing.places(table, tokens)
 
     def _account(self, number: int, stats: RouterStats | None, terms: LossTerms, tape: Tape, report: Report) -> None:
         if stats is None:  # a dense layer
@@ -159,18 +168,23 @@ class Transformer(nn.Module):
         Depth k = 1..D joins the state of position i with token i + k and predicts token i + k + 1, which leaves S - k
         positions.
         """
-        table = rotation_table(self.config, hidden.shape[1], hidden.device, hidden.dtype)
+        places = self.places(hidden, tokens)
         for k, module in enumerate(self._depths(), start=1):
             joined = tape.compute(partial(self._join, module, tokens[:, k:-1]), hidden)
-            x, stats = yield from module.layer.steps(joined, table[: joined.shape[1]], tape)
+            x, stats = yield from module.layer.steps(joined, self.packing.first(places, joined.shape[1]), tape)
             self._account(self.config.num_moe_layers + k - 1, stats, terms, tape, report)
             hidden = tape.compute(module.norm, x)
-            loss = tape.compute(partial(self.predict, labels=tokens[:, k + 1 :]), hidden)
+            loss = tape.compute(partial(self.predict, labels=self.packing.labels(tokens, k)), hidden)
             tape.loss(loss, terms.mtp)
             report.sums[1] += loss.detach()
 
     def _join(self, module: MTPModule, tokens: Tensor, hidden: Tensor) -> Tensor:
         return module.join(hidden[:, : tokens.shape[1]], self.embed_tokens(tokens))
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the parts held here need a micro-batch's tokens."""
+        return self.parts.embedding or self.parts.head or self.packing.reads_tokens
 
     def _blocks(self) -> list[tuple[int, DenseBlock | MoEBlock]]:
         return [(int(index), cast(DenseBlock | MoEBlock, layer)) for index, layer in self.layers.items()]
