@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from tests.reference import LocalDispatch
-from tests.train.model_cases import V3, random_config
-from train.flops import parameter_counts, training_flops_per_token
+from tests.train.model_cases import V3, random_config, random_dense_config
+from train.compose import compose
+from train.flops import ParameterCounts, forward_costs, parameter_counts, training_flops_per_token
 from train.model.config import ModelConfig
 from train.model.transformer import Transformer
 from train.precision.linear import TorchEngine
@@ -22,6 +23,43 @@ def layout(config: ModelConfig) -> Transformer:
 
 def held(model: Transformer, prefix: str) -> int:
     return sum(parameter.numel() for name, parameter in model.named_parameters() if name.startswith(prefix))
+
+
+@dataclass(frozen=True)
+class Published:
+    """Of a model in configs/model. `total` is exact, from the shapes of the published weights (without MTP); the others
+    are billions as a report rounds them, None where it gives no number. docs/models.md has the sources.
+
+    activated: parameters that multiply a token, counted as its report does: with the embedding in dense models, whose
+        every parameter counts.
+    """
+
+    total: int
+    total_b: float
+    activated_b: float
+    digits: int = 1
+
+    def check(self, counts: ParameterCounts, is_dense: bool) -> None:
+        activated = counts.activated + (counts.embedding if is_dense else 0)
+        assert counts.total == self.total
+        assert round(counts.total / 1e9, self.digits) == self.total_b
+        assert round(activated / 1e9, self.digits) == self.activated_b
+
+
+PUBLISHED = {
+    "deepseek_llm_7b": Published(6_910_365_696, 6.9, 6.9),
+    "deepseek_llm_67b": Published(67_425_001_472, 67.4, 67.4),
+    "v3_671b": Published(671_026_404_352, 671, 37, digits=0),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_are_the_published_ones(name: str) -> None:
+    """By formula, and of the tensors of a model laid out without memory."""
+    config = compose([f"model={name}", "data.vocab_size=300"]).model
+    counts, model = parameter_counts(config), layout(config)
+    assert held(model, "") - held(model, "mtp.") == counts.total
+    PUBLISHED[name].check(counts, is_dense=config.n_routed_experts == 0)
 
 
 def test_deepseek_v3() -> None:
@@ -44,6 +82,23 @@ def test_formulas_count_what_a_model_holds(seed: int) -> None:
     idle = (config.n_routed_experts - config.num_experts_per_tok) * expert
     assert counts.activated == counts.total - held(model, "embed_tokens") - config.num_moe_layers * idle
     assert counts.mtp_activated == counts.mtp - config.num_nextn_predict_layers * idle
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_formulas_count_what_a_dense_model_holds(seed: int) -> None:
+    config = random_dense_config(seed, num_nextn_predict_layers=seed % 3)
+    counts, model = parameter_counts(config), layout(config)
+    assert held(model, "mtp.") == counts.mtp == counts.mtp_activated
+    assert held(model, "") == counts.total + counts.mtp
+    assert counts.activated == counts.total - counts.embedding
+    assert counts.router_biases == 0
+    layers, rest = forward_costs(config, 32)
+    core = config.num_attention_heads * config.head_dim * 32
+    # Norms multiply no matrix.
+    matrices = [p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "embed_tokens.weight"]
+    shared_head = config.num_nextn_predict_layers * counts.embedding
+    depths = config.num_hidden_layers + config.num_nextn_predict_layers
+    assert sum(layers) + rest == sum(matrices) + shared_head + depths * core
 
 
 def test_flops_of_deepseek_v3_as_published() -> None:
