@@ -174,7 +174,8 @@ def hugging_face(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dty
 
     scaling = dict(config.rope_scaling or {})
     scaling["rope_type"] = scaling.pop("type", "default")
-    keys = {key: value for key, value in vars(config).items() if key not in ("rope_theta", "rope_scaling")}
+    others = ("rope_theta", "rope_scaling", "attention", "num_key_value_heads", "head_dim")
+    keys = {key: value for key, value in vars(config).items() if key not in others}
     theirs = DeepseekV3Config(
         **keys,
         num_key_value_heads=config.num_attention_heads,
