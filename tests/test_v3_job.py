@@ -67,11 +67,19 @@ def shape(numbers: Any) -> tuple[int, ...]:
     return (len(numbers), *shape(numbers[0])) if isinstance(numbers, list) else ()
 
 
-class FakeRows:
+class FakeStream:
     """Rows of the right shape."""
 
-    def __init__(self, tokens: Any, seq_len: int, *_: Any, **__: Any) -> None:
+    end_of_document = 1
+
+    def __init__(self, data: Any, split: str, seq_len: int, *_: Any, **__: Any) -> None:
         self.seq_len = seq_len
+
+    def num_targets(self, first: int, count: int) -> int:
+        return count * self.seq_len
+
+    def exposures(self, num_positions: int) -> list[Any]:
+        return []
 
     def rows(self, first: int, count: int) -> Tensor:
         return torch.empty(count, self.seq_len + 1, dtype=torch.int64)
@@ -109,8 +117,7 @@ def fake_job(rank: int) -> Iterator[Job]:
         with ExitStack() as stack:
             for where, name, what in [
                 (dist, "new_group", new_group),
-                (assemble, "Tokens", mock.MagicMock()),
-                (assemble, "Rows", FakeRows),
+                (assemble, "open_stream", FakeStream),
                 (assemble, "Checkpoints", mock.MagicMock()),
                 # What a GPU gets.
                 (recipe, "TorchEngine", lambda device: TorchEngine("cuda")),
