@@ -36,6 +36,17 @@ SMALL = [
     *("track.wandb=disabled", "zero.engine=native", "run.num_threads=1", "run.device=cpu"),
 ]
 
+# The same without experts and prediction depths, and with grouped-query attention.
+DENSE = [
+    *SMALL,
+    *("model.attention=gqa", "model.num_attention_heads=4", "model.num_key_value_heads=2", "model.head_dim=8"),
+    *("model.q_lora_rank=null", "model.kv_lora_rank=null", "model.qk_nope_head_dim=null"),
+    *("model.qk_rope_head_dim=null", "model.v_head_dim=null", "model.n_routed_experts=0"),
+    *("model.first_k_dense_replace=3", "model.moe_intermediate_size=null", "model.n_shared_experts=null"),
+    *("model.num_experts_per_tok=null", "model.n_group=null", "model.topk_group=null"),
+    "model.num_nextn_predict_layers=0",
+]
+
 
 def prepare_text(folder: Path) -> list[str]:
     """Tokens of a little real text in `folder`, and the settings that use them."""

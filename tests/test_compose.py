@@ -132,6 +132,25 @@ def test_a_mistake_is_one_sentence(settings: str, field: str, rule: str) -> None
     assert len(said.splitlines()) == 1 and len(said) < 400, said
 
 
+@pytest.mark.parametrize(("name", "lr", "batch"), [("7b", 4.2e-4, 2304), ("67b", 3.2e-4, 4608)])
+def test_the_steps_of_deepseek_llm(name: str, lr: float, batch: int) -> None:
+    """2000 steps to the largest rate, 31.6 % of it after 80 % of 2 T tokens, 10 % after 90 %."""
+    schedule = compose.compose([f"experiment=deepseek_llm_{name}"]).schedule()
+    tokens_each, trillion = batch * 4096, 10**12
+
+    def rate(tokens: int) -> float:
+        return schedule.at(schedule.step_at(tokens)).lr
+
+    assert schedule.at(999).lr == pytest.approx(lr / 2)
+    assert schedule.at(1998).lr < schedule.at(1999).lr == lr
+    first, second = 16 * trillion // 10, 18 * trillion // 10
+    assert rate(first - tokens_each) == lr
+    assert rate(first) == rate(second - tokens_each) == pytest.approx(0.316 * lr)
+    assert rate(second) == schedule.at(schedule.num_steps - 1).lr == pytest.approx(0.1 * lr)
+    assert schedule.num_steps == -(-2 * trillion // tokens_each)
+    assert {schedule.at(step).num_sequences for step in (0, schedule.num_steps - 1)} == {batch}
+
+
 def test_the_published_run() -> None:
     """DeepSeek-V3 report, sections 3 and 4.2."""
     config = compose.compose(["experiment=v3_h800_2048"])

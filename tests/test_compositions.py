@@ -38,6 +38,16 @@ def test_a_random_composition_equals_one_plain_process(bench: Bench, index: int)
     assert bench.judge(composition).broken == []
 
 
+DENSE = ("model.attention=gqa", "model.n_routed_experts=0", *FP64_NATIVE)
+
+
+@pytest.mark.parametrize("place", ["", pytest.param("parallel.pp=2", marks=pytest.mark.slow)])
+def test_a_random_dense_model_equals_one_plain_process(bench: Bench, place: str) -> None:
+    composition = Generator().draw(SEED, 0, max_ranks=2 if place else 1, fixed=(*DENSE, *place.split()))
+    print(f"HALOCLINE_SEED={SEED}", composition.command, sep="\n")
+    assert bench.judge(composition).broken == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("index", range(4), ids=lambda index: f"{SEED}-{index}")
 def test_a_random_run_goes_on_in_another_place(bench: Bench, index: int) -> None:
@@ -198,7 +208,7 @@ FAULTS = [
     load_counted_again,
 ]
 # Every fault can happen here: mirrors, several micro-batches per stage, both kinds on one link, routers.
-MIRRORED = ("parallel.pp=2", "parallel.dp=1", "pipeline.schedule=dualpipe", *FP64_NATIVE)
+MIRRORED = ("parallel.pp=2", "parallel.dp=1", "pipeline.schedule=dualpipe", "model.n_routed_experts=8", *FP64_NATIVE)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.runs import SMALL, Finished, prepare_text, read_checkpoint, run_in, train_main
+from tests.runs import DENSE, SMALL, Finished, prepare_text, read_checkpoint, run_in, train_main
 from tests.spawn import Ranks
 from train import __main__ as program
 from train.job import Job
@@ -96,7 +96,8 @@ def single(tmp_path_factory: pytest.TempPathFactory, text: list[str], watched: W
     return Finished(folder, read_metrics(folder / "metrics.jsonl"))
 
 
-def test_every_matrix_is_multiplied_as_the_table_says(single: Finished, watched: Watched) -> None:
+def modules_multiplied_as_the_table_says(watched: Watched) -> set[str]:
+    """Those that the watched run has; every product of each was taken by the engine that the table names."""
     assert watched.job is not None
     seen = set()
     for model in watched.job.models:
@@ -122,7 +123,23 @@ def test_every_matrix_is_multiplied_as_the_table_says(single: Finished, watched:
             # The head forms its weight gradient while the logits are at hand, and hands it on whole.
             assert found == [expected, expected, set() if module == "lm_head" else expected], name
             seen.add(module)
-    assert seen == set(FP8_MODULES) - {"q_proj"}, "the model has a latent for its queries, everything else was used"
+    return seen
+
+
+# Those of grouped-query attention; latent attention without a latent for its queries has the first as well.
+OF_GROUPED_ATTENTION = {"q_proj", "k_proj", "v_proj"}
+
+
+def test_every_matrix_is_multiplied_as_the_table_says(single: Finished, watched: Watched) -> None:
+    assert modules_multiplied_as_the_table_says(watched) == set(FP8_MODULES) - OF_GROUPED_ATTENTION
+
+
+def test_every_matrix_of_a_dense_model_too(tmp_path: Path, text: list[str]) -> None:
+    watched = Watched()
+    with watched.watching():
+        assert train_main([*DENSE, *text, *STEPS, "train.max_steps=1", f"run.dir={tmp_path}"]) == 0
+    dense = {"o_proj", "gate_up_proj", "down_proj", "lm_head"}
+    assert modules_multiplied_as_the_table_says(watched) == OF_GROUPED_ATTENTION | dense
 
 
 def test_the_table_is_the_reports() -> None:

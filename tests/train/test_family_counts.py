@@ -26,6 +26,9 @@ class Row(NamedTuple):
 
 
 TABLE = [
+    # Of a dense model every parameter counts.
+    Row("deepseek_llm_7b", 6_910_365_696, 6_490_935_296, "6.9", "6.9", counts_embedding=True),
+    Row("deepseek_llm_67b", 67_425_001_472, 66_586_140_672, "67.4", "67.4", counts_embedding=True),
     # This report counts the embedding among what is activated, though it is only looked up.
     Row("deepseek_moe_16b", 16_375_728_128, 2_618_935_296, "16.4", "2.8", counts_embedding=True),
     Row("deepseek_v2", 235_741_434_880, 20_851_512_320, "236", "21"),

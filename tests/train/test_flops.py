@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.reference import LocalDispatch
-from tests.train.model_cases import V3, random_config
-from train.flops import parameter_counts, training_flops_per_token
+from tests.train.model_cases import V3, random_config, random_dense_config
+from train.flops import forward_costs, parameter_counts, training_flops_per_token
 from train.model.config import ModelConfig
 from train.model.transformer import Transformer
 from train.precision.linear import TorchEngine
@@ -44,6 +44,23 @@ def test_formulas_count_what_a_model_holds(seed: int) -> None:
     idle = (config.n_routed_experts - config.num_experts_per_tok) * expert
     assert counts.activated == counts.total - held(model, "embed_tokens") - config.num_moe_layers * idle
     assert counts.mtp_activated == counts.mtp - config.num_nextn_predict_layers * idle
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_formulas_count_what_a_dense_model_holds(seed: int) -> None:
+    config = random_dense_config(seed, num_nextn_predict_layers=seed % 3)
+    counts, model = parameter_counts(config), layout(config)
+    assert held(model, "mtp.") == counts.mtp == counts.mtp_activated
+    assert held(model, "") == counts.total + counts.mtp
+    assert counts.activated == counts.total - counts.embedding
+    assert counts.router_biases == 0
+    layers, rest = forward_costs(config, 32)
+    core = config.num_attention_heads * config.head_dim * 32
+    # Norms multiply no matrix.
+    matrices = [p.numel() for name, p in model.named_parameters() if p.ndim == 2 and name != "embed_tokens.weight"]
+    shared_head = config.num_nextn_predict_layers * counts.embedding
+    depths = config.num_hidden_layers + config.num_nextn_predict_layers
+    assert sum(layers) + rest == sum(matrices) + shared_head + depths * core
 
 
 def test_flops_of_deepseek_v3_as_published() -> None:

@@ -8,7 +8,15 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from tests import reference
-from train.model.kernels import Kernels, join_heads, rms_norm_forward, rotate, swiglu_backward, swiglu_forward
+from train.model.kernels import (
+    Kernels,
+    join_heads,
+    rms_norm_forward,
+    rotate,
+    rotate_heads,
+    swiglu_backward,
+    swiglu_forward,
+)
 from train.model.layers import Backend, Gemms, swiglu_mlp
 from train.model.loss import cross_entropy_sum
 from train.precision.linear import TorchEngine
@@ -130,6 +138,18 @@ def test_wide_sums_for_bfloat16() -> None:
     h = torch.randn(4, 64)
     exact = swiglu_forward(h.bfloat16().double(), None)
     torch.testing.assert_close(swiglu_forward(h.bfloat16(), None).double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_rotated_heads() -> None:
+    """Pairs half a head apart; as many heads of queries as may be, fewer of keys."""
+    table = torch.polar(torch.ones(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64))
+    q, k = random(2, 4, 6, 6), random(2, 4, 2, 6)
+    for x, out in zip((q, k), rotate_heads(q, k, table), strict=True):
+        for s, j in torch.cartesian_prod(torch.arange(4), torch.arange(3)).tolist():
+            angle = torch.angle(table[s, j])
+            turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
+            torch.testing.assert_close(out[:, s, :, [j, j + 3]], x[:, s, :, [j, j + 3]] @ turn.t())
+    assert gradcheck(lambda *inputs: rotate_heads(*inputs, table), (q, k))
 
 
 def test_rotation_keeps_the_scores_relative() -> None:

@@ -7,13 +7,29 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.train.model_cases import TINY, V3, build, random_routing
+from tests.train.model_cases import (
+    TINY,
+    TINY_DENSE,
+    V3,
+    build,
+    llama,
+    random_dense_config,
+    random_routing,
+    with_grouped_attention,
+)
 from train import names
+from train.model.config import ModelConfig
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_every_element_has_exactly_one_place_on_disk(seed: int) -> None:
-    config = random_routing(seed, num_nextn_predict_layers=seed % 3)
+def cases() -> list[ModelConfig]:
+    """With experts, without, and with experts behind grouped-query attention."""
+    latent = [random_routing(seed, num_nextn_predict_layers=seed % 3) for seed in range(12)]
+    dense = [random_dense_config(seed, num_nextn_predict_layers=seed % 3) for seed in range(6)]
+    return [*latent, *dense, with_grouped_attention(latent[1], num_key_value_heads=1, head_dim=4)]
+
+
+@pytest.mark.parametrize("config", cases())
+def test_every_element_has_exactly_one_place_on_disk(config: ModelConfig) -> None:
     state = build(config, torch.float32).state_dict()
     # Number all elements of our state: on disk every number must appear once.
     start, numbered = 0, {}
@@ -26,9 +42,8 @@ def test_every_element_has_exactly_one_place_on_disk(seed: int) -> None:
     assert len(set(theirs)) == len(theirs)
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_there_and_back(seed: int) -> None:
-    config = random_routing(seed, num_nextn_predict_layers=seed % 3)
+@pytest.mark.parametrize("config", cases())
+def test_there_and_back(config: ModelConfig) -> None:
     state = build(config, torch.float32).state_dict()
     back = names.from_hf(names.to_hf(state, config), config)
     assert set(back) == set(state)
@@ -54,6 +69,13 @@ def test_the_names_of_the_released_checkpoint() -> None:
     # 91,991 tensors on disk, of which the float8 ones come with a second tensor of scales.
     scaled = [name for name in theirs if "_proj" in name and "eh_proj" not in name]
     assert len(theirs) + len(scaled) == 91_991
+
+
+def test_a_dense_model_has_the_names_and_shapes_of_llama() -> None:
+    state = build(TINY_DENSE, torch.float32).state_dict()
+    theirs = llama(replace(TINY_DENSE, num_nextn_predict_layers=0), state, torch.float32).state_dict()
+    disk = names.to_hf(state, replace(TINY_DENSE, num_nextn_predict_layers=0))
+    assert {name: tensor.shape for name, tensor in disk.items()} == {n: t.shape for n, t in theirs.items()}
 
 
 def test_damaged_checkpoints_are_refused() -> None:

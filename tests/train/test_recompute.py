@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks._storages import Storages
 from parallel.collectives import drive
 from parallel.pipeline.segments import Segments, interleave
-from tests.train.model_cases import TINY, build, random_config, random_tokens
+from tests.train.model_cases import TINY, build, random_config, random_dense_config, random_tokens
 from train.compose import compose
 from train.model.loss import LossTerms
 from train.model.recompute import NODES, Recompute, RecomputeConfig
@@ -91,6 +91,19 @@ def test_gradients_are_the_same_bits(seed: int, run: Any, dtype: torch.dtype) ->
         model = make(choice, config, dtype)
         for ours, theirs in zip(run(model, batches), expected, strict=True):
             assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1]), choice
+        assert_same(model, plain)
+
+
+@pytest.mark.parametrize("run", [whole, pieces])
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_of_a_dense_model_are_the_same_bits(seed: int, run: Any) -> None:
+    config = random_dense_config(seed, num_nextn_predict_layers=seed % 3)
+    batches = [random_tokens(config, 2, 9, seed), random_tokens(config, 3, 7, seed + 1)]
+    plain = make(NONE, config)
+    expected = run(plain, batches)
+    for choice in (NORM, WHOLE):
+        model = make(choice, config)
+        assert all(torch.equal(ours[0], theirs[0]) for ours, theirs in zip(run(model, batches), expected, strict=True))
         assert_same(model, plain)
 
 
