@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +44,7 @@ from train.model.init import init_weights
 from train.model.loss import LossTerms
 from train.model.transformer import Transformer
 from train.optim import adamw_factory, decays
-from train.picture import COLORS, INK, column, headline, paper, save, smooth
+from train.picture import COLORS, INK, headline, paper, save, smooth
 from train.precision.grads import attach_main_grads
 from train.precision.linear import TorchEngine
 
@@ -229,6 +230,11 @@ def verdict(runs: Runs) -> str:
     return f"Neither shown nor refuted at this size: the seeds differ. {said}."
 
 
+def mean_loss(by_seed: dict[int, Run]) -> np.ndarray:
+    """Training loss of every step, mean over the seeds."""
+    return np.mean([run.loss for run in by_seed.values()], axis=0)
+
+
 def draw(runs: Runs, tokens_per_step: int, out: Path) -> None:
     """MaxVio of every layer over time, a panel per side, then the losses."""
     figure, panels = paper([1.4] * len(runs) + [1.9])
@@ -236,22 +242,25 @@ def draw(runs: Runs, tokens_per_step: int, out: Path) -> None:
     for panel, (side, by_seed) in zip(panels, runs.items(), strict=False):
         num_layers = len(next(iter(by_seed.values())).max_vio[0])
         for layer in range(num_layers):
-            curves = [column([{"v": step[layer]} for step in run.max_vio], "v") for run in by_seed.values()]
-            mean = smooth(sum(curves) / len(curves))
+            mean = smooth(np.mean([[step[layer] for step in run.max_vio] for run in by_seed.values()], axis=0))
             at = [tokens_per_step * (step + 1) for step in range(len(mean))]
             panel.plot(at, mean, color=COLORS[layer % len(COLORS)], linewidth=1.3, label=f"{layer + 1}")
         panel.set_ylim(0, highest)
         end = statistics.fmean(statistics.fmean(run.last_max_vio()) for run in by_seed.values())
         headline(panel, f"MaxVio: {side}", f"mean of layers and seeds at the end {end:.2f}")
-    panels[0].legend(title="MoE layer", ncols=4, fontsize=8, title_fontsize=8, labelcolor=INK, edgecolor="none")
+    panels[len(runs) - 1].legend(
+        title="MoE layer", loc="upper right", ncols=5, fontsize=8, title_fontsize=8, labelcolor=INK, edgecolor="none"
+    )
+    first = next(iter(runs))
+    base = mean_loss(runs[first]) if len(runs) > 1 else 0.0
     for index, (side, by_seed) in enumerate(runs.items()):
-        losses = [column([{"v": each} for each in run.loss], "v") for run in by_seed.values()]
-        mean = smooth(sum(losses) / len(losses))
+        mean = smooth(mean_loss(by_seed) - base)
         at = [tokens_per_step * (step + 1) for step in range(len(mean))]
         valid = statistics.fmean(run.valid_loss for run in by_seed.values())
         panels[-1].plot(at, mean, color=COLORS[index], linewidth=1.5, label=f"{side}: validation {valid:.4f}")
     panels[-1].legend(fontsize=8.5, labelcolor=INK, edgecolor="none")
-    headline(panels[-1], "Training loss", f"nats per token, mean of {len(next(iter(runs.values())))} seeds")
+    title = f"Training loss above that of {first}" if len(runs) > 1 else "Training loss"
+    headline(panels[-1], title, f"nats per token, mean of {len(next(iter(runs.values())))} seeds")
     panels[-1].set_xlim(left=0)
     save(figure, out)
 

@@ -115,6 +115,30 @@ def test_pipelines_equal_one_plain_process(
     assert worst(run, plain_deep) < 1e-9
 
 
+# Routing and balance of DeepSeek-V2: no biases, devices as groups, three losses; and V3's routing with all of them.
+V2 = "model.scoring_func=softmax model.topk_method=group_limited_greedy model.norm_topk_prob=false"
+V2 += " model.n_shared_experts=2 model.routed_scaling_factor=4 moe.bias_update_rate=0"
+LOSSES = "moe.seq_aux_coeff=0.03 moe.device_aux_coeff=0.05 moe.comm_aux_coeff=0.02"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "world_size", "settings"),
+    [
+        (f"{V2} {LOSSES}", 2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=two_hop parallel.nodes=2"),
+        pytest.param(LOSSES, 4, "parallel.pp=2 parallel.dp=2 train.micro_batch_size=2", marks=pytest.mark.slow),
+    ],
+    ids=["v2", "v3 with losses"],
+)
+def test_balance_losses_equal_one_plain_process(
+    ranks: Ranks, tmp_path: Path, text: list[str], recipe: str, world_size: int, settings: str
+) -> None:
+    base = [*SMALL, *text, "precision=fp64", *recipe.split(), "train.max_steps=5"]
+    run = run_in(ranks, tmp_path, [*base, *settings.split()], world_size)
+    plain = plain_run(compose(base))
+    assert {"train/device_balance_loss", "train/comm_balance_loss"} <= plain.rows[0].keys()
+    assert worst(run, plain) < 1e-9
+
+
 FP32 = [
     (1, "zero.engine=deepspeed"),
     pytest.param(2, "parallel.dp=2 parallel.ep=2 parallel.dispatch=flat zero.engine=deepspeed", marks=pytest.mark.slow),
