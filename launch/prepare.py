@@ -5,6 +5,7 @@ from __future__ import annotations
 from train.data.config import DataConfig
 from train.data.meta import Meta
 from train.data.prepare import prepare
+from train.data.trouble import BAD, REASONS
 
 
 def prepare_command(config: DataConfig) -> None:
@@ -26,14 +27,31 @@ def report(meta: Meta) -> str:
             f"{split.num_bytes / split.num_tokens:>13.2f}{split.unigram_entropy_nats:>14.4f}"
         )
     lines += list(meta.notes)
-    said = {
-        "cut": "longer than data.max_document_bytes, cut at line ends",
-        "empty": "empty, passed over",
-        "undecodable": "not UTF-8 text, passed over",
-        "unreadable": "could not be read, passed over",
-    }
-    for kind, skipped in meta.skipped.items():
+    lines += _of_the_source(meta)
+    for reason, skipped in meta.skipped.items():
         if skipped.count:
+            what = REASONS[reason]
+            if reason in BAD:
+                what += ", passed over"
+            elif reason == "duplicate":
+                what += ", left out" if meta.settings["deduplicate"] else ", kept (data.deduplicate=true leaves it out)"
             more = ", ..." if skipped.count > 3 else ""
-            lines.append(f"{said[kind]}: {skipped.count}, {', '.join(skipped.examples[:3])}{more}")
+            lines.append(f"{what}: {skipped.count:,}, {', '.join(skipped.examples[:3])}{more}")
     return "\n".join(lines)
+
+
+def _of_the_source(meta: Meta) -> list[str]:
+    """Its documents' lengths, and a bar for each power of two."""
+    report = meta.report
+    lengths = report["document_tokens"]
+    shares = ", ".join(f"{lengths[f'p{share}']:,} ({share} %)" for share in (5, 25, 50, 75, 95))
+    lines = [
+        f"source: {report['files']:,} files, {report['documents']:,} documents, {report['bytes'] / 1e6:.2f} MB, "
+        f"{report['tokens']:,} tokens, {report['bytes_per_token']:.2f} bytes/token",
+        f"tokens of a document: {lengths['least']:,} to {lengths['most']:,}, mean {lengths['mean']:.1f}; "
+        f"no more than {shares}",
+    ]
+    most = max(lengths["histogram"].values())
+    for least, count in lengths["histogram"].items():
+        lines.append(f"{int(least):>10,} and more {'#' * max(1, round(40 * count / most))} {count:,}")
+    return lines

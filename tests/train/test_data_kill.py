@@ -19,8 +19,10 @@ from train.data.tokens import Tokens
 ROOT = Path(__file__).parents[2]
 START = """
 import sys
+import train.data.prepare
 from train.data.config import DataConfig
 from train.data.prepare import prepare
+train.data.prepare._TASK_BYTES, train.data.prepare._JOURNAL_EVERY_S = 3000, 0  # a journal for every few documents
 source, folder, workers, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 config = DataConfig(source=source, dir=folder, vocab_size=280, valid_fraction=0.3, shard_tokens=3000,
                     num_workers=workers)
@@ -39,8 +41,8 @@ def deadly(owner, name):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **keywords)
     setattr(owner, name, call)
-for owner, name in ((os, "fsync"), (pathlib.Path, "replace"), (pathlib.Path, "rmdir"), (pathlib.Path, "mkdir"),
-                    (train.data.writer.Writer, "add"), (train.data.tokenizer.Tokenizer, "save")):
+for owner, name in ((os, "fsync"), (pathlib.Path, "replace"), (pathlib.Path, "rmdir"), (pathlib.Path, "mkdir"), (pathlib.Path, "unlink"), (os, "unlink"), (os, "rmdir"),
+                    (train.data.writer.Writer, "add"), (train.data.writer.Writer, "counts"), (train.data.tokenizer.Tokenizer, "save")):
     deadly(owner, name)
 """
 
@@ -62,7 +64,7 @@ def clean(source: Path, folder: Path) -> dict[str, bytes]:
 def test_a_kill_before_any_change_of_the_disk_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     source, folder = write_folder(tmp_path / "text", 20), tmp_path / "tokens"
     num_kills = 0
-    for kill_at in range(1, 80, 2):  # over what the kills before have left
+    for kill_at in range(1, 200, 3):  # over what the kills before have left
         child = start(source, folder, kill_at=kill_at)
         _, errors = child.communicate(timeout=60)
         if child.returncode == 0:
