@@ -41,8 +41,9 @@ def deadly(owner, name):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **keywords)
     setattr(owner, name, call)
-for owner, name in ((os, "fsync"), (pathlib.Path, "replace"), (pathlib.Path, "rmdir"), (pathlib.Path, "mkdir"), (pathlib.Path, "unlink"), (os, "unlink"), (os, "rmdir"),
-                    (train.data.writer.Writer, "add"), (train.data.writer.Writer, "counts"), (train.data.tokenizer.Tokenizer, "save")):
+for owner, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (pathlib.Path, "replace"), (pathlib.Path, "mkdir"),
+                    (pathlib.Path, "unlink"), (train.data.writer.Writer, "add"), (train.data.writer.Writer, "counts"),
+                    (train.data.tokenizer.Tokenizer, "save")):
     deadly(owner, name)
 """
 
