@@ -1,5 +1,6 @@
 """What a killed, doubled or broken preparation leaves behind."""
 
+import dataclasses
 import os
 import random
 import shutil
@@ -9,12 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.train.data_texts import all_bytes, write_folder
+from tests.train.data_texts import all_bytes, write_folder, write_mixture
 from train.data.config import DataConfig
+from train.data.encode import Encoded
 from train.data.prepare import prepare
 from train.data.tokens import Tokens
+from train.data.writer import Writer
 
 ROOT = Path(__file__).parents[2]
 START = """
@@ -117,6 +121,142 @@ def test_a_kill_at_any_moment_ends_the_workers_and_the_next_call_finishes(tmp_pa
     last = start(source, folder, workers=2)
     assert last.communicate(timeout=60) and last.returncode == 0
     assert all_bytes(folder) == clean(source, tmp_path / "clean")
+
+
+def test_killed_calls_go_on_where_they_were(tmp_path: Path) -> None:
+    """Each call lives for a few documents only, with another number of workers: one that started again never ends."""
+    source, folder = tmp_path / "mixture", tmp_path / "tokens"
+    write_mixture(source, num_documents=25)
+    random_, num_kills = random.Random(3), 0
+    while True:
+        child = start(source, folder, workers=random_.choice([1, 1, 1, 2]), kill_at=random_.randint(15, 40))
+        _, errors = child.communicate(timeout=60)
+        if child.returncode == 0:
+            break
+        assert child.returncode == -signal.SIGKILL, errors
+        num_kills += 1
+        assert num_kills < 30
+    assert num_kills > 5  # so the whole takes more than any call could do
+    assert all_bytes(folder) == clean(source, tmp_path / "clean")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_kills_at_random_moments_change_nothing(tmp_path: Path, seed: int) -> None:
+    random_ = random.Random(seed)
+    source, folder = tmp_path / "mixture", tmp_path / "tokens"
+    write_mixture(source, seed, num_documents=600)
+    num_kills = 0
+    while not (folder / "meta.json").exists():
+        child = start(source, folder, workers=random_.randint(1, 3))
+        try:
+            _, errors = child.communicate(timeout=random_.uniform(0.3, 1.5) + 0.2 * num_kills)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+            num_kills += 1
+        else:
+            assert child.returncode == 0, errors
+    assert num_kills > 2
+    assert all_bytes(folder) == clean(source, tmp_path / "clean")
+
+
+def stopped_halfway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str = "text", **settings: object
+) -> tuple[DataConfig, dict[str, bytes]]:
+    """A folder in which a call has died after some documents, and what an undisturbed one makes of the same."""
+    source = tmp_path / name
+    if not source.exists():
+        write_folder(source, 30)
+    monkeypatch.setattr("train.data.prepare._TASK_BYTES", 900)
+    monkeypatch.setattr("train.data.prepare._JOURNAL_EVERY_S", 0)
+    values = {"vocab_size": 280, "valid_fraction": 0.3, "shard_tokens": 300, "num_workers": 1}
+    config = DataConfig(**{"source": str(source), "dir": str(tmp_path / "tokens"), **values, **settings})
+    whole = dataclasses.replace(config, dir=str(tmp_path / "whole"), on_bad_document="skip")
+    prepare(whole, lambda line: None)
+    with monkeypatch.context() as patch:
+        left = [7]
+
+        def dying(self: Writer, encoded: Encoded) -> np.ndarray:
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return add(self, encoded)
+
+        add = Writer.add
+        patch.setattr(Writer, "add", dying)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config, lambda line: None)
+    return config, all_bytes(whole.folder)
+
+
+def again(config: DataConfig) -> tuple[dict[str, bytes], list[str]]:
+    said: list[str] = []
+    prepare(config, said.append)
+    return all_bytes(config.folder), said
+
+
+def test_what_lies_behind_the_journal_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, whole = stopped_halfway(tmp_path, monkeypatch)
+    last = [max((config.folder / "partial").glob(f"{split}-0*.bin")) for split in ("train", "valid")]
+    for path in (*last, *(config.folder / "partial").glob("*-documents.bin"), config.folder / "partial" / "hashes.bin"):
+        path.write_bytes(path.read_bytes() + b"torn")
+    (config.folder / "partial" / "train-00099.bin").write_bytes(b"torn")
+    found, said = again(config)
+    assert found == whole and said[0].startswith("going on in")
+
+
+@pytest.mark.parametrize("fault", ["journal", "journal cut", "shard", "documents", "hashes", "tokenizer", "gone"])
+def test_what_cannot_be_gone_on_with_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    config, whole = stopped_halfway(tmp_path, monkeypatch)
+    partial = config.folder / "partial"
+    name = {
+        "shard": "train-00000.bin", "documents": "valid-documents.bin", "hashes": "hashes.bin",
+        "gone": "train-00000.bin", "tokenizer": "tokenizer.json",
+    }.get(fault, "journal.npz")  # fmt: skip
+    content = bytearray((partial / name).read_bytes())
+    if fault == "gone":
+        (partial / name).unlink()
+    elif fault == "journal":
+        content[len(content) // 2] ^= 1
+        (partial / name).write_bytes(content)
+    else:
+        (partial / name).write_bytes(content[: len(content) // 2])
+    found, said = again(config)
+    assert found == whole
+    assert not any(each.startswith("going on") for each in said)
+
+
+def test_another_source_or_other_settings_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _ = stopped_halfway(tmp_path, monkeypatch)
+    path = min((tmp_path / "text").rglob("*.txt"))
+    os.utime(path, ns=(1, 1))
+    _, said = again(config)
+    assert said[0].startswith("preparing")
+    shutil.rmtree(config.folder)
+    config, _ = stopped_halfway(tmp_path, monkeypatch)
+    _, said = again(dataclasses.replace(config, valid_fraction=0.4))
+    assert said[0].startswith("preparing")
+
+
+def test_a_refused_preparation_goes_on_when_it_may_skip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_folder(tmp_path / "text", 30)
+    (source / "zz.txt").write_bytes(b"\xff")
+    config, whole = stopped_halfway(tmp_path, monkeypatch, on_bad_document="refuse")
+    with pytest.raises(ValueError, match=r"zz.txt .*: not UTF-8 text"):
+        prepare(config, lambda line: None)
+    found, said = again(dataclasses.replace(config, on_bad_document="skip"))
+    assert found == whole and said[0].startswith("going on in")
+    shutil.rmtree(config.folder)
+    shutil.rmtree(tmp_path / "whole")
+    (source / "00.txt").write_bytes(b"\xff")  # skipped before the kill: a call that refuses does not go on behind it
+    config, _ = stopped_halfway(tmp_path, monkeypatch)
+    said = []
+    with pytest.raises(ValueError, match=r"00.txt .*: not UTF-8 text"):
+        prepare(dataclasses.replace(config, on_bad_document="refuse"), said.append)
+    assert said[0].startswith("preparing")
 
 
 def test_two_calls_at_once_prepare_once(tmp_path: Path) -> None:
