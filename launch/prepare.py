@@ -8,14 +8,17 @@ from train.data.prepare import prepare
 from train.data.trouble import BAD, REASONS
 
 
-def prepare_command(config: DataConfig) -> None:
-    """Prepare the data of `config` unless it is there, and print what it holds. ValueError as `prepare` raises it."""
+def prepare_command(config: DataConfig, histogram: bool = False) -> None:
+    """Prepare the data of `config` unless it is there, and print what it holds. ValueError as `prepare` raises it.
+
+    histogram: whether to draw the documents' lengths, too.
+    """
     meta = prepare(config, say=lambda line: print(line, flush=True))
-    print(report(meta), flush=True)
+    print(report(meta, histogram), flush=True)
     print(f"The tokens lie in {config.folder}.", flush=True)
 
 
-def report(meta: Meta) -> str:
+def report(meta: Meta, histogram: bool = False) -> str:
     """What a folder of prepared tokens holds: a table of its splits, and a sentence for all that was passed over."""
     lines = [f"{'split':<8}{'documents':>12}{'MB':>10}{'tokens':>16}{'bytes/token':>13}{'unigram nats':>14}"]
     for name, split in meta.splits.items():
@@ -27,7 +30,7 @@ def report(meta: Meta) -> str:
             f"{split.num_bytes / split.num_tokens:>13.2f}{split.unigram_entropy_nats:>14.4f}"
         )
     lines += list(meta.notes)
-    lines += _of_the_source(meta)
+    lines += _of_the_source(meta, histogram)
     for reason, skipped in meta.skipped.items():
         if skipped.count:
             what = REASONS[reason]
@@ -40,8 +43,8 @@ def report(meta: Meta) -> str:
     return "\n".join(lines)
 
 
-def _of_the_source(meta: Meta) -> list[str]:
-    """Its documents' lengths, and a bar for each power of two."""
+def _of_the_source(meta: Meta, histogram: bool) -> list[str]:
+    """Its counts and its documents' lengths; with `histogram` a bar for each power of two."""
     report = meta.report
     lengths = report["document_tokens"]
     shares = ", ".join(f"{lengths[f'p{share}']:,} ({share} %)" for share in (5, 25, 50, 75, 95))
@@ -51,6 +54,8 @@ def _of_the_source(meta: Meta) -> list[str]:
         f"tokens of a document: {lengths['least']:,} to {lengths['most']:,}, mean {lengths['mean']:.1f}; "
         f"no more than {shares}",
     ]
+    if not histogram:
+        return lines
     most = max(lengths["histogram"].values())
     for least, count in lengths["histogram"].items():
         lines.append(f"{int(least):>10,} and more {'#' * max(1, round(40 * count / most))} {count:,}")

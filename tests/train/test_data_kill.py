@@ -29,7 +29,7 @@ from train.data.prepare import prepare
 train.data.prepare._TASK_BYTES, train.data.prepare._JOURNAL_EVERY_S = 3000, 0  # a journal for every few documents
 source, folder, workers, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 config = DataConfig(source=source, dir=folder, vocab_size=280, valid_fraction=0.3, shard_tokens=3000,
-                    num_workers=workers)
+                    num_workers=workers, deduplicate=True)
 """
 # Ends itself by SIGKILL before the n-th of the calls that change what lies on the disk.
 KILL = """
@@ -60,7 +60,13 @@ def start(source: Path, folder: Path, workers: int = 1, kill_at: int = 0) -> sub
 
 def clean(source: Path, folder: Path) -> dict[str, bytes]:
     config = DataConfig(
-        source=str(source), dir=str(folder), vocab_size=280, valid_fraction=0.3, shard_tokens=3000, num_workers=1
+        source=str(source),
+        dir=str(folder),
+        vocab_size=280,
+        valid_fraction=0.3,
+        shard_tokens=3000,
+        num_workers=1,
+        deduplicate=True,
     )
     prepare(config, lambda line: None)
     return all_bytes(folder)
@@ -127,6 +133,7 @@ def test_killed_calls_go_on_where_they_were(tmp_path: Path) -> None:
     """Each call lives for a few documents only, with another number of workers: one that started again never ends."""
     source, folder = tmp_path / "mixture", tmp_path / "tokens"
     write_mixture(source, num_documents=25)
+    (source / "z.jsonl").write_bytes((source / "b.jsonl").read_bytes())  # left out, also by a call that goes on
     random_, num_kills = random.Random(3), 0
     while True:
         child = start(source, folder, workers=random_.choice([1, 1, 1, 2]), kill_at=random_.randint(15, 40))

@@ -4,16 +4,16 @@ import gzip
 import json
 import os
 import random
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from launch.__main__ import main
 from tests.train.data_texts import COMPRESS, all_bytes, text, texts_of, write_as, write_mixture
 from train.data.blocks import Position
 from train.data.config import DataConfig
@@ -21,8 +21,6 @@ from train.data.documents import Document, documents
 from train.data.prepare import prepare
 from train.data.source import open_source, walk
 from train.data.tokens import Tokens
-
-ROOT = Path(__file__).parents[2]
 
 
 def quiet(line: str) -> None:
@@ -175,11 +173,15 @@ def test_what_is_no_data_set_is_one_sentence(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": [1, 2]})}).save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"te')
+    datasets.Dataset.from_dict({"text": ["word"] * 999}).save_to_disk(str(tmp_path / "cut"))
+    (arrow,) = (tmp_path / "cut").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:3000])
     for source, more, why in (
         (tmp_path / "saved", {"dataset_split": "dev"}, "data.dataset_split=dev: its splits are train"),
         (tmp_path / "saved", {}, "data.text_field=text: column text is int64"),
         (tmp_path / "saved", {"text_field": "body"}, "data.text_field=body: no column body among text"),
         ("datasets:json", {"dataset_files": (str(tmp_path / "a.jsonl"),)}, "cannot be loaded"),
+        (tmp_path / "cut", {}, "cannot be loaded"),
         ("datasets:json", {"dataset_files": (str(tmp_path / "none.jsonl"),)}, "cannot be loaded"),
     ):
         with pytest.raises(ValueError, match=why) as error:
@@ -187,13 +189,16 @@ def test_what_is_no_data_set_is_one_sentence(tmp_path: Path, monkeypatch: pytest
         assert "\n" not in str(error.value)
 
 
-def test_a_data_set_of_the_hub_without_a_network_is_one_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "launch", "prepare", "data.source=datasets:nobody/nothing", "data.dir=t"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("data.source=datasets:nobody/nothing cannot be loaded")
-    assert "Traceback" not in done.stderr
+def test_a_data_set_of_the_hub_without_a_network_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["prepare", "data.source=datasets:nobody/nothing", "data.dir=t"]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("data.source=datasets:nobody/nothing cannot be loaded with data.dataset_split=train")
 
 
 def test_giant_files_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
