@@ -15,7 +15,7 @@ from train.compose import compose
 
 
 def _prepare(settings: Sequence[str]) -> int:
-    prepare_run(compose(settings))
+    prepare_run(compose(settings), histogram=True)
     return 0
 
 
@@ -29,7 +29,10 @@ def _schedule(settings: Sequence[str]) -> int:
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "local": (local, "train on this machine's processes; with --multirun sweep over a grid: a=1,2 b=3"),
-    "prepare": (_prepare, "turn text into token shards: data.source=PATH data.dir=PATH"),
+    "prepare": (
+        _prepare,
+        "turn text, JSON lines, Parquet or a data set into token shards: data.source=PATH data.dir=PATH",
+    ),
     "schedule": (_schedule, "print and draw the recipe over tokens: experiment=NAME out=FILE"),
     "timeline": (timeline, "simulate and draw a pipeline: pipeline.schedule=NAME parallel.pp=N out=FILE"),
     "emulate": (emulate.main, "run a command on an emulated cluster: nodes=2 per_node=2 rate=200mbit -- COMMAND"),

@@ -7,27 +7,35 @@ from train.data.blend import check_epochs, exposure_table, open_stream
 from train.data.config import DataConfig
 from train.data.meta import Meta
 from train.data.prepare_blend import prepare_sources
+from train.data.trouble import BAD, REASONS
 
 
-def prepare_run(config: RunConfig) -> None:
-    """Prepare what a run reads and print what it will see of it. ValueError where `data.max_epochs` forbids the run."""
-    prepare_command(config.data)
-    rows = open_stream(config.data, "train", config.train.seq_len, config.train.seed)
+def prepare_run(config: RunConfig, histogram: bool = False) -> None:
+    """Prepare what a run reads and print what it will see of it. ValueError where `data.max_epochs` forbids the run.
+
+    histogram: whether to draw the documents' lengths, too.
+    """
+    prepare_command(config.data, histogram)
+    try:
+        rows = open_stream(config.data, "train", config.train.seq_len, config.train.seed)
+    except ValueError as error:  # prepared all the same, for a run with shorter sequences
+        print(f"This run cannot read it: {error}", flush=True)
+        return
     print(f"The run reads {config.num_sequences:,} sequences of {config.train.seq_len} tokens:", flush=True)
     print(exposure_table(rows, config.num_sequences), flush=True)
     check_epochs(rows, config.num_sequences, config.data.max_epochs)
 
 
-def prepare_command(config: DataConfig) -> None:
+def prepare_command(config: DataConfig, histogram: bool = False) -> None:
     """Prepare the data of `config` unless it is there, and print what it holds. ValueError as `prepare` raises it."""
     for name, meta in prepare_sources(config, say=lambda line: print(line, flush=True)).items():
         if config.blend:
             print(f"\n{name}", flush=True)
-        print(report(meta), flush=True)
+        print(report(meta, histogram), flush=True)
     print(f"The tokens lie in {config.folder}.", flush=True)
 
 
-def report(meta: Meta) -> str:
+def report(meta: Meta, histogram: bool = False) -> str:
     """What a folder of prepared tokens holds: a table of its splits, and a sentence for all that was passed over."""
     lines = [f"{'split':<8}{'documents':>12}{'MB':>10}{'tokens':>16}{'bytes/token':>13}{'unigram nats':>14}"]
     for name, split in meta.splits.items():
@@ -39,14 +47,33 @@ def report(meta: Meta) -> str:
             f"{split.num_bytes / split.num_tokens:>13.2f}{split.unigram_entropy_nats:>14.4f}"
         )
     lines += list(meta.notes)
-    said = {
-        "cut": "longer than data.max_document_bytes, cut at line ends",
-        "empty": "empty, passed over",
-        "undecodable": "not UTF-8 text, passed over",
-        "unreadable": "could not be read, passed over",
-    }
-    for kind, skipped in meta.skipped.items():
+    lines += _of_the_source(meta, histogram)
+    for reason, skipped in meta.skipped.items():
         if skipped.count:
+            what = REASONS[reason]
+            if reason in BAD:
+                what += ", passed over"
+            elif reason == "duplicate":
+                what += ", left out" if meta.settings["deduplicate"] else ", kept (data.deduplicate=true leaves it out)"
             more = ", ..." if skipped.count > 3 else ""
-            lines.append(f"{said[kind]}: {skipped.count}, {', '.join(skipped.examples[:3])}{more}")
+            lines.append(f"{what}: {skipped.count:,}, {', '.join(skipped.examples[:3])}{more}")
     return "\n".join(lines)
+
+
+def _of_the_source(meta: Meta, histogram: bool) -> list[str]:
+    """Its counts and its documents' lengths; with `histogram` a bar for each power of two."""
+    report = meta.report
+    lengths = report["document_tokens"]
+    shares = ", ".join(f"{lengths[f'p{share}']:,} ({share} %)" for share in (5, 25, 50, 75, 95))
+    lines = [
+        f"source: {report['files']:,} files, {report['documents']:,} documents, {report['bytes'] / 1e6:.2f} MB, "
+        f"{report['tokens']:,} tokens, {report['bytes_per_token']:.2f} bytes/token",
+        f"tokens of a document: {lengths['least']:,} to {lengths['most']:,}, mean {lengths['mean']:.1f}; "
+        f"no more than {shares}",
+    ]
+    if not histogram:
+        return lines
+    most = max(lengths["histogram"].values())
+    for least, count in lengths["histogram"].items():
+        lines.append(f"{int(least):>10,} and more {'#' * max(1, round(40 * count / most))} {count:,}")
+    return lines

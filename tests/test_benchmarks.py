@@ -145,7 +145,7 @@ def test_data(tmp_path: Path) -> None:
     result = run("data", "--source", str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "MB/s" in result.stdout
-    assert len(result.stdout.splitlines()) == 10  # three lines, the head and six rows of the table
+    assert len(result.stdout.splitlines()) == 15  # two lines, two heads, five forms and six sizes of rows
 
 
 def table(output: str) -> dict[str, list[str]]:

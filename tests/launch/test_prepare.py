@@ -56,3 +56,21 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys
         progress.add(500)
     assert not said
     assert "tokenising" in capsys.readouterr().err
+
+
+def test_a_resumed_progress_counts_only_what_is_new_as_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("train.data.progress.time.monotonic", lambda: now[0])
+    said: list[str] = []
+    with Progress("tokenising", 40_000_000, said.append, before_bytes=20_000_000) as progress:
+        now[0] += 10
+        progress.add(10_000_000)
+    assert said == ["tokenising: 30.0 of 40.0 MB, 1.00 MB/s, 10 s to go"]
+
+
+def test_the_lengths_are_drawn_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, meta = prepared(tmp_path)
+    prepare_command(config, histogram=True)
+    drawn = [line.split() for line in capsys.readouterr().out.splitlines() if "and more #" in line]
+    histogram = meta.report["document_tokens"]["histogram"]
+    assert [(line[0].replace(",", ""), int(line[-1])) for line in drawn] == list(histogram.items())

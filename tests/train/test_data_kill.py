@@ -1,5 +1,6 @@
 """What a killed, doubled or broken preparation leaves behind."""
 
+import dataclasses
 import os
 import random
 import shutil
@@ -9,21 +10,26 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.train.data_texts import all_bytes, write_folder
+from tests.train.data_texts import all_bytes, write_folder, write_mixture
 from train.data.config import DataConfig
+from train.data.encode import Encoded
 from train.data.prepare import prepare
 from train.data.tokens import Tokens
+from train.data.writer import Writer
 
 ROOT = Path(__file__).parents[2]
 START = """
 import sys
+import train.data.prepare
 from train.data.config import DataConfig
 from train.data.prepare import prepare
+train.data.prepare._TASK_BYTES, train.data.prepare._JOURNAL_EVERY_S = 3000, 0  # a journal for every few documents
 source, folder, workers, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 config = DataConfig(source=source, dir=folder, vocab_size=280, valid_fraction=0.3, shard_tokens=3000,
-                    num_workers=workers)
+                    num_workers=workers, deduplicate=True)
 """
 # Ends itself by SIGKILL before the n-th of the calls that change what lies on the disk.
 KILL = """
@@ -39,8 +45,9 @@ def deadly(owner, name):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **keywords)
     setattr(owner, name, call)
-for owner, name in ((os, "fsync"), (pathlib.Path, "replace"), (pathlib.Path, "rmdir"), (pathlib.Path, "mkdir"),
-                    (train.data.writer.Writer, "add"), (train.data.tokenizer.Tokenizer, "save")):
+for owner, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (pathlib.Path, "replace"), (pathlib.Path, "mkdir"),
+                    (pathlib.Path, "unlink"), (train.data.writer.Writer, "add"), (train.data.writer.Writer, "counts"),
+                    (train.data.tokenizer.Tokenizer, "save")):
     deadly(owner, name)
 """
 
@@ -53,7 +60,13 @@ def start(source: Path, folder: Path, workers: int = 1, kill_at: int = 0) -> sub
 
 def clean(source: Path, folder: Path) -> dict[str, bytes]:
     config = DataConfig(
-        source=str(source), dir=str(folder), vocab_size=280, valid_fraction=0.3, shard_tokens=3000, num_workers=1
+        source=str(source),
+        dir=str(folder),
+        vocab_size=280,
+        valid_fraction=0.3,
+        shard_tokens=3000,
+        num_workers=1,
+        deduplicate=True,
     )
     prepare(config, lambda line: None)
     return all_bytes(folder)
@@ -62,7 +75,7 @@ def clean(source: Path, folder: Path) -> dict[str, bytes]:
 def test_a_kill_before_any_change_of_the_disk_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
     source, folder = write_folder(tmp_path / "text", 20), tmp_path / "tokens"
     num_kills = 0
-    for kill_at in range(1, 80, 2):  # over what the kills before have left
+    for kill_at in range(1, 200, 3):  # over what the kills before have left
         child = start(source, folder, kill_at=kill_at)
         _, errors = child.communicate(timeout=60)
         if child.returncode == 0:
@@ -114,6 +127,143 @@ def test_a_kill_at_any_moment_ends_the_workers_and_the_next_call_finishes(tmp_pa
     last = start(source, folder, workers=2)
     assert last.communicate(timeout=60) and last.returncode == 0
     assert all_bytes(folder) == clean(source, tmp_path / "clean")
+
+
+def test_killed_calls_go_on_where_they_were(tmp_path: Path) -> None:
+    """Each call lives for a few documents only, with another number of workers: one that started again never ends."""
+    source, folder = tmp_path / "mixture", tmp_path / "tokens"
+    write_mixture(source, num_documents=25)
+    (source / "z.jsonl").write_bytes((source / "b.jsonl").read_bytes())  # left out, also by a call that goes on
+    random_, num_kills = random.Random(3), 0
+    while True:
+        child = start(source, folder, workers=random_.choice([1, 1, 1, 2]), kill_at=random_.randint(15, 40))
+        _, errors = child.communicate(timeout=60)
+        if child.returncode == 0:
+            break
+        assert child.returncode == -signal.SIGKILL, errors
+        num_kills += 1
+        assert num_kills < 30
+    assert num_kills > 5  # so the whole takes more than any call could do
+    assert all_bytes(folder) == clean(source, tmp_path / "clean")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_kills_at_random_moments_change_nothing(tmp_path: Path, seed: int) -> None:
+    random_ = random.Random(seed)
+    source, folder = tmp_path / "mixture", tmp_path / "tokens"
+    write_mixture(source, seed, num_documents=600)
+    num_kills = 0
+    while not (folder / "meta.json").exists():
+        child = start(source, folder, workers=random_.randint(1, 3))
+        try:
+            _, errors = child.communicate(timeout=random_.uniform(0.3, 1.5) + 0.2 * num_kills)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.communicate()
+            num_kills += 1
+        else:
+            assert child.returncode == 0, errors
+    assert num_kills  # on a slower machine more often
+    assert all_bytes(folder) == clean(source, tmp_path / "clean")
+
+
+def stopped_halfway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str = "text", **settings: object
+) -> tuple[DataConfig, dict[str, bytes]]:
+    """A folder in which a call has died after some documents, and what an undisturbed one makes of the same."""
+    source = tmp_path / name
+    if not source.exists():
+        write_folder(source, 30)
+    monkeypatch.setattr("train.data.prepare._TASK_BYTES", 900)
+    monkeypatch.setattr("train.data.prepare._JOURNAL_EVERY_S", 0)
+    values = {"vocab_size": 280, "valid_fraction": 0.3, "shard_tokens": 300, "num_workers": 1}
+    config = DataConfig(**{"source": str(source), "dir": str(tmp_path / "tokens"), **values, **settings})
+    whole = dataclasses.replace(config, dir=str(tmp_path / "whole"), on_bad_document="skip")
+    prepare(whole, lambda line: None)
+    with monkeypatch.context() as patch:
+        left = [7]
+
+        def dying(self: Writer, encoded: Encoded) -> np.ndarray:
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return add(self, encoded)
+
+        add = Writer.add
+        patch.setattr(Writer, "add", dying)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config, lambda line: None)
+    return config, all_bytes(whole.folder)
+
+
+def again(config: DataConfig) -> tuple[dict[str, bytes], list[str]]:
+    said: list[str] = []
+    prepare(config, said.append)
+    return all_bytes(config.folder), said
+
+
+def test_what_lies_behind_the_journal_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, whole = stopped_halfway(tmp_path, monkeypatch)
+    last = [max((config.folder / "partial").glob(f"{split}-0*.bin")) for split in ("train", "valid")]
+    for path in (*last, *(config.folder / "partial").glob("*-documents.bin"), config.folder / "partial" / "hashes.bin"):
+        path.write_bytes(path.read_bytes() + b"torn")
+    (config.folder / "partial" / "train-00099.bin").write_bytes(b"torn")
+    found, said = again(config)
+    assert found == whole and said[0].startswith("going on in")
+
+
+@pytest.mark.parametrize("fault", ["journal", "journal cut", "shard", "documents", "hashes", "tokenizer", "gone"])
+def test_what_cannot_be_gone_on_with_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    config, whole = stopped_halfway(tmp_path, monkeypatch)
+    partial = config.folder / "partial"
+    name = {
+        "shard": "train-00000.bin", "documents": "valid-documents.bin", "hashes": "hashes.bin",
+        "gone": "train-00000.bin", "tokenizer": "tokenizer.json",
+    }.get(fault, "journal.npz")  # fmt: skip
+    content = bytearray((partial / name).read_bytes())
+    if fault == "gone":
+        (partial / name).unlink()
+    elif fault == "journal":
+        content[len(content) // 2] ^= 1
+        (partial / name).write_bytes(content)
+    else:
+        (partial / name).write_bytes(content[: len(content) // 2])
+    found, said = again(config)
+    assert found == whole
+    assert not any(each.startswith("going on") for each in said)
+
+
+def test_another_source_or_other_settings_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _ = stopped_halfway(tmp_path, monkeypatch)
+    path = min((tmp_path / "text").rglob("*.txt"))
+    os.utime(path, ns=(1, 1))
+    _, said = again(config)
+    assert said[0].startswith("preparing")
+    shutil.rmtree(config.folder)
+    config, _ = stopped_halfway(tmp_path, monkeypatch)
+    _, said = again(dataclasses.replace(config, valid_fraction=0.4))
+    assert said[0].startswith("preparing")
+
+
+def test_a_refused_preparation_goes_on_when_it_may_skip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_folder(tmp_path / "text", 30)
+    (source / "zz.txt").write_bytes(b"\xff")
+    config, whole = stopped_halfway(tmp_path, monkeypatch, on_bad_document="refuse")
+    with pytest.raises(ValueError, match=r"zz.txt .*: not UTF-8 text"):
+        prepare(config, lambda line: None)
+    found, said = again(dataclasses.replace(config, on_bad_document="skip"))
+    assert found == whole and said[0].startswith("going on in")
+    shutil.rmtree(config.folder)
+    shutil.rmtree(tmp_path / "whole")
+    (source / "00.txt").write_bytes(b"\xff")  # skipped before the kill: a call that refuses does not go on behind it
+    config, _ = stopped_halfway(tmp_path, monkeypatch)
+    said = []
+    with pytest.raises(ValueError, match=r"00.txt .*: not UTF-8 text"):
+        prepare(dataclasses.replace(config, on_bad_document="refuse"), said.append)
+    assert said[0].startswith("preparing")
 
 
 def test_two_calls_at_once_prepare_once(tmp_path: Path) -> None:

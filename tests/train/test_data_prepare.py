@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.data_texts import all_bytes, prepared, text, write_folder
+from train.data.blocks import Position, cut
 from train.data.config import DataConfig
 from train.data.encode import document_hash
 from train.data.meta import Meta
 from train.data.prepare import prepare
-from train.data.source import cut, open_source
+from train.data.source import open_source
 from train.data.tokenizer import Tokenizer
 from train.data.tokens import Tokens
 
@@ -28,10 +29,9 @@ def straight(config: DataConfig, split: str) -> list[int]:
     source = open_source(config)
     tokenizer = Tokenizer.load(config.folder / "tokenizer.json")
     ids: list[int] = []
-    for index, file in enumerate(source.files):
+    for file in source.files:
         content = (Path(str(config.source)) / file.name).read_bytes()
-        for piece in cut(source, index, config.max_document_bytes):
-            data = content[piece.start : piece.stop]
+        for data in cut(content, config.max_document_bytes):
             if (document_hash(data) < int(config.valid_fraction * 2.0**64)) == (split == "valid"):
                 ids += [*tokenizer.encode([data.decode()])[0].tolist(), tokenizer.eod]
     return ids
@@ -148,16 +148,21 @@ def test_a_giant_document_is_cut_at_lines_and_never_inside_a_character(
     path = tmp_path_factory.mktemp("cut") / "giant"
     content = "".join(parts).encode("utf-8", "ignore")
     path.write_bytes(content)
-    source = open_source(DataConfig(source=str(path)))
-    pieces = cut(source, 0, limit)
-    assert b"".join(content[piece.start : piece.stop] for piece in pieces) == content
-    for piece in pieces[:-1]:
-        part = content[piece.start : piece.stop]
+    pieces = cut(content, limit)
+    assert b"".join(pieces) == content
+    start = 0
+    for part in pieces[:-1]:
         assert 0 < len(part) <= limit
         part.decode()
-        longest_rest = content[piece.stop : piece.start + limit]
+        longest_rest = content[start + len(part) : start + limit]
         assert b"\n" not in longest_rest  # no later line end would have fitted
         assert part.endswith(b"\n") or b"\n" not in part
+        start += len(part)
+    source = open_source(DataConfig(source=str(path), max_document_bytes=limit))
+    blocks = [block for block in source.blocks(Position()) if block.data != ()]
+    assert [block.data for block in blocks] == pieces  # a file is cut while it is read, as a text in memory is
+    for block in blocks:
+        assert [each.data for each in source.blocks(block.at) if each.data != ()] == pieces[block.at.number :]
 
 
 def test_a_second_call_does_nothing_and_says_so(tmp_path: Path) -> None:
@@ -222,7 +227,11 @@ def test_what_is_no_text_is_counted_and_named(tmp_path: Path) -> None:
         valid_fraction=0.4,
     )  # fmt: skip
     meta = prepare(config, quiet)
-    assert meta.skipped["undecodable"].examples == ("binary.txt", "latin.txt", "nul.txt")
+    assert meta.skipped["undecodable"].examples == (
+        "binary.txt (invalid start byte at its byte 0)",
+        "latin.txt (invalid continuation byte at its byte 2)",
+        "nul.txt (it holds a zero byte)",
+    )
     assert meta.skipped["empty"].count == 2
     assert set(meta.skipped["empty"].examples) == {"empty.txt", "blank.txt"}
     assert any(each == "long.txt (700 bytes, into 4 documents)" for each in meta.skipped["cut"].examples)
@@ -242,7 +251,7 @@ def test_a_file_that_vanishes_is_counted(tmp_path: Path, monkeypatch: pytest.Mon
     (source / "short.txt").write_text("short")
     monkeypatch.setattr("train.data.prepare.open_source", lambda config: listed)
     config = DataConfig(source=str(source), dir=str(tmp_path / "t"), vocab_size=280, num_workers=1)
-    assert prepare(config, quiet).skipped["unreadable"].examples == ("short.txt",)
+    assert prepare(config, quiet).skipped["changed"].examples == ("short.txt (5 bytes, not 260)",)
 
 
 def test_sources_without_text_are_refused_in_a_sentence(tmp_path: Path) -> None:
@@ -253,9 +262,9 @@ def test_sources_without_text_are_refused_in_a_sentence(tmp_path: Path) -> None:
     for name, change, why in (
         ("missing", {}, "missing does not exist"),
         ("bare", {}, "holds no file"),
-        ("junk", {}, r"holds no text: its documents are 1 undecodable"),
+        ("junk", {}, r"holds no text: its documents are 1 empty, 1 undecodable"),
         ("junk", {"suffixes": (".txt", ".md")}, r"holds no file whose name ends in .txt or .md"),
-        ("junk/b.bin", {}, "holds no text: its files are empty"),
+        ("junk/b.bin", {}, "holds no text: its documents are 1 empty"),
         ("junk", {"tokenizer": str(tmp_path / "no.json")}, "no.json cannot be used"),
         ("junk", {"end_of_document": "</s>"}, "data.end_of_document=</s>.*data.tokenizer is null"),
     ):
@@ -296,7 +305,7 @@ def test_the_default_source_is_this_pythons_own_library() -> None:
     assert names == sorted(names)
     assert {"os.py", "json/decoder.py", "asyncio/tasks.py"} <= set(names)
     assert not any("site-packages" in name or "/test/" in name or not name.endswith(".py") for name in names)
-    assert source.num_bytes > 5e6
+    assert sum(file.num_bytes for file in source.files) > 5e6
     assert DataConfig().folder.parts[0] == "data"
 
 

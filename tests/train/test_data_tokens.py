@@ -66,6 +66,17 @@ def damaged(path: Path, fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["removed", "cut", "longer", "changed"])
+def test_a_shard_that_changes_under_a_run_is_refused_at_the_next_read(tmp_path: Path, fault: str) -> None:
+    config, _ = prepared(tmp_path)
+    tokens = Tokens.open(config.folder, "train")
+    assert len(tokens.read(500, 1000)) == 500
+    damaged(config.folder / "train-00001.bin", fault)
+    with pytest.raises(ValueError, match=r"train-00001.bin was changed or removed while it was read"):
+        tokens.read(999, 1001)
+    assert len(tokens.read(0, 500)) == 500  # the others are as they were
+
+
+@pytest.mark.parametrize("fault", ["removed", "cut", "longer", "changed"])
 @pytest.mark.parametrize("name", ["train-00001.bin", "valid-00000.bin", "train-documents.bin", "tokenizer.json"])
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, fault: str, name: str) -> None:
     config, _ = prepared(tmp_path)

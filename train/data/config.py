@@ -16,6 +16,10 @@ from typing import Any
 
 # 256 bytes and the token that ends a document: the smallest byte-level vocabulary.
 MIN_VOCAB_SIZE = 257
+# Before the name of a data set of the `datasets` library.
+DATASETS = "datasets:"
+FORMATS = ("auto", "text", "jsonl", "parquet")
+ON_BAD_DOCUMENT = ("skip", "refuse")
 
 
 # What DeepSeek's tokenizers call the tokens of fill-in-the-middle: begin, hole, end.
@@ -59,10 +63,19 @@ class BlendSource:
 class DataConfig:
     """Which text is trained on, and how it is cut and stored.
 
-    source: a text file or a folder of text files; null is the Python standard library's own sources.
+    source: a file, or a folder of files, of plain text, JSON lines or Parquet, compressed or not; a folder that
+        `datasets` has saved; `datasets:` and what that library can load; null is the Python standard library's own
+        sources.
     dir: where the prepared tokens live; null is `data/<name>-<settings>` in the working directory, so that
         other settings find another place by themselves.
     suffixes: of a folder, only files whose names end so; empty takes every file that holds text.
+    format: what every file is; `auto` goes by the endings of their names, and takes the others for plain text.
+    text_field: the field of a line's object, or the column of a table, that holds the text.
+    dataset_name, dataset_split, dataset_files: of a data set: its configuration, its split, and the files that a
+        builder such as `datasets:json` reads.
+    on_bad_document: what happens to documents and files that cannot be used, empty ones included: `skip` counts them
+        and goes on, `refuse` stops at the first.
+    deduplicate: whether of documents with the same text only the first is kept.
     tokenizer: a `tokenizer.json`; null trains byte-level BPE on the source.
     end_of_document: text of the token that ends a document; null finds the tokenizer's own.
     vocab_size: every token id is below it: the size to train, or the most that a given tokenizer may have.
@@ -83,6 +96,13 @@ class DataConfig:
     source: str | None = None
     dir: str | None = None
     suffixes: tuple[str, ...] = ()
+    format: str = "auto"
+    text_field: str = "text"
+    dataset_name: str | None = None
+    dataset_split: str = "train"
+    dataset_files: tuple[str, ...] = ()
+    on_bad_document: str = "skip"
+    deduplicate: bool = False
     tokenizer: str | None = None
     end_of_document: str | None = None
     vocab_size: int = 2048
@@ -99,20 +119,32 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.suffixes, str):
-            raise ValueError(f"data.suffixes={self.suffixes} must be a list, as in [{self.suffixes}]")
-        for key in ("suffixes", "blend", "fim_tokens"):  # a configuration file gives lists
-            object.__setattr__(self, key, tuple(getattr(self, key)))
+        for key in ("suffixes", "dataset_files", "blend", "fim_tokens"):
+            value = getattr(self, key)
+            if isinstance(value, str):
+                raise ValueError(f"data.{key}={value} must be a list, as in [{value}]")
+            object.__setattr__(self, key, tuple(value))  # a configuration file gives a list
         self.check()
 
     def check(self) -> None:
         """Raise ValueError, naming field, value and rule, where this configuration is illegal by itself."""
-        for field in ("source", "dir", "tokenizer", "end_of_document"):
-            if getattr(self, field) == "":
-                raise ValueError(f"data.{field} is empty: name one, or leave it null for the default")
+        for field in ("source", "dir", "tokenizer", "end_of_document", "text_field", "dataset_name", "dataset_split"):
+            if getattr(self, field) in ("", DATASETS):
+                raise ValueError(f"data.{field}={getattr(self, field)} is empty: name one, or leave it out")
+        for field, words in (("format", FORMATS), ("on_bad_document", ON_BAD_DOCUMENT)):
+            if getattr(self, field) not in words:
+                raise ValueError(f"data.{field}={getattr(self, field)} must be one of {', '.join(words)}")
+        for name in self.dataset_files:
+            if not isinstance(name, str) or not name:
+                raise ValueError(f"data.dataset_files={list(self.dataset_files)} must hold names of files")
+        if (self.dataset_files or self.dataset_name) and not (self.source or "").startswith(DATASETS):
+            field = "dataset_files" if self.dataset_files else "dataset_name"
+            raise ValueError(f"data.{field} belongs to a data.source that begins with {DATASETS}")
         for suffix in self.suffixes:
             if not isinstance(suffix, str) or not suffix:
                 raise ValueError(f"data.suffixes={list(self.suffixes)} must hold file name endings such as .txt")
+        if not isinstance(self.deduplicate, bool):
+            raise ValueError(f"data.deduplicate={self.deduplicate!r} must be true or false")
         _at_least("vocab_size", self.vocab_size, MIN_VOCAB_SIZE, "256 bytes and the end of a document")
         _at_least("max_document_bytes", self.max_document_bytes, 64, "a document has to hold some lines")
         _at_least("shard_tokens", self.shard_tokens, 1, "a shard holds tokens")
@@ -155,7 +187,7 @@ class DataConfig:
             return "-".join(each.name for each in self.blend)
         if self.source is None:
             return f"python-{platform.python_version()}"
-        return Path(os.path.abspath(self.source)).stem or "root"
+        return Path(os.path.abspath(self.source.removeprefix(DATASETS))).stem or "root"
 
     @property
     def folder(self) -> Path:
@@ -180,8 +212,14 @@ class DataConfig:
     def settings(self) -> dict[str, object]:
         """All that the prepared tokens depend on, apart from the contents of files: plain values, for a JSON file."""
         return {
-            "source": self.name if self.source is None else os.path.abspath(self.source),
+            "source": self.name if self.source is None else _place(self.source),
             "suffixes": list(self.suffixes),
+            "format": self.format,
+            "text_field": self.text_field,
+            "dataset_name": self.dataset_name,
+            "dataset_split": self.dataset_split,
+            "dataset_files": list(self.dataset_files),
+            "deduplicate": self.deduplicate,
             "tokenizer": None if self.tokenizer is None else os.path.abspath(self.tokenizer),
             "end_of_document": self.end_of_document,
             "vocab_size": self.vocab_size,
@@ -199,10 +237,17 @@ class DataConfig:
         """Weights count only where the tokenizer is trained by them: prepared sources can be weighed anew."""
         if not self.blend:
             return {}
-        source = {each.name: each.source and os.path.abspath(each.source) for each in self.blend}
-        blend = {each.name: [source[each.name], each.settings] for each in self.blend}
+        blend = {each.name: [each.source and _place(each.source), each.settings] for each in self.blend}
         weights = None if self.tokenizer else {each.name: each.weight for each in self.blend}
         return {"blend": blend, "weights": weights}
+
+
+def _place(source: str) -> str:
+    """A source in a form that does not depend on the working directory."""
+    if source.startswith(DATASETS):
+        local = source.removeprefix(DATASETS)
+        return DATASETS + (os.path.abspath(local) if os.path.exists(local) else local)
+    return os.path.abspath(source)
 
 
 def _at_least(field: str, value: int, least: int, why: str) -> None:

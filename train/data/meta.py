@@ -3,8 +3,10 @@
 meta.json              counts, settings, checksums
 tokenizer.json         the tokenizer of these tokens
 files.json             paths of the source's files, one a line
+report.json            counts and lengths of the source (see train/data/report.py)
 train-00000.bin ...    token ids, little-endian, `shard_tokens` a file, the last one shorter
-train-documents.bin    int64 [num_documents, 4]: token after the document, file, first byte, byte after the last
+train-documents.bin    int64 [num_documents, 4]: token after the document, file, and its place there: first byte and
+                       byte after the last (in JSON lines of its line), or row and row after it; of uncompressed text
 valid-...              the same for the validation split
 """
 
@@ -18,11 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.data.trouble import Skipped
+
 META = "meta.json"
 TOKENIZER = "tokenizer.json"
 FILES = "files.json"
 SPLITS = ("train", "valid")
-_FORMAT = "halocline tokens 1"
+_FORMAT = "halocline tokens 2"
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,6 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """Documents of one kind that were passed over or cut: how many, and the first few of them in words."""
-
-    count: int
-    examples: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Meta:
     """The contents of `meta.json`. Nothing in it depends on the machine's speed, the time or the number of workers."""
 
@@ -71,6 +67,7 @@ class Meta:
     splits: dict[str, Split]
     skipped: dict[str, Skipped]
     notes: tuple[str, ...]
+    report: dict[str, Any]
     files: dict[str, FileSum]
 
     @property
@@ -79,18 +76,18 @@ class Meta:
         shards = {name: self.files[name].sha256 for split in self.splits.values() for name in split.shards}
         return _digest([self.tokenizer_digest, self.eod, self.dtype, self.settings["shard_tokens"], shards])
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, name: str = META) -> None:
         """Write `meta.json` aside, flush it, rename it into place."""
         body = dataclasses.asdict(self)
         aside = folder / f"{META}.aside"
         write_flushed(aside, json.dumps({"format": _FORMAT, "sha256": _digest(body), **body}, indent=1).encode())
-        aside.replace(folder / META)
+        aside.replace(folder / name)
         flush_folder(folder)
 
     @classmethod
-    def load(cls, folder: Path) -> Meta:
+    def load(cls, folder: Path, name: str = META) -> Meta:
         """Read `meta.json`. ValueError when there is none (not prepared, or not to the end) or it was changed."""
-        path = folder / META
+        path = folder / name
         try:
             body = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -131,6 +128,11 @@ class Meta:
         self.check_sizes(folder)
         for name, expected in self.files.items():
             if sha256_of(folder / name) != expected.sha256:
+                if name == TOKENIZER:
+                    raise ValueError(
+                        f"{folder / name} is another tokenizer than the one that these tokens were made with; "
+                        f"remove {folder} and prepare it again"
+                    )
                 raise ValueError(
                     f"{folder / name} does not have the checksum that {META} holds: it was changed; "
                     f"remove {folder} and prepare it again"

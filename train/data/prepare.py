@@ -1,245 +1,289 @@
 """Text to token shards: in parallel, the same bytes whatever the number of workers, whole or not there at all.
 
-Everything is written in `<folder>/partial`, read back, and moved into place; `meta.json` comes last. A call that is
-killed leaves a folder without it, which nothing takes for prepared data; the next call starts again. A folder that is
-whole is checked and left alone, and refused where its settings or its source's files are not those that were asked for.
+One process reads the source in order, workers parse and encode, and their results are written in order. Everything is
+written in `<folder>/partial`, read back, and moved into place; `meta.json` comes last. A call that is killed leaves a
+folder without it, which nothing takes for prepared data; the next call goes on where the journal says that the killed
+one was. A folder that is whole is checked and left alone, and refused where its settings or its source's files are not
+those that were asked for.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
+
+from train.data import journal
+from train.data.blocks import Block, Position, Trouble
 from train.data.config import DataConfig
-from train.data.encode import Task, document_hash, read_text
-from train.data.encoder import Variations, fim_ids
-from train.data.meta import FILES, META, SPLITS, TOKENIZER, FileSum, Meta, Skipped, Split, flush_folder, write_flushed
+from train.data.encode import Recipe, Task
+from train.data.encoder import Variations
+from train.data.folder import PARTIAL, READY, alone_in, check_prepared, clear, given_tokenizer, refuse_strangers
+from train.data.journal import Progressed
+from train.data.meta import FILES, META, SPLITS, TOKENIZER, FileSum, Meta, Split, flush_folder, write_flushed
 from train.data.progress import Progress
-from train.data.source import Piece, Source, cut, open_source
+from train.data.report import REPORT, report_of
+from train.data.sample import SAMPLE_BYTES, sample
+from train.data.source import Source, digest_of, num_bytes_of, open_source, walk
 from train.data.tokenizer import Tokenizer
+from train.data.trouble import BAD, Troubles
 from train.data.workers import encode_in_order
-from train.data.writer import Writer
+from train.data.writer import HASHES, Writer
 
-_PARTIAL, _LOCK = "partial", ".lock"
-# Text that the tokenizer is trained on: more takes longer and hardly shortens the result (3.19 bytes per token
-# from 4 MB or all 12 MB of the standard library, 2048 tokens).
-SAMPLE_BYTES = 6 << 20
 _TASK_BYTES = 1 << 20  # work handed to a worker at a time
-_NUM_EXAMPLES = 10  # of each kind of trouble, in the report
-
-Trouble = dict[str, list[str]]  # kind -> documents, in words
+_JOURNAL_EVERY_S = 5.0  # what a kill can cost
 
 
 def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Meta:
     """Prepare the tokens of `config` in `config.folder` unless they are there; return what lies there.
 
     say: is given progress and what was done, in sentences.
-    Raises ValueError when the source is missing, unreadable or without text, when the folder holds something else or
-    has been changed, and when it cannot be written or a worker dies.
+    Raises ValueError when the source is missing, unreadable or without text, when it holds what
+    `data.on_bad_document` refuses, when the folder holds something else or has been changed, and when it cannot be
+    written or a worker dies.
     """
     folder = config.folder
     if (folder / META).exists():
-        return _check_prepared(config, folder, say)
+        return check_prepared(config, folder, say)
     source = open_source(config)
     tokenizer = given_tokenizer(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _refuse_strangers(folder)
-        with _alone_in(folder, say):
+        refuse_strangers(folder)
+        with alone_in(folder, say):
             if (folder / META).exists():  # by the process that this one has waited for
-                return _check_prepared(config, folder, say)
-            _clear(folder)
-            return _prepare(config, source, tokenizer, folder, say)
+                return check_prepared(config, folder, say)
+            return _Preparation(config, source, tokenizer, folder, say).run()
     except OSError as error:
         raise ValueError(f"data.dir={folder} could not be prepared: {error}") from None
 
 
-def _prepare(
-    config: DataConfig, source: Source, tokenizer: Tokenizer | None, folder: Path, say: Callable[[str], None]
-) -> Meta:
-    say(f"preparing {source.root}: {len(source.files)} files, {source.num_bytes / 1e6:.1f} MB, into {folder}")
-    partial = folder / _PARTIAL
-    partial.mkdir()
-    trouble: Trouble = {kind: [] for kind in ("empty", "undecodable", "unreadable", "cut")}
-    trouble["unreadable"] += source.unreadable
-    pieces = _plan(source, config.max_document_bytes, trouble)
-    if tokenizer is None:
+class _Preparation:
+    """One call's work on a folder that it holds alone."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        source: Source,
+        tokenizer: Tokenizer | None,
+        folder: Path,
+        say: Callable[[str], None],
+    ) -> None:
+        self._config, self._source, self._folder, self._say = config, source, folder, say
+        self._given, self._partial = tokenizer, folder / PARTIAL
+        self._dtype = "<u2" if config.vocab_size <= 1 << 16 else "<u4"
+        parts = [config.settings(), digest_of(source, times=True), tokenizer.digest if tokenizer else None]
+        self._identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def run(self) -> Meta:
+        """Start, or go on, and finish."""
+        meta = self._described()
+        if meta is None:
+            since, tokenizer, writer = self._since() or self._start()
+            written = self._write(since, tokenizer, writer)
+            meta = self._describe(*written, tokenizer)
+        return self._publish(meta)
+
+    def _start(self) -> tuple[Progressed, Tokenizer, Writer]:
+        """An empty folder with a tokenizer."""
+        clear(self._folder)
+        self._partial.mkdir()
+        source, threshold = self._source, _threshold(self._config)
+        size = f"{len(source.files)} files, {num_bytes_of(source) / 1e6:.1f} MB"
+        self._say(f"preparing {source.said.removeprefix('data.source=')}: {size}, into {self._folder}")
+        troubles = self._troubles(None)
+        troubles.add_unlisted(source.unreadable)
+        tokenizer = self._given
+        if tokenizer is None:
+            tokenizer = self._train(threshold)
+        tokenizer.save(self._partial / TOKENIZER)
+        since = Progressed(self._identity, threshold, (), Position(), 0, troubles.skipped(), None, {})
+        journal.save(since, self._partial)
+        return since, tokenizer, self._writer(since)
+
+    def _train(self, threshold: int) -> Tokenizer:
+        config = self._config
         special = config.fim_tokens if config.fim_rate else ()
-        sample = _sample(source, pieces, _threshold(config), SAMPLE_BYTES)
-        tokenizer = Tokenizer.train(sample, config.vocab_size, special)
-        say(f"trained a tokenizer: byte-level BPE with {tokenizer.vocab_size} tokens")
-    tokenizer.save(partial / TOKENIZER)
-    tasks = _tasks(source, pieces, tokenizer, partial, "<u2" if config.vocab_size <= 1 << 16 else "<u4", _variations(config))
-    written, notes = _write(config, source, tasks, partial, say)
-    for why, file, start in written.skipped:
-        name = source.files[file].name
-        trouble[why].append(name if start == 0 else f"{name} (from byte {start})")
-    names = ",\n".join(json.dumps(file.name) for file in source.files)
-    files = {
-        **written.files,
-        TOKENIZER: FileSum((partial / TOKENIZER).stat().st_size, tokenizer.digest),
-        FILES: write_flushed(partial / FILES, f"[\n{names}\n]\n".encode()),
-    }
-    meta = Meta(
-        settings=config.settings(),
-        source_num_files=len(source.files),
-        source_num_bytes=source.num_bytes,
-        source_digest=source.digest(),
-        dtype=tasks[0].dtype,
-        vocab_size=tokenizer.vocab_size,
-        eod=tokenizer.eod,
-        tokenizer_digest=tokenizer.digest,
-        splits=written.splits,
-        skipped={kind: Skipped(len(each), tuple(each[:_NUM_EXAMPLES])) for kind, each in trouble.items()},
-        notes=notes,
-        files=dict(sorted(files.items())),
-    )
-    _publish(meta, partial, folder)
-    return meta
+        text = sample(self._source, config, threshold, SAMPLE_BYTES)
+        tokenizer = Tokenizer.train(text, config.vocab_size, special)
+        self._say(f"trained a tokenizer: byte-level BPE with {tokenizer.vocab_size} tokens")
+        return tokenizer
 
-
-def _publish(meta: Meta, partial: Path, folder: Path) -> None:
-    """Move the finished files into place, and only when the disk has them there say so in `meta.json`."""
-    for name in meta.files:
-        (partial / name).replace(folder / name)
-    partial.rmdir()
-    flush_folder(folder)
-    meta.save(folder)
-
-
-def _plan(source: Source, max_document_bytes: int, trouble: Trouble) -> list[Piece]:
-    """The documents of all files, in order; what is empty, unreadable or too long is noted."""
-    pieces: list[Piece] = []
-    for index, file in enumerate(source.files):
-        if not file.num_bytes:
-            trouble["empty"].append(file.name)
-            continue
+    def _since(self) -> tuple[Progressed, Tokenizer, Writer] | None:
+        """Where a killed call has stopped; null when there is nothing to go on from."""
+        since = journal.load(self._partial, self._identity)
+        if since is None or (self._config.on_bad_document == "refuse" and self._troubles(since).num_bad):
+            return None
+        clear(self._folder, keep=PARTIAL)
         try:
-            found = cut(source, index, max_document_bytes)
-        except OSError:
-            trouble["unreadable"].append(file.name)
-            continue
-        if len(found) > 1:
-            trouble["cut"].append(f"{file.name} ({file.num_bytes} bytes, into {len(found)} documents)")
-        pieces += found
-    return pieces
+            tokenizer = Tokenizer.load(self._partial / TOKENIZER, self._config.end_of_document)
+            writer = self._writer(since)
+        except (OSError, ValueError) as error:
+            self._say(f"what an earlier call has left in {self._partial} cannot be used: {error}; starting again")
+            return None
+        total = num_bytes_of(self._source)
+        self._say(f"going on in {self._folder}, after {since.disk_bytes / 1e6:.1f} of {total / 1e6:.1f} MB")
+        return since, tokenizer, writer
+
+    def _writer(self, since: Progressed) -> Writer:
+        return Writer(
+            self._partial, self._dtype, self._config.shard_tokens, since.threshold, self._config.deduplicate,
+            since.writer, since.counts,
+        )  # fmt: skip
+
+    def _troubles(self, since: Progressed | None) -> Troubles:
+        files = self._source.files
+        troubles = Troubles(lambda file: files[file].name, self._config.on_bad_document == "refuse")
+        if since is not None:
+            troubles.restore(since.troubles)
+        return troubles
+
+    def _write(
+        self, since: Progressed, tokenizer: Tokenizer, writer: Writer
+    ) -> tuple[Progressed, dict[str, Split], dict[str, FileSum]]:
+        """Encode and write; when the hashes leave one split without a document, move the nearest one over and repeat."""
+        config, said = self._config, self._source.said
+        while True:
+            since = self._encode(since, tokenizer, writer)
+            splits, files = writer.close()
+            num_documents = sum(split.num_documents for split in splits.values())
+            if not num_documents:
+                raise ValueError(f"{said} holds no text: {_in_words(self._troubles(since))}")
+            bare = [name for name in SPLITS if not splits[name].num_documents]
+            if not bare or not config.valid_fraction:
+                return since, splits, files
+            if writer.least_hash == writer.largest_hash:
+                raise ValueError(
+                    f"{said} holds one document ({num_documents} times), and data.valid_fraction="
+                    f"{config.valid_fraction} asks for two splits: add text, lower data.max_document_bytes="
+                    f"{config.max_document_bytes} so that it is cut, or set data.valid_fraction=0"
+                )
+            note = (
+                f"data.valid_fraction={config.valid_fraction} left no document to {bare[0]} among {num_documents}: "
+                "the one with the nearest hash was moved there"
+            )
+            nearest = writer.least_hash + 1 if bare == ["valid"] else writer.largest_hash
+            unlisted = self._troubles(None)
+            unlisted.add_unlisted(self._source.unreadable)
+            since = Progressed(self._identity, nearest, (note,), Position(), 0, unlisted.skipped(), None, {})
+            journal.save(since, self._partial)
+            for path in self._partial.glob("*.bin"):
+                path.unlink()
+            writer = self._writer(since)
+
+    def _encode(self, since: Progressed, tokenizer: Tokenizer, writer: Writer) -> Progressed:
+        """Encode and write all that lies behind `since`, and keep the journal."""
+        troubles, config = self._troubles(since), self._config
+        recipe = Recipe(
+            str(self._partial / TOKENIZER), tokenizer.digest, tokenizer.end_of_document, self._dtype,
+            Variations(config.fim_rate, config.fim_tokens, config.split_merged_rate, config.seed),
+            config.text_field, config.max_document_bytes,
+        )  # fmt: skip
+        total, saved_s = num_bytes_of(self._source), time.monotonic()
+        tasks = _tasks(walk(self._source, since.position), recipe)
+        with Progress("tokenising", total, self._say, since.disk_bytes) as progress:
+            for encoded in encode_in_order(tasks, _num_workers(config, total)):
+                duplicates = writer.add(encoded)
+                troubles.add(encoded.troubles)
+                troubles.add(map(_duplicate, duplicates))
+                progress.add(encoded.disk_bytes)
+                since = since._replace(position=encoded.next, disk_bytes=since.disk_bytes + encoded.disk_bytes)
+                if time.monotonic() - saved_s >= _JOURNAL_EVERY_S:
+                    since = self._save(since, troubles, writer)
+                    saved_s = time.monotonic()
+        return self._save(since, troubles, writer)
+
+    def _save(self, since: Progressed, troubles: Troubles, writer: Writer) -> Progressed:
+        since = since._replace(troubles=troubles.skipped(), writer=writer.state(), counts=writer.counts())
+        journal.save(since, self._partial)
+        return since
+
+    def _describe(
+        self, end: Progressed, splits: dict[str, Split], files: dict[str, FileSum], tokenizer: Tokenizer
+    ) -> Meta:
+        """Write what goes beside the tokens, and say so where the next call finds it."""
+        source, partial = self._source, self._partial
+        report = report_of(partial, len(source.files), splits, end.troubles)
+        names = ",\n".join(json.dumps(file.name) for file in source.files)
+        files = {
+            **files,
+            TOKENIZER: FileSum((partial / TOKENIZER).stat().st_size, tokenizer.digest),
+            FILES: write_flushed(partial / FILES, f"[\n{names}\n]\n".encode()),
+            REPORT: write_flushed(partial / REPORT, (json.dumps(report, indent=1) + "\n").encode()),
+        }
+        meta = Meta(
+            settings=self._config.settings(),
+            source_num_files=len(source.files),
+            source_num_bytes=num_bytes_of(source),
+            source_digest=digest_of(source),
+            dtype=self._dtype,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+            tokenizer_digest=tokenizer.digest,
+            splits=splits,
+            skipped=end.troubles,
+            notes=end.notes,
+            report=report,
+            files=dict(sorted(files.items())),
+        )
+        meta.save(self._folder, READY)
+        return meta
+
+    def _described(self) -> Meta | None:
+        """What a call has left that was killed while it moved its files into place; null when there is none."""
+        try:
+            meta = Meta.load(self._folder, READY)
+        except ValueError:
+            return None
+        same = meta.settings == self._config.settings() and meta.source_digest == digest_of(self._source)
+        refused = self._config.on_bad_document == "refuse" and any(meta.skipped[reason].count for reason in BAD)
+        same &= self._given is None or self._given.digest == meta.tokenizer_digest
+        return meta if same and not refused else None
+
+    def _publish(self, meta: Meta) -> Meta:
+        """Move the finished files into place, and only when the disk has them there say so in `meta.json`."""
+        for name in meta.files:
+            if (self._partial / name).exists():
+                (self._partial / name).replace(self._folder / name)
+        meta.check_sizes(self._folder)
+        if self._partial.exists():
+            for name in (HASHES, journal.JOURNAL):
+                (self._partial / name).unlink(missing_ok=True)
+            shutil.rmtree(self._partial)
+        flush_folder(self._folder)
+        (self._folder / READY).replace(self._folder / META)
+        flush_folder(self._folder)
+        return meta
+
+
+def _tasks(blocks: Iterator[Block], recipe: Recipe) -> Iterator[Task]:
+    """Blocks in groups of about `_TASK_BYTES`."""
+    group: list[Block] = []
+    weight = 0
+    for block in blocks:
+        group.append(block)
+        weight += block.weight
+        if weight >= _TASK_BYTES:
+            yield Task(recipe, tuple(group))
+            group, weight = [], 0
+    if group:
+        yield Task(recipe, tuple(group))
 
 
 def sample_text(config: DataConfig, num_bytes: int) -> Iterator[str]:
     """About so many bytes of a source's training documents, the same ones every time."""
-    source = open_source(config)
-    trouble: Trouble = {kind: [] for kind in ("empty", "unreadable", "cut")}
-    return _sample(source, _plan(source, config.max_document_bytes, trouble), _threshold(config), num_bytes)
+    return sample(open_source(config), config, _threshold(config), num_bytes)
 
 
-def _sample(source: Source, pieces: list[Piece], threshold: int, num_bytes: int) -> Iterator[str]:
-    """Text for the tokenizer: training documents in the order of their places' hashes, until there is enough."""
-
-    def place(piece: Piece) -> bytes:
-        name = os.fsencode(source.files[piece.file].name)
-        return hashlib.blake2b(b"%s\0%d" % (name, piece.start), digest_size=8).digest()
-
-    left = num_bytes
-    for piece in sorted(pieces, key=place):
-        if left <= 0:
-            return
-        try:
-            text, data = read_text(str(source.path(piece.file)), piece.start, piece.stop)
-        except ValueError:
-            continue
-        if document_hash(data) >= threshold:
-            left -= len(data)
-            yield text
-
-
-def _tasks(
-    source: Source, pieces: list[Piece], tokenizer: Tokenizer, partial: Path, dtype: str, variations: Variations
-) -> list[Task]:
-    """Pieces in groups of about `_TASK_BYTES`."""
-    groups: list[list[Piece]] = [[]]
-    room = _TASK_BYTES
-    for piece in pieces:
-        if room <= 0:
-            groups.append([])
-            room = _TASK_BYTES
-        groups[-1].append(piece)
-        room -= piece.stop - piece.start
-    path = str(partial / TOKENIZER)
-    return [
-        Task(
-            path,
-            tokenizer.digest,
-            tokenizer.end_of_document,
-            dtype,
-            variations,
-            tuple(group),
-            tuple(str(source.path(piece.file)) for piece in group),
-        )
-        for group in groups
-    ]
-
-
-class _Written(NamedTuple):
-    """What one round of encoding has written, and the pieces that it passed over."""
-
-    splits: dict[str, Split]
-    files: dict[str, FileSum]
-    skipped: list[tuple[str, int, int]]
-    least_hash: int
-    largest_hash: int
-
-
-def _write(
-    config: DataConfig, source: Source, tasks: list[Task], partial: Path, say: Callable[[str], None]
-) -> tuple[_Written, tuple[str, ...]]:
-    """Encode and write; when the hashes leave one split without a document, move the nearest one over and repeat."""
-    written = _write_once(config, source, tasks, partial, _threshold(config), say)
-    num_documents = sum(split.num_documents for split in written.splits.values())
-    if not num_documents:
-        raise ValueError(f"data.source={source.root} holds no text: {_in_words(written.skipped)}")
-    bare = [name for name in SPLITS if not written.splits[name].num_documents]
-    if not bare or not config.valid_fraction:
-        return written, ()
-    if written.least_hash == written.largest_hash:
-        raise ValueError(
-            f"data.source={source.root} holds one document ({num_documents} times), and data.valid_fraction="
-            f"{config.valid_fraction} asks for two splits: add text, lower data.max_document_bytes="
-            f"{config.max_document_bytes} so that it is cut, or set data.valid_fraction=0"
-        )
-    for path in partial.glob("*.bin"):
-        path.unlink()
-    nearest = written.least_hash + 1 if bare == ["valid"] else written.largest_hash
-    note = (
-        f"data.valid_fraction={config.valid_fraction} left no document to {bare[0]} among {num_documents}: "
-        "the one with the nearest hash was moved there"
-    )
-    return _write_once(config, source, tasks, partial, nearest, say), (note,)
-
-
-def _write_once(
-    config: DataConfig, source: Source, tasks: list[Task], partial: Path, threshold: int, say: Callable[[str], None]
-) -> _Written:
-    """Encode all tasks; documents with hashes below `threshold` validate."""
-    writer = Writer(partial, tasks[0].dtype, config.shard_tokens, threshold)
-    skipped: list[tuple[str, int, int]] = []
-    with Progress("tokenising", source.num_bytes, say) as progress:
-        for encoded in encode_in_order(tasks, _num_workers(config, source)):
-            writer.add(encoded)
-            skipped += encoded.skipped
-            progress.add(encoded.num_bytes)
-    splits, files = writer.close()
-    return _Written(splits, files, skipped, writer.least_hash, writer.largest_hash)
-
-
-def _variations(config: DataConfig) -> Variations:
-    return Variations(config.fim_rate, config.fim_tokens, config.split_merged_rate, config.seed)
+def _duplicate(place: np.ndarray) -> Trouble:
+    file, start, _ = (int(value) for value in place)
+    return Trouble("duplicate", file, f"at {start}" if start else "")
 
 
 def _threshold(config: DataConfig) -> int:
@@ -247,90 +291,14 @@ def _threshold(config: DataConfig) -> int:
     return int(config.valid_fraction * 2.0**64)
 
 
-def _in_words(skipped: list[tuple[str, int, int]]) -> str:
-    """What became of all pieces when none became a document."""
-    counts = {why: sum(each[0] == why for each in skipped) for why in ("empty", "undecodable", "unreadable")}
-    found = ", ".join(f"{count} {why}" for why, count in counts.items() if count)
-    return f"its documents are {found} (text is UTF-8)" if found else "its files are empty or could not be read"
+def _in_words(troubles: Troubles) -> str:
+    """What became of all documents when none was one."""
+    found = troubles.found()
+    return f"its documents are {found} (text is UTF-8)" if found else "its files hold no documents"
 
 
-def _num_workers(config: DataConfig, source: Source) -> int:
+def _num_workers(config: DataConfig, num_bytes: int) -> int:
     """As configured; by default no more than cores, and one per few megabytes: starting one costs half a second."""
     if config.num_workers:
         return config.num_workers
-    return max(1, min(len(os.sched_getaffinity(0)), source.num_bytes // (2 << 20)))
-
-
-def given_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """The tokenizer of `data.tokenizer`; null when one is to be trained. ValueError when it cannot be used."""
-    if config.tokenizer is None:
-        if config.end_of_document is not None:
-            raise ValueError(
-                f"data.end_of_document={config.end_of_document} names a token of a given tokenizer, "
-                "and data.tokenizer is null"
-            )
-        return None
-    tokenizer = Tokenizer.load(config.tokenizer, config.end_of_document)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"data.vocab_size={config.vocab_size} is below the {tokenizer.vocab_size} tokens "
-            f"of data.tokenizer={config.tokenizer}"
-        )
-    if config.fim_rate:
-        fim_ids(tokenizer, config.fim_tokens)
-    return tokenizer
-
-
-def _check_prepared(config: DataConfig, folder: Path, say: Callable[[str], None]) -> Meta:
-    """Prepared data that is there already: whole, unchanged, and what `config` asks for. ValueError otherwise."""
-    meta = Meta.load(folder)
-    remedy = f"name another data.dir, or remove {folder} to prepare it again"
-    for key, asked in config.settings().items():
-        if meta.settings.get(key) != asked:
-            raise ValueError(f"{folder} was prepared with data.{key}={meta.settings.get(key)}, not {asked}: {remedy}")
-    if config.tokenizer is not None:
-        tokenizer = given_tokenizer(config)
-        if tokenizer is not None and tokenizer.digest != meta.tokenizer_digest:
-            raise ValueError(f"{folder} was prepared with another text of data.tokenizer={config.tokenizer}: {remedy}")
-    meta.check_contents(folder)
-    if config.source is not None and not Path(config.source).exists():
-        say(f"{folder} is prepared and whole; its source {config.source} is no longer there, the tokens are used")
-        return meta
-    source = open_source(config)
-    if source.digest() != meta.source_digest:
-        raise ValueError(
-            f"{folder} was prepared from {meta.source_num_files} files with {meta.source_num_bytes} bytes, and "
-            f"{source.root} now holds {len(source.files)} with {source.num_bytes}: its names or sizes changed; {remedy}"
-        )
-    say(f"{folder} is prepared already and whole: nothing to do")
-    return meta
-
-
-@contextmanager
-def _alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the folder's lock, waiting for another process that prepares there; a killed holder frees it."""
-    with (folder / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process is preparing {folder}: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _refuse_strangers(folder: Path) -> None:
-    """ValueError when the folder holds anything that no call of `prepare` has left."""
-    ours = {_PARTIAL, _LOCK, TOKENIZER, FILES, META, f"{META}.aside"}
-    for path in sorted(folder.iterdir()):
-        shard = path.suffix == ".bin" and path.name.startswith(tuple(f"{split}-" for split in SPLITS))
-        if path.name not in ours and not shard:
-            raise ValueError(f"data.dir={folder} holds {path.name}, which is no prepared data: name an empty folder")
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a killed call has left."""
-    for path in folder.iterdir():
-        if path.name == _PARTIAL:
-            shutil.rmtree(path)
-        elif path.name != _LOCK:
-            path.unlink()
+    return max(1, min(len(os.sched_getaffinity(0)), num_bytes // (2 << 20)))

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from train.data.config import DataConfig
+from train.data.folder import given_tokenizer
 from train.data.meta import TOKENIZER, Meta, flush_folder, write_flushed
-from train.data.prepare import SAMPLE_BYTES, given_tokenizer, prepare, sample_text
+from train.data.prepare import prepare, sample_text
+from train.data.sample import SAMPLE_BYTES
 from train.data.tokenizer import Tokenizer
 
 _BLEND = "blend.json"

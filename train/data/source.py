@@ -1,7 +1,7 @@
-"""Where text comes from: the files of a source, and their documents as byte ranges.
+"""Where text comes from: the files of a source, and the walk through their documents.
 
-A file is one document, or several when it is longer than `data.max_document_bytes`. Documents are planned without
-reading the text, so that worker processes can read it in parallel, from one giant file too.
+A folder may hold plain text, JSON lines, Parquet and compressed files side by side. They are read in the order of their
+paths, each from its beginning to its end, by one process; what they hold is parsed and tokenised by many.
 """
 
 from __future__ import annotations
@@ -12,66 +12,128 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple, Protocol
 
-from train.data.config import DataConfig
+from train.data.blocks import LINES, ROWS, TEXT, Block, Damaged, Position, Trouble, line_blocks, text_blocks
+from train.data.config import DATASETS, DataConfig
+from train.data.hub import DatasetRows, is_saved, load
+from train.data.streams import FileStream, form_of, split_name, stamp
 
 # Folders of the standard library's place that are not the library, or that not every machine has.
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
-# A cut looks this far back for the end of a line.
-_CUT_WINDOW_BYTES = 16384
 
 
 class SourceFile(NamedTuple):
-    """One file of a source: its path relative to the source's root, with `/`, and its size."""
+    """One file of a source: its path relative to the source's root, with `/`, its size, and its last change."""
 
     name: str
     num_bytes: int
+    changed_ns: int = 0
 
 
-class Piece(NamedTuple):
-    """One document to be: bytes [start, stop) of the file with index `file`."""
+class Source(Protocol):
+    """Documents in a fixed order, in blocks that can be read again from any position."""
 
-    file: int
-    start: int
-    stop: int
+    @property
+    def said(self) -> str:
+        """What it is called in messages."""
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        """In the order in which they are read."""
+
+    @property
+    def unreadable(self) -> tuple[str, ...]:
+        """Folders and files that could not even be listed."""
+
+    def blocks(self, at: Position) -> Iterator[Block]:
+        """The file `at.file` from `at` on; the last block's `next` is in the following file."""
+
+    def path(self, file: int) -> str:
+        """Where the file with this index lies, for a message."""
+
+
+def num_bytes_of(source: Source) -> int:
+    """Size of all files on the disk."""
+    return sum(file.num_bytes for file in source.files)
+
+
+def digest_of(source: Source, times: bool = False) -> str:
+    """SHA-256 over names and sizes, with `times` over the last changes too: tells another source without reading it."""
+    digest = hashlib.sha256()
+    for file in source.files:
+        digest.update(os.fsencode(file.name) + b"\0%d\n" % file.num_bytes)
+        if times:
+            digest.update(b"%d\n" % file.changed_ns)
+    return digest.hexdigest()
+
+
+def walk(source: Source, at: Position) -> Iterator[Block]:
+    """All blocks from `at` on."""
+    for file in range(at.file, len(source.files)):
+        yield from source.blocks(at if at.file == file else Position(file))
 
 
 @dataclass(frozen=True)
-class Source:
+class FileSource:
     """The files of a source in the order of their relative paths, whatever the file system's own order is."""
 
+    said: str
     root: Path
     is_folder: bool  # a source that is one file is its own root
     files: tuple[SourceFile, ...]
-    unreadable: tuple[str, ...]  # folders and files that could not even be listed
+    unreadable: tuple[str, ...]
+    config: DataConfig
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(file.num_bytes for file in self.files)
-
-    def digest(self) -> str:
-        """SHA-256 over names and sizes: tells another set of files without reading them."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(os.fsencode(file.name) + b"\0%d\n" % file.num_bytes)
-        return digest.hexdigest()
-
-    def path(self, file: int) -> Path:
+    def path(self, file: int) -> str:
         """Where the file with this index lies."""
-        return self.root / self.files[file].name if self.is_folder else self.root
+        return str(self.root / self.files[file].name if self.is_folder else self.root)
+
+    def blocks(self, at: Position) -> Iterator[Block]:
+        """The blocks of one file. Trouble with it is the last one's; never raises."""
+        file, place = self.files[at.file], at
+        try:
+            for block in self._blocks(file, at):
+                yield block
+                place = block.next
+            return
+        except Damaged as error:
+            trouble = Trouble(error.reason, at.file, "", error.detail)
+        except OSError as error:
+            trouble = Trouble("unreadable", at.file, "", error.strerror or type(error).__name__)
+        yield Block(TEXT, (), place, Position(at.file + 1), 0, (trouble,))
+
+    def _blocks(self, file: SourceFile, at: Position) -> Iterator[Block]:
+        path, expected = Path(self.path(at.file)), (file.num_bytes, file.changed_ns)
+        form = form_of(file.name, self.config.format)
+        if form == ROWS:
+            if split_name(file.name)[1]:
+                raise Damaged("unreadable", "Parquet has its own compression, and cannot be read through another")
+            if stamp(path.stat()) != expected:
+                raise Damaged("changed", f"{path.stat().st_size} bytes, not {file.num_bytes}")
+            from train.data.tables import table_blocks  # pyarrow takes a second, which sources without tables need not
+
+            yield from table_blocks(path, file.num_bytes, at, self.config.text_field)
+            return
+        with FileStream(path, expected, at.place) as stream:
+            if form == LINES:
+                yield from line_blocks(stream, at)
+            else:
+                yield from text_blocks(stream, at, self.config.max_document_bytes)
 
 
 def open_source(config: DataConfig) -> Source:
-    """List the files of `data.source`.
+    """List the files of `data.source`, or load the data set that it names.
 
     Raises ValueError when it does not exist, cannot be read, or holds no file that fits.
     """
+    if config.source is not None and (config.source.startswith(DATASETS) or is_saved(Path(config.source))):
+        return _dataset(config, config.source)
     library = config.source is None
     root = Path(sysconfig.get_paths()["stdlib"] if config.source is None else config.source)
-    said = f"data.source={root}" if not library else f"data.source=null (this Python's own sources, {root})"
+    said = f"data.source={root}" if not library else f"this Python's own sources (data.source=null, {root})"
     if not root.exists():
-        raise ValueError(f"{said} does not exist: name a text file or a folder of text files")
+        raise ValueError(f"{said} does not exist: name a file or a folder of text, or {DATASETS}NAME for a data set")
     suffixes = config.suffixes or ((".py",) if library else ())
     files: list[SourceFile] = []
     unreadable: list[str] = []
@@ -88,7 +150,32 @@ def open_source(config: DataConfig) -> Source:
         wanted = f" whose name ends in {' or '.join(suffixes)}" if suffixes else ""
         why = f"; {len(unreadable)} could not be read, the first is {unreadable[0]}" if unreadable else ""
         raise ValueError(f"{said} holds no file{wanted}{why}")
-    return Source(root, root.is_dir(), tuple(sorted(files)), tuple(sorted(unreadable)))
+    return FileSource(said, root, root.is_dir(), tuple(sorted(files)), tuple(sorted(unreadable)), config)
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """One split of a data set of the `datasets` library, as if it were one file of rows."""
+
+    said: str
+    files: tuple[SourceFile, ...]
+    rows: DatasetRows
+    unreadable: tuple[str, ...] = ()
+
+    def path(self, file: int) -> str:
+        """What the split is called."""
+        return self.files[file].name
+
+    def blocks(self, at: Position) -> Iterator[Block]:
+        """The rows from `at` on."""
+        return self.rows.blocks(at)
+
+
+def _dataset(config: DataConfig, source: str) -> Source:
+    rows = load(source.removeprefix(DATASETS), config)
+    # The fingerprint stands for the contents, as a file's time of change does.
+    changed = int.from_bytes(hashlib.sha256(rows.fingerprint.encode()).digest()[:7], "little")
+    return DatasetSource(f"data.source={source}", (SourceFile(rows.name, rows.num_bytes, changed),), rows)
 
 
 def _walk(root: Path, skip: frozenset[str], unreadable: list[str]) -> Iterator[str]:
@@ -107,51 +194,6 @@ def _walk(root: Path, skip: frozenset[str], unreadable: list[str]) -> Iterator[s
 def _add(path: Path, name: str, files: list[SourceFile], unreadable: list[str]) -> None:
     try:
         if path.is_file():  # sockets, pipes and devices are not text
-            files.append(SourceFile(name, path.stat().st_size))
+            files.append(SourceFile(name, *stamp(path.stat())))
     except OSError:
         unreadable.append(name)
-
-
-def cut(source: Source, file: int, max_document_bytes: int) -> list[Piece]:
-    """The documents of one file, in order; together they are the whole file.
-
-    A cut falls behind the last line end within the limit, or, where lines are longer than that, between two UTF-8
-    characters. Raises OSError when the file cannot be read.
-    """
-    size = source.files[file].num_bytes
-    if size <= max_document_bytes:
-        return [Piece(file, 0, size)]
-    pieces: list[Piece] = []
-    with source.path(file).open("rb") as stream:
-        start = 0
-        while size - start > max_document_bytes:
-            stop = _cut_before(stream, start, start + max_document_bytes)
-            pieces.append(Piece(file, start, stop))
-            start = stop
-    pieces.append(Piece(file, start, size))
-    return pieces
-
-
-def _cut_before(stream: BinaryIO, start: int, limit: int) -> int:
-    """The best place in (start, limit] to end a document."""
-    begin = max(start, limit - _CUT_WINDOW_BYTES)
-    stream.seek(begin)
-    window = stream.read(limit + 1 - begin)  # one more byte shows whether the limit itself splits a character
-    line_end = window.rfind(b"\n", 0, limit - begin)
-    if line_end >= 0:
-        return begin + line_end + 1
-    for back in range(4):  # a UTF-8 character has at most three continuation bytes (0b10xxxxxx)
-        place = limit - begin - back
-        if 0 < place < len(window) and window[place] & 0xC0 != 0x80:
-            return begin + place
-    return limit
-
-
-def read_range(path: str, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of a file. Raises OSError when it cannot be read or has become shorter."""
-    with open(path, "rb") as stream:
-        stream.seek(start)
-        data = stream.read(stop - start)
-    if len(data) != stop - start:
-        raise OSError(f"{path} has become shorter than it was when it was listed")
-    return data

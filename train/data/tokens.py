@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from train.data.meta import FILES, Meta
+from train.data.streams import stamp
 
 # Up to this size a split's checksums are verified at every opening (some 50 ms); above, sizes alone are.
 _VERIFY_BYTES = 64 << 20
 
 
 class Document(NamedTuple):
-    """One document: bytes [first_byte, stop_byte) of a source file, tokens [first_token, stop_token) of its split,
-    the end-of-document token included."""
+    """One document: its place in a source file, tokens [first_token, stop_token) of its split, its end included.
+
+    first_byte, stop_byte: of the file's uncompressed text; of the line that holds the document in JSON lines; rows,
+    not bytes, of a table.
+    """
 
     file: str
     first_byte: int
@@ -39,6 +44,8 @@ class Tokens:
         self._shard_tokens = int(meta.settings["shard_tokens"])
         # Plain arrays over the maps: slicing np.memmap itself costs several times as much.
         self._shards = [np.asarray(np.memmap(folder / name, dtype=meta.dtype, mode="r")) for name in counts.shards]
+        self._paths = [str(folder / name) for name in counts.shards]
+        self._stamps = [stamp(os.stat(path)) for path in self._paths]
         documents = np.memmap(folder / f"{split}-documents.bin", dtype="<i8", mode="r").reshape(-1, 4)
         self._documents = np.asarray(documents)
 
@@ -72,13 +79,29 @@ class Tokens:
         return self.meta.fingerprint
 
     def copy(self, start: int, out: np.ndarray) -> None:
-        """Fill `out` (1-D, any integer type that holds the ids) with the tokens from position `start` on."""
+        """Fill `out` (1-D, any integer type that holds the ids) with the tokens from position `start` on.
+
+        Raises ValueError, naming the file, when a shard was changed since it was opened: of one that was cut, reading
+        on would end the process without a word.
+        """
         done = 0
         while done < len(out):
             shard, offset = divmod(start + done, self._shard_tokens)
+            self._check(shard)
             part = self._shards[shard][offset : offset + len(out) - done]
             out[done : done + len(part)] = part
             done += len(part)
+
+    def _check(self, shard: int) -> None:
+        try:
+            same = stamp(os.stat(self._paths[shard])) == self._stamps[shard]
+        except OSError:
+            same = False
+        if not same:
+            raise ValueError(
+                f"{self._paths[shard]} was changed or removed while it was read: leave prepared tokens alone as long "
+                "as a run reads them; prepare them again before the next one"
+            )
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop), int64. ValueError when they are not all in the split."""
