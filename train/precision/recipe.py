@@ -7,11 +7,14 @@ and the head do ask, and stay high: the published weights have both in bfloat16.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from train.precision.codec import Fp8Rows
-from train.precision.linear import Engine, Engines, TorchEngine
+from train.precision.linear import Engine, Engines, Gemm, Nodes, TorchEngine
 from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
+from train.precision.transformer_engine import TransformerEngine, TransformerEngineMaps, missing
 
 # None: as the model's other arithmetic. Every module that multiplies through an engine is in it.
 FP8_MODULES: dict[str, Fp8 | None] = {
@@ -42,15 +45,44 @@ class Table:
         """Raises KeyError for a module that the table does not have."""
         return self._engines[module]
 
+    def gemm(self, module: str) -> Gemm:
+        """Raises TypeError for a module of an engine that has no plain products."""
+        engine = self._engines[module]
+        if not isinstance(engine, Nodes):
+            raise TypeError(f"{module} differentiates by itself, and {engine.name} has no plain products")
+        return cast(Gemm, engine)
+
+
+def choose_engine(engine: str, device: torch.device | str) -> str:
+    """ "reference" or "transformer_engine", for one of them or "auto": the second where it can be.
+
+    Raises ValueError where it is asked for and cannot be.
+    """
+    if engine == "reference":
+        return engine
+    reason = missing(device)
+    if reason is not None and engine != "auto":
+        raise ValueError(f"precision.engine={engine} cannot multiply here: {reason}")
+    return "reference" if reason else "transformer_engine"
+
 
 def build_engines(
-    precision: str, device: torch.device | str, weights: QuantisedWeights, power_of_two: bool = False
+    precision: str,
+    device: torch.device | str,
+    weights: QuantisedWeights | TransformerEngine,
+    power_of_two: bool = False,
 ) -> Engines:
-    """What multiplies in a run of this precision. `weights` is told by whoever changes weights."""
+    """What multiplies in a run of this precision. `weights` is told by whoever changes weights, and says by whom."""
     torch_engine = TorchEngine(device)
     if precision != "fp8":
         return torch_engine
-    made = {recipe: Fp8Engine(recipe, weights, power_of_two) for recipe in FP8_MODULES.values() if recipe is not None}
+    made: dict[Fp8, Engine] = {
+        recipe: TransformerEngineMaps(recipe, weights)
+        if isinstance(weights, TransformerEngine)
+        else Fp8Engine(recipe, weights, power_of_two)
+        for recipe in FP8_MODULES.values()
+        if recipe is not None
+    }
     return Table({name: made[recipe] if recipe else torch_engine for name, recipe in FP8_MODULES.items()})
 
 
