@@ -1,1 +1,1 @@
-"""A contract with Transformer Engine's Python, over a twin of its compiled extension. Run by test_transformer_engine."""
+"""A contract with Transformer Engine's Python, over a twin of its extension: see tests/test_transformer_engine.py."""

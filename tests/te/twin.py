@@ -16,7 +16,7 @@ import os
 import sys
 import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,10 +26,13 @@ CAPABILITY = (9, 0)
 TILE = 128
 # What the library's Python asks of the extension as it is imported: values as the extension has them.
 ENUMS: dict[str, dict[str, int]] = {
-    "DType": {
-        **{"kByte": 0, "kInt32": 2, "kFloat32": 4, "kFloat16": 5, "kBFloat16": 6},
-        **{"kFloat8E4M3": 7, "kFloat8E5M2": 8, "kFloat4E2M1": 10},
-    },
+    "DType": dict(
+        zip(
+            ("kByte", "kInt32", "kFloat32", "kFloat16", "kBFloat16", "kFloat8E4M3", "kFloat8E5M2", "kFloat4E2M1"),
+            (0, 2, 4, 5, 6, 7, 8, 10),
+            strict=True,
+        )
+    ),
     "FP8FwdTensors": {
         f"GEMM{gemm}_{name}": 3 * (gemm - 1) + place
         for gemm in (1, 2, 3)
@@ -42,8 +45,14 @@ ENUMS: dict[str, dict[str, int]] = {
     },
     "CommOverlapType": {"RS": 0, "AG": 1},
     "CommOverlapAlgo": {
-        **{"BULK_OVERLAP_AG": 0, "BULK_OVERLAP_RS": 1, "SPLIT_PIPELINED_AG_P2P": 2, "SPLIT_PIPELINED_RS": 3},
-        **{"SPLIT_PIPELINED_RS_P2P": 4, "ATOMIC_GEMM_RS": 5, "ATOMIC_GEMM_AG_P2P": 6, "ATOMIC_GEMM_RS_P2P": 7},
+        "BULK_OVERLAP_AG": 0,
+        "BULK_OVERLAP_RS": 1,
+        "SPLIT_PIPELINED_AG_P2P": 2,
+        "SPLIT_PIPELINED_RS": 3,
+        "SPLIT_PIPELINED_RS_P2P": 4,
+        "ATOMIC_GEMM_RS": 5,
+        "ATOMIC_GEMM_AG_P2P": 6,
+        "ATOMIC_GEMM_RS_P2P": 7,
         "EXTERNAL_BULK_OVERLAP_AG": 8,
     },
     "Float8BlockScaleTensorFormat": {"GEMM_READY": 0, "COMPACT": 1, "INVALID": 2},
@@ -106,7 +115,7 @@ class Extension(types.ModuleType):
 class _Inert(types.ModuleType):
     """A module that decorates, subscripts and is inherited from without doing anything."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
     __version__ = "3.8.0"
 
     def __getattr__(self, name: str) -> Any:

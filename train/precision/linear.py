@@ -248,7 +248,7 @@ class _Project(torch.autograd.Function):
         # Parameters themselves: what comes back from saved tensors need not be the object that has the `main_grad`.
         ctx.weights, ctx.engine, ctx.sink, ctx.shape = weights, engine, sink, x.shape
         operand = engine.operand(x.reshape(-1, x.shape[-1]))
-        return tuple(engine.fprop(operand, weight).view(*x.shape[:-1], weight.shape[0]) for weight in weights)
+        return tuple(engine.fprop(operand, weight).view(*x.shape[:-1], weight.shape[-2]) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> Any:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from train.precision.tiles import keep_rows, restore_rows, round_rows
 
 # Rows of a group are padded to a multiple: they are the inner dim of the weight gradient's product.
 ROWS = 16
-# Widths of matrices have to be multiples by themselves.
+# Widths of matrices have to be multiples by themselves (`recipe.check_widths`).
 WIDTH = 16
 CAPABILITY = (9, 0)
 
@@ -81,7 +81,7 @@ class _Store:
     def put(self, tensors: list[Any], func: Callable[..., Any]) -> None:
         store = self._store(True)
         store.put(tensors, func)
-        self._sink(lambda: self._run(store))
+        self._sink(partial(self._run, store))
 
     def _run(self, store: Any) -> None:
         module = self._module
@@ -97,11 +97,6 @@ class _Module:
 
     def __init__(self, weight: Tensor, recipe: Any, saves_input: bool) -> None:
         *groups, num_outputs, num_inputs = weight.shape
-        if num_outputs % WIDTH or num_inputs % WIDTH:
-            raise ValueError(
-                f"precision.engine=transformer_engine multiplies by matrices whose widths are multiples of {WIDTH}, "
-                f"not by one of shape {tuple(weight.shape)}: use precision.engine=reference"
-            )
         te = _library()
         make = te.GroupedLinear if groups else te.Linear
         self._grouped = bool(groups)
