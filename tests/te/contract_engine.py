@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.te import case
 from tests.te.twin import LOG
 from train.model.kernels import Kernels
 from train.precision.grads import main_grad, run_now
@@ -136,8 +137,8 @@ ORDERS = [
 @pytest.mark.parametrize("order", ORDERS, ids="".join)
 @pytest.mark.parametrize("grouped", [False, True])
 def test_gradients_of_a_step_in_every_order(order: list[str], grouped: bool) -> None:
-    """Two steps of three micro-batches: gradients add, those of the sink's work alone, and each when it is done. Weights
-    are quantised once a step."""
+    """Two steps of three micro-batches: gradients add when their work is done and not before; weights are quantised
+    once a step."""
     splits = [16, 0, 21]
     shape, num_rows = ((3, 64, 48), sum(splits)) if grouped else ((64, 48), 37)
     weight = parameter(*shape)
@@ -239,3 +240,16 @@ def test_modules_of_one_parameter_are_shared_and_belong_to_no_model() -> None:
     assert [name for name, _ in module.named_parameters()] == ["weight"]
     assert all(value.numel() == 0 for name, value in module.state_dict().items() if name != "weight")
     assert list(itertools.chain(module.buffers())) == []
+
+
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_what_a_gpu_is_compared_with(power_of_two: bool) -> None:
+    """The expected values of the suite for GPUs, which find the same on any device that has the twin: finite, not zero,
+    and near the products that nothing has rounded."""
+    found = case.run("cpu", power_of_two)
+    again = case.run("cpu", power_of_two)
+    for name, value in found.items():
+        assert torch.equal(value, again[name]) and value.isfinite().all() and value.abs().sum() > 0, name
+    x, weight = case._values(10, case.NUM_TOKENS, case.HIDDEN).float(), case._weight(1, "cpu", case.WIDTH, case.HIDDEN)
+    truth = x @ weight.detach().float().t()
+    assert (found["y first 0"].float() - truth).norm() < 0.05 * truth.norm()
