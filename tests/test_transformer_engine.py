@@ -18,6 +18,7 @@ from train.precision.reference import QuantisedWeights
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTRACT = ["-m", "pytest", "-p", "tests.te.plugin", "-p", "no:cacheprovider", "-o", "python_files=contract_*.py"]
+CONTRACT += ["-o", "addopts=--strict-markers", "-x", "tests/te"]
 
 
 @pytest.mark.skipif(
@@ -26,8 +27,7 @@ CONTRACT = ["-m", "pytest", "-p", "tests.te.plugin", "-p", "no:cacheprovider", "
 )
 def test_the_contract() -> None:
     """All of tests/te: nothing fails, nothing is skipped."""
-    command = [sys.executable, *CONTRACT, "-q", "-x", "tests/te"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *CONTRACT], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout
 
@@ -58,7 +58,7 @@ def test_on_a_gpu_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
         choose_engine("transformer_engine", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
-    with pytest.raises(ValueError, match=r"not installed \(pip install 'halocline\[cuda\]'\)"):
+    with pytest.raises(ValueError, match=r"not installed \(pip install --no-build-isolation -e '.\[cuda\]'\)"):
         choose_engine("transformer_engine", "cuda")
     assert choose_engine("auto", "cuda") == "reference"
 

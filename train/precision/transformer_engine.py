@@ -50,8 +50,8 @@ def missing(device: torch.device | str) -> str | None:
         return f"it needs a GPU of compute capability 9.0 (Hopper), not {torch.cuda.get_device_capability()}"
     try:
         available, reason = _library().is_fp8_block_scaling_available(return_reason=True)
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"it is not installed (pip install 'halocline[cuda]'): {error}"
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        return f"it is not installed (pip install --no-build-isolation -e '.[cuda]'): {error}"
     return None if available else f"it says: {reason}"
 
 
