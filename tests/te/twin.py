@@ -350,7 +350,12 @@ def install(capability: tuple[int, int] = CAPABILITY) -> Any:
     from transformer_engine.pytorch.cpp_extensions import gemm
 
     gemm.get_cublas_workspace, gemm.get_sm_count, gemm._empty_tensor = _workspace, lambda: 132, lambda: torch.empty(0)
-    torch.cuda.is_available = lambda: True
+
+    def library_asks(*_: Any) -> bool:
+        # Nobody else is told so: torch itself would ask a GPU for pinned memory.
+        return sys._getframe(1).f_globals["__name__"].startswith("transformer_engine")
+
+    torch.cuda.is_available = library_asks
     torch.cuda.get_device_capability = lambda *_: capability
     torch.cuda.get_device_properties = lambda *_: properties
     torch.cuda.current_device = lambda: 0
@@ -358,5 +363,5 @@ def install(capability: tuple[int, int] = CAPABILITY) -> Any:
     torch.cuda.graphs._cuda_isCurrentStreamCapturing = lambda: False
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *_: 0
     torch.version.cuda = "13.0"
-    torch.Tensor.is_cuda = property(lambda self: True)
+    torch.Tensor.is_cuda = property(library_asks)
     return te
