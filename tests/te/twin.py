@@ -245,6 +245,7 @@ def dequantise(storage: Any, columns: bool) -> Tensor:
     assert values is not None, f"a product asks for {side[1:]} data that was not made"
     values = values.reshape(-1, values.shape[-1]) if not columns else values.reshape(values.shape[0], -1)
     m, n = values.shape
+    assert n % 16 == 0, f"a product reads rows of {n} bytes: its kernel takes multiples of 16"
     if storage._is_2D_scaled:
         factors = inverse.repeat_interleave(TILE, 0)[:m].repeat_interleave(TILE, 1)[:, :n]
     else:
