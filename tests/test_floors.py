@@ -18,7 +18,7 @@ DOORS = {
     "hydra": {"train/compose.py"},
     "tokenizers": {"train/data/tokenizer.py"},
     "matplotlib": {"train/picture.py", "train/picture_rows.py"},
-    "transformer_engine": set(),
+    "transformer_engine": {"train/precision/transformer_engine.py"},
     "datasets": set(),
     "safetensors": set(),
     "transformers": set(),

@@ -34,8 +34,8 @@ from train.model.transformer import Transformer
 from train.optim import adamw_factory, decays
 from train.precision.grads import attach_main_grads
 from train.precision.linear import Engines
-from train.precision.recipe import build_engines, row_codec
-from train.precision.reference import QuantisedWeights
+from train.precision.recipe import build_engines, check_widths, choose_engine, fp8_weights, row_codec
+from train.precision.transformer_engine import TransformerEngine
 from train.split import split
 from train.stage import Stage, WeightGradients
 
@@ -58,6 +58,8 @@ def join(config: RunConfig, end_hung: Callable[[str], object]) -> Iterator[Group
     if cuda and config.profile.steps:
         raise ValueError(f"profile.steps={config.profile.steps}: steps can be recorded with run.device=cpu only")
     timeout_s = max(GROUP_TIMEOUT_S, (config.run.hang_timeout_s or 0) + WATCHDOG_LEAD_S)
+    if config.precision.name == "fp8":
+        choose_engine(config.precision.engine, "cuda" if cuda else "cpu")
     groups = process.start(config.parallel, "cuda" if cuda else "cpu", config.mirrored, config.shared_ends, timeout_s)
     limit_s = config.run.hang_timeout_s
     with Watchdog(groups.watch, limit_s, end_hung) if limit_s is not None else nullcontext():
@@ -69,7 +71,8 @@ def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engi
     """Build this rank's part of the run, with its initial weights.
 
     make_engines: other arithmetics of matrix products, for comparisons; takes what `build_engines` takes.
-    Raises ValueError for what needs ranks or data to be seen: missing or changed tokens, or a split too short.
+    Raises ValueError for what needs ranks or data to be seen: missing or changed tokens, a split too short, or matrices
+    that the engine of this device cannot multiply by.
     """
     torch.manual_seed(config.train.seed)  # nothing in a step draws from it; what ever will does so reproducibly
     train, data = config.train, config.data
@@ -79,10 +82,14 @@ def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engi
     dispatch = build_dispatch(
         config.model.n_routed_experts, groups, row_codec(config.precision.name, config.model.hidden_size)
     )
-    precision, weights = config.precision, QuantisedWeights(config.precision.power_of_two_scales)
+    precision = config.precision
+    weights = fp8_weights(precision.name, precision.engine, groups.device, precision.power_of_two_scales)
     engines = make_engines(precision.name, groups.device, weights, precision.power_of_two_scales)
     stages = build_stages(config, dispatch, groups, engines, packing(config, train_rows.end_of_document, groups.device))
     models = [stage.model for stage in stages.values()]
+    if isinstance(weights, TransformerEngine):
+        for model in models:
+            check_widths(model)
     optimizer = build_optimizer(
         config.zero.engine,
         [(info, param, decays(param.shape)) for info, param in held(models)],

@@ -19,8 +19,8 @@ _SECTIONS = {
     "data": ("data.",),
     "recipe": ("train.", "optimizer.", "lr_scheduler.", "moe.", "mtp.", "precision."),
 }
-# These change no number, and where a run ends is part of the recipe only if a phase's border depends on it.
-_FREE = ("train.micro_batch_size", "data.num_workers")
+# These are how a run is computed, not what; where it ends is part of the recipe only if a phase's border depends on it.
+_FREE = ("train.micro_batch_size", "data.num_workers", "precision.engine")
 _END = ("train.max_steps", "train.max_tokens")
 
 
