@@ -5,29 +5,32 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from parallel import process
 from parallel.expert.build import build as build_dispatch
-from parallel.expert.dispatch import Dispatch
+from parallel.expert.dispatch import Dispatch, LocalDispatch
 from parallel.pipeline.links import Links, connect
 from parallel.pipeline.record import Recorder
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.segments import Segments
 from parallel.process import Groups
+from parallel.shards import Piece
 from parallel.watch import PeerError, Watchdog
 from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
 from train import flops
-from train.checkpoint import Checkpoints
-from train.config import RunConfig
+from train.checkpoint import Checkpoints, read_pieces
+from train.config import PrecisionConfig, RunConfig
 from train.data.rows import Rows
 from train.data.tokens import Tokens
 from train.ema import Ema
 from train.job import Job, held
-from train.model.init import init_weights
+from train.model.config import ModelConfig
+from train.model.init import init_weights, materialise
 from train.model.kernels import Kernels
 from train.model.recompute import Recompute
 from train.model.transformer import Transformer
@@ -39,7 +42,7 @@ from train.precision.reference import QuantisedWeights
 from train.split import split
 from train.stage import Stage, WeightGradients
 
-__all__ = ["PeerError", "assemble", "join"]
+__all__ = ["PeerError", "assemble", "join", "load_model"]
 
 # After which process groups give up by themselves, at least; and how much earlier the watchdog speaks.
 GROUP_TIMEOUT_S, WATCHDOG_LEAD_S = 600.0, 120.0
@@ -134,3 +137,26 @@ def build_stages(config: RunConfig, dispatch: Dispatch, groups: Groups, engines:
             model.embed_tokens.weight = embedding
         stages[number] = Stage(model, sink, Segments)
     return stages
+
+
+def load_model(
+    checkpoint: Path, config: ModelConfig, precision: PrecisionConfig, device: torch.device, weights: str = "master"
+) -> Transformer:
+    """The whole model of a step folder in this process, whatever ranks saved it: for forward passes, without a run.
+
+    weights: "master", or "ema" for the moving average. They are rounded to `precision`, which need not be the run's.
+    Raises ValueError as `read_pieces` does.
+    """
+    dtype, quantised = DTYPES[precision.name], QuantisedWeights(precision.power_of_two_scales)
+    engines = build_engines(precision.name, device, quantised, precision.power_of_two_scales)
+    with torch.device("meta"):
+        model = Transformer(config, LocalDispatch(config.n_routed_experts), engines)
+    materialise(model, dtype, device)
+    named = {f"{weights}.{name}": parameter for name, parameter in model.named_parameters()}
+    flat = {name: tensor.detach().view(-1) for name, tensor in (named | dict(model.named_buffers())).items()}
+    read_pieces(
+        checkpoint,
+        {name: [Piece(0, tensor)] for name, tensor in flat.items()},
+        {name: tensor.numel() for name, tensor in flat.items()},
+    )
+    return model.eval()
