@@ -219,7 +219,7 @@ def _memory(kept: Kept, dtype: torch.dtype) -> list[str]:
     lines = [f"cache        {kept.main * size:,} bytes per token"]
     if kept.depths:
         lines[0] += f", and {kept.depths * size:,} of the prediction depths where they draft"
-    for name, values in (("MHA", kept.multi_head), (f"GQA of {kept.num_groups}", kept.grouped)):
+    for name, values in kept.others.items():
         lines.append(f"             {name} would keep {values * size:,}, {values / kept.main:.1f}x")
     return lines
 

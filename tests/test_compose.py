@@ -107,6 +107,10 @@ MISTAKES = [
     ("model.n_group=5", "model.n_group=5", "model.n_routed_experts=16"),
     ("model.topk_group=9", "model.topk_group=9", ""),
     ("parallel.dp=2 parallel.ep=2 parallel.dispatch=local", "parallel.dispatch=local", "parallel.ep=1, not 2"),
+    ("model=tiny_dense parallel.dp=2 parallel.ep=2 parallel.dispatch=flat", "parallel.ep=2", "n_routed_experts=0"),
+    ("model=tiny_dense recompute.mla_up_proj=true", "recompute.mla_up_proj=true", "model.attention=gqa"),
+    ("model.n_routed_experts=0", "model.first_k_dense_replace=1", "model.num_hidden_layers=8"),
+    ("model.n_routed_experts=null", "model.n_routed_experts", ""),
 ]
 
 

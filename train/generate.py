@@ -227,26 +227,21 @@ def first_difference(one: Record, other: Record) -> int | None:
 
 @dataclass(frozen=True)
 class Kept:
-    """Numbers kept of one token by the caches of the main model and of its prediction depths, and what multi-head
-    attention with as many and as wide heads would keep in the main model, with a key and value for every head, or for
-    each of `num_groups` groups of heads."""
+    """Numbers kept of one token by the caches of the main model and of its prediction depths, and what the main model's
+    would keep with other attentions of as many and as wide heads: by their names, the number."""
 
     main: int
     depths: int
-    multi_head: int
-    grouped: int
-    num_groups: int
+    others: dict[str, int]
 
 
-def kept_per_token(model: Transformer, num_groups: int = 8) -> Kept:
+def kept_per_token(model: Transformer) -> Kept:
     """What `generate` keeps of a token, asked of the caches themselves."""
     config, decoder, drafter = model.config, Decoder(model, 1), Drafter(model, 1)
-    num_groups = min(num_groups, config.num_attention_heads)
-    one_head = config.num_hidden_layers * (config.qk_head_dim + config.v_head_dim)
-    return Kept(
-        sum(cache.num_values for cache in decoder.caches),
-        sum(depth.cache.num_values for depth in drafter.depths),
-        config.num_attention_heads * one_head,
-        num_groups * one_head,
-        num_groups,
-    )
+    one_head = config.num_hidden_layers * (config.qk_head_dim + config.value_head_dim)
+    others = {"MHA": config.num_attention_heads * one_head}
+    if config.attention != "gqa":
+        num_groups = min(8, max(1, config.num_attention_heads // 2))
+        others[f"GQA of {num_groups}"] = num_groups * one_head
+    main = sum(cache.num_values for cache in decoder.caches)
+    return Kept(main, sum(depth.cache.num_values for depth in drafter.depths), others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,9 +11,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.train.decode_cases import head, main_states, whole_states
-from tests.train.model_cases import TINY, V3, build, random_config, random_tokens
+from tests.train.model_cases import (
+    TINY,
+    V3,
+    build,
+    random_config,
+    random_dense_config,
+    random_tokens,
+    with_grouped_attention,
+)
 from train.generate import kept_per_token
 from train.model.cache import LatentCache
+from train.model.config import ModelConfig
 from train.model.decode import Decoder, Drafter
 from train.model.transformer import Transformer
 from train.precision.linear import TorchEngine
@@ -33,7 +43,22 @@ def chunks(length: int, seed: int) -> list[slice]:
 @pytest.mark.parametrize("seed", range(24))
 def test_decoding_is_the_forward_pass(seed: int) -> None:
     """Random shapes: with and without a latent of queries, YaRN, dense first layers, up to three prediction depths."""
-    config = random_config(seed, num_nextn_predict_layers=seed % 4)
+    decodes_as_trained(random_config(seed, num_nextn_predict_layers=seed % 4), seed)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_decoding_a_dense_model_with_grouped_attention(seed: int) -> None:
+    decodes_as_trained(random_dense_config(seed, num_nextn_predict_layers=seed % 3), seed)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_decoding_experts_beside_grouped_attention(seed: int) -> None:
+    config = with_grouped_attention(random_config(seed, num_attention_heads=6), num_key_value_heads=2, head_dim=6)
+    decodes_as_trained(replace(config, num_nextn_predict_layers=1), seed)
+
+
+def decodes_as_trained(config: ModelConfig, seed: int) -> None:
+    """Logits of all tokens and states of all depths, the text cut into random chunks."""
     model = build(config, seed=seed)
     tokens = random_tokens(config, 1, 22, seed)[0].tolist()
     main, *depths = whole_states(model, tokens)
@@ -112,14 +137,20 @@ def test_published_numbers_per_token() -> None:
     kept = kept_per_token(model)
     assert kept.main == 576 * 61 and 2 * kept.main == 70_272
     assert kept.depths == 576
-    assert kept.multi_head == 61 * 128 * (192 + 128)
-    assert (kept.num_groups, kept.grouped) == (8, 61 * 8 * (192 + 128))
+    assert kept.others == {"MHA": 61 * 128 * (192 + 128), "GQA of 8": 61 * 8 * (192 + 128)}
 
 
 class _NoExperts:
     """A dispatch for a model that is only looked at."""
 
     num_local_experts, first_expert = 1, 0
+
+
+def test_a_grouped_cache_holds_the_groups_keys_and_values() -> None:
+    config = with_grouped_attention(TINY, num_key_value_heads=1, head_dim=8)
+    kept = kept_per_token(build(config))
+    assert kept.main == TINY.num_hidden_layers * 2 * 8
+    assert kept.others == {"MHA": TINY.num_hidden_layers * TINY.num_attention_heads * 2 * 8}
 
 
 def test_a_cache_refuses_what_it_has_no_room_for() -> None:

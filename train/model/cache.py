@@ -73,3 +73,34 @@ class LatentCache(Cache):
         rows = [each[None, None] for each in (queries.flatten(0, 1), kept, kept[:, : self._rank])]
         mixed = F.scaled_dot_product_attention(rows[0], rows[1], rows[2], attn_mask=mask, scale=scale)
         return mixed.view(num_heads, num_tokens, self._rank)
+
+
+class GroupedCache(Cache):
+    """Grouped-query and multi-head attention: a token's rotated keys and its values, for every head of those."""
+
+    def __init__(self, capacity: int, num_heads: int, head_dim: int, like: Tensor) -> None:
+        super().__init__(capacity, like)
+        self._keys, self._values = (self._rows(num_heads, capacity, head_dim) for _ in range(2))
+
+    @property
+    def num_values(self) -> int:
+        num_heads, _, head_dim = self._keys.shape
+        return 2 * num_heads * head_dim
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Both [N, heads of keys, head_dim]."""
+        rows = self._grow(len(keys))
+        self._keys[:, rows].copy_(keys.transpose(0, 1))
+        self._values[:, rows].copy_(values.transpose(0, 1))
+
+    def attend(self, queries: Tensor, scale: float) -> Tensor:
+        """queries [H, N, head_dim] of the last N tokens, causal -> the same shape."""
+        num_heads, num_tokens, head_dim = queries.shape
+        keys, values = self._keys[:, : self.length], self._values[:, : self.length]
+        mask, group_size = self._visible(num_tokens), num_heads // len(keys)
+        mask = None if mask is None else mask.repeat(group_size, 1)
+        # The queries of a group are rows of one product with its keys.
+        grouped = queries.reshape(len(keys), group_size * num_tokens, head_dim)
+        rows = [each[None] for each in (grouped, keys, values)]
+        mixed = F.scaled_dot_product_attention(rows[0], rows[1], rows[2], attn_mask=mask, scale=scale)
+        return mixed.reshape(num_heads, num_tokens, head_dim)

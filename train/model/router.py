@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, given
 from train.model.layers import Backend
 from train.precision.grads import Sink, main_grad, wide_dtype
 
@@ -83,8 +83,8 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__()
-        self.num_experts, self.num_selected = config.n_routed_experts, config.num_experts_per_tok
-        self.num_groups, self.num_kept_groups = config.n_group, config.topk_group
+        self.num_experts, self.num_selected = config.n_routed_experts, given(config.num_experts_per_tok)
+        self.num_groups, self.num_kept_groups = given(config.n_group), given(config.topk_group)
         self.normalised, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
         self.sink = backend.sink
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
