@@ -131,7 +131,7 @@ def test_the_cache_holds_latents_and_one_key_alone() -> None:
 
 
 def test_published_numbers_per_token() -> None:
-    """V3 keeps 576 numbers per layer and token, 70,272 bytes in bfloat16 (arXiv 2505.09343, Table 1)."""
+    """V3 keeps 576 numbers per layer and token, 70,272 bytes in bfloat16 (arXiv 2505.09343)."""
     with torch.device("meta"):
         model = Transformer(V3, _NoExperts(), TorchEngine())
     kept = kept_per_token(model)
