@@ -76,7 +76,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
         total=embedding + frame + config.num_moe_layers * whole,
         embedding=embedding,
         activated=frame + config.num_moe_layers * active,
-        router_biases=config.num_moe_layers * config.n_routed_experts,
+        router_biases=config.num_moe_layers * config.n_routed_experts if config.has_router_bias else 0,
         mtp=depths * (joint + whole),
         mtp_activated=depths * (joint + active),
     )

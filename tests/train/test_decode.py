@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -17,7 +18,9 @@ from tests.train.model_cases import (
     build,
     random_config,
     random_dense_config,
+    random_routing,
     random_tokens,
+    random_v2_config,
     with_grouped_attention,
 )
 from train.generate import kept_per_token
@@ -55,6 +58,12 @@ def test_decoding_a_dense_model_with_grouped_attention(seed: int) -> None:
 def test_decoding_experts_beside_grouped_attention(seed: int) -> None:
     config = with_grouped_attention(random_config(seed, num_attention_heads=6), num_key_value_heads=2, head_dim=6)
     decodes_as_trained(replace(config, num_nextn_predict_layers=1), seed)
+
+
+@pytest.mark.parametrize("draw", [random_routing, random_v2_config])
+@pytest.mark.parametrize("seed", range(3))
+def test_decoding_through_other_routers(draw: Callable[..., ModelConfig], seed: int) -> None:
+    decodes_as_trained(replace(draw(seed), num_nextn_predict_layers=1), seed)
 
 
 def decodes_as_trained(config: ModelConfig, seed: int) -> None:

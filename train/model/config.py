@@ -10,6 +10,10 @@ _YARN_REQUIRED = ("factor", "original_max_position_embeddings")
 _YARN_OPTIONAL = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
+SCORING_FUNCS = ("sigmoid", "softmax")
+TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes of a model of DeepSeek's. `check` refuses what cannot be built. What a model does not have is None.
@@ -20,6 +24,10 @@ class ModelConfig:
     `num_hidden_layers`. `rope_scaling` is None, or YaRN's keys: `type` (or `rope_type`) = "yarn", `factor`,
     `original_max_position_embeddings`, and optionally `beta_fast` (32), `beta_slow` (1), `mscale`, `mscale_all_dim`.
     `num_nextn_predict_layers` is the depth D of multi-token prediction.
+
+    `scoring_func` is sigmoid or softmax. `topk_method`: noaux_tc selects by score + bias, a group counting as much as
+    its two best experts; group_limited_greedy by score, a group counting as much as its best; greedy by score among
+    all experts, groups being devices only.
     """
 
     vocab_size: int
@@ -50,6 +58,8 @@ class ModelConfig:
     attention: str = "mla"
     num_key_value_heads: int | None = None
     head_dim: int | None = None
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
 
     @property
     def rope_dim(self) -> int:
@@ -75,6 +85,11 @@ class ModelConfig:
     def num_routers(self) -> int:
         """Routers in order of their global layer index: the main model's, then one per prediction depth."""
         return self.num_moe_layers + self.num_nextn_predict_layers if self.n_routed_experts else 0
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether routers have a selection bias, which balancing moves."""
+        return self.topk_method == "noaux_tc"
 
     @property
     def softmax_scale(self) -> float:
@@ -153,13 +168,20 @@ class ModelConfig:
         self._need(_EXPERT_SIZES, self._show("n_routed_experts"))
         experts, groups = self.n_routed_experts, given(self.n_group)
         kept, selected = given(self.topk_group), given(self.num_experts_per_tok)
+        for field, known in (("scoring_func", SCORING_FUNCS), ("topk_method", TOPK_METHODS)):
+            _require(getattr(self, field) in known, f"{self._show(field)} is none of {', '.join(known)}")
         _require(experts % groups == 0, f"{self._show('n_group')} does not divide {self._show('n_routed_experts')}")
         _require(
-            experts // groups >= 2,
+            experts // groups >= 2 or not self.has_router_bias,
             f"{self._show('n_group')} leaves {experts // groups} of {self._show('n_routed_experts')} a group: "
             "a group is scored by its two best experts",
         )
         _require(kept <= groups, f"{self._show('topk_group')} exceeds {self._show('n_group')}")
+        _require(
+            self.topk_method != "greedy" or kept == groups,
+            f"{self._show('topk_group')} differs from {self._show('n_group')}, but model.topk_method=greedy limits no "
+            "groups",
+        )
         reachable = kept * (experts // groups)
         _require(
             selected <= reachable,
@@ -206,7 +228,7 @@ _ATTENTION_SIZES = {
 }
 # What describes experts: sizes, None without any; choices, which then keep their defaults.
 _EXPERT_SIZES = ("moe_intermediate_size", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group")
-_EXPERT_CHOICES = ("routed_scaling_factor", "norm_topk_prob")
+_EXPERT_CHOICES = ("routed_scaling_factor", "norm_topk_prob", "scoring_func", "topk_method")
 
 
 def given(size: int | None) -> int:
