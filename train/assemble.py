@@ -5,28 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from parallel import process
 from parallel.expert.build import build as build_dispatch
-from parallel.expert.dispatch import Dispatch
+from parallel.expert.dispatch import Dispatch, LocalDispatch
 from parallel.pipeline.links import Links, connect
 from parallel.pipeline.record import Recorder
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.segments import Segments
 from parallel.process import Groups
+from parallel.shards import Piece
 from parallel.watch import PeerError, Watchdog
 from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
 from train import flops
-from train.checkpoint import Checkpoints
-from train.config import RunConfig
+from train.checkpoint import Checkpoints, read_pieces
+from train.config import PrecisionConfig, RunConfig
 from train.data.blend import check_epochs, open_stream
 from train.ema import Ema
 from train.job import Job, held
-from train.model.init import init_weights
+from train.model.config import ModelConfig
+from train.model.init import init_weights, materialise
 from train.model.kernels import Kernels
 from train.model.packing import ByDocument, OneText, Packing
 from train.model.recompute import Recompute
@@ -39,7 +42,7 @@ from train.precision.transformer_engine import TransformerEngine
 from train.split import split
 from train.stage import Stage, WeightGradients
 
-__all__ = ["PeerError", "assemble", "join"]
+__all__ = ["PeerError", "assemble", "join", "load_model"]
 
 # After which process groups give up by themselves, at least; and how much earlier the watchdog speaks.
 GROUP_TIMEOUT_S, WATCHDOG_LEAD_S = 600.0, 120.0
@@ -154,3 +157,29 @@ def build_stages(
             model.embed_tokens.weight = embedding
         stages[number] = Stage(model, sink, Segments)
     return stages
+
+
+def load_model(
+    checkpoint: Path, config: ModelConfig, precision: PrecisionConfig, device: torch.device, weights: str = "master"
+) -> Transformer:
+    """The whole model of a step folder in this process, whatever ranks saved it: for forward passes, without a run.
+
+    weights: "master", or "ema" for the moving average. They are rounded to `precision`, which need not be the run's.
+    Raises ValueError as `read_pieces` and `fp8_weights` do, and for matrices that the engine cannot multiply by.
+    """
+    dtype, power_of_two = DTYPES[precision.name], precision.power_of_two_scales
+    quantised = fp8_weights(precision.name, precision.engine, device, power_of_two)
+    engines = build_engines(precision.name, device, quantised, power_of_two)
+    with torch.device("meta"):
+        model = Transformer(config, LocalDispatch(config.n_routed_experts), engines)
+    if isinstance(quantised, TransformerEngine):
+        check_widths(model)
+    materialise(model, dtype, device)
+    named = {f"{weights}.{name}": parameter for name, parameter in model.named_parameters()}
+    flat = {name: tensor.detach().view(-1) for name, tensor in (named | dict(model.named_buffers())).items()}
+    read_pieces(
+        checkpoint,
+        {name: [Piece(0, tensor)] for name, tensor in flat.items()},
+        {name: tensor.numel() for name, tensor in flat.items()},
+    )
+    return model.eval()

@@ -305,6 +305,14 @@ def read_state(path: Path) -> TrainState:
     return TrainState.from_json((path / STATE_FILE).read_text(), (path / CONFIG_FILE).read_text())
 
 
+def read_pieces(path: Path, pieces: Pieces, sizes: Mapping[str, int]) -> None:
+    """`Checkpoints.load` for a process that is alone and only reads: nothing in or beside the folder is touched."""
+    manifest = step_folders.read_manifest(path)
+    step_folders.verify(path, manifest, manifest)
+    check_loadable(tensors(FlatReader(path).read_metadata()), pieces, sizes)
+    FlatReader(path).fill(pieces)
+
+
 def resume_decision(config: CheckpointConfig, root: Path, now: TrainState) -> tuple[Path, TrainState] | None:
     """Which checkpoint a run goes on from, with its state; None to start anew. Never under another model, data, recipe.
 
