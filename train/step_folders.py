@@ -9,13 +9,15 @@ communicates.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,6 +194,44 @@ def tidy(root: Path) -> None:
         elif path.suffix in (PARTIAL, REPLACED, DELETED):
             shutil.rmtree(path, ignore_errors=True)
     (root / f".{LATEST}").unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A hidden folder to fill, which is synced and renamed to `final` at the end of the block; removed if that fails.
+
+    What a killed process left of it is removed first. ValueError when `final` exists, when it cannot be made, or when
+    another process is filling it.
+    """
+    if final.exists():
+        raise ValueError(f"{final} exists already: remove it, or name another folder")
+    partial = aside(final, PARTIAL)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"{final} cannot be written: {error.strerror}") from None
+    try:
+        _lock(handle, final)
+        for path in partial.iterdir():
+            path.unlink()
+        try:
+            yield partial
+            _sync_folder(partial)
+            os.rename(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _sync_folder(final.absolute().parent)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, final: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{final} is being written by another process") from None
 
 
 def _step_folders(root: Path) -> list[Path]:
