@@ -14,7 +14,7 @@ from torch import Tensor
 from launch.__main__ import main
 from tests.runs import SMALL, last_checkpoint, prepare_text, read_checkpoint, train_main
 from tests.train.model_cases import build, random_tokens
-from train import compose, names
+from train import compose
 from train.disk import shapes
 from train.model.config import ModelConfig
 from train.model.loss import LossTerms
