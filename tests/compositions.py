@@ -16,6 +16,7 @@ from typing import Any
 from parallel.pipeline.registry import INTERLEAVED, NAMES
 from train.compose import compose
 from train.config import RunConfig
+from train.model.config import SCORING_FUNCS, TOPK_METHODS
 
 VOCAB_SIZE = 300  # of the prepared text
 # Sequences times positions of a step: what the plain trainer does in a moment.
@@ -167,6 +168,7 @@ def _model(dice: random.Random, ep: int) -> dict[str, Any]:
         "model.n_group": num_groups,
         "model.n_routed_experts": num_groups * per_group,
         "model.topk_group": kept,
+        **_routing(dice, num_groups, kept),
         "model.num_experts_per_tok": dice.randint(1, min(6, kept * per_group)),
         "model.n_shared_experts": dice.choice([1, 1, 2]),
         "model.routed_scaling_factor": dice.choice([1.0, 2.5]),
@@ -177,6 +179,28 @@ def _model(dice: random.Random, ep: int) -> dict[str, Any]:
         "model.rope_theta": dice.choice([10000.0, 500.0]),
         "model.rope_scaling": _yarn(dice) if dice.random() < 0.25 else None,
     }
+
+
+def _routing(dice: random.Random, num_groups: int, kept: int) -> dict[str, Any]:
+    """How a token's experts are scored and chosen; half of the time as the config has it by itself."""
+    if dice.random() < 0.5:
+        return {}
+    method = dice.choice(TOPK_METHODS)
+    return {
+        "model.scoring_func": dice.choice(SCORING_FUNCS),
+        "model.topk_method": method,
+        "model.topk_group": num_groups if method == "greedy" else kept,
+    }
+
+
+def _balance(dice: random.Random, model: dict[str, Any]) -> dict[str, Any]:
+    """Biases where there are some, and balance losses; of devices where there are several."""
+    biased = model.get("model.topk_method", "noaux_tc") == "noaux_tc"
+    coeffs = {"moe.seq_aux_coeff": dice.choice([0.0001, 0.01])}
+    if model["model.n_group"] > 1 and dice.random() < 0.5:
+        coeffs |= {"moe.device_aux_coeff": dice.choice([0.0, 0.05]), "moe.comm_aux_coeff": dice.choice([0.0, 0.02])}
+    # Moving biases change routes; moved at every step, they also show each step's loads.
+    return {"moe.bias_update_rate": dice.choice([0.001, 0.05]) if biased else 0.0, **coeffs}
 
 
 def _yarn(dice: random.Random) -> dict[str, Any]:
@@ -227,9 +251,7 @@ def _recipe(dice: random.Random, model: dict[str, Any], place: dict[str, Any], f
         "optimizer.moments_dtype": "bf16" if dice.random() < 0.2 else "fp32",
         "lr_scheduler.lr": dice.choice([1e-3, 1e-2]),
         "lr_scheduler.warmup_steps": dice.randint(0, 4),
-        # Moving biases change routes; moved at every step, they also show each step's loads.
-        "moe.bias_update_rate": dice.choice([0.001, 0.05]),
-        "moe.seq_aux_coeff": dice.choice([0.0001, 0.01]),
+        **_balance(dice, model),
         "mtp.loss_weight": dice.choice([0.3, 1.0]),
         "evaluate.interval": dice.choice([0, 2, 3]),
         "evaluate.num_sequences": dice.randint(1, 7),

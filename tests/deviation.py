@@ -10,6 +10,7 @@ from tests.runs import Finished, relative
 # The rest of `train/*` and `moe/*` is settings, or follows from placement.
 NUMBERS = (
     *("train/loss", "train/mtp_loss", "train/seq_balance_loss", "train/grad_norm"),
+    *("train/device_balance_loss", "train/comm_balance_loss"),
     *("moe/max_vio", "moe/min_load", "valid/loss"),
 )
 

@@ -39,11 +39,16 @@ class Sums:
     main: Tensor
     mtp: Tensor
     balance: Tensor
+    device: Tensor
+    comm: Tensor
     load: Tensor  # [num_routers, E]
 
 
 class PlainModel:
-    """DeepSeek-V3 (report, section 2) on a dictionary of weights; sequences one by one, experts one by one."""
+    """DeepSeek-V3 (report, section 2), or V2's routing where the config asks for it, on a dictionary of weights.
+
+    Sequences one by one, experts one by one.
+    """
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], biases: Tensor) -> None:
         self.config, self.weights, self.biases = config, weights, biases
@@ -54,7 +59,7 @@ class PlainModel:
         """tokens [B, S + 1]."""
         zero = torch.zeros((), dtype=torch.float64)  # many sequences in one sum: no place for fp32
         load = torch.zeros(self.biases.shape, dtype=torch.int64)
-        sums = Sums(zero, zero.clone(), zero.clone(), load)
+        sums = Sums(*(zero.clone() for _ in range(5)), load)
         for row in tokens:
             self._sequence(row, sums)
         return sums
@@ -167,12 +172,12 @@ class PlainModel:
         return (F.silu(gate) * up) @ down.t()
 
     def _moe(self, name: str, router: int, x: Tensor, sums: Sums) -> Tensor:
-        """Eq. 12-16 and the sequence-wise balance loss, Eq. 17-20, for one sequence x [S, d]."""
+        """Eq. 12-16 and the balance losses for one sequence x [S, d]."""
         c, w = self.config, self.weights
-        scores = (x @ w[name + "gate.weight"].t()).sigmoid()
-        chosen = torch.tensor(
-            select(scores.detach(), self.biases[router], c.n_group, c.topk_group, c.num_experts_per_tok)
-        )
+        logits = x @ w[name + "gate.weight"].t()
+        scores = logits.softmax(-1) if c.scoring_func == "softmax" else logits.sigmoid()
+        sizes = (c.n_group, c.topk_group, c.num_experts_per_tok)
+        chosen = torch.tensor(select(scores.detach(), self.biases[router], *sizes, self._strongest()))
         self.routes.append((chosen, self._gaps(scores.detach() + self.biases[router])))
         sums.load[router] += chosen.flatten().bincount(minlength=c.n_routed_experts)
         weights = scores.gather(1, chosen)
@@ -185,17 +190,30 @@ class PlainModel:
         for e in range(c.n_routed_experts):
             token, slot = (chosen == e).nonzero(as_tuple=True)
             y = y.index_add(0, token, self._feed_forward(x[token], gate_up[e], down[e]) * weights[token, slot, None])
-        best = scores.topk(c.num_experts_per_tok, -1).indices
-        hits = best.flatten().bincount(minlength=c.n_routed_experts).to(scores)
-        share = hits * c.n_routed_experts / best.numel()
-        sums.balance = sums.balance + (share * (scores / scores.sum(-1, keepdim=True)).mean(0)).sum()
+        self._balance(scores, chosen, sums)
         return y
+
+    def _strongest(self) -> int:
+        """Of how many experts a group's strength is the sum: V3, section 2.1.2; V2, section 2.2.2."""
+        return 2 if self.config.topk_method == "noaux_tc" else 1
+
+    def _balance(self, scores: Tensor, chosen: Tensor, sums: Sums) -> None:
+        """V3, Eq. 17-20, which are V2's Eq. 23-25 but for what counts as selected; V2, Eq. 26-31. One sequence."""
+        c = self.config
+        counted = scores.topk(c.num_experts_per_tok, -1).indices if c.topk_method == "noaux_tc" else chosen
+        f = counted.flatten().bincount(minlength=c.n_routed_experts).to(scores) * c.n_routed_experts / counted.numel()
+        p = (scores / scores.sum(-1, keepdim=True)).mean(0)
+        sums.balance = sums.balance + f @ p
+        for members in torch.arange(c.n_routed_experts).chunk(c.n_group):
+            sent = torch.isin(chosen, members).any(-1).sum()
+            sums.device = sums.device + f[members].mean() * p[members].sum()
+            sums.comm = sums.comm + c.n_group * sent / (c.topk_group * len(scores)) * p[members].sum()
 
     def _gaps(self, choice: Tensor) -> Tensor:
         """How much each token's biased scores [T, E] may change before it visits other experts: [T]."""
         c = self.config
         grouped = choice.unflatten(-1, (c.n_group, -1))
-        strength, order = grouped.topk(2, -1).values.sum(-1).sort(-1, descending=True)
+        strength, order = grouped.topk(self._strongest(), -1).values.sum(-1).sort(-1, descending=True)
         gap = torch.full((len(choice),), float("inf"), dtype=choice.dtype)
         if c.topk_group < c.n_group:
             gap = strength[:, c.topk_group - 1] - strength[:, c.topk_group]
@@ -235,7 +253,7 @@ class PlainRun:
 
     rows: list[dict[str, float]]
     weights: dict[str, Tensor]
-    biases: Tensor
+    biases: Tensor  # [num_routers, E]; [0, E] where routers have none
     routes: list[tuple[Tensor, Tensor]]
     loads: list[Tensor]  # of every step, [num_routers, E]
 
@@ -264,14 +282,17 @@ def plain_run(config: RunConfig) -> PlainRun:
             row["valid/loss"] = _evaluate(config, weights, model.biases)
         rows.append(row)
         loads.append(sums.load)
-    return PlainRun(rows, {name: p.detach() for name, p in weights.items()}, model.biases, model.routes, loads)
+    biases = model.biases if config.model.topk_method == "noaux_tc" else model.biases[:0]
+    return PlainRun(rows, {name: p.detach() for name, p in weights.items()}, biases, model.routes, loads)
 
 
 def _loss(config: RunConfig, plan: StepPlan, sums: Sums) -> Tensor:
-    """The loss of a step: main, prediction depths (Eq. 25), balance (Eq. 17)."""
+    """The loss of a step: main, prediction depths (Eq. 25), balance (Eq. 17; V2, Eq. 23, 26, 29)."""
     num_tokens, depth = plan.num_sequences * config.train.seq_len, max(1, config.model.num_nextn_predict_layers)
     loss = sums.main / num_tokens + plan.mtp_loss_weight / depth * sums.mtp / num_tokens
-    return loss + config.moe.seq_aux_coeff * sums.balance / plan.num_sequences
+    moe = config.moe
+    balance = (moe.seq_aux_coeff * sums.balance, moe.device_aux_coeff * sums.device, moe.comm_aux_coeff * sums.comm)
+    return loss + sum(balance) / plan.num_sequences
 
 
 def _row(config: RunConfig, plan: StepPlan, sums: Sums) -> dict[str, float]:
@@ -282,6 +303,10 @@ def _row(config: RunConfig, plan: StepPlan, sums: Sums) -> dict[str, float]:
     if config.model.num_routers:
         mean = sums.load.double().mean(-1)
         row["train/seq_balance_loss"] = sums.balance.item() / plan.num_sequences
+        if config.moe.device_aux_coeff:
+            row["train/device_balance_loss"] = sums.device.item() / plan.num_sequences
+        if config.moe.comm_aux_coeff:
+            row["train/comm_balance_loss"] = sums.comm.item() / plan.num_sequences
         row["moe/max_vio"] = float((sums.load.amax(-1) / mean - 1).max())
         row["moe/min_load"] = float((sums.load.amin(-1) / mean).min())
     return row

@@ -51,7 +51,7 @@ class LocalPlan:
 
 
 def balance_loss(scores: Tensor, num_selected: int) -> Tensor:
-    """Eq. 17-20 for one sequence, without alpha: scores [T, E], the sigmoid affinities s."""
+    """DeepSeek-V3, Eq. 17-20 for one sequence, without alpha: scores [T, E], the affinities s."""
     num_tokens, num_experts = scores.shape
     loss = scores.new_zeros(())
     for i in range(num_experts):
@@ -65,13 +65,45 @@ def balance_loss(scores: Tensor, num_selected: int) -> Tensor:
     return loss
 
 
-def select(scores: Tensor, bias: Tensor, num_groups: int, num_kept: int, num_selected: int) -> list[list[int]]:
-    """Node-limited selection of each token: scores [T, E], bias [E] -> expert ids, best first, ties to the lower id."""
+def grouped_balance_losses(
+    scores: Tensor, chosen: list[list[int]], counted: list[list[int]], num_groups: int, num_kept: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """DeepSeek-V2, Eq. 23-31 for one sequence, without factors: scores [T, E] -> expert, device, communication.
+
+    chosen: the experts each token is sent to; counted: those that "token t selects expert i" is read as. Affinities
+    that do not sum to 1 are normalised, as DeepSeek-V3's Eq. 19 does.
+    """
+    num_tokens, num_experts = scores.shape
+    size = num_experts // num_groups
+    f = [
+        num_experts / (len(counted[0]) * num_tokens) * sum(i in experts for experts in counted)
+        for i in range(num_experts)
+    ]
+    p = [sum(scores[t, i] / scores[t].sum() for t in range(num_tokens)) / num_tokens for i in range(num_experts)]
+    expert = device = comm = scores.new_zeros(())
+    for i in range(num_experts):
+        expert = expert + f[i] * p[i]
+    for d in range(num_groups):
+        members = range(d * size, (d + 1) * size)
+        p_d = sum(p[j] for j in members)
+        sent = sum(any(e in members for e in experts) for experts in chosen)
+        device = device + sum(f[j] for j in members) / size * p_d
+        comm = comm + num_groups / (num_kept * num_tokens) * sent * p_d
+    return expert, device, comm
+
+
+def select(
+    scores: Tensor, bias: Tensor, num_groups: int, num_kept: int, num_selected: int, strongest: int = 2
+) -> list[list[int]]:
+    """Group-limited selection of each token: scores [T, E], bias [E] -> expert ids, best first, ties to the lower id.
+
+    A group is as strong as its `strongest` best experts together: 2 in DeepSeek-V3, 1 in DeepSeek-V2.
+    """
     chosen = []
     for row in (scores + bias).tolist():
         size = len(row) // num_groups
         groups = [row[g * size : (g + 1) * size] for g in range(num_groups)]
-        strength = [sum(sorted(group, reverse=True)[:2]) for group in groups]
+        strength = [sum(sorted(group, reverse=True)[:strongest]) for group in groups]
         kept = sorted(range(num_groups), key=lambda g: (-strength[g], g))[:num_kept]
         allowed = [e for e in range(len(row)) if e // size in kept]
         chosen.append(sorted(allowed, key=lambda e: (-row[e], e))[:num_selected])

@@ -226,6 +226,7 @@ class RunConfig:
         if self.profile.steps and max(self.profile.steps) > num_steps:
             raise ValueError(f"profile.steps={self.profile.steps}: the run ends after step {num_steps}")
         self._check_sequences()
+        self._check_balance()
         placement.check(self.parallel, self.model.n_routed_experts, self.model.n_group)
         if self.zero.engine == "deepspeed" and self.precision.name == "fp64":
             raise ValueError("zero.engine=deepspeed keeps fp32 masters and cannot hold precision=fp64: use native")
@@ -234,6 +235,20 @@ class RunConfig:
                 f"data.vocab_size={self.data.vocab_size} is above model.vocab_size={self.model.vocab_size}: "
                 "the model has no row for the last tokens"
             )
+
+    def _check_balance(self) -> None:
+        moe, model = self.moe, self.model
+        if moe.bias_update_rate > 0 and not model.has_router_bias:
+            raise ValueError(
+                f"moe.bias_update_rate={moe.bias_update_rate} needs model.topk_method=noaux_tc: under "
+                f"model.topk_method={model.topk_method} no router has a bias, so it must be 0"
+            )
+        for name in ("device_aux_coeff", "comm_aux_coeff"):
+            if getattr(moe, name) > 0 and model.n_group == 1:
+                raise ValueError(
+                    f"moe.{name}={getattr(moe, name)} needs model.n_group above 1: devices are the routing groups, and "
+                    "one alone is always balanced"
+                )
 
     def _check_sequences(self) -> None:
         train, model = self.train, self.model

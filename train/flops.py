@@ -53,7 +53,7 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
         total=embedding + frame + config.num_moe_layers * _moe_layer(config, every),
         embedding=embedding,
         activated=frame + config.num_moe_layers * _moe_layer(config, selected),
-        router_biases=config.num_moe_layers * every,
+        router_biases=config.num_moe_layers * every if config.has_router_bias else 0,
         mtp=depths * (joint + _moe_layer(config, every)),
         mtp_activated=depths * (joint + _moe_layer(config, selected)),
     )

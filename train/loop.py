@@ -19,7 +19,7 @@ from train.balance import update_bias
 from train.evaluate import evaluate
 from train.job import Job
 from train.metrics import StepReport, StepTimer
-from train.model.transformer import LossTerms
+from train.model.transformer import NUM_SUMS, LossTerms
 from train.schedule import StepPlan
 from train.track import Tracker
 
@@ -41,7 +41,7 @@ class StopRequest:
 class Tally:
     """What one step adds up to: sums only, never means. On the device; the losses of this rank alone."""
 
-    losses: Tensor  # [3]: cross-entropy, MTP, balance
+    losses: Tensor  # `Report.sums`
     load: Tensor  # [num_routers, n_routed_experts]: tokens that chose each expert, after `reduce` over all ranks
 
 
@@ -49,7 +49,7 @@ class Tally:
 class StepStats:
     """What the host reads of a step, over all ranks."""
 
-    losses: tuple[float, float, float]  # sums: cross-entropy, MTP, balance
+    losses: tuple[float, ...]  # `Report.sums`
     nodes_per_token: float
     internode_bytes: int
     peak_bytes: int
@@ -112,7 +112,7 @@ def accumulate(job: Job, plan: StepPlan, timer: StepTimer) -> Tally:
             return job.host.put(job.train_rows.rows(*micro_batches[micro_batch]))
 
     job.forward_backward(tokens, loss_terms(job, plan), len(micro_batches))
-    tally = Tally(torch.zeros(3, dtype=torch.float64, device=job.device), job.no_load())
+    tally = Tally(torch.zeros(NUM_SUMS, dtype=torch.float64, device=job.device), job.no_load())
     for stage in job.stages.values():
         for _, report in sorted(stage.reports.items()):
             tally.losses += report.sums
@@ -124,10 +124,13 @@ def loss_terms(job: Job, plan: StepPlan) -> LossTerms:
     """What every unit of a loss weighs: known before the step, so gradients are plain sums (report, Eq. 17, 25)."""
     num_tokens = plan.num_sequences * job.config.train.seq_len
     depth = max(1, job.config.model.num_nextn_predict_layers)
+    moe = job.config.moe
     return LossTerms(
         main=1 / num_tokens,
         mtp=plan.mtp_loss_weight / (depth * num_tokens),
-        balance=job.config.moe.seq_aux_coeff / plan.num_sequences,
+        balance=moe.seq_aux_coeff / plan.num_sequences,
+        device_balance=moe.device_aux_coeff / plan.num_sequences,
+        comm_balance=moe.comm_aux_coeff / plan.num_sequences,
     )
 
 
@@ -142,16 +145,16 @@ def reduce(job: Job, tally: Tally, stop: StopRequest) -> StepStats:
     job.meet()
     spread = [metrics.max_vio(tally.load), metrics.min_load(tally.load)] if tally.load.numel() else []
     rows, *balance = job.host.read("step", everyone, *spread)
-    columns = list(zip(*rows, strict=True))[:8]
-    main, mtp, seq_balance, nodes, tokens, internode_bytes, _, asked = (fold(operator.add, each) for each in columns)
+    columns = list(zip(*rows, strict=True))[: NUM_SUMS + len(mine)]
+    *losses, nodes, tokens, internode_bytes, _, asked = (fold(operator.add, each) for each in columns)
     return StepStats(
-        losses=(main, mtp, seq_balance),
+        losses=tuple(losses),
         nodes_per_token=nodes / max(tokens, 1),
         internode_bytes=int(internode_bytes),
-        peak_bytes=int(max(columns[6])),
+        peak_bytes=int(max(columns[NUM_SUMS + 3])),
         max_vio=balance[0] if spread else None,
         min_load=balance[1] if spread else None,
-        waits_s=job.mean_times([row[8:] for row in rows]),
+        waits_s=job.mean_times([row[len(columns) :] for row in rows]),
         stopping=asked > 0,
     )
 
@@ -167,7 +170,7 @@ def describe(
     """What this step reports, but for the validation loss."""
     model = job.config.model
     num_tokens = plan.num_sequences * job.config.train.seq_len
-    main, mtp, balance = stats.losses
+    main, mtp, *balance = stats.losses
     step_s, data_wait_s = times_s
     report = StepReport(
         step=plan.step + 1,
@@ -187,9 +190,13 @@ def describe(
     if model.num_nextn_predict_layers:
         report = replace(report, mtp_loss=mtp / (model.num_nextn_predict_layers * num_tokens))
     if model.num_routers:
+        expert, device, comm = (each / plan.num_sequences for each in balance)
+        moe = job.config.moe
         report = replace(
             report,
-            seq_balance_loss=balance / plan.num_sequences,
+            seq_balance_loss=expert,
+            device_balance_loss=device if moe.device_aux_coeff else None,
+            comm_balance_loss=comm if moe.comm_aux_coeff else None,
             max_vio=stats.max_vio,
             min_load=stats.min_load,
             nodes_per_token=stats.nodes_per_token,

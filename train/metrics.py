@@ -37,7 +37,7 @@ class StepReport:
     """The numbers of one finished step; None: not measured in this step, left out of every sink.
 
     `step` counts finished steps, so the first report has step 1 and a checkpoint of step N holds reports 1..N.
-    Losses are those of the global batch (nats per token; the balance loss unweighted by alpha). `internode_bytes` is
+    Losses are those of the global batch (nats per token; balance losses unweighted by alpha). `internode_bytes` is
     the payload that expert dispatch and combine sent between nodes, all ranks together.
     """
 
@@ -52,6 +52,8 @@ class StepReport:
     peak_bytes: int = _key("memory/peak_bytes", "bytes, the fullest rank")
     mtp_loss: float | None = _key("train/mtp_loss", "nats per token, mean over depths", default=None)
     seq_balance_loss: float | None = _key("train/seq_balance_loss", "sum over MoE layers, 1 each: even", default=None)
+    device_balance_loss: float | None = _key("train/device_balance_loss", "as before, of devices", default=None)
+    comm_balance_loss: float | None = _key("train/comm_balance_loss", "as before, of communication", default=None)
     valid_loss: float | None = _key("valid/loss", "nats per token", default=None)
     bubble_s: float | None = _key("perf/bubble_s", "seconds, mean over ranks", default=None)
     exposed_comm_s: float | None = _key("perf/exposed_comm_s", "seconds, mean over ranks", default=None)

@@ -95,7 +95,8 @@ def _layer(config: ModelConfig, ours: str, theirs: str, is_moe: bool) -> Iterato
         yield from _feed_forward(f"{ours}.mlp", f"{theirs}.mlp", config.intermediate_size)
         return
     bias, inter = "mlp.gate.e_score_correction_bias", config.moe_intermediate_size
-    yield Entry(f"{ours}.{bias}", f"{theirs}.{bias}")
+    if config.has_router_bias:
+        yield Entry(f"{ours}.{bias}", f"{theirs}.{bias}")
     shared = "mlp.shared_experts"
     yield from _feed_forward(f"{ours}.{shared}", f"{theirs}.{shared}", config.n_shared_experts * inter)
     for expert in range(config.n_routed_experts):

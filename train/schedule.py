@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 KINDS = ("constant", "linear", "cosine")
+AUX_COEFFS = ("seq_aux_coeff", "device_aux_coeff", "comm_aux_coeff")
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,18 @@ class LrSchedulerConfig:
 
 @dataclass(frozen=True)
 class MoeConfig:
-    """Balancing (config group `moe`): bias step per training step, and alpha of the sequence-wise balance loss.
+    """Balancing (config group `moe`): bias step per training step, and alpha of each balance loss.
 
-    The bias stops moving at `bias_update_until_tokens` (None: never).
+    The bias stops moving at `bias_update_until_tokens` (None: never). `seq_aux_coeff` weighs the balance of experts
+    within a sequence (alpha of DeepSeek-V3, alpha 1 of DeepSeek-V2 and DeepSeekMoE), `device_aux_coeff` that of devices
+    (alpha 2), `comm_aux_coeff` that of what devices receive (alpha 3). Devices are the model's routing groups.
     """
 
     bias_update_rate: float = 0.001
     bias_update_until_tokens: int | None = None
     seq_aux_coeff: float = 0.0001
+    device_aux_coeff: float = 0.0
+    comm_aux_coeff: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -292,8 +297,7 @@ class Schedule:
         for name, value in (
             ("lr_scheduler.lr", lr.lr),
             ("lr_scheduler.warmup_steps", lr.warmup_steps),
-            ("moe.bias_update_rate", moe.bias_update_rate),
-            ("moe.seq_aux_coeff", moe.seq_aux_coeff),
+            *((f"moe.{key}", getattr(moe, key)) for key in ("bias_update_rate", *AUX_COEFFS)),
             ("mtp.loss_weight", mtp.loss_weight),
             *(
                 (f"mtp.loss_weight_changes[{i}].loss_weight", c.loss_weight)
@@ -388,7 +392,7 @@ class Schedule:
                 "warmup_tokens": self.warmup_tokens,
                 "lr_phases": [(p.kind, p.from_tokens, p.until_tokens, p.lr, p.end_lr) for p in self.phases],
                 "bias_update": (self.moe.bias_update_rate, self.moe.bias_update_until_tokens),
-                "seq_aux_coeff": self.moe.seq_aux_coeff,
+                "aux_coeffs": [getattr(self.moe, key) for key in AUX_COEFFS],
                 "mtp_loss_weight": (0, self.mtp.loss_weight),
                 "mtp_changes": [(c.from_tokens, c.loss_weight) for c in self.mtp.loss_weight_changes],
             },

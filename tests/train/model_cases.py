@@ -11,9 +11,10 @@ from torch import Tensor
 
 from tests.reference import LocalDispatch
 from train import names
-from train.model.config import ModelConfig
+from train.model.config import SCORING_FUNCS, TOPK_METHODS, ModelConfig
 from train.model.init import init_weights
 from train.model.kernels import Kernels
+from train.model.router import BiasedRouter
 from train.model.transformer import Transformer
 from train.precision.grads import attach_main_grads
 from train.precision.linear import Engines, TorchEngine
@@ -110,6 +111,15 @@ def random_config(seed: int, **fixed: Any) -> ModelConfig:
     return replace(config, **fixed)
 
 
+def random_routing(seed: int, **fixed: Any) -> ModelConfig:
+    """A random model whose router is any of those that can be built."""
+    draw = random.Random(f"routing {seed}")
+    config = random_config(seed, **fixed)
+    method = draw.choice(TOPK_METHODS)
+    kept = config.n_group if method == "greedy" else config.topk_group
+    return replace(config, scoring_func=draw.choice(SCORING_FUNCS), topk_method=method, topk_group=kept)
+
+
 def build(
     config: ModelConfig,
     dtype: torch.dtype = torch.float64,
@@ -128,8 +138,9 @@ def build(
             if parameter.ndim == 1:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(dtype))
         for router in model.routers().values():
-            bias = router.e_score_correction_bias
-            bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
+            if isinstance(router, BiasedRouter):
+                bias = router.e_score_correction_bias
+                bias.copy_(0.3 * torch.randn(bias.shape, generator=generator))
     attach_main_grads(model)
     return model
 

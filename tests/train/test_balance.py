@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tests.train.model_cases import TINY, build
@@ -27,6 +29,14 @@ def test_signs() -> None:
     for number, router in model.routers().items():
         moved = router.e_score_correction_bias - before[number]
         torch.testing.assert_close(moved, 0.001 * torch.tensor(expected[number], dtype=moved.dtype))
+
+
+def test_a_router_without_a_bias_has_nothing_to_move_or_to_save() -> None:
+    model = build(replace(TINY, topk_method="group_limited_greedy", scoring_func="softmax"))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    update_bias(model, torch.ones(TINY.num_routers, TINY.n_routed_experts, dtype=torch.int64), 0.001)
+    assert not list(model.buffers())
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_counts_beyond_the_precision_of_floats() -> None:

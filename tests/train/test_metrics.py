@@ -18,7 +18,19 @@ from train.metrics import UNITS, StepReport, StepTimer, gemm_flops_per_s, max_vi
 
 NAMES = {
     "step",
-    *("train/" + name for name in ("loss", "mtp_loss", "seq_balance_loss", "grad_norm", "lr", "consumed_tokens")),
+    *(
+        "train/" + name
+        for name in (
+            "loss",
+            "mtp_loss",
+            "seq_balance_loss",
+            "device_balance_loss",
+            "comm_balance_loss",
+            "grad_norm",
+            "lr",
+            "consumed_tokens",
+        )
+    ),
     "valid/loss",
     *("perf/" + name for name in ("tokens_per_s", "step_s", "data_wait_s", "mfu")),
     *("perf/" + name for name in ("bubble_s", "exposed_comm_s", "zero_comm_s")),
@@ -54,6 +66,8 @@ def test_values_leave_out_what_was_not_measured() -> None:
     full = report(
         mtp_loss=1.0,
         seq_balance_loss=1.0,
+        device_balance_loss=1.0,
+        comm_balance_loss=1.0,
         valid_loss=0.0,
         bubble_s=0.0,
         exposed_comm_s=0.0,

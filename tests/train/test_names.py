@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.train.model_cases import TINY, V3, build, random_config
+from tests.train.model_cases import TINY, V3, build, random_routing
 from train import names
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_every_element_has_exactly_one_place_on_disk(seed: int) -> None:
-    config = random_config(seed, num_nextn_predict_layers=seed % 3)
+    config = random_routing(seed, num_nextn_predict_layers=seed % 3)
     state = build(config, torch.float32).state_dict()
     # Number all elements of our state: on disk every number must appear once.
     start, numbered = 0, {}
@@ -28,7 +28,7 @@ def test_every_element_has_exactly_one_place_on_disk(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_there_and_back(seed: int) -> None:
-    config = random_config(seed, num_nextn_predict_layers=seed % 3)
+    config = random_routing(seed, num_nextn_predict_layers=seed % 3)
     state = build(config, torch.float32).state_dict()
     back = names.from_hf(names.to_hf(state, config), config)
     assert set(back) == set(state)

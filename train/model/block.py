@@ -57,7 +57,8 @@ class MoEBlock(_Block):
         self.experts_node = backend.recompute.node("experts")
 
     def route(self, x: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-        """x [B, S, hidden] -> residual [B, S, hidden], its norm [T, hidden], weights, indices, balance, load."""
+        """x [B, S, hidden] -> residual [B, S, hidden], its norm [T, hidden], weights, indices, and the parts of
+        RouterStats."""
         residual = self.attend(x, table)
         normed = self.post_attention_layernorm(residual)
         weights, indices, stats = self.mlp.gate(normed)

@@ -10,13 +10,21 @@ _YARN_REQUIRED = ("factor", "original_max_position_embeddings")
 _YARN_OPTIONAL = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
+SCORING_FUNCS = ("sigmoid", "softmax")
+TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of a DeepSeek-V3 model. `check` refuses what cannot be built.
+    """Sizes of a DeepSeek model. `check` refuses what cannot be built.
 
     `q_lora_rank=None` projects queries without a latent. `rope_scaling` is None, or YaRN's keys: `type` (or
     `rope_type`) = "yarn", `factor`, `original_max_position_embeddings`, and optionally `beta_fast` (32), `beta_slow`
     (1), `mscale`, `mscale_all_dim`. `num_nextn_predict_layers` is the depth D of multi-token prediction.
+
+    `scoring_func` is sigmoid or softmax. `topk_method`: noaux_tc selects by score + bias, a group counting as much as
+    its two best experts; group_limited_greedy by score, a group counting as much as its best; greedy by score among
+    all experts, groups being devices only.
     """
 
     vocab_size: int
@@ -44,6 +52,8 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
+    scoring_func: str = "sigmoid"
+    topk_method: str = "noaux_tc"
 
     @property
     def qk_head_dim(self) -> int:
@@ -59,6 +69,11 @@ class ModelConfig:
     def num_routers(self) -> int:
         """Routers in order of their global layer index: the main model's, then one per prediction depth."""
         return self.num_moe_layers + self.num_nextn_predict_layers
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether routers have a selection bias, which balancing moves."""
+        return self.topk_method == "noaux_tc"
 
     @property
     def softmax_scale(self) -> float:
@@ -85,13 +100,20 @@ class ModelConfig:
 
     def _check_routing(self) -> None:
         experts, groups = self.n_routed_experts, self.n_group
+        for field, known in (("scoring_func", SCORING_FUNCS), ("topk_method", TOPK_METHODS)):
+            _require(getattr(self, field) in known, f"{self._show(field)} is none of {', '.join(known)}")
         _require(experts % groups == 0, f"{self._show('n_group')} does not divide {self._show('n_routed_experts')}")
         _require(
-            experts // groups >= 2,
+            experts // groups >= 2 or not self.has_router_bias,
             f"{self._show('n_group')} leaves {experts // groups} of {self._show('n_routed_experts')} a group: "
             "a group is scored by its two best experts",
         )
         _require(self.topk_group <= groups, f"{self._show('topk_group')} exceeds {self._show('n_group')}")
+        _require(
+            self.topk_method != "greedy" or self.topk_group == groups,
+            f"{self._show('topk_group')} differs from {self._show('n_group')}, but model.topk_method=greedy limits no "
+            "groups",
+        )
         reachable = self.topk_group * (experts // groups)
         _require(
             self.num_experts_per_tok <= reachable,

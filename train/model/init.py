@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from train.model.config import ModelConfig
+from train.model.router import BiasedRouter
 from train.model.transformer import Transformer
 from train.precision.grads import wide_dtype
 
@@ -52,5 +53,6 @@ def init_weights(
             shape = model.global_shape(name)
             parameter.copy_(_draw(config.initializer_range, shape, seed, name, tuple(shape)))
     for router in model.routers().values():
-        bias = router.e_score_correction_bias
-        router.e_score_correction_bias = torch.zeros_like(bias, dtype=wide_dtype(dtype))
+        if isinstance(router, BiasedRouter):
+            bias = router.e_score_correction_bias
+            router.e_score_correction_bias = torch.zeros_like(bias, dtype=wide_dtype(dtype))

@@ -19,13 +19,15 @@ _MIN_CHUNK_TOKENS = 256
 class LossTerms(NamedTuple):
     """Factor of each loss per summed unit, known before the step: gradients of micro-batches and ranks then just add.
 
-    main: 1 / predicted tokens of the global batch. mtp: lambda / (D * the same). balance: alpha / sequences of the
-    global batch.
+    main: 1 / predicted tokens of the global batch. mtp: lambda / (D * the same). The balance losses of experts, devices
+    and communication: alpha / sequences of the global batch.
     """
 
     main: float
     mtp: float
     balance: float
+    device_balance: float = 0.0
+    comm_balance: float = 0.0
 
 
 def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from train.model.config import ModelConfig
 from train.model.layers import Backend, FeedForward, Gemms, swiglu_mlp
-from train.model.router import Router
+from train.model.router import build_router
 from train.model.tape import Steps
 
 
@@ -129,7 +129,7 @@ class MoE(nn.Module):
         super().__init__()
         hidden, inter = config.hidden_size, config.moe_intermediate_size
         self.exchange = dispatch
-        self.gate = Router(config, backend)
+        self.gate = build_router(config, backend)
         self.experts = Experts(dispatch.num_local_experts, hidden, inter, backend)
         self.shared_experts = FeedForward(hidden, config.n_shared_experts * inter, backend)
 

@@ -1,16 +1,23 @@
 """The router: which experts a token visits and with which weights (technical report, section 2.1.2).
 
-Letters: T = B * S tokens, E routed experts, K experts per token. Everything here is float32 (float64 in a float64
-model), whatever the model's type and whatever autocast says.
+It is put together from small parts: how logits become affinities (`SCORINGS`), which groups a token may choose from
+(`GroupLimit`), and whether a bias has a say in the choice (`BiasedRouter`).
+
+Letters: T = B * S tokens, E routed experts, K experts per token, G groups. Everything here is float32 (float64 in a
+float64 model), whatever the model's type and whatever autocast says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from train.model.balance_loss import BalanceLosses, balance_losses
 from train.model.config import ModelConfig
 from train.model.layers import Backend
 from train.precision.grads import Sink, main_grad, wide_dtype
@@ -19,8 +26,10 @@ from train.precision.grads import Sink, main_grad, wide_dtype
 class RouterStats(NamedTuple):
     """What a router reports of a micro-batch."""
 
-    balance: Tensor
-    """Sequence-wise balance loss, summed over the sequences; scalar."""
+    expert_balance: Tensor
+    """`BalanceLosses.expert`: summed over the sequences; a scalar, like the next two."""
+    device_balance: Tensor
+    comm_balance: Tensor
     load: Tensor
     """Tokens that selected each expert, int64 [E]; zeros unless training with gradients."""
 
@@ -33,23 +42,47 @@ class Routing(NamedTuple):
     stats: RouterStats
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How a token's logits over the experts [T, E] become affinities."""
+
+    forward: Callable[[Tensor], Tensor]
+    """logits -> scores; may overwrite the logits."""
+    backward: Callable[[Tensor, Tensor], Tensor]
+    """d_scores, scores -> d_logits."""
+    shares: Callable[[Tensor], Tensor]
+    """scores [..., E] -> what of their sum each expert has, differentiable."""
+
+
+def _softmax_backward(d_scores: Tensor, scores: Tensor) -> Tensor:
+    return torch.ops.aten._softmax_backward_data(d_scores, scores, -1, scores.dtype)
+
+
+SCORINGS = {
+    # DeepSeek-V3, Eq. 15, and Eq. 19 for the shares.
+    "sigmoid": Scoring(torch.sigmoid_, torch.ops.aten.sigmoid_backward, lambda s: s / s.sum(-1, keepdim=True)),
+    # DeepSeekMoE, Eq. 11; DeepSeek-V2, Eq. 22. Sums to 1 already.
+    "softmax": Scoring(partial(torch.softmax, dim=-1), _softmax_backward, lambda s: s),
+}
+
+
 class _Affinity(torch.autograd.Function):
-    """x [T, d], weight [E, d] -> sigmoid(x weightᵀ) [T, E], in float32 or wider."""
+    """x [T, d], weight [E, d] -> the scores of x weightᵀ [T, E], in float32 or wider."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sink: Sink) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scoring: Scoring, sink: Sink) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             wide = wide_dtype(x.dtype)
-            scores = torch.mm(x.to(wide), weight.to(wide).t()).sigmoid_()
+            scores = scoring.forward(torch.mm(x.to(wide), weight.to(wide).t()))
         ctx.save_for_backward(x, scores)
-        ctx.weight, ctx.sink = weight, sink
+        ctx.weight, ctx.scoring, ctx.sink = weight, scoring, sink
         return scores
 
     @staticmethod
     def backward(ctx: Any, d_scores: Tensor) -> Any:
         (x, scores), weight = ctx.saved_tensors, ctx.weight
         with torch.autocast(x.device.type, enabled=False):
-            d_logits = torch.ops.aten.sigmoid_backward(d_scores, scores)
+            d_logits = ctx.scoring.backward(d_scores, scores)
             dx = torch.mm(d_logits, weight.to(scores.dtype)).to(x.dtype)
         x = x.detach()
 
@@ -58,7 +91,7 @@ class _Affinity(torch.autograd.Function):
                 main_grad(weight).addmm_(d_logits.t(), x.to(d_logits.dtype))
 
         ctx.sink(wgrad)
-        return dx, None, None
+        return dx, None, None, None
 
 
 def largest(values: Tensor, count: int) -> Tensor:
@@ -76,61 +109,78 @@ def largest(values: Tensor, count: int) -> Tensor:
     return torch.cat(picks, -1)
 
 
+def best_of(grouped: Tensor) -> Tensor:
+    """A group counts as much as its best expert: [..., G, E / G] -> [..., G] (DeepSeek-V2, section 2.2.2)."""
+    return grouped.amax(-1)
+
+
+def best_two_of(grouped: Tensor) -> Tensor:
+    """A group counts as much as its two best experts together (DeepSeek-V3, section 2.1.2: K / M of them)."""
+    return grouped.gather(-1, largest(grouped, 2)).sum(-1)
+
+
+@dataclass(frozen=True)
+class GroupLimit:
+    """Lets a token choose from its best `num_kept` groups only."""
+
+    num_groups: int
+    num_kept: int
+    strength: Callable[[Tensor], Tensor]
+
+    def __call__(self, choice: Tensor) -> Tensor:
+        """choice [T, E], the excluded groups masked with -inf, not 0: a biased score may be negative."""
+        grouped = choice.unflatten(-1, (self.num_groups, -1))
+        strength = self.strength(grouped)
+        kept = largest(strength, self.num_kept)
+        excluded = torch.ones_like(strength, dtype=torch.bool).scatter_(-1, kept, False)
+        return grouped.masked_fill(excluded.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
+def no_limit(choice: Tensor) -> Tensor:
+    """Every group may be chosen from."""
+    return choice
+
+
 class Router(nn.Module):
-    """Sigmoid scores, selection by score + bias inside the best groups, weights by score alone."""
+    """Selection by score, weights by score; `limit` says between which experts."""
 
-    e_score_correction_bias: Tensor
-
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+    def __init__(self, config: ModelConfig, backend: Backend, limit: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.num_experts, self.num_selected = config.n_routed_experts, config.num_experts_per_tok
         self.num_groups, self.num_kept_groups = config.n_group, config.topk_group
         self.normalised, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
-        self.sink = backend.sink
+        self.scoring, self.limit, self.sink = SCORINGS[config.scoring_func], limit, backend.sink
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.empty(self.num_experts))
 
     def forward(self, x: Tensor) -> Routing:
         """x [B, S, hidden], normed."""
-        num_sequences = x.shape[0]
         with torch.autocast(x.device.type, enabled=False):
-            scores = _Affinity.apply(x.reshape(-1, x.shape[-1]), self.weight, self.sink)
+            scores = _Affinity.apply(x.reshape(-1, x.shape[-1]), self.weight, self.scoring, self.sink)
             indices = self.select(scores.detach())
             weights = scores.gather(1, indices)
             if self.normalised:
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-            balance = self.balance_loss(scores.unflatten(0, (num_sequences, -1)))
-        return Routing(weights * self.scaling, indices, RouterStats(balance, self._load(indices)))
+            balance = self.balance(scores, indices, len(x))
+        return Routing(weights * self.scaling, indices, RouterStats(*balance, self._load(indices)))
 
     def select(self, scores: Tensor) -> Tensor:
-        """The K experts of each token, int64 [T, K]: the largest score + bias within the best `topk_group` groups.
+        """The K experts of each token, int64 [T, K], best first; scores [T, E]."""
+        return largest(self.limit(scores), self.num_selected)
 
-        A group counts as much as its two best biased scores together. Excluded groups are masked with -inf, not 0: a
-        bias may be negative.
-        """
-        choice = scores + self.e_score_correction_bias
-        if self.num_kept_groups < self.num_groups:
-            grouped = choice.unflatten(-1, (self.num_groups, -1))
-            best_two = grouped.gather(-1, largest(grouped, 2)).sum(-1)
-            kept = largest(best_two, self.num_kept_groups)
-            excluded = torch.ones_like(best_two, dtype=torch.bool).scatter_(-1, kept, False)
-            choice = grouped.masked_fill(excluded.unsqueeze(-1), -torch.inf).flatten(-2)
-        return largest(choice, self.num_selected)
+    def counted(self, scores: Tensor, indices: Tensor) -> Tensor:
+        """The experts that balance losses count a token for: those it selects (DeepSeek-V2, Eq. 24)."""
+        return indices
 
-    def balance_loss(self, scores: Tensor) -> Tensor:
-        """Sum over sequences of Σ_e f_e P_e (Eq. 17-20, without alpha); scores [B, S, E].
-
-        f_e: how often e is among a token's K best scores, without bias and group limit, relative to balance. P_e: mean
-        normalised score. Only P carries a gradient.
-        """
-        num_sequences, num_tokens, num_experts = scores.shape
-        with torch.no_grad():
-            best = largest(scores, self.num_selected).flatten(1)
-            counts = scores.new_zeros(num_sequences, num_experts)
-            counts.scatter_add_(1, best, torch.ones_like(best, dtype=scores.dtype))
-            frequency = counts * (num_experts / (self.num_selected * num_tokens))
-        probability = (scores / scores.sum(-1, keepdim=True)).mean(1)
-        return (frequency * probability).sum()
+    def balance(self, scores: Tensor, indices: Tensor, num_sequences: int) -> BalanceLosses:
+        """scores [T, E] and indices [T, K] of the tokens of whole sequences."""
+        shape = (num_sequences, -1)
+        return balance_losses(
+            self.scoring.shares(scores).unflatten(0, shape),
+            self.counted(scores.detach(), indices).unflatten(0, shape),
+            indices.unflatten(0, shape),
+            self.num_groups,
+            self.num_kept_groups,
+        )
 
     def _load(self, indices: Tensor) -> Tensor:
         load = torch.zeros(self.num_experts, dtype=torch.int64, device=indices.device)
@@ -138,3 +188,36 @@ class Router(nn.Module):
             chosen = indices.flatten()
             load.scatter_add_(0, chosen, torch.ones_like(chosen))
         return load
+
+
+class BiasedRouter(Router):
+    """Selection by score + bias; the bias has no part in weights and losses (DeepSeek-V3, section 2.1.2)."""
+
+    e_score_correction_bias: Tensor
+
+    def __init__(self, config: ModelConfig, backend: Backend, limit: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(config, backend, limit)
+        self.register_buffer("e_score_correction_bias", torch.empty(self.num_experts))
+
+    def select(self, scores: Tensor) -> Tensor:
+        """The K experts of each token by their biased scores."""
+        return super().select(scores + self.e_score_correction_bias)
+
+    def counted(self, scores: Tensor, indices: Tensor) -> Tensor:
+        """A token's K best experts, without bias and group limit (DeepSeek-V3, Eq. 18)."""
+        return largest(scores, self.num_selected)
+
+
+#: How experts are chosen: the router, and what makes a group strong.
+TOPK_METHODS: dict[str, tuple[type[Router], Callable[[Tensor], Tensor]]] = {
+    "noaux_tc": (BiasedRouter, best_two_of),
+    "group_limited_greedy": (Router, best_of),
+    "greedy": (Router, best_of),
+}
+
+
+def build_router(config: ModelConfig, backend: Backend) -> Router:
+    """The router that the config's `scoring_func` and `topk_method` describe."""
+    kind, strength = TOPK_METHODS[config.topk_method]
+    limited = config.topk_group < config.n_group
+    return kind(config, backend, GroupLimit(config.n_group, config.topk_group, strength) if limited else no_limit)

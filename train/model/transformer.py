@@ -23,13 +23,15 @@ from train.model.tape import Inline, Steps, Tape, drive
 from train.precision.grads import Sink, run_now
 from train.precision.linear import Engines
 
+NUM_SUMS = 5
+
 
 class Report(NamedTuple):
     """What a micro-batch leaves besides its gradient."""
 
     sums: Tensor
-    """Detached float64 [main, mtp, balance]: cross-entropies in nats summed over tokens (and depths), balance losses
-    summed over MoE layers and sequences."""
+    """Detached float64 [NUM_SUMS]: main and mtp, cross-entropies in nats summed over tokens (and depths), then the
+    balance losses of experts, devices and communication, summed over MoE layers and sequences."""
     load: Tensor
     """Tokens that selected each expert, int64 [num_routers, E]; zeros unless training with gradients."""
 
@@ -126,7 +128,7 @@ class Transformer(nn.Module):
     def empty_report(self, device: torch.device) -> Report:
         """Zeros to add to."""
         load = torch.zeros(self.config.num_routers, self.config.n_routed_experts, dtype=torch.int64, device=device)
-        return Report(torch.zeros(3, dtype=torch.float64, device=device), load)
+        return Report(torch.zeros(NUM_SUMS, dtype=torch.float64, device=device), load)
 
     def run_layers(self, x: Tensor, terms: LossTerms, tape: Tape, report: Report) -> Steps[Tensor]:
         """The layers held here: x [B, S, hidden] -> the same shape."""
@@ -138,8 +140,10 @@ class Transformer(nn.Module):
         return x
 
     def _account(self, number: int, stats: RouterStats, terms: LossTerms, tape: Tape, report: Report) -> None:
-        tape.loss(stats.balance, terms.balance)
-        report.sums[2] += stats.balance.detach()
+        factors = (terms.balance, terms.device_balance, terms.comm_balance)
+        for place, (loss, factor) in enumerate(zip(stats[:3], factors, strict=True), start=2):
+            tape.loss(loss, factor)
+            report.sums[place] += loss.detach()
         report.load[number] += stats.load
 
     def predict(self, hidden: Tensor, labels: Tensor) -> Tensor:
