@@ -17,7 +17,7 @@ from train.precision.linear import TorchEngine
 
 # Published weights are scaled in blocks of so many rows, so bands are multiples of them.
 BLOCK_ROWS = 128
-BAND_NUMEL = 1 << 22
+BAND_NUMEL = 1 << 20
 
 
 @dataclass(frozen=True)
