@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -23,9 +24,10 @@ from tests.launched import ROOT
 from tests.runs import environment
 from tests.train.model_cases import TINY
 from train import step_folders
-from train.disk import shapes
-from train.flat_stream import write_ranges
+from train.disk import layout, shapes
+from train.flat_stream import RangeReader, write_ranges
 from train.model.config import ModelConfig
+from train.precision.recipe import FP8_MODULES
 from train.tensor_files import INDEX, Spec, TensorFolder, write_shard
 
 # Stacked experts of 34 MB in one piece, as a single process saves them; 31 M parameters in all.
@@ -81,29 +83,36 @@ import sys, torch
 from pathlib import Path
 from launch.__main__ import main
 torch.set_num_threads(1)
-torch.zeros(1 << 16).to(torch.float8_e4m3fn).float()  # what torch loads when it first computes
+warm_up, measured = (argument.split(" ") for argument in sys.argv[1:])
 def status(key):
     return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
+assert main(warm_up) == 0  # code is loaded as it is first used
 before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-assert main(sys.argv[1:]) == 0
+assert main(measured) == 0
 print("grown by", status("VmHWM") - before)
 """
 
 
-def grown_bytes(*arguments: str) -> int:
-    """By how much a process grew at most while it ran a verb."""
-    command = [sys.executable, "-c", MEASURED, *arguments]
+def grown_bytes(warm_up: list[str], measured: list[str]) -> int:
+    """By how much a process grows at most while it runs a verb, after it has run another one."""
+    command = [sys.executable, "-c", MEASURED, " ".join(warm_up), " ".join(measured)]
     out = subprocess.run(command, cwd=ROOT, env=dict(environment()), check=True, capture_output=True, text=True).stdout
     return int(out.rsplit("grown by ", 1)[1])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
-def test_memory_stays_under_two_shards(large: Path, tmp_path: Path, dtype: str) -> None:
+def test_memory_stays_under_two_shards(large: Path, tiny: Path, tmp_path: Path, dtype: str) -> None:
     """The model takes 125 MB and a stack of experts 34 MB; two shards are 32 MB."""
-    folder, settings = tmp_path / "hf", [f"dtype={dtype}", f"max_shard_bytes={SHARD_BYTES}", "tokenizer=none"]
-    assert grown_bytes("export", f"checkpoint={large}", f"to={folder}", *settings) < 2 * SHARD_BYTES
-    assert grown_bytes("import", f"from={folder}", f"to={tmp_path / 'back'}") < 2 * SHARD_BYTES
+
+    def export(source: Path, target: Path) -> list[str]:
+        settings = [f"dtype={dtype}", f"max_shard_bytes={SHARD_BYTES}", "tokenizer=none"]
+        return ["export", f"checkpoint={source}", f"to={target}", *settings]
+
+    small, folder = tmp_path / "small", tmp_path / "hf"
+    assert grown_bytes(export(tiny, small), export(large, folder)) < 2 * SHARD_BYTES
+    warm_up = ["import", f"from={small}", f"to={tmp_path / 'warm'}"]
+    assert grown_bytes(warm_up, ["import", f"from={folder}", f"to={tmp_path / 'back'}"]) < 2 * SHARD_BYTES
 
 
 # --- killed ---
@@ -169,6 +178,37 @@ def test_a_failed_export_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(OSError, match="reads back as"):
         main(["export", f"checkpoint={tiny}", f"to={tmp_path / 'hf'}", "tokenizer=none"])
     assert list(tmp_path.iterdir()) == []
+
+
+# --- fp8 ---
+
+
+def test_fp8_is_what_others_read(exported: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`transformers` multiplies values and scales out to the same weights, bit for bit."""
+    from transformers import DeepseekV3ForCausalLM, FineGrainedFP8Config
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    # It insists on a GPU and on another library, neither of which it needs to multiply scales out.
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *_, **__: None)
+    quantised = FineGrainedFP8Config(dequantize=True)
+    theirs = DeepseekV3ForCausalLM.from_pretrained(exported, quantization_config=quantised, dtype=torch.float32)
+    assert main(["import", f"from={exported}", f"to={tmp_path / 'back'}"]) == 0
+    state = theirs.state_dict()
+    known, num_compared = shapes(TINY), 0
+    with RangeReader(tmp_path / "back") as reader:
+        for name, shape in known.items():
+            if f"model.{name}" in state and "gate_up_proj.weight" not in name:
+                ours = reader.read(name if "bias" in name else f"master.{name}", 0, math.prod(shape)).view(shape)
+                assert torch.equal(state[f"model.{name}"].float(), ours), name
+                num_compared += 1
+    assert num_compared > 20
+
+
+def test_fp8_quantises_what_training_multiplies_in_fp8() -> None:
+    for disk in layout(TINY):
+        module = disk.entry.ours.removesuffix(".weight").split(".")[-1]
+        prefix = "experts." if ".experts." in disk.entry.ours else ""
+        assert disk.is_linear == (FP8_MODULES.get(f"{prefix}{module}") is not None), disk.name
 
 
 # --- what export refuses ---

@@ -59,7 +59,8 @@ class Disk:
     @property
     def is_linear(self) -> bool:
         """Whether published FP8 checkpoints quantise it: every projection but that of multi-token prediction."""
-        return self.name.endswith("_proj.weight") and not self.name.endswith("eh_proj.weight")
+        module = self.name.split(".")[-2]
+        return "_proj" in module and module != "eh_proj"
 
     @property
     def scale_name(self) -> str:
