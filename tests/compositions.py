@@ -65,11 +65,12 @@ class Generator:
         dice = random.Random(f"move {seed}/{index}")
         here = dict(setting.split("=", 1) for setting in composition.settings)
         kept = {key: value for key, value in here.items() if not key.startswith(("parallel.", "pipeline."))}
-        model = {"model.num_hidden_layers": int(here["model.num_hidden_layers"])}
+        model: dict[str, Any] = {"model.num_hidden_layers": int(here["model.num_hidden_layers"])}
+        model |= {"model.attention": here["model.attention"]}
         while True:
             place = _place(dice, max_ranks, {})
             place |= {**_layers(dice, model, place), "train.micro_batch_size": dice.choice([1, 1, 2, 3])}
-            place |= {"pipeline.short_steps": "1f1b", **_recompute(dice)}
+            place |= {"pipeline.short_steps": "1f1b", **_recompute(dice, model)}
             settings = tuple(f"{key}={_shown(value)}" for key, value in {**kept, **place}.items())
             try:
                 return Composition(compose(settings).parallel.world_size, settings)
@@ -95,13 +96,13 @@ def _shown(value: Any) -> str:
 def _settings(dice: random.Random, max_ranks: int, fixed: dict[str, str]) -> dict[str, Any]:
     """One throw: mostly legal, and where a rule between several sizes is not met the program refuses it."""
     place = _place(dice, max_ranks, fixed)
-    model = _model(dice, place["parallel.ep"])
+    model = _model(dice, place["parallel.ep"], fixed)
     return {
         **model,
         **place,
         **_recipe(dice, model, place, fixed),
         **_layers(dice, model, place),
-        **_recompute(dice),
+        **_recompute(dice, model),
         **fixed,
     }
 
@@ -146,33 +147,15 @@ def _agrees(mesh: dict[str, Any], fixed: dict[str, str]) -> bool:
     return all(str(size) == fixed.get(key, str(size)) for key, size in mesh.items())
 
 
-def _model(dice: random.Random, ep: int) -> dict[str, Any]:
-    num_groups = dice.choice([1, 2, 4])
-    per_group = dice.choice([size for size in range(2, 9) if num_groups * size % ep == 0 and num_groups * size <= 16])
-    kept = dice.randint(1, num_groups)
+def _model(dice: random.Random, ep: int, fixed: dict[str, str]) -> dict[str, Any]:
     num_layers = dice.randint(1, 5)
     return {
         "model.vocab_size": dice.choice([VOCAB_SIZE, VOCAB_SIZE + 7, 384]),
         "model.hidden_size": dice.randint(4, 40),
         "model.intermediate_size": dice.randint(5, 48),
-        "model.moe_intermediate_size": dice.randint(3, 20),
         "model.num_hidden_layers": num_layers,
-        "model.first_k_dense_replace": min(num_layers, dice.choice([0, 0, 1, 1, 1, 2, 5])),
-        "model.num_attention_heads": dice.randint(1, 4),
-        # The norm of a latent of one or two elements has next to no gradient, and AdamW would lift what is rounding.
-        "model.q_lora_rank": dice.choice([None, dice.randint(3, 16)]),
-        "model.kv_lora_rank": dice.randint(3, 12),
-        "model.qk_nope_head_dim": dice.randint(1, 10),
-        "model.qk_rope_head_dim": dice.choice([2, 4, 6, 8]),
-        "model.v_head_dim": dice.randint(1, 20),
-        "model.n_group": num_groups,
-        "model.n_routed_experts": num_groups * per_group,
-        "model.topk_group": kept,
-        **_routing(dice, num_groups, kept),
-        "model.num_experts_per_tok": dice.randint(1, min(6, kept * per_group)),
-        "model.n_shared_experts": dice.choice([1, 1, 2]),
-        "model.routed_scaling_factor": dice.choice([1.0, 2.5]),
-        "model.norm_topk_prob": dice.random() < 0.8,
+        **_attention(dice, fixed.get("model.attention") or dice.choice(["mla", "mla", "gqa"])),
+        **_experts(dice, ep, num_layers, fixed),
         "model.num_nextn_predict_layers": dice.choice([0, 1, 1, 2, 3]),
         "model.rms_norm_eps": dice.choice([1e-6, 1e-5]),
         "model.initializer_range": dice.choice([0.02, 0.1]),
@@ -197,10 +180,59 @@ def _balance(dice: random.Random, model: dict[str, Any]) -> dict[str, Any]:
     """Biases where there are some, and balance losses; of devices where there are several."""
     biased = model.get("model.topk_method", "noaux_tc") == "noaux_tc"
     coeffs = {"moe.seq_aux_coeff": dice.choice([0.0001, 0.01])}
-    if model["model.n_group"] > 1 and dice.random() < 0.5:
+    if (model["model.n_group"] or 1) > 1 and dice.random() < 0.5:
         coeffs |= {"moe.device_aux_coeff": dice.choice([0.0, 0.05]), "moe.comm_aux_coeff": dice.choice([0.0, 0.02])}
     # Moving biases change routes; moved at every step, they also show each step's loads.
     return {"moe.bias_update_rate": dice.choice([0.001, 0.05]) if biased else 0.0, **coeffs}
+
+
+def _attention(dice: random.Random, kind: str) -> dict[str, Any]:
+    """Heads, and all sizes of both kinds: those of the other are null."""
+    shared = dice.randint(1, 4)
+    grouped = {"model.num_key_value_heads": shared, "model.head_dim": dice.choice([2, 4, 6, 10])}
+    latent = {
+        # The norm of a latent of one or two elements has next to no gradient, and AdamW would lift what is rounding.
+        "model.q_lora_rank": dice.choice([None, dice.randint(3, 16)]),
+        "model.kv_lora_rank": dice.randint(3, 12),
+        "model.qk_nope_head_dim": dice.randint(1, 10),
+        "model.qk_rope_head_dim": dice.choice([2, 4, 6, 8]),
+        "model.v_head_dim": dice.randint(1, 20),
+    }
+    heads, others = (shared * dice.choice([1, 2, 3]), latent) if kind == "gqa" else (shared, grouped)
+    return {"model.attention": kind, "model.num_attention_heads": heads, **grouped, **latent, **dict.fromkeys(others)}
+
+
+def _experts(dice: random.Random, ep: int, num_layers: int, fixed: dict[str, str]) -> dict[str, Any]:
+    """Which layers have experts, and what these are; in some models there are none at all."""
+    num_dense = min(num_layers, dice.choice([0, 0, 1, 1, 1, 2, 5]))
+    totals = list(range(2, 17))
+    if "model.n_routed_experts" in fixed:
+        totals, ep = [int(fixed["model.n_routed_experts"])], 0  # shares that are not equal the program refuses
+    if totals == [0] or (ep == 1 and dice.random() < 0.25):
+        sizes = ("moe_intermediate_size", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group")
+        none = {f"model.{size}": None for size in sizes}
+        return {"model.n_routed_experts": 0, "model.first_k_dense_replace": num_layers, **none}
+    num_groups = dice.choice([count for count in (1, 2, 4) if any(_is_legal(total, count, ep) for total in totals)])
+    num_experts = dice.choice([total for total in totals if _is_legal(total, num_groups, ep)])
+    kept = dice.randint(1, num_groups)
+    return {
+        "model.first_k_dense_replace": num_dense,
+        "model.moe_intermediate_size": dice.randint(3, 20),
+        "model.n_group": num_groups,
+        "model.n_routed_experts": num_experts,
+        "model.topk_group": kept,
+        **_routing(dice, num_groups, kept),
+        "model.num_experts_per_tok": dice.randint(1, min(6, kept * (num_experts // num_groups))),
+        "model.n_shared_experts": dice.choice([1, 1, 2]),
+        "model.routed_scaling_factor": dice.choice([1.0, 2.5]),
+        "model.norm_topk_prob": dice.random() < 0.8,
+    }
+
+
+def _is_legal(num_experts: int, num_groups: int, ep: int) -> bool:
+    """Whether so many experts fall into groups of 2 to 8, and into equal shares of `ep` ranks (0: of any)."""
+    is_shared = not ep or num_experts % ep == 0
+    return num_experts % num_groups == 0 and 2 <= num_experts // num_groups <= 8 and is_shared
 
 
 def _yarn(dice: random.Random) -> dict[str, Any]:
@@ -225,11 +257,11 @@ def _layers(dice: random.Random, model: dict[str, Any], place: dict[str, Any]) -
     return {"pipeline.layers": counts}
 
 
-def _recompute(dice: random.Random) -> dict[str, Any]:
+def _recompute(dice: random.Random, model: dict[str, Any]) -> dict[str, Any]:
     """What the backward pass computes again."""
     return {
         "recompute.norm": dice.random() < 0.3,
-        "recompute.mla_up_proj": dice.random() < 0.3,
+        "recompute.mla_up_proj": dice.random() < 0.3 and model["model.attention"] == "mla",
         "recompute.nodes": [node for node in ("attention", "experts", "dense") if dice.random() < 0.3],
     }
 

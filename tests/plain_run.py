@@ -45,10 +45,8 @@ class Sums:
 
 
 class PlainModel:
-    """DeepSeek-V3 (report, section 2), or V2's routing where the config asks for it, on a dictionary of weights.
-
-    Sequences one by one, experts one by one.
-    """
+    """The family's models (DeepSeek-V3's report, section 2; V2's routing where the config asks for it) on a dictionary
+    of weights; sequences one by one, experts one by one."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], biases: Tensor) -> None:
         self.config, self.weights, self.biases = config, weights, biases
@@ -77,12 +75,13 @@ class PlainModel:
             state = self._norm(hidden[: len(row) - 1 - k], name + "hnorm.weight")
             joined = torch.cat([self._norm(embedding, name + "enorm.weight"), state], -1)
             x = joined @ w[name + "eh_proj.weight"].t()
-            x = self._layer(name + "layer.", config.num_moe_layers + k - 1, x, sums)
+            x = self._layer(name + "layer.", config.num_moe_layers + k - 1 if config.n_routed_experts else -1, x, sums)
             hidden = self._norm(x, name + "norm.weight")
             sums.mtp = sums.mtp + self._cross_entropy(hidden, row[k + 1 :])
 
     def _layer(self, name: str, router: int, x: Tensor, sums: Sums) -> Tensor:
-        x = x + self._attention(name + "self_attn.", self._norm(x, name + "input_layernorm.weight"))
+        attend = self._grouped_attention if self.config.attention == "gqa" else self._latent_attention
+        x = x + attend(name + "self_attn.", self._norm(x, name + "input_layernorm.weight"))
         normed = self._norm(x, name + "post_attention_layernorm.weight")
         if router < 0:
             return x + self._feed_forward(
@@ -96,7 +95,27 @@ class PlainModel:
     def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(hidden @ self.weights["lm_head.weight"].t(), labels, reduction="sum")
 
-    def _attention(self, name: str, x: Tensor) -> Tensor:
+    def _grouped_attention(self, name: str, x: Tensor) -> Tensor:
+        """Grouped-query attention (arXiv 2305.13245), query head by query head, each with the keys of its group."""
+        c, w = self.config, self.weights
+        keys = (x @ w[name + "k_proj.weight"].t()).chunk(c.num_key_value_heads, -1)
+        values = (x @ w[name + "v_proj.weight"].t()).chunk(c.num_key_value_heads, -1)
+        queries = (x @ w[name + "q_proj.weight"].t()).chunk(c.num_attention_heads, -1)
+        heads = []
+        for head, q in enumerate(queries):
+            group = head * c.num_key_value_heads // c.num_attention_heads
+            scores = self._rotate_halves(q) @ self._rotate_halves(keys[group]).t() / math.sqrt(c.head_dim)
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), float("-inf"))
+            heads.append(scores.softmax(-1) @ values[group])
+        return torch.cat(heads, -1) @ w[name + "o_proj.weight"].t()
+
+    def _rotate_halves(self, x: Tensor) -> Tensor:
+        """`_rotate` for pairs that lie half a head apart: x [S, d]."""
+        first, second = x.chunk(2, -1)
+        even, odd = self._rotate(torch.stack([first, second], -1).flatten(1)).unflatten(1, (-1, 2)).unbind(-1)
+        return torch.cat([even, odd], -1)
+
+    def _latent_attention(self, name: str, x: Tensor) -> Tensor:
         """Multi-head latent attention, Eq. 1-11, head by head."""
         c, w = self.config, self.weights
         down = x @ w[name + "kv_a_proj_with_mqa.weight"].t()
@@ -138,13 +157,15 @@ class PlainModel:
         if yarn is None:
             return 1.0 / wavelength
 
+        rotated = c.head_dim if c.attention == "gqa" else c.qk_rope_head_dim
+
         def pair_of(num_turns: float) -> float:
             """The pair, as a real number, whose wavelength fits so many times into the original context."""
             length = yarn["original_max_position_embeddings"] / (2 * math.pi * num_turns)
-            return c.qk_rope_head_dim / 2 * math.log(length) / math.log(c.rope_theta)
+            return rotated / 2 * math.log(length) / math.log(c.rope_theta)
 
         first = max(math.floor(pair_of(yarn.get("beta_fast", 32))), 0)
-        last = min(math.ceil(pair_of(yarn.get("beta_slow", 1))), c.qk_rope_head_dim - 1)
+        last = min(math.ceil(pair_of(yarn.get("beta_slow", 1))), rotated - 1)
         slowed = torch.tensor(float(pair - first)) / (last - first if last != first else 0.001)
         slowed = slowed.clamp(0, 1)
         return 1.0 / (yarn["factor"] * wavelength) * slowed + 1.0 / wavelength * (1 - slowed)
@@ -204,10 +225,11 @@ class PlainModel:
         f = counted.flatten().bincount(minlength=c.n_routed_experts).to(scores) * c.n_routed_experts / counted.numel()
         p = (scores / scores.sum(-1, keepdim=True)).mean(0)
         sums.balance = sums.balance + f @ p
+        num_visits = self.config.topk_group * len(scores)
         for members in torch.arange(c.n_routed_experts).chunk(c.n_group):
-            sent = torch.isin(chosen, members).any(-1).sum()
+            sent = torch.isin(chosen, members).any(-1).sum().item()
             sums.device = sums.device + f[members].mean() * p[members].sum()
-            sums.comm = sums.comm + c.n_group * sent / (c.topk_group * len(scores)) * p[members].sum()
+            sums.comm = sums.comm + c.n_group * sent / num_visits * p[members].sum()
 
     def _gaps(self, choice: Tensor) -> Tensor:
         """How much each token's biased scores [T, E] may change before it visits other experts: [T]."""

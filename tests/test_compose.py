@@ -24,9 +24,11 @@ FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.glo
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_every_file_composes_and_reads_back(file: Path, tmp_path: Path) -> None:
-    # Two cannot stand alone: double needs the engine that can hold it, 64-way experts a model that has them.
-    needs = {"fp64": ["zero.engine=native"], "v3_h800_2048": ["experiment=v3_h800_2048"]}
-    config = compose.compose([f"{file.parent}={file.name}", *needs.get(file.name, [])])
+    # Some cannot stand alone: double needs the engine that can hold it, 64-way experts a model that has them, and a
+    # model without router biases a recipe that moves none.
+    needs = {"precision/fp64": ["zero.engine=native"], "parallel/v3_h800_2048": ["experiment=v3_h800_2048"]}
+    needs |= {f"model/{name}": [f"optim={name}"] for name in ("deepseek_v2", "deepseek_v2_lite", "deepseek_moe_16b")}
+    config = compose.compose([f"{file.parent}={file.name}", *needs.get(str(file), [])])
     (tmp_path / "config.yaml").write_text(compose.text(config))
     assert compose.load(tmp_path / "config.yaml") == config
 
@@ -106,7 +108,18 @@ MISTAKES = [
     ),
     ("model.n_group=5", "model.n_group=5", "model.n_routed_experts=16"),
     ("model.topk_group=9", "model.topk_group=9", ""),
+    ("model.scoring_func=relu", "model.scoring_func=relu", "sigmoid, softmax"),
+    ("model.topk_method=best", "model.topk_method=best", "group_limited_greedy"),
+    ("model.topk_method=greedy", "model.topk_group=2", "model.n_group=4"),
+    ("model.topk_method=group_limited_greedy", "moe.bias_update_rate=0.001", "noaux_tc"),
+    ("model.n_group=1 model.topk_group=1 moe.device_aux_coeff=0.05", "moe.device_aux_coeff=0.05", "model.n_group"),
+    ("model.n_group=1 model.topk_group=1 moe.comm_aux_coeff=0.02", "moe.comm_aux_coeff=0.02", "model.n_group"),
+    ("moe.comm_aux_coeff=-1", "moe.comm_aux_coeff=-1", "0 or more"),
     ("parallel.dp=2 parallel.ep=2 parallel.dispatch=local", "parallel.dispatch=local", "parallel.ep=1, not 2"),
+    ("model=tiny_dense parallel.dp=2 parallel.ep=2 parallel.dispatch=flat", "parallel.ep=2", "n_routed_experts=0"),
+    ("model=tiny_dense recompute.mla_up_proj=true", "recompute.mla_up_proj=true", "model.attention=gqa"),
+    ("model.n_routed_experts=0", "model.first_k_dense_replace=1", "model.num_hidden_layers=8"),
+    ("model.n_routed_experts=null", "model.n_routed_experts", ""),
 ]
 
 

@@ -13,7 +13,7 @@ from parallel.pipeline.placement import Placement
 from parallel.pipeline.schedule import Schedule as Order
 from train.checkpoint import CheckpointConfig
 from train.data.config import DataConfig
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, given
 from train.model.recompute import RecomputeConfig
 from train.optim import OptimConfig
 from train.schedule import LrSchedulerConfig, MoeConfig, MtpConfig, Schedule, TrainConfig, batch_sizes
@@ -227,7 +227,7 @@ class RunConfig:
             raise ValueError(f"profile.steps={self.profile.steps}: the run ends after step {num_steps}")
         self._check_sequences()
         self._check_balance()
-        placement.check(self.parallel, self.model.n_routed_experts, self.model.n_group)
+        self._check_layers()
         if self.zero.engine == "deepspeed" and self.precision.name == "fp64":
             raise ValueError("zero.engine=deepspeed keeps fp32 masters and cannot hold precision=fp64: use native")
         if self.data.vocab_size > self.model.vocab_size:
@@ -244,11 +244,25 @@ class RunConfig:
                 f"model.topk_method={model.topk_method} no router has a bias, so it must be 0"
             )
         for name in ("device_aux_coeff", "comm_aux_coeff"):
-            if getattr(moe, name) > 0 and model.n_group == 1:
+            if getattr(moe, name) > 0 and (model.n_group or 1) == 1:
                 raise ValueError(
                     f"moe.{name}={getattr(moe, name)} needs model.n_group above 1: devices are the routing groups, and "
                     "one alone is always balanced"
                 )
+
+    def _check_layers(self) -> None:
+        model = self.model
+        if model.n_routed_experts:
+            placement.check(self.parallel, model.n_routed_experts, given(model.n_group))
+        elif self.parallel.ep > 1:
+            raise ValueError(
+                f"parallel.ep={self.parallel.ep} shares experts, and model.n_routed_experts=0 has none: it must be 1"
+            )
+        if self.recompute.mla_up_proj and model.attention != "mla":
+            raise ValueError(
+                f"recompute.mla_up_proj=true needs model.attention=mla: model.attention={model.attention} projects "
+                "queries, keys and values straight from the layer's input"
+            )
 
     def _check_sequences(self) -> None:
         train, model = self.train, self.model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, given
 
 
 @dataclass(frozen=True)
@@ -25,37 +25,60 @@ class ParameterCounts:
     """Those that multiply a token in all prediction depths, without the shared head."""
 
 
-def _attention(config: ModelConfig) -> int:
+def _latent_attention(config: ModelConfig) -> int:
     hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.q_lora_rank
-    queries = heads * config.qk_head_dim
+    kv_rank, queries = given(config.kv_lora_rank), heads * config.qk_head_dim
     q = hidden * queries if rank is None else hidden * rank + rank + rank * queries
-    latent = hidden * (config.kv_lora_rank + config.qk_rope_head_dim) + config.kv_lora_rank
-    kv = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
-    return q + latent + kv + heads * config.v_head_dim * hidden
+    latent = hidden * (kv_rank + config.rope_dim) + kv_rank
+    kv = kv_rank * heads * (given(config.qk_nope_head_dim) + config.value_head_dim)
+    return q + latent + kv + heads * config.value_head_dim * hidden
+
+
+def _grouped_attention(config: ModelConfig) -> int:
+    num_heads = config.num_attention_heads + given(config.num_key_value_heads)
+    return 2 * num_heads * given(config.head_dim) * config.hidden_size
+
+
+_ATTENTION = {"mla": _latent_attention, "gqa": _grouped_attention}
+
+
+def _attention(config: ModelConfig) -> int:
+    return _ATTENTION[config.attention](config)
+
+
+def _dense_layer(config: ModelConfig) -> int:
+    """A dense layer, its two norms included."""
+    return _attention(config) + 2 * config.hidden_size + 3 * config.hidden_size * config.intermediate_size
 
 
 def _moe_layer(config: ModelConfig, num_routed: int) -> int:
     """An MoE layer with `num_routed` of its experts, its two norms included."""
-    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    expert = 3 * config.hidden_size * given(config.moe_intermediate_size)
     router = config.n_routed_experts * config.hidden_size
-    return _attention(config) + 2 * config.hidden_size + router + (num_routed + config.n_shared_experts) * expert
+    num_experts = num_routed + given(config.n_shared_experts)
+    return _attention(config) + 2 * config.hidden_size + router + num_experts * expert
+
+
+def _last_layer(config: ModelConfig, num_routed: int) -> int:
+    """A layer as at the end of the model, which prediction depths have: dense in a model without experts."""
+    return _moe_layer(config, num_routed) if config.n_routed_experts else _dense_layer(config)
 
 
 def parameter_counts(config: ModelConfig) -> ParameterCounts:
     """Counts by formula; a model built from the config holds exactly as many."""
     hidden, depths = config.hidden_size, config.num_nextn_predict_layers
     embedding = config.vocab_size * hidden
-    dense_layer = _attention(config) + 2 * hidden + 3 * hidden * config.intermediate_size
-    frame = embedding + hidden + config.first_k_dense_replace * dense_layer
+    frame = embedding + hidden + config.first_k_dense_replace * _dense_layer(config)
     joint = 2 * hidden * hidden + 3 * hidden
-    every, selected = config.n_routed_experts, config.num_experts_per_tok
+    whole = _last_layer(config, config.n_routed_experts)
+    active = _last_layer(config, config.num_experts_per_tok or 0)
     return ParameterCounts(
-        total=embedding + frame + config.num_moe_layers * _moe_layer(config, every),
+        total=embedding + frame + config.num_moe_layers * whole,
         embedding=embedding,
-        activated=frame + config.num_moe_layers * _moe_layer(config, selected),
-        router_biases=config.num_moe_layers * every if config.has_router_bias else 0,
-        mtp=depths * (joint + _moe_layer(config, every)),
-        mtp_activated=depths * (joint + _moe_layer(config, selected)),
+        activated=frame + config.num_moe_layers * active,
+        router_biases=config.num_moe_layers * config.n_routed_experts if config.has_router_bias else 0,
+        mtp=depths * (joint + whole),
+        mtp_activated=depths * (joint + active),
     )
 
 
@@ -67,7 +90,7 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool 
     head count too.
     """
     counts = parameter_counts(config)
-    core = 2 * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * seq_len
+    core = 2 * config.num_attention_heads * (config.qk_head_dim + config.value_head_dim) * seq_len
     weights, num_layers = counts.activated, config.num_hidden_layers
     if mtp:
         weights += counts.mtp_activated + config.num_nextn_predict_layers * counts.embedding
@@ -80,10 +103,10 @@ def forward_costs(config: ModelConfig, seq_len: int) -> tuple[list[float], float
 
     What follows is the output head, and for every prediction depth its projection, its layer and the head again.
     """
-    core = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * seq_len / 2
-    moe = _moe_layer(config, config.num_experts_per_tok) + core
+    core = config.num_attention_heads * (config.qk_head_dim + config.value_head_dim) * seq_len / 2
     dense = _attention(config) + 3 * config.hidden_size * config.intermediate_size + core
+    last = _moe_layer(config, given(config.num_experts_per_tok)) + core if config.n_routed_experts else dense
     head = float(config.hidden_size * config.vocab_size)
-    depth = 2 * config.hidden_size**2 + moe + head
-    layers = [moe if index >= config.first_k_dense_replace else dense for index in range(config.num_hidden_layers)]
+    depth = 2 * config.hidden_size**2 + last + head
+    layers = [last if index >= config.first_k_dense_replace else dense for index in range(config.num_hidden_layers)]
     return layers, head + config.num_nextn_predict_layers * depth

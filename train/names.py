@@ -1,7 +1,8 @@
-"""One table between our names and those of a Hugging Face DeepSeek-V3 checkpoint, read in both directions.
+"""One table between our names and those of a Hugging Face checkpoint (DeepSeek-V3, Llama), read in both directions.
 
 On disk every expert has its own tensors, gate and up are apart, and prediction depth k is layer `num_hidden_layers +
-k`. Here experts are stacked and gate and up joined, so a disk tensor is a slice of one of ours.
+k`. Here experts are stacked and gate and up joined, so a disk tensor is a slice of one of ours. Rows of queries and
+keys have the same order on both sides: each kind of attention rotates the pairs that its published weights have.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, given
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def table(config: ModelConfig) -> Iterator[Entry]:
         for name in ("enorm", "hnorm", "eh_proj"):
             yield Entry(f"mtp.{k}.{name}.weight", f"{prefix}.{name}.weight")
         yield Entry(f"mtp.{k}.norm.weight", f"{prefix}.shared_head.norm.weight")
-        yield from _layer(config, f"mtp.{k}.layer", prefix, is_moe=True)
+        yield from _layer(config, f"mtp.{k}.layer", prefix, is_moe=config.n_routed_experts > 0)
 
 
 def copies(config: ModelConfig) -> Iterator[Entry]:
@@ -86,24 +87,29 @@ def _mtp_prefixes(config: ModelConfig) -> list[str]:
 
 
 def _layer(config: ModelConfig, ours: str, theirs: str, is_moe: bool) -> Iterator[Entry]:
-    attention = ["kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"]
-    attention += ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_a_layernorm", "q_b_proj"]
-    names = ["input_layernorm", "post_attention_layernorm", *(f"self_attn.{name}" for name in attention)]
+    names = ["input_layernorm", "post_attention_layernorm", *(f"self_attn.{name}" for name in _attention(config))]
     for name in names + (["mlp.gate"] if is_moe else []):
         yield Entry(f"{ours}.{name}.weight", f"{theirs}.{name}.weight")
     if not is_moe:
         yield from _feed_forward(f"{ours}.mlp", f"{theirs}.mlp", config.intermediate_size)
         return
-    bias, inter = "mlp.gate.e_score_correction_bias", config.moe_intermediate_size
+    bias, inter = "mlp.gate.e_score_correction_bias", given(config.moe_intermediate_size)
     if config.has_router_bias:
         yield Entry(f"{ours}.{bias}", f"{theirs}.{bias}")
     shared = "mlp.shared_experts"
-    yield from _feed_forward(f"{ours}.{shared}", f"{theirs}.{shared}", config.n_shared_experts * inter)
+    yield from _feed_forward(f"{ours}.{shared}", f"{theirs}.{shared}", given(config.n_shared_experts) * inter)
     for expert in range(config.n_routed_experts):
         prefix = f"{theirs}.mlp.experts.{expert}"
         yield Entry(f"{ours}.mlp.experts.gate_up_proj", f"{prefix}.gate_proj.weight", expert, slice(0, inter))
         yield Entry(f"{ours}.mlp.experts.gate_up_proj", f"{prefix}.up_proj.weight", expert, slice(inter, 2 * inter))
         yield Entry(f"{ours}.mlp.experts.down_proj", f"{prefix}.down_proj.weight", expert)
+
+
+def _attention(config: ModelConfig) -> list[str]:
+    if config.attention == "gqa":
+        return ["q_proj", "k_proj", "v_proj", "o_proj"]
+    queries = ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_a_layernorm", "q_b_proj"]
+    return ["kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj", *queries]
 
 
 def _feed_forward(ours: str, theirs: str, inter: int) -> Iterator[Entry]:
@@ -114,12 +120,13 @@ def _feed_forward(ours: str, theirs: str, inter: int) -> Iterator[Entry]:
 
 def _joined_shape(entry: Entry, config: ModelConfig) -> tuple[int, ...]:
     """Shape of our tensor that a sliced entry belongs to."""
-    hidden, inter = config.hidden_size, config.moe_intermediate_size
+    hidden = config.hidden_size
     if entry.expert is not None:
+        inter = given(config.moe_intermediate_size)
         matrix = (2 * inter, hidden) if entry.rows is not None else (hidden, inter)
         return (config.n_routed_experts, *matrix)
     if "shared_experts" in entry.ours:
-        return (2 * config.n_shared_experts * inter, hidden)
+        return (2 * given(config.n_shared_experts) * given(config.moe_intermediate_size), hidden)
     return (2 * config.intermediate_size, hidden)
 
 

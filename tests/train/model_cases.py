@@ -42,6 +42,24 @@ TINY = ModelConfig(
     initializer_range=0.08,
 )
 
+
+def without_experts(config: ModelConfig) -> ModelConfig:
+    """The same model with dense layers alone."""
+    sizes = ("moe_intermediate_size", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group")
+    layers = {"n_routed_experts": 0, "first_k_dense_replace": config.num_hidden_layers}
+    choices = {"routed_scaling_factor": 2.5, "norm_topk_prob": True}
+    return replace(config, **dict.fromkeys(sizes), **layers, **choices)
+
+
+def with_grouped_attention(config: ModelConfig, num_key_value_heads: int, head_dim: int) -> ModelConfig:
+    """The same model with grouped-query attention."""
+    latent = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    grouped = {"num_key_value_heads": num_key_value_heads, "head_dim": head_dim}
+    return replace(config, attention="gqa", **dict.fromkeys(latent), **grouped)
+
+
+TINY_DENSE = with_grouped_attention(without_experts(TINY), num_key_value_heads=1, head_dim=8)
+
 # DeepSeek-V3 as published (technical report, section 4.2).
 V3 = ModelConfig(
     vocab_size=129280,
@@ -120,6 +138,16 @@ def random_routing(seed: int, **fixed: Any) -> ModelConfig:
     return replace(config, scoring_func=draw.choice(SCORING_FUNCS), topk_method=method, topk_group=kept)
 
 
+def random_dense_config(seed: int, **fixed: Any) -> ModelConfig:
+    """A legal dense model with grouped-query attention, of random small sizes."""
+    draw = random.Random(f"dense {seed}")
+    config, num_kv_heads = without_experts(random_config(seed)), draw.randint(1, 4)
+    config = with_grouped_attention(config, num_kv_heads, 2 * draw.randint(1, 12))
+    heads = num_kv_heads * draw.choice([1, 2, 3])
+    # The oracle insists on a width that the heads divide.
+    return replace(config, num_attention_heads=heads, hidden_size=heads * draw.randint(3, 9), **fixed)
+
+
 def build(
     config: ModelConfig,
     dtype: torch.dtype = torch.float64,
@@ -168,6 +196,24 @@ def hugging_face(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dty
     )
     disk = {name: tensor.detach().clone() for name, tensor in names.to_hf(state, config).items()}
     return DeepseekV3ForCausalLM.from_pretrained(None, config=theirs, state_dict=disk, dtype=dtype).train()
+
+
+def llama(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
+    """`transformers`' Llama of this dense shape, loaded from our state under the names of a checkpoint on disk."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    scaling = dict(config.rope_scaling or {})
+    scaling["rope_type"] = scaling.pop("type", "default")
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shared += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "initializer_range")
+    theirs = LlamaConfig(
+        **{key: getattr(config, key) for key in shared},
+        rope_parameters={"rope_theta": config.rope_theta, **scaling},
+        use_cache=False,
+        attn_implementation="sdpa",  # the eager one takes its softmax in float32
+    )
+    disk = {name: tensor.detach().clone() for name, tensor in names.to_hf(state, config).items()}
+    return LlamaForCausalLM.from_pretrained(None, config=theirs, state_dict=disk, dtype=dtype).train()
 
 
 def gradients_in_our_names(oracle: Any, config: ModelConfig) -> dict[str, Tensor]:

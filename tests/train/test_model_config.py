@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 
-from tests.train.model_cases import TINY, V3, random_config
+from tests.train.model_cases import TINY, TINY_DENSE, V3, random_config, random_dense_config
 
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
 
@@ -24,6 +25,11 @@ YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
         ({"n_group": 8}, "model.n_group=8 leaves 1 of model.n_routed_experts=8 a group"),
         ({"topk_group": 5}, "model.topk_group=5 exceeds model.n_group=4"),
         ({"num_experts_per_tok": 5}, "model.num_experts_per_tok=5 exceeds the 4 experts of model.topk_group=2"),
+        ({"n_routed_experts": -1}, "model.n_routed_experts=-1 must not be negative"),
+        ({"kv_lora_rank": None}, "model.kv_lora_rank=null must be positive: model.attention=mla needs it"),
+        ({"n_group": None}, "model.n_group=null must be positive: model.n_routed_experts=8 needs it"),
+        ({"attention": "mha"}, "model.attention=mha is not one of mla, gqa"),
+        ({"head_dim": 8}, "model.head_dim=8 must be null: model.attention=mla does not have it"),
         ({"rope_scaling": {**YARN, "type": "linear"}}, r"model.rope_scaling.type=\['linear'\] must be yarn"),
         ({"rope_scaling": {}}, "must be yarn"),
         ({"rope_scaling": {**YARN, "beta": 1}}, r"model.rope_scaling has unknown keys \['beta'\]"),
@@ -38,9 +44,35 @@ def test_refused(change: dict, sentence: str) -> None:
         replace(TINY, **change).check()
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"num_key_value_heads": None},
+            "model.num_key_value_heads=null must be positive: model.attention=gqa needs it",
+        ),
+        ({"num_key_value_heads": 2}, "model.num_key_value_heads=2 does not divide model.num_attention_heads=3"),
+        ({"head_dim": 0}, "model.head_dim=0 must be positive"),
+        ({"head_dim": 5}, "model.head_dim=5 must be even"),
+        ({"v_head_dim": 8}, "model.v_head_dim=8 must be null: model.attention=gqa does not have it"),
+        ({"q_lora_rank": 8}, "model.q_lora_rank=8 must be null: model.attention=gqa does not have it"),
+        ({"first_k_dense_replace": 1}, "model.first_k_dense_replace=1 leaves layers to the experts"),
+        ({"topk_group": 1}, "model.topk_group=1 must be null: model.n_routed_experts=0 has no experts"),
+        ({"norm_topk_prob": False}, "model.norm_topk_prob=false must stay true: model.n_routed_experts=0 has no"),
+        ({"routed_scaling_factor": 1.0}, "model.routed_scaling_factor=1.0 must stay 2.5"),
+    ],
+)
+def test_refused_of_a_dense_model(change: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        replace(TINY_DENSE, **change).check()
+
+
 def test_legal_shapes_pass() -> None:
-    for config in (TINY, V3, replace(V3, rope_scaling=YARN), *(random_config(seed) for seed in range(200))):
+    for config in (TINY, V3, replace(V3, rope_scaling=YARN), TINY_DENSE):
         config.check()
+    for seed in range(200):
+        random_config(seed).check()
+        random_dense_config(seed).check()
 
 
 def test_the_softmax_scale_of_the_extended_model() -> None:

@@ -11,7 +11,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, given
 from train.model.kernels import join_heads
 from train.model.layers import Backend, RMSNorm
 from train.precision.linear import project
@@ -20,17 +20,18 @@ from train.precision.linear import project
 LATENT_NORM_EPS = 1e-6
 
 
-class Attention(nn.Module):
+class LatentAttention(nn.Module):
     """Causal self-attention of one layer: x [B, S, hidden] -> [B, S, hidden]."""
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__()
         heads, hidden, rank = config.num_attention_heads, config.hidden_size, config.q_lora_rank
+        kv_rank, nope, v_head_dim = given(config.kv_lora_rank), given(config.qk_nope_head_dim), config.value_head_dim
         self.num_heads = heads
-        self.latent_widths = [config.kv_lora_rank, config.qk_rope_head_dim]
-        self.v_head_dim = config.v_head_dim
+        self.latent_widths = [kv_rank, config.rope_dim]
+        self.v_head_dim = v_head_dim
         # Flash kernels want values as wide as keys; padding costs less than the kernel that takes any width.
-        self.v_width = max(config.v_head_dim, config.qk_head_dim)
+        self.v_width = max(v_head_dim, config.qk_head_dim)
         self.softmax_scale = config.softmax_scale
         if rank is None:
             self.q_proj = backend.linear("q_proj", hidden, heads * config.qk_head_dim)
@@ -41,11 +42,9 @@ class Attention(nn.Module):
             self.q_b_proj = backend.linear("q_b_proj", rank, heads * config.qk_head_dim)
             self.compress, self.expand_q = self._to_latents, self._from_latent
         self.kv_a_proj_with_mqa = backend.linear("kv_a_proj_with_mqa", hidden, sum(self.latent_widths))
-        self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS, backend)
-        self.kv_b_proj = backend.linear(
-            "kv_b_proj", config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim)
-        )
-        self.o_proj = backend.linear("o_proj", heads * config.v_head_dim, hidden)
+        self.kv_a_layernorm = RMSNorm(kv_rank, LATENT_NORM_EPS, backend)
+        self.kv_b_proj = backend.linear("kv_b_proj", kv_rank, heads * (nope + v_head_dim))
+        self.o_proj = backend.linear("o_proj", heads * v_head_dim, hidden)
         self.offer = backend.recompute.offer("mla_up_proj")
 
     def _keep_input(self, x: Tensor) -> tuple[Tensor, Tensor]:

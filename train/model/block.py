@@ -6,12 +6,16 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from train.model.attention import Attention
+from train.model.attention import LatentAttention
 from train.model.config import ModelConfig
+from train.model.grouped_attention import GroupedAttention
 from train.model.layers import Backend, FeedForward, RMSNorm
 from train.model.moe import Dispatch, Journey, MoE
 from train.model.router import RouterStats
 from train.model.tape import Steps, Tape
+
+# By the config's name for it: x [B, S, hidden] and a rotation table -> [B, S, hidden].
+ATTENTION = {"mla": LatentAttention, "gqa": GroupedAttention}
 
 
 class _Block(nn.Module):
@@ -20,7 +24,7 @@ class _Block(nn.Module):
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
-        self.self_attn = Attention(config, backend)
+        self.self_attn = ATTENTION[config.attention](config, backend)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
 
     def attend(self, x: Tensor, table: Tensor) -> Tensor:
@@ -79,3 +83,8 @@ class MoEBlock(_Block):
     def aggregate(residual: Tensor, shared: Tensor, combined: Tensor) -> Tensor:
         """residual [B, S, hidden] + shared [T, hidden] + combined [T, hidden]."""
         return residual + shared.view_as(residual) + combined.view_as(residual)
+
+
+def last_block(config: ModelConfig, dispatch: Dispatch, backend: Backend) -> DenseBlock | MoEBlock:
+    """A layer like those at the end of the model, which prediction depths have: with experts, if there are any."""
+    return MoEBlock(config, dispatch, backend) if config.n_routed_experts else DenseBlock(config, backend)

@@ -1,4 +1,4 @@
-"""Elementwise kernels with their own backward: RMSNorm, SwiGLU, and the joining of attention heads.
+"""Elementwise kernels with their own backward: RMSNorm, SwiGLU, the joining and the rotating of attention heads.
 
 Each is a pair of pure functions wrapped in an autograd Function. Sums and products inside are float32 for bfloat16
 inputs and keep float32 and float64 as they are. They are written for few passes over memory; where the last pass may
@@ -114,6 +114,38 @@ def join_heads(q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: in
     [S, rope / 2] -> q, k [B, S, H, nope + rope] with the rotary parts rotated, v [B, S, H, v_width] padded with zeros.
     """
     return _JoinHeads.apply(q, kv, k_rope, table, v_width)
+
+
+def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
+    """Multiply the pairs (x[j], x[j + d/2]) of x [..., d] by the complex table (broadcastable to [..., d / 2])."""
+    cos, sin = table.real, table.imag
+    first, second = x.to(cos.dtype).chunk(2, -1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    low, high = out.chunk(2, -1)
+    low.copy_((first * cos).addcmul_(second, sin, value=-1))
+    high.copy_((second * cos).addcmul_(first, sin))
+    return out
+
+
+class _RotateHeads(torch.autograd.Function):
+    """See `rotate_heads`. Keeps the table alone."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, table: Tensor) -> Any:
+        ctx.save_for_backward(table)
+        by_head = table.unsqueeze(1)
+        return rotate_halves(q, by_head), rotate_halves(k, by_head)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> Any:
+        (table,) = ctx.saved_tensors
+        inverse = table.conj().resolve_conj().unsqueeze(1)
+        return rotate_halves(dq, inverse), rotate_halves(dk, inverse), None
+
+
+def rotate_heads(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the halves of every head of q [B, S, H, d] and k [B, S, G, d] by the table [S, d / 2]."""
+    return _RotateHeads.apply(q, k, table)
 
 
 class _RMSNorm(torch.autograd.Function):

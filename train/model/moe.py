@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, given
 from train.model.layers import Backend, FeedForward, Gemms, swiglu_mlp
 from train.model.router import build_router
 from train.model.tape import Steps
@@ -127,11 +127,11 @@ class MoE(nn.Module):
 
     def __init__(self, config: ModelConfig, dispatch: Dispatch, backend: Backend) -> None:
         super().__init__()
-        hidden, inter = config.hidden_size, config.moe_intermediate_size
+        hidden, inter = config.hidden_size, given(config.moe_intermediate_size)
         self.exchange = dispatch
         self.gate = build_router(config, backend)
         self.experts = Experts(dispatch.num_local_experts, hidden, inter, backend)
-        self.shared_experts = FeedForward(hidden, config.n_shared_experts * inter, backend)
+        self.shared_experts = FeedForward(hidden, given(config.n_shared_experts) * inter, backend)
 
     def compute(
         self, rows: Tensor, row_weights: Tensor, x: Tensor, tokens_per_expert: list[int]

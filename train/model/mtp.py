@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from train.model.block import MoEBlock
+from train.model.block import last_block
 from train.model.config import ModelConfig
 from train.model.layers import Backend, RMSNorm
 from train.model.moe import Dispatch
 
 
 class MTPModule(nn.Module):
-    """Joins a hidden state with the embedding of a later token and runs one MoE layer (Eq. 21-22).
+    """Joins a hidden state with the embedding of a later token and runs one more layer (Eq. 21-22).
 
     The projection reads [embedding ; hidden], the order of the released weights. `hidden` is a normed state: the main
     model's after its final norm, or the previous depth's after its own. Embedding table and head are the main model's.
@@ -24,7 +24,7 @@ class MTPModule(nn.Module):
         self.enorm = RMSNorm(hidden, eps, backend)
         self.hnorm = RMSNorm(hidden, eps, backend)
         self.eh_proj = backend.linear("eh_proj", 2 * hidden, hidden)
-        self.layer = MoEBlock(config, dispatch, backend)
+        self.layer = last_block(config, dispatch, backend)
         self.norm = RMSNorm(hidden, eps, backend)
         self.offer = backend.recompute.offer("norm")
 

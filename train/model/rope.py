@@ -1,6 +1,8 @@
 """Rotary position embedding, plain and stretched by YaRN.
 
-Position p rotates the pair (x[2j], x[2j+1]) by the angle p * frequency[j]: multiplication by exp(i p frequency[j]).
+Position p rotates pair j by the angle p * frequency[j]: multiplication by exp(i p frequency[j]). Which elements are a
+pair is the attention's: neighbours (x[2j], x[2j+1]) in latent attention, (x[j], x[j + d/2]) in grouped-query
+attention, as the published weights of either have them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from train.model.config import ModelConfig, yarn_mscale
 
 
 def rotation_table(config: ModelConfig, num_positions: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """exp(i p frequency) for positions 0..num_positions-1: complex [num_positions, qk_rope_head_dim / 2].
+    """exp(i p frequency) for positions 0..num_positions-1: complex [num_positions, rope_dim / 2].
 
     Angles are rounded to float32 as in every released implementation, whatever the model's type: they are constants of
     the trained model. The table is complex128 for a float64 model, complex64 otherwise.
@@ -27,8 +29,8 @@ def rotation_table(config: ModelConfig, num_positions: int, device: torch.device
 
 
 def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Radians per position of each pair, float32 [qk_rope_head_dim / 2]."""
-    dim = config.qk_rope_head_dim
+    """Radians per position of each pair, float32 [rope_dim / 2]."""
+    dim = config.rope_dim
     wavelengths = config.rope_theta ** (torch.arange(0, dim, 2, device=device).float() / dim)
     if config.rope_scaling is None:
         return 1.0 / wavelengths
@@ -44,7 +46,7 @@ def _stretched_share(config: ModelConfig, device: torch.device) -> Tensor:
     """
     scaling = config.rope_scaling
     assert scaling is not None
-    dim, context = config.qk_rope_head_dim, scaling["original_max_position_embeddings"]
+    dim, context = config.rope_dim, scaling["original_max_position_embeddings"]
 
     def pair_turning(num_turns: float) -> float:
         return dim * math.log(context / (num_turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from train.model.balance_loss import BalanceLosses, balance_losses
-from train.model.config import ModelConfig
+from train.model.config import ModelConfig, given
 from train.model.layers import Backend
 from train.precision.grads import Sink, main_grad, wide_dtype
 
@@ -146,8 +146,8 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig, backend: Backend, limit: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.num_experts, self.num_selected = config.n_routed_experts, config.num_experts_per_tok
-        self.num_groups, self.num_kept_groups = config.n_group, config.topk_group
+        self.num_experts, self.num_selected = config.n_routed_experts, given(config.num_experts_per_tok)
+        self.num_groups, self.num_kept_groups = given(config.n_group), given(config.topk_group)
         self.normalised, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
         self.scoring, self.limit, self.sink = SCORINGS[config.scoring_func], limit, backend.sink
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
@@ -219,5 +219,6 @@ TOPK_METHODS: dict[str, tuple[type[Router], Callable[[Tensor], Tensor]]] = {
 def build_router(config: ModelConfig, backend: Backend) -> Router:
     """The router that the config's `scoring_func` and `topk_method` describe."""
     kind, strength = TOPK_METHODS[config.topk_method]
-    limited = config.topk_group < config.n_group
-    return kind(config, backend, GroupLimit(config.n_group, config.topk_group, strength) if limited else no_limit)
+    num_groups, num_kept = given(config.n_group), given(config.topk_group)
+    limit = GroupLimit(num_groups, num_kept, strength) if num_kept < num_groups else no_limit
+    return kind(config, backend, limit)

@@ -59,7 +59,7 @@ class Parts:
 
 
 class Transformer(nn.Module):
-    """DeepSeek-V3. Build it under `torch.device("meta")` and fill it with `init_weights`.
+    """A model of DeepSeek's. Build it under `torch.device("meta")` and fill it with `init_weights`.
 
     `dispatch` says which experts live here. `parts` defaults to everything; multi-token prediction shares embedding
     and head, so a process that holds it needs both.
@@ -135,11 +135,12 @@ class Transformer(nn.Module):
         table = rotation_table(self.config, x.shape[1], x.device, x.dtype)
         for index, layer in self._blocks():
             x, stats = yield from layer.steps(x, table, tape)
-            if stats is not None:
-                self._account(index - self.config.first_k_dense_replace, stats, terms, tape, report)
+            self._account(index - self.config.first_k_dense_replace, stats, terms, tape, report)
         return x
 
-    def _account(self, number: int, stats: RouterStats, terms: LossTerms, tape: Tape, report: Report) -> None:
+    def _account(self, number: int, stats: RouterStats | None, terms: LossTerms, tape: Tape, report: Report) -> None:
+        if stats is None:  # a dense layer
+            return
         factors = (terms.balance, terms.device_balance, terms.comm_balance)
         for place, (loss, factor) in enumerate(zip(stats[:3], factors, strict=True), start=2):
             tape.loss(loss, factor)

@@ -20,6 +20,8 @@ FP8_MODULES: dict[str, Fp8 | None] = {
     "q_b_proj": Fp8(),
     "kv_a_proj_with_mqa": Fp8(),
     "kv_b_proj": Fp8(),
+    "k_proj": Fp8(),
+    "v_proj": Fp8(),
     # Attention's backward needs its output too, more exactly than E4M3 has it (section 3.3.3).
     "o_proj": Fp8(round_input=True, keep="e5m6"),
     "gate_up_proj": Fp8(),
