@@ -71,6 +71,7 @@ def export(settings: Sequence[str]) -> int:
     state = read_state(source)
     tree = yaml.safe_load(state.config)
     model = compose.section(ModelConfig, tree["model"], "model")
+    hf_config.layout_of(model)  # refused before anything is written
     tokenizer = _tokenizer(given["tokenizer"], source, tree, model)
     with step_folders.new_folder(target) as partial:
         manifest = step_folders.read_manifest(source)

@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from launch.__main__ import main
-from tests.runs import SMALL, last_checkpoint, prepare_text, read_checkpoint, train_main
-from tests.train.model_cases import build, random_tokens
+from tests.exports import export, import_from, logits, state_of, transformers_model
+from tests.runs import SMALL, last_checkpoint, prepare_text, run_in, train_main
+from tests.spawn import Ranks
+from tests.train.model_cases import random_tokens
 from train import compose
-from train.disk import shapes
 from train.model.config import ModelConfig
-from train.model.loss import LossTerms
-from train.model.tape import Inline, drive
 from train.track import read_metrics
 
 STEPS = ["train.max_steps=3", "optimizer.ema_decay=0.5", "lr_scheduler.phases=[{kind:constant}]"]
@@ -41,36 +39,6 @@ def model_of(checkpoint: Path) -> ModelConfig:
     return compose.load(checkpoint / "config.yaml").model
 
 
-def state_of(checkpoint: Path, config: ModelConfig, kind: str = "master.") -> dict[str, Tensor]:
-    """The weights and biases of a checkpoint in their shapes."""
-    flat = read_checkpoint(checkpoint)
-    return {
-        name: flat[name if name.endswith("correction_bias") else f"{kind}{name}"].view(shape)
-        for name, shape in shapes(config).items()
-    }
-
-
-def logits(config: ModelConfig, state: dict[str, Tensor], tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    model = build(config, dtype)
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()})
-    with torch.no_grad():
-        x = model.embed_tokens(tokens)
-        x = drive(model.run_layers(x, LossTerms(0, 0, 0), Inline(), model.empty_report(x.device)))
-        return model.lm_head(model.norm(x))
-
-
-def theirs(folder: Path, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **eager).eval()
-
-
-def export(source: Path, target: Path, *more: str) -> Path:
-    assert main(["export", f"checkpoint={source}", f"to={target}", *more]) == 0
-    return target
-
-
 @pytest.mark.parametrize("weights", ["model", "ema"])
 def test_exported_fp32_is_the_model(run: Path, tmp_path: Path, weights: str) -> None:
     """Loaded in fp64 from fp32 files; the oracle's norms, router and rotary tables are float32 whatever it is asked."""
@@ -78,7 +46,7 @@ def test_exported_fp32_is_the_model(run: Path, tmp_path: Path, weights: str) -> 
     config = model_of(checkpoint)
     folder = export(run, tmp_path / "hf", "dtype=fp32", f"weights={weights}", "max_shard_bytes=20000")
     assert len(list(folder.glob("*.safetensors"))) > 5
-    oracle = theirs(folder, torch.float64)
+    oracle = transformers_model(folder, torch.float64)
     tokens = random_tokens(config, 3, 23)
     state = state_of(checkpoint, config, {"model": "master.", "ema": "ema."}[weights])
     ours = logits(config, state, tokens, torch.float64)
@@ -105,7 +73,7 @@ def test_there_and_back(run: Path, tmp_path: Path, dtype: str) -> None:
     checkpoint = last_checkpoint(run)
     config = model_of(checkpoint)
     folder = export(checkpoint, tmp_path / "hf", f"dtype={dtype}")
-    assert main(["import", f"from={folder}", f"to={tmp_path / 'back'}"]) == 0
+    import_from(folder, tmp_path / "back")
     before, after = state_of(checkpoint, config), state_of(tmp_path / "back", config)
     if dtype == "fp32":
         assert all(torch.equal(before[name], after[name]) for name in before)
@@ -124,16 +92,83 @@ def test_there_and_back(run: Path, tmp_path: Path, dtype: str) -> None:
         assert file.read_bytes() == (again / file.name).read_bytes(), file.name
 
 
-def test_an_imported_model_trains_on(run: Path, text: list[str], tmp_path: Path) -> None:
-    imported = tmp_path / "imported"
-    folder = export(run, tmp_path / "hf", "dtype=fp32")
-    shutil.copytree(run, tmp_path / "same")
-    assert main(["import", f"from={folder}", f"to={imported}"]) == 0
-    fresh = [*SMALL, *text, "lr_scheduler.phases=[{kind:constant}]", "train.max_steps=4"]
+def test_an_imported_model_trains_on(run: Path, text: list[str], tmp_path: Path, capfd: Any) -> None:
+    """Like the run whose weights it has: the same bits at every step, from fresh moments."""
+    imported = import_from(export(run, tmp_path / "hf", "dtype=fp32"), tmp_path / "imported")
+    assert f"checkpoint.init_from={imported}" in capfd.readouterr().out
+    settings = [*SMALL, *text, "lr_scheduler.phases=[{kind:constant}]", "optimizer.ema_decay=0.5"]
     losses = []
     for number, source in enumerate([imported, last_checkpoint(run)]):
         started = tmp_path / f"started{number}"
-        assert train_main([*fresh, f"checkpoint.init_from={source}", f"run.dir={started}"]) == 0
+        more = ["train.max_steps=4", f"checkpoint.init_from={source}", f"run.dir={started}"]
+        assert train_main([*settings, *more]) == 0
         losses.append([row["train/loss"] for row in read_metrics(started / "metrics.jsonl")])
     assert losses[0] == losses[1]
-    assert main(["export", f"checkpoint={tmp_path / 'started0'}", f"to={tmp_path / 'on'}"]) == 0
+    # Its first step sees the weights that the run ended with: less loss than at that run's start, and falling.
+    first = read_metrics(run / "metrics.jsonl")[0]["train/loss"]
+    assert losses[0][-1] < losses[0][0] < first
+    export(tmp_path / "started0", tmp_path / "on")
+    # Going on from its own checkpoint needs the imported one no more.
+    shutil.rmtree(imported)
+    more = ["train.max_steps=5", f"checkpoint.init_from={imported}", f"run.dir={tmp_path / 'started0'}"]
+    assert train_main([*settings, *more]) == 0
+    assert len(read_metrics(tmp_path / "started0" / "metrics.jsonl")) == 5
+    capfd.readouterr()
+    assert train_main([*settings, "train.max_steps=6", f"run.dir={tmp_path / 'started0'}"]) == 2
+    assert f"checkpoint.init_from was {imported} there and is None here" in capfd.readouterr().err
+
+
+def test_the_average_begins_as_the_weights_it_starts_from(run: Path, text: list[str], tmp_path: Path) -> None:
+    """One step at a rate of next to nothing: masters and averages are still those of the source."""
+    quiet = ["optimizer.ema_decay=0.5", "lr_scheduler.lr=1e-12", "lr_scheduler.phases=[]", "train.max_steps=1"]
+    started = tmp_path / "started"
+    source = last_checkpoint(run)
+    assert train_main([*SMALL, *text, *quiet, f"checkpoint.init_from={source}", f"run.dir={started}"]) == 0
+    config = model_of(source)
+    before = state_of(source, config)
+    for kind in ("master.", "ema."):
+        after = state_of(last_checkpoint(started), config, kind)
+        for name, weight in before.items():
+            if "bias" not in name:
+                torch.testing.assert_close(after[name], weight, rtol=1e-6, atol=1e-8)
+
+
+OTHERS = [
+    (["model.hidden_size=48"], "holds another model: model.hidden_size was 32 there and is 48 here"),
+    (["model.rope_theta=500.0"], "holds another model: model.rope_theta was 10000.0 there and is 500.0 here"),
+    (["checkpoint.resume=/nowhere"], "checkpoint.resume=/nowhere goes on with another one: give one of them"),
+    (["checkpoint.init_from=/nowhere"], "/nowhere/manifest.json is missing: the checkpoint was never completed"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), OTHERS, ids=[settings[0] for settings, _ in OTHERS])
+def test_starts_that_are_refused(
+    run: Path, text: list[str], tmp_path: Path, capfd: Any, settings: list[str], words: str
+) -> None:
+    start = [*SMALL, *text, *STEPS, f"checkpoint.init_from={last_checkpoint(run)}", f"run.dir={tmp_path / 'run'}"]
+    assert train_main([*start, *settings]) == 2
+    said = capfd.readouterr().err
+    assert words in said and len(said.splitlines()) == 1
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+def test_a_longer_context_is_no_other_model(run: Path, text: list[str], tmp_path: Path) -> None:
+    yarn = "model.rope_scaling={type:yarn,factor:4,original_max_position_embeddings:24}"
+    start = [*SMALL, *text, *STEPS, "train.max_steps=1", yarn, "model.max_position_embeddings=96"]
+    assert train_main([*start, f"checkpoint.init_from={last_checkpoint(run)}", f"run.dir={tmp_path / 'run'}"]) == 0
+
+
+@pytest.mark.slow
+def test_any_topology_is_exported_and_started_from(ranks: Ranks, text: list[str], tmp_path: Path) -> None:
+    four = ["parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "parallel.dispatch=flat", "pipeline.schedule=dualpipe"]
+    settings = [*SMALL, *text, *STEPS, *four, "zero.engine=deepspeed", "precision=bf16"]
+    first = run_in(ranks, tmp_path / "run", settings, 4)
+    checkpoint = last_checkpoint(first.folder)
+    config = model_of(checkpoint)
+    for kind, weights in (("master.", "model"), ("ema.", "ema")):
+        folder = export(checkpoint, tmp_path / weights, "dtype=fp32", f"weights={weights}")
+        back = import_from(folder, tmp_path / f"back-{weights}")
+        before, after = state_of(checkpoint, config, kind), state_of(back, config)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    start = [*settings, "train.max_steps=1", f"checkpoint.init_from={tmp_path / 'back-model'}"]
+    run_in(ranks, tmp_path / "started", start, 4)

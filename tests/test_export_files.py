@@ -19,13 +19,13 @@ import torch
 import yaml
 
 from launch.__main__ import main
-from launch.imports import start_state
+from tests.exports import checkpoint_of
 from tests.launched import ROOT
 from tests.runs import environment
 from tests.train.model_cases import TINY
 from train import step_folders
 from train.disk import layout, shapes
-from train.flat_stream import RangeReader, write_ranges
+from train.flat_stream import RangeReader
 from train.model.config import ModelConfig
 from train.precision.recipe import FP8_MODULES
 from train.tensor_files import INDEX, Spec, TensorFolder, write_shard
@@ -41,21 +41,6 @@ LARGE = {
     "n_routed_experts": 32,
     "num_nextn_predict_layers": 0,
 }
-
-
-def checkpoint_of(config: ModelConfig, folder: Path) -> Path:
-    """A complete checkpoint of random weights, each tensor in one piece."""
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    known = {name if "bias" in name else f"master.{name}": torch.Size(shape) for name, shape in shapes(config).items()}
-    sizes = {name: shape.numel() for name, shape in known.items()}
-    ranges = ((name, 0, torch.randn(size, generator=generator) * 0.02) for name, size in sizes.items())
-    records = write_ranges(folder, sizes, ranges)
-    state = start_state(config)
-    for name, text in (("state.json", state.to_json()), ("config.yaml", state.config)):
-        records[name] = step_folders.write_durably(folder / name, text)
-    step_folders.write_manifest(folder, records)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +86,7 @@ def grown_bytes(warm_up: list[str], measured: list[str]) -> int:
     return int(out.rsplit("grown by ", 1)[1])
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.slow), "fp8"])
 def test_memory_stays_under_two_shards(large: Path, tiny: Path, tmp_path: Path, dtype: str) -> None:
     """The model takes 125 MB and a stack of experts 34 MB; two shards are 32 MB."""
 
@@ -117,11 +102,11 @@ def test_memory_stays_under_two_shards(large: Path, tiny: Path, tmp_path: Path, 
 
 # --- killed ---
 
+NUM_KILLS = 1
+
 
 @pytest.mark.parametrize("verb", ["export", "import"])
-def test_killed_midway_leaves_nothing_that_looks_whole(
-    large: Path, tmp_path: Path, verb: str, request: pytest.FixtureRequest
-) -> None:
+def test_killed_midway_leaves_nothing_that_looks_whole(large: Path, tmp_path: Path, verb: str) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     draw = random.Random(seed)
@@ -132,7 +117,7 @@ def test_killed_midway_leaves_nothing_that_looks_whole(
         assert main(["export", f"checkpoint={large}", f"to={tmp_path / 'hf'}", "tokenizer=none"]) == 0
         command = [verb, f"from={tmp_path / 'hf'}", f"to={target}"]
     partial = step_folders.aside(target, step_folders.PARTIAL)
-    for _ in range(2):
+    for _ in range(NUM_KILLS):
         process = subprocess.Popen(
             [sys.executable, "-m", "launch", *command],
             cwd=ROOT,
