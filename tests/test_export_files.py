@@ -149,7 +149,9 @@ def test_two_at_once_are_refused(tiny: Path, tmp_path: Path, capfd: Any) -> None
     assert "is being written by another process" in capfd.readouterr().err
 
 
-def test_a_failed_export_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_leaves_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
     """A disk that keeps other bytes than it was given is found before anything looks whole."""
 
     def write(path: Path, specs: list[Spec], ranges: Any) -> step_folders.FileRecord:
@@ -160,8 +162,9 @@ def test_a_failed_export_leaves_nothing(tiny: Path, tmp_path: Path, monkeypatch:
         return meant
 
     monkeypatch.setattr("launch.export.write_shard", write)
-    with pytest.raises(OSError, match="reads back as"):
-        main(["export", f"checkpoint={tiny}", f"to={tmp_path / 'hf'}", "tokenizer=none"])
+    assert main(["export", f"checkpoint={tiny}", f"to={tmp_path / 'hf'}", "tokenizer=none"]) == 2
+    said = capfd.readouterr().err
+    assert f"{tmp_path / 'hf'} was not written: " in said and "reads back as" in said and len(said.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 

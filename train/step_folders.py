@@ -200,8 +200,8 @@ def tidy(root: Path) -> None:
 def new_folder(final: Path) -> Iterator[Path]:
     """A hidden folder to fill, which is synced and renamed to `final` at the end of the block; removed if that fails.
 
-    What a killed process left of it is removed first. ValueError when `final` exists, when it cannot be made, or when
-    another process is filling it.
+    What a killed process left of it is removed first. ValueError when `final` exists, when it cannot be written, or
+    when another process is filling it.
     """
     if final.exists():
         raise ValueError(f"{final} exists already: remove it, or name another folder")
@@ -219,6 +219,9 @@ def new_folder(final: Path) -> Iterator[Path]:
             yield partial
             _sync_folder(partial)
             os.rename(partial, final)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ValueError(f"{final} was not written: {error}") from error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
