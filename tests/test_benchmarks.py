@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import bubble, recompute, runtime, step
+from benchmarks import balance, bubble, recompute, runtime, step
 from launch import emulate
 from parallel.pipeline.registry import build
 from parallel.pipeline.simulate import simulate
@@ -75,6 +76,66 @@ def test_recompute() -> None:
 def test_recompute_refuses(argument: str, sentence: str) -> None:
     with pytest.raises(SystemExit, match=sentence):
         recompute.read([argument])
+
+
+def test_balance_goes_on_with_the_runs_that_are_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        words = " ".join(f"word{(i * i + number) % 97} = {i % 13};" for i in range(300))
+        (tmp_path / "text" / f"{number}.txt").write_text(words)
+    settings = ("size=tiny", "steps=6", "seeds=0,1", f"folder={tmp_path / 'runs'}", f"source={tmp_path / 'text'}")
+    result = run("balance", *settings)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = table(result.stdout)
+    # two layers, their mean and the worst of them, the loss, and that of each seed
+    assert [len(rows[side]) for side in ("none", "losses", "bias")] == [6, 6, 6]
+    assert re.search(r"(Shown|Refuted|Neither shown nor refuted) at this size", result.stdout)
+    assert (tmp_path / "runs" / "balance.png").stat().st_size > 10_000
+    files = sorted((tmp_path / "runs").glob("*.json"))
+    assert len(files) == 6
+    files[0].unlink()  # as if the benchmark had been ended before this run was
+    num_threads = torch.get_num_threads()
+    balance.main([*settings])
+    torch.set_num_threads(num_threads)
+    again = capsys.readouterr().out
+    trained = {line.split(":")[0].strip() for line in again.splitlines() if ": step " in line}
+    assert trained == {"bias, seed 0"}
+    assert table(again) == rows
+    assert sorted((tmp_path / "runs").glob("*.json")) == files
+
+
+@pytest.mark.parametrize(
+    ("bias", "losses", "said"),
+    [
+        ([(0.1, 3.0), (0.2, 3.1)], [(0.5, 3.0), (0.4, 3.2)], "Shown"),
+        ([(0.1, 3.0), (0.2, 3.3)], [(0.5, 3.1), (0.4, 3.1)], "Neither"),
+        ([(0.1, 3.2), (0.2, 3.3)], [(0.5, 3.1), (0.4, 3.2)], "Refuted at this size: the loss"),
+        ([(0.6, 3.0), (0.5, 3.0)], [(0.5, 3.1), (0.4, 3.1)], "Refuted at this size: balance"),
+    ],
+)
+def test_balance_says_what_the_runs_show(
+    bias: list[tuple[float, float]], losses: list[tuple[float, float]], said: str
+) -> None:
+    sides = {"bias": bias, "losses": losses}
+    runs = {
+        side: {seed: balance.Run([[violation]], [loss], loss) for seed, (violation, loss) in enumerate(ends)}
+        for side, ends in sides.items()
+    }
+    assert balance.verdict(runs).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("sides=none,noise", "sides=noise is not one of none, losses, bias"),
+        ("steps=0", "steps=0 is not made of whole numbers above 0"),
+        ("seeds=1,x", "seeds=1,x is not made of whole numbers"),
+        ("speed=9", "unknown settings: speed=9"),
+    ],
+)
+def test_balance_refuses(argument: str, sentence: str) -> None:
+    with pytest.raises(SystemExit, match=sentence):
+        balance.read([argument])
 
 
 def test_data(tmp_path: Path) -> None:

@@ -138,6 +138,26 @@ def random_routing(seed: int, **fixed: Any) -> ModelConfig:
     return replace(config, scoring_func=draw.choice(SCORING_FUNCS), topk_method=method, topk_group=kept)
 
 
+def random_v2_config(seed: int, **fixed: Any) -> ModelConfig:
+    """A model of random small sizes as DeepSeek-V2 and V2-Lite are, which `transformers` can hold too."""
+    draw = random.Random(f"v2 {seed}")
+    config = random_config(seed)
+    method = draw.choice(["group_limited_greedy", "greedy"])
+    heads = config.num_attention_heads
+    changes: dict[str, Any] = {
+        "hidden_size": heads * max(3, config.hidden_size // heads),
+        "scoring_func": "softmax",
+        "topk_method": method,
+        "topk_group": config.n_group if method == "greedy" else config.topk_group,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": draw.choice([1.0, 16.0]),
+    }
+    if config.rope_scaling is not None:
+        # As released: sqrt(t) = 0.0707 ln s + 1, all of it in the scores and none in the rotation.
+        changes["rope_scaling"] = config.rope_scaling | {"mscale": 0.707, "mscale_all_dim": 0.707}
+    return replace(config, **changes, **fixed)
+
+
 def random_dense_config(seed: int, **fixed: Any) -> ModelConfig:
     """A legal dense model with grouped-query attention, of random small sizes."""
     draw = random.Random(f"dense {seed}")
@@ -179,23 +199,32 @@ def random_tokens(config: ModelConfig, num_sequences: int, seq_len: int, seed: i
     return torch.randint(0, config.vocab_size, (num_sequences, seq_len + 1), generator=generator)
 
 
-def hugging_face(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
-    """`transformers`' model of this shape, loaded from our state under the names of a checkpoint on disk."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+def hugging_face(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype, attention: str = "eager") -> Any:
+    """`transformers`' model of this shape, loaded from our state under the names of a checkpoint on disk.
 
+    Its DeepSeek-V3 where routers have biases, else its DeepSeek-V2, which knows softmax scores without normalisation
+    only, and wants a width that the heads divide. attention: its implementation.
+    """
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+
+    of_config, of_model = (
+        (DeepseekV3Config, DeepseekV3ForCausalLM)
+        if config.has_router_bias
+        else (DeepseekV2Config, DeepseekV2ForCausalLM)
+    )
     scaling = dict(config.rope_scaling or {})
     scaling["rope_type"] = scaling.pop("type", "default")
-    keys = {key: value for key, value in vars(config).items() if key not in ("rope_theta", "rope_scaling")}
-    theirs = DeepseekV3Config(
-        **keys,
+    ours_alone = ("rope_theta", "rope_scaling", "attention", "num_key_value_heads", "head_dim")
+    theirs = of_config(
+        **{key: value for key, value in vars(config).items() if key not in ours_alone},
         num_key_value_heads=config.num_attention_heads,
         rope_parameters={"rope_theta": config.rope_theta, **scaling},
         use_cache=False,
-        attn_implementation="eager",
+        attn_implementation=attention,
         experts_implementation="eager",
     )
     disk = {name: tensor.detach().clone() for name, tensor in to_hf(state, config).items()}
-    return DeepseekV3ForCausalLM.from_pretrained(None, config=theirs, state_dict=disk, dtype=dtype).train()
+    return of_model.from_pretrained(None, config=theirs, state_dict=disk, dtype=dtype).train()
 
 
 def llama(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype) -> Any:
