@@ -105,7 +105,7 @@ def test_memory_stays_under_two_shards(large: Path, tiny: Path, tmp_path: Path, 
 NUM_KILLS = 1
 
 
-@pytest.mark.parametrize("verb", ["export", "import"])
+@pytest.mark.parametrize("verb", ["export", pytest.param("import", marks=pytest.mark.slow)])
 def test_killed_midway_leaves_nothing_that_looks_whole(large: Path, tmp_path: Path, verb: str) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")

@@ -154,15 +154,15 @@ def find_latest(root: Path) -> Path | None:
 def publish(partial: Path, final: Path) -> None:
     """Rename a whole folder into place, then let `latest` name it. At every moment a complete checkpoint is named."""
     root = final.parent
-    _sync_folder(partial)
+    _sync(partial)
     replaced = aside(final, REPLACED)
     if final.exists():
         os.rename(final, replaced)
     os.rename(partial, final)
-    _sync_folder(root)
+    _sync(root)
     write_durably(root / f".{LATEST}", f"{final.name}\n")
     os.replace(root / f".{LATEST}", root / LATEST)
-    _sync_folder(root)
+    _sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -217,7 +217,8 @@ def new_folder(final: Path) -> Iterator[Path]:
             path.unlink()
         try:
             yield partial
-            _sync_folder(partial)
+            for path in [*partial.iterdir(), partial]:
+                _sync(path)
             os.rename(partial, final)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -225,7 +226,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        _sync_folder(final.absolute().parent)
+        _sync(final.absolute().parent)
     finally:
         os.close(handle)
 
@@ -259,8 +260,8 @@ def _body_crc(body: Mapping[str, list[int]]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
