@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch import emulate
+from launch.export import export
 from launch.generate import generate_command
+from launch.imports import import_model
 from launch.local import local
 from launch.prepare import prepare_run
 from launch.schedule import draw
@@ -32,6 +34,8 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "local": (local, "train on this machine's processes; with --multirun sweep over a grid: a=1,2 b=3"),
     "prepare": (_prepare, "turn text into token shards: data.source=PATH data.dir=PATH"),
     "generate": (generate_command, "go on with a text: checkpoint=FOLDER prompt=TEXT speculative=true"),
+    "export": (export, "write a checkpoint in Hugging Face's layout: checkpoint=PATH to=PATH dtype=bf16|fp32|fp8"),
+    "import": (import_model, "turn a model in Hugging Face's layout into a checkpoint: from=PATH to=PATH"),
     "schedule": (_schedule, "print and draw the recipe over tokens: experiment=NAME out=FILE"),
     "timeline": (timeline, "simulate and draw a pipeline: pipeline.schedule=NAME parallel.pp=N out=FILE"),
     "emulate": (emulate.main, "run a command on an emulated cluster: nodes=2 per_node=2 rate=200mbit -- COMMAND"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -14,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train.config import RunConfig
+
+T = TypeVar("T")
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -60,6 +63,17 @@ def load(path: Path) -> RunConfig:
     return checked(tree)
 
 
+def section(kind: type[T], values: Mapping[str, Any], name: str) -> T:
+    """One room's config of plain values, types checked; ValueError names the key, as part of section `name`."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(_unlocked(OmegaConf.structured(kind)), dict(values)))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise ValueError(f"{name}.{key}: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, kind)
+    return config
+
+
 def text(config: RunConfig) -> str:
     """The resolved config as YAML; `load` reads it back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
@@ -81,17 +95,18 @@ def sweep(overrides: Iterable[str]) -> list[list[str]]:
 
 
 def _schema() -> DictConfig:
-    """RunConfig's keys and types, to be filled: frozen dataclasses would come out read-only."""
+    """RunConfig's keys and types, to be filled."""
+    return _unlocked(OmegaConf.structured(RunConfig))
 
-    def unlock(node: DictConfig) -> DictConfig:
-        OmegaConf.set_readonly(node, False)
-        for key in node:
-            child = node._get_node(key)
-            if isinstance(child, DictConfig) and not child._is_none():
-                unlock(child)
-        return node
 
-    return unlock(OmegaConf.structured(RunConfig))
+def _unlocked(node: DictConfig) -> DictConfig:
+    """The same, writable: frozen dataclasses come out read-only."""
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            _unlocked(child)
+    return node
 
 
 def _sentence(error: HydraException, settings: list[str]) -> str:
