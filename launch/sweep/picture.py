@@ -71,7 +71,7 @@ def _draw_curves(
         if is_good:
             shown.append(loss[np.isfinite(loss)])
         values = ", ".join(f"{key.split('.')[-1]}={_brief(outcome.proposal.values[key])}" for key in varied)
-        label = values + ("" if outcome.status == "finished" else f" ({outcome.status})")
+        label = values[:60] + ("" if outcome.status == "finished" else f" ({outcome.status})")
         style = {"linewidth": 2.2 if index == 0 else 1.3, "linestyle": "-" if is_good else "--"}
         marker = "o" if len(steps) < 12 else None
         tokens = column(steps, "train/consumed_tokens")

@@ -276,28 +276,29 @@ def search(path: Path, num_trials: int, sampler: str = "tpe", seed: int = 0) -> 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
 def test_a_search_that_was_broken_off_goes_on_as_if_it_had_not_been(tmp_path: Path, sampler: str) -> None:
     """Broken off after any trial, or between a proposal and its result: the same proposals, to the last digit."""
-    whole = search(tmp_path / "whole", 16, sampler)
-    assert search(tmp_path / "whole", 16, sampler) == whole
-    for num_first in (1, 7, 13):
+    whole = search(tmp_path / "whole", 14, sampler)
+    assert search(tmp_path / "whole", 14, sampler) == whole
+    for num_first in (3, 12):  # the first ten learn from nothing
         path = tmp_path / str(num_first)
-        config = SweepConfig(sampler=sampler, num_trials=16)
+        config = SweepConfig(sampler=sampler, num_trials=14)
         search(path, num_first, sampler)
         study = build(config, *compose.space(SPACE), path)
         for _ in range(num_first + 1):  # the last of them is proposed and never told
             study.ask()
-        assert search(path, 16, sampler) == whole
-    other = search(tmp_path / "other", 16, sampler, seed=1)
-    assert other != whole
+        assert search(path, 14, sampler) == whole
+    other = search(tmp_path / "other", 2, sampler, seed=1)
+    assert other != whole[:2]
 
 
 def test_proposals_keep_to_their_space(tmp_path: Path) -> None:
-    for proposal in search(tmp_path, 25):
+    for proposal in search(tmp_path, 15):
         assert 1e-4 <= float(proposal.values["lr"]) <= 1e-1
         assert 2 <= int(proposal.values["width"]) <= 64
         assert proposal.values["kind"] in "abc" and proposal.values["depth"] in ("2", "5", "8", "11")
         assert proposal.name == f"trial-{proposal.number:04d}"
 
 
+@pytest.mark.slow
 def test_a_sampler_that_learns_finds_better_jobs_than_chance(tmp_path: Path) -> None:
     def later(sampler: str, seed: int) -> float:
         found = search(tmp_path / f"{sampler}-{seed}", 30, sampler, seed)
@@ -352,13 +353,11 @@ def test_hopeless_jobs_are_pruned_whether_or_not_they_were_quicker(tmp_path: Pat
         def start(self, config: RunConfig, num_parallel: int, console: Path | None) -> FakeJob:
             job = super().start(config, num_parallel, console)
             job.finish(Ended(0, "", True))  # its metrics are there from the start
-            if len(self.configs) < 4:
-                job.num_polls = 1
             return job
 
-    machine = Writing(polls=dict.fromkeys(range(1, 6), polls))
+    machine = Writing(polls={4: polls})
     lrs = ["lr_scheduler.lr=0.001,0.002,0.003,0.009,0.0015", "train.max_steps=3", "sweep.pruner=median"]
-    assert sweep([*lrs, f"run.dir={tmp_path / 'base'}"], machine) == (0 if polls == 1 else 1)
+    assert sweep([*lrs, f"run.dir={tmp_path / 'base'}"], machine) == 0
     rows = {row["lr_scheduler.lr"]: row for row in table(tmp_path / "base-sweep")}
     assert (rows["0.009"]["status"], rows["0.009"]["step"]) == ("pruned", "1")
     assert "worse than the median" in rows["0.009"]["reason"]
@@ -383,6 +382,7 @@ def test_a_real_sweep_side_by_side_with_one_that_diverges(tmp_path: Path, capfd:
     assert dataclasses.is_dataclass(compose.load(good / "config.yaml"))
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_launcher_was_killed_goes_on(tmp_path: Path) -> None:
     """SIGKILL in the middle of the second of three trials; the same command then gives what it would have."""
     common = [*SMALL, *prepare_text(tmp_path / "tokens"), "train.max_steps=60", "checkpoint.interval=10"]
