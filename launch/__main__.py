@@ -9,6 +9,7 @@ from pathlib import Path
 from launch import emulate
 from launch.local import local
 from launch.prepare import prepare_command
+from launch.report import report
 from launch.schedule import draw
 from launch.timeline import timeline
 from train.compose import compose
@@ -30,6 +31,7 @@ def _schedule(settings: Sequence[str]) -> int:
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "local": (local, "train on this machine's processes; with --multirun sweep over a grid: a=1,2 b=3"),
     "prepare": (_prepare, "turn text into token shards: data.source=PATH data.dir=PATH"),
+    "report": (report, "runs as one HTML page: run=DIR [run=DIR ...] out=FILE"),
     "schedule": (_schedule, "print and draw the recipe over tokens: experiment=NAME out=FILE"),
     "timeline": (timeline, "simulate and draw a pipeline: pipeline.schedule=NAME parallel.pp=N out=FILE"),
     "emulate": (emulate.main, "run a command on an emulated cluster: nodes=2 per_node=2 rate=200mbit -- COMMAND"),

@@ -24,7 +24,16 @@ from train.config import RunConfig
 from train.data.prepare import prepare
 from train.job import Job
 from train.loop import NotFiniteError, StopRequest, run
-from train.track import ConsoleSink, JsonlSink, PictureSink, Tracker, WandbSink, read_metrics
+from train.track import (
+    ConsoleSink,
+    JsonlSink,
+    LoadsSink,
+    PictureSink,
+    ReportSink,
+    Tracker,
+    WandbSink,
+    read_metrics,
+)
 
 log = logging.getLogger("train")
 
@@ -136,7 +145,8 @@ def _track(job: Job) -> Tracker:
     picture = PictureSink(
         folder / "metrics.jsonl", folder / "loss.png", title, job.valid_rows.tokens.unigram_entropy_nats
     )
-    return Tracker([JsonlSink(folder / "metrics.jsonl", job.step), console, wandb, picture])
+    files = [JsonlSink(folder / "metrics.jsonl", job.step), LoadsSink(folder / "loads.jsonl", job.step)]
+    return Tracker([*files, console, wandb, picture, ReportSink(folder)])
 
 
 def _say_where(job: Job, what: str) -> None:
@@ -145,6 +155,7 @@ def _say_where(job: Job, what: str) -> None:
     if job.is_main:
         print(
             f"{what}{_verdict(job)}\n"
+            f"  report       {job.folder / 'report.html'}\n"
             f"  loss curve   {job.folder / 'loss.png'}\n"
             f"  metrics      {job.folder / 'metrics.jsonl'}\n"
             f"  wandb        {job.folder / 'wandb'}\n"

@@ -14,13 +14,16 @@ from typing import Protocol
 
 from launch.ranks import GRACE_S, POLL_S, Ended, stop_signals
 from launch.sweep import table
+from launch.sweep.build import build, sampler_of
 from launch.sweep.config import SweepConfig, split
 from launch.sweep.jobs import Outcome, conclude, configure, hopeless_since, is_finished, remembered
 from launch.sweep.picture import draw_sweep
-from launch.sweep.search import Proposal, Search, build, sampler_of
+from launch.sweep.search import Proposal, Search
 from train import compose, run_folder
 from train.compose import Swept
 from train.config import RunConfig
+from train.report.page import write_report
+from train.report.runs import read_run
 
 PRUNE_INTERVAL_S = 1.0
 
@@ -200,6 +203,8 @@ class _Sweep:
         if any(outcome.step for outcome in best):
             draw_sweep(best, self.varied, self.config, self.root / "sweep.png")
             print(f"picture: {self.root / 'sweep.png'}", flush=True)
+            write_report([read_run(each.folder) for each in best if each.step], self.root / "report.html")
+            print(f"report: {self.root / 'report.html'}", flush=True)
         return int(any(outcome.status not in ("finished", "pruned") for outcome in self.outcomes))
 
 

@@ -16,10 +16,11 @@ import pytest
 
 from launch.__main__ import main
 from launch.ranks import Ended
+from launch.sweep.build import build
 from launch.sweep.config import SweepConfig
 from launch.sweep.jobs import Outcome, hopeless_since
 from launch.sweep.run import sweep
-from launch.sweep.search import Proposal, Result, build
+from launch.sweep.search import Proposal, Result
 from tests.launched import Launched
 from tests.runs import SMALL, prepare_text
 from train import compose, step_folders
