@@ -67,7 +67,7 @@ class _StepLines:
     What it holds past `finished_steps`, the step of the checkpoint that the run goes on from, is cut off first.
     """
 
-    def __init__(self, path: Path, finished_steps: int) -> None:
+    def __init__(self, path: Path, finished_steps: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b", buffering=0)
         self._file.seek(0)

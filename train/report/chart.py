@@ -31,7 +31,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """A titled panel. `level`: a labelled horizontal line; `marks`: x of dotted vertical lines, with a word for each."""
+    """A titled panel. `level`: a labelled horizontal line; `marks`: (x, word, run, whether bad) of vertical lines."""
 
     title: str
     unit: str
@@ -41,7 +41,7 @@ class Chart:
     from_zero: bool = False
     wide: bool = False
     level: tuple[float, str] | None = None
-    marks: Sequence[tuple[float, str, int]] = ()
+    marks: Sequence[tuple[float, str, int, bool]] = ()
 
 
 def thin(x: np.ndarray, y: np.ndarray, count: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -98,6 +98,7 @@ def draw(chart: Chart, x_form: Callable[[float], str], x_end: float) -> str:
     scale = _y_scale(chart)
     if scale is None:
         return f'{head}<p class="none">not measured</p></section>'
+    x_end *= 1.01  # a dot at the end is whole
     across = _Scale(0.0, x_end)
     parts = [
         f'<svg viewBox="0 0 {SIDE:.0f} {SIDE:.0f}" preserveAspectRatio="none" role="img" '
@@ -110,9 +111,10 @@ def draw(chart: Chart, x_form: Callable[[float], str], x_end: float) -> str:
     if chart.level is not None:
         place = SIDE - float(scale(np.array([chart.level[0]]))[0])
         parts.append(f'<path class="level" d="M0 {place:.1f}H{SIDE:.0f}"/>')
-    for where, word, run in chart.marks:
-        place = float(across(np.array([where]))[0])
-        parts.append(f'<path class="mark run{run}" d="M{place:.1f} 0V{SIDE:.0f}"><title>{word}</title></path>')
+    for where, word, run, is_bad in chart.marks:
+        place, kind = float(across(np.array([where]))[0]), "mark bad" if is_bad else "mark"
+        title = f"<title>{html.escape(word)}</title>"
+        parts.append(f'<path class="{kind} run{run}" d="M{place:.1f} 0V{SIDE:.0f}">{title}</path>')
     parts += [_path(curve, across, scale) for curve in chart.curves]
     labels = [_label("y", place, chart.form(value)) for value, place in zip(y_at, places, strict=True)]
     labels += [_label("x", float(across(np.array([at]))[0]), x_form(at)) for at in ticks(0.0, x_end, 4)]

@@ -6,6 +6,7 @@ import html
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,6 @@ def page(runs: Sequence[Run], entropy: float | None = None) -> str:
 
 def _told_apart(runs: Sequence[Run]) -> list[Run]:
     """Runs of one name by their folders."""
-    from dataclasses import replace
-
     names = [run.name for run in runs]
     return [replace(run, name=str(run.folder)) if names.count(run.name) > 1 else run for run in runs]
 
@@ -89,12 +88,12 @@ def _numbers(run: Run) -> list[tuple[str, str]]:
         ("peak memory", short_bytes(_last(run, "memory/peak_bytes"))),
         ("MaxVio", f"{_last(run, 'moe/max_vio'):.2f}"),
     ]
-    return [(name, value if "nan" not in value else "–") for name, value in made]
+    return [(name, value if "nan" not in value else "-") for name, value in made]
 
 
 def _facts(run: Run) -> str:
     kind = ' class="bad"' if run.trouble else ""
-    facts = "".join(f"<div><small>{name}</small><b>{value}</b></div>" for name, value in _numbers(run) if value != "–")
+    facts = "".join(f"<div><small>{name}</small><b>{value}</b></div>" for name, value in _numbers(run) if value != "-")
     resumed = f"; resumed after step {', '.join(map(str, run.resumed))}" if run.resumed else ""
     return (
         f'<p class="note"><span{kind}>{html.escape(run.standing + resumed)}</span></p><div class="facts">{facts}</div>'
@@ -182,11 +181,15 @@ def _checkpoints(run: Run) -> str:
     rows = [[name, short_bytes(size)] for name, size in run.checkpoints]
     if not rows:
         return ""
-    return f"<details><summary>Checkpoints of {html.escape(run.name)}</summary>{_table(['folder', 'size'], rows)}</details>"
+    return _folded(f"Checkpoints of {run.name}", ["folder", "size"], rows)
 
 
 def _settings(run: Run) -> str:
     rows = [[key, _as_text(value)] for key, value in run.settings.items()]
     if not rows:
         return ""
-    return f"<details><summary>All settings of {html.escape(run.name)}</summary>{_table(['setting', 'value'], rows)}</details>"
+    return _folded(f"All settings of {run.name}", ["setting", "value"], rows)
+
+
+def _folded(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{_table(header, rows)}</details>"

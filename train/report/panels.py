@@ -58,7 +58,7 @@ def _is_measured(chart: Chart) -> bool:
 
 def _loss(runs: Sequence[Run], entropy: float | None) -> Chart:
     curves: list[Curve] = []
-    marks: list[tuple[float, str, int]] = []
+    marks: list[tuple[float, str, int, bool]] = []
     is_single = len(runs) == 1
     for number, run in enumerate(runs):
         x, loss, valid = tokens_of(run), column(run.steps, "train/loss"), column(run.steps, "valid/loss")
@@ -70,10 +70,9 @@ def _loss(runs: Sequence[Run], entropy: float | None) -> Chart:
             label, color = ("validation", 1) if is_single else (f"{run.name}: validation", number)
             curves.append(Curve(label, number, x[at], valid[at], "dots", color))
         by_step = dict(zip(column(run.steps, "step"), x, strict=True))
-        marks += [
-            (by_step[step], f"{run.name} resumed after step {step}", number) for step in run.resumed if step in by_step
-        ]
-        marks += [(where, f"{run.name}: loss not finite", number) for where in x[~np.isfinite(loss)]]
+        found = [(by_step[step], f"{run.name} resumed after step {step}") for step in run.resumed if step in by_step]
+        marks += [(where, word, number, False) for where, word in found]
+        marks += [(where, f"{run.name}: loss not finite", number, True) for where in x[~np.isfinite(loss)]]
     level = None if entropy is None else (entropy, f"unigram entropy {entropy:.2f}")
     unit = "nats per token" + ("" if is_single else "; dots: validation")
     return Chart("Training and validation loss", unit, curves, short, wide=True, level=level, marks=marks)

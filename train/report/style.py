@@ -40,19 +40,20 @@ small,.note,.none{color:var(--faint);font-weight:400;font-size:12px}
 path{fill:none;vector-effect:non-scaling-stroke}
 .grid{stroke:var(--grid);stroke-width:1}
 .level{stroke:var(--faint);stroke-width:1.2;stroke-dasharray:6 5}
-.mark{stroke:var(--alarm);stroke-width:1.2;stroke-dasharray:2 4}
+.mark{stroke:var(--faint);stroke-width:1.2;stroke-dasharray:2 4}.mark.bad{stroke:var(--alarm)}
 .curve{stroke:var(--c);stroke-width:1.9;stroke-linejoin:round}
 .faint{stroke-width:1;opacity:.3}.dots{stroke-width:7;stroke-linecap:round}
 .dash1{stroke-dasharray:7 4}.dash2{stroke-dasharray:2 3}
 .key{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:12px;color:var(--faint)}
-.key i,.runs i{display:inline-block;width:16px;height:0;border-top:3px solid var(--c);margin-right:5px;vertical-align:4px}
+.key i,.runs i{display:inline-block;width:16px;height:0;border-top:3px solid var(--c);margin-right:5px;
+vertical-align:4px}
 .key i.dots{width:7px;height:7px;border:0;border-radius:50%;background:var(--c);vertical-align:1px}
 .key i.level{border-top:2px dashed var(--faint)}
 .runs{display:flex;flex-wrap:wrap;gap:4px 18px;margin:12px 0;position:sticky;top:0;background:var(--back);padding:6px 0;
 z-index:2}
 .tip{position:absolute;pointer-events:none;background:var(--card);border:1px solid var(--faint);border-radius:5px;
 padding:4px 8px;font-size:12px;z-index:3;white-space:pre;display:none;top:4px}
-.line{position:absolute;top:0;bottom:0;width:1px;background:var(--faint);pointer-events:none;display:none}
+.cursor{position:absolute;top:0;bottom:0;width:1px;background:var(--faint);pointer-events:none;display:none}
 .maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,280px),1fr));gap:14px}
 .maps .panel{padding-bottom:30px}.maps .box{height:120px;margin-left:26px}
 .maps img{width:100%;height:100%;image-rendering:pixelated;display:block}
@@ -71,10 +72,11 @@ details{margin:10px 0}summary{cursor:pointer;color:var(--faint)}code{font-size:1
 JS = """
 for(const box of document.querySelectorAll('.box:has(svg)')){
 const svg=box.querySelector('svg'),d=svg.dataset,tip=document.createElement('div'),line=document.createElement('div');
-tip.className='tip';line.className='line';box.append(line,tip);
+tip.className='tip';line.className='cursor';box.append(line,tip);
 const low=+d.low,high=+d.high,log=d.log==='1',end=+d.x;
 const value=y=>{const t=1-y/1000;return log?low*Math.pow(high/low,t):low+(high-low)*t};
-const points=p=>p.points||(p.points=[...p.getAttribute('d').matchAll(/[ML]([\\d.-]+) ([\\d.-]+)/g)].map(m=>[+m[1],+m[2]]));
+const points=p=>p.points||(p.points=
+[...p.getAttribute('d').matchAll(/[ML]([\\d.-]+) ([\\d.-]+)/g)].map(m=>[+m[1],+m[2]]));
 const short=v=>Math.abs(v)>=1e4||v!==0&&Math.abs(v)<1e-3?v.toExponential(3):String(+v.toPrecision(5));
 box.addEventListener('pointermove',e=>{const r=svg.getBoundingClientRect(),x=(e.clientX-r.left)/r.width*1000,rows=[];
 for(const p of svg.querySelectorAll('.curve:not(.faint)')){if(getComputedStyle(p).display==='none')continue;
