@@ -25,8 +25,16 @@ from train.report.page import write_report
 from train.report.runs import read_run
 
 __all__ = [
-    *("ConsoleSink", "JsonlSink", "LoadsSink", "PictureSink", "ReportSink", "WandbSink"),
-    *("Sink", "TrackConfig", "Tracker", "read_metrics"),
+    "ConsoleSink",
+    "JsonlSink",
+    "LoadsSink",
+    "PictureSink",
+    "ReportSink",
+    "Sink",
+    "TrackConfig",
+    "Tracker",
+    "WandbSink",
+    "read_metrics",
 ]
 
 MODES = ("auto", "online", "offline", "disabled")

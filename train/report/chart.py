@@ -160,7 +160,7 @@ def _path(curve: Curve, across: _Scale, scale: _Scale) -> str:
 
 def _key(chart: Chart) -> str:
     """The legend: one entry per label that is not drawn faintly; the level's words too."""
-    entries = {}
+    entries: dict[str, str] = {}
     for curve in chart.curves:
         if curve.style != "faint" and curve.label:
             color = (curve.run if curve.color is None else curve.color) % NUM_COLORS
