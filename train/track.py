@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlparse
 
+from train.console import ConsoleSink
 from train.leveldb_log import last_records
 from train.metrics import StepReport
-from train.metrics_file import read_metrics
+from train.metrics_file import JsonlSink, LoadsSink, read_metrics
 from train.picture import draw_loss
 from train.report.page import write_report
 from train.report.runs import read_run
