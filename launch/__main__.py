@@ -7,8 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch import emulate
+from launch.export import export
+from launch.generate import generate_command
+from launch.imports import import_model
 from launch.local import local
 from launch.prepare import prepare_run
+from launch.report import report
 from launch.schedule import draw
 from launch.timeline import timeline
 from train.compose import compose
@@ -33,6 +37,10 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
         _prepare,
         "turn text, JSON lines, Parquet or a data set into token shards: data.source=PATH data.dir=PATH",
     ),
+    "generate": (generate_command, "go on with a text: checkpoint=FOLDER prompt=TEXT speculative=true"),
+    "export": (export, "write a checkpoint in Hugging Face's layout: checkpoint=PATH to=PATH dtype=bf16|fp32|fp8"),
+    "import": (import_model, "turn a model in Hugging Face's layout into a checkpoint: from=PATH to=PATH"),
+    "report": (report, "runs as one HTML page: run=DIR [run=DIR ...] out=FILE"),
     "schedule": (_schedule, "print and draw the recipe over tokens: experiment=NAME out=FILE"),
     "timeline": (timeline, "simulate and draw a pipeline: pipeline.schedule=NAME parallel.pp=N out=FILE"),
     "emulate": (emulate.main, "run a command on an emulated cluster: nodes=2 per_node=2 rate=200mbit -- COMMAND"),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from launch.prepare import prepare_run
-from launch.ranks import Ended, start_ranks
-from launch.sweep import sweep
+from launch.prepare import check_epochs_of, prepare_command, prepare_run
+from launch.ranks import POLL_S, Ended, Ranks, stop_signals
+from launch.sweep.run import sweep
 from train import compose, run_folder
 from train.config import RunConfig
+from train.data.config import DataConfig
 
 
 def local(settings: Sequence[str]) -> int:
@@ -20,7 +22,9 @@ def local(settings: Sequence[str]) -> int:
     With `--multirun` among the settings it sweeps instead.
     """
     if "--multirun" in settings:
-        return sweep([setting for setting in settings if setting != "--multirun"], run)
+        return sweep([setting for setting in settings if setting != "--multirun"], Machine())
+    if ours := [setting for setting in settings if setting.startswith("sweep.")]:
+        raise ValueError(f"{ours[0]} is a setting of a sweep: add --multirun")
     ended = run(compose.compose(settings))
     if ended.reason:
         print(ended.reason, file=sys.stderr)
@@ -29,11 +33,71 @@ def local(settings: Sequence[str]) -> int:
 
 def run(config: RunConfig) -> Ended:
     """One job: pp x dp processes on this machine that all read the same resolved config."""
-    folder = Path(config.run.dir)
-    run_folder.refuse_if_in_use(folder)
+    run_folder.refuse_if_in_use(Path(config.run.dir))
     prepare_run(config)
-    with tempfile.NamedTemporaryFile("w", prefix="halocline-", suffix=".yaml") as resolved:
-        resolved.write(compose.text(config))
-        resolved.flush()
-        num_ranks = config.parallel.pp * config.parallel.dp
-        return start_ranks([sys.executable, "-m", "train", "--config", resolved.name], num_ranks, folder / "logs")
+    job = Job(config)
+    try:
+        with stop_signals() as asked:
+            while (ended := job.poll()) is None:
+                if asked:
+                    job.stop()
+                time.sleep(POLL_S)
+            return ended
+    finally:
+        job.kill()
+
+
+class Job:
+    """A job whose ranks run; prepared before. Arguments as those of `Ranks`; kill it in the end."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        num_neighbours: int = 0,
+        taken_ports: Collection[int] = (),
+        console: Path | None = None,
+    ) -> None:
+        self._resolved = tempfile.NamedTemporaryFile("w", prefix="halocline-", suffix=".yaml")  # noqa: SIM115
+        self._resolved.write(compose.text(config))
+        self._resolved.flush()
+        num_ranks, logs = config.parallel.pp * config.parallel.dp, Path(config.run.dir) / "logs"
+        command = [sys.executable, "-m", "train", "--config", self._resolved.name]
+        self._ranks = Ranks(command, num_ranks, logs, num_neighbours, taken_ports, console)
+        self.port = self._ranks.port
+
+    def poll(self) -> Ended | None:
+        """How it ended; None while it runs."""
+        return self._ranks.poll()
+
+    def stop(self) -> None:
+        """Ask the ranks to save and end."""
+        self._ranks.stop()
+
+    def kill(self) -> None:
+        """End the ranks at once."""
+        self._ranks.kill()
+        self._resolved.close()
+
+
+class Machine:
+    """This machine, for jobs side by side: each data set is prepared once, each job meets at a port of its own."""
+
+    def __init__(self) -> None:
+        self._prepared: list[DataConfig] = []
+        self._jobs: list[Job] = []
+
+    def prepare(self, config: RunConfig) -> None:
+        """Prepare a job's data, unless it is. ValueError when that cannot be."""
+        if config.data not in self._prepared:
+            prepare_command(config.data)
+            self._prepared.append(config.data)
+
+    def start(self, config: RunConfig, num_parallel: int, console: Path | None) -> Job:
+        """One of `num_parallel` jobs. ValueError when its folder is in use, its data cannot be prepared or
+        it would see them more often than `data.max_epochs`."""
+        run_folder.refuse_if_in_use(Path(config.run.dir))
+        self.prepare(config)
+        check_epochs_of(config)
+        self._jobs = [job for job in self._jobs if job.poll() is None]
+        self._jobs.append(Job(config, num_parallel - 1, [job.port for job in self._jobs], console))
+        return self._jobs[-1]

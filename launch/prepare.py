@@ -26,6 +26,12 @@ def prepare_run(config: RunConfig, histogram: bool = False) -> None:
     check_epochs(rows, config.num_sequences, config.data.max_epochs)
 
 
+def check_epochs_of(config: RunConfig) -> None:
+    """ValueError where `data.max_epochs` forbids a run whose data are prepared."""
+    rows = open_stream(config.data, "train", config.train.seq_len, config.train.seed)
+    check_epochs(rows, config.num_sequences, config.data.max_epochs)
+
+
 def prepare_command(config: DataConfig, histogram: bool = False) -> None:
     """Prepare the data of `config` unless it is there, and print what it holds. ValueError as `prepare` raises it."""
     for name, meta in prepare_sources(config, say=lambda line: print(line, flush=True)).items():

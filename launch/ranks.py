@@ -10,11 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from parallel.watch import blamed
 
@@ -22,6 +23,7 @@ from parallel.watch import blamed
 GRACE_S = 60.0
 # Ranks whose peer died fail by themselves within moments; a little patience finds the one that failed first.
 PATIENCE_S = 2.0
+POLL_S = 0.05
 # glibc hands every large block back to the kernel and faults it in again each step: 5 to 10 % of a small step.
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "67108864"}
 # With these codes the ranks end together, and their last words are a sentence for people (see train/__main__.py).
@@ -55,39 +57,120 @@ def start_ranks(command: Sequence[str], num_ranks: int, logs: Path) -> Ended:
 
     The job's exit code is 0, or that of the rank that failed first, which the reason names.
     """
-    logs.mkdir(parents=True, exist_ok=True)
-    ranks: list[_Rank] = []
-    with _signals() as asked, ExitStack() as files:
-        try:
-            environment = _shared_environment(num_ranks)
-            for rank in range(num_ranks):
-                ranks.append(_spawn(command, environment, rank, logs / f"rank_{rank}.log", files))
-            return _watch(ranks, asked)
-        finally:
-            _kill(ranks)
+    with stop_signals() as asked, Ranks(command, num_ranks, logs) as ranks:
+        while (ended := ranks.poll()) is None:
+            if asked:
+                ranks.stop()
+            time.sleep(POLL_S)
+        return ended
 
 
-def _shared_environment(num_ranks: int) -> dict[str, str]:
+class Ranks:
+    """The ranks of one running job; a context manager, whose end kills those that still live.
+
+    Args:
+        num_neighbours: other jobs that run on this machine meanwhile and share its cores.
+        taken_ports: ports that their ranks meet at, or will in a moment.
+        console: file for what rank 0 prints; None: this process's standard output.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        num_ranks: int,
+        logs: Path,
+        num_neighbours: int = 0,
+        taken_ports: Collection[int] = (),
+        console: Path | None = None,
+    ) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        self.port = _free_port(taken_ports)
+        self._ranks: list[_Rank] = []
+        self._asked_at_s: float | None = None
+        self._failed: list[int] = []  # in the order of their ends
+        self._failed_at_s: float | None = None
+        environment = _shared_environment(num_ranks, self.port, num_neighbours)
+        with ExitStack() as files:
+            out = None if console is None else files.enter_context(console.open("ab"))
+            try:
+                for rank in range(num_ranks):
+                    log = logs / f"rank_{rank}.log"
+                    self._ranks.append(_spawn(command, environment, rank, log, out, files))
+            except BaseException:
+                self.kill()
+                raise
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def stop(self) -> None:
+        """Ask all ranks, once, to save and end."""
+        if self._asked_at_s is None:
+            self._asked_at_s = time.monotonic()
+            for rank in self._ranks:
+                rank.process.terminate()
+
+    def poll(self) -> Ended | None:
+        """How the job ended; None while it runs.
+
+        It has ended when all ranks have, when a failed one has had its peers' patience, or when the grace of a stop is
+        over; what lives on then is killed.
+        """
+        now_s = time.monotonic()
+        is_running = any(rank.process.poll() is None for rank in self._ranks)
+        self._failed += _newly_failed(self._ranks, self._failed)
+        if self._failed and self._failed_at_s is None:
+            self._failed_at_s = now_s
+        if is_running and not (self._failed_at_s is not None and now_s - self._failed_at_s > PATIENCE_S):
+            if self._asked_at_s is None or now_s - self._asked_at_s <= GRACE_S:
+                return None
+            late = ", ".join(str(number) for number, rank in enumerate(self._ranks) if rank.process.poll() is None)
+            ended = Ended(1, f"asked to stop, ranks {late} did not save and end within {GRACE_S:.0f} s: killed", True)
+        else:
+            ended = _verdict(self._ranks, self._failed, self._asked_at_s is not None)
+        self.kill()
+        return ended
+
+    def kill(self) -> None:
+        """End all ranks at once, and wait until they have."""
+        for rank in self._ranks:
+            rank.process.kill()
+        for rank in self._ranks:
+            rank.process.wait()
+
+
+def _shared_environment(num_ranks: int, port: int, num_neighbours: int) -> dict[str, str]:
     shared = {
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(port),
     }
-    polite = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks)), **MALLOC}
-    if num_ranks > 1:
+    num_threads = max(1, (os.cpu_count() or 1) // (num_ranks * (1 + num_neighbours)))
+    polite = {"OMP_NUM_THREADS": str(num_threads), **MALLOC}
+    if num_ranks > 1 or num_neighbours:
         # Threads that spin at a barrier starve the other ranks of the same cores.
         polite["OMP_WAIT_POLICY"] = "passive"
     return {**polite, **os.environ, **shared}
 
 
-def _spawn(command: Sequence[str], environment: dict[str, str], rank: int, log: Path, files: ExitStack) -> _Rank:
+def _spawn(
+    command: Sequence[str],
+    environment: dict[str, str],
+    rank: int,
+    log: Path,
+    out: IO[bytes] | None,
+    files: ExitStack,
+) -> _Rank:
     file = files.enter_context(log.open("ab"))
     process = subprocess.Popen(
         list(command),
         env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         stdin=subprocess.DEVNULL,
-        stdout=None if rank == 0 else file,
+        stdout=out if rank == 0 else file,
         stderr=file,
         # A terminal's Ctrl-C reaches this process alone, which then asks the ranks to save.
         start_new_session=True,
@@ -99,29 +182,6 @@ def _spawn(command: Sequence[str], environment: dict[str, str], rank: int, log: 
 def _follow_into_death() -> None:
     """In a rank, before its program: the kernel sends SIGTERM when the launcher dies. Else it would go on unwatched."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _watch(ranks: list[_Rank], asked: list[int]) -> Ended:
-    """Wait until all ranks have ended, a failed one has had its peers' patience, or the grace of a stop is over."""
-    failed: list[int] = []  # in the order of their ends
-    failed_at_s = asked_at_s = None
-    while any(rank.process.poll() is None for rank in ranks):
-        now_s = time.monotonic()
-        failed += _newly_failed(ranks, failed)
-        if asked and asked_at_s is None:
-            asked_at_s = now_s
-            for rank in ranks:
-                rank.process.terminate()
-        if failed and failed_at_s is None:
-            failed_at_s = now_s
-        if failed_at_s is not None and now_s - failed_at_s > PATIENCE_S:
-            break
-        if asked_at_s is not None and now_s - asked_at_s > GRACE_S:
-            late = ", ".join(str(number) for number, rank in enumerate(ranks) if rank.process.poll() is None)
-            return Ended(1, f"asked to stop, ranks {late} did not save and end within {GRACE_S:.0f} s: killed", True)
-        time.sleep(0.05)
-    failed += _newly_failed(ranks, failed)
-    return _verdict(ranks, failed, bool(asked))
 
 
 def _newly_failed(ranks: list[_Rank], known: list[int]) -> list[int]:
@@ -190,15 +250,8 @@ def _last_words(rank: _Rank) -> str:
     return (errors or lines or [""])[-1].strip()
 
 
-def _kill(ranks: list[_Rank]) -> None:
-    for rank in ranks:
-        rank.process.kill()
-    for rank in ranks:
-        rank.process.wait()
-
-
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Collects SIGTERM and SIGINT instead of dying of them."""
     asked: list[int] = []
 
@@ -213,7 +266,10 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def _free_port(taken: Collection[int]) -> int:
+    while True:
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = int(sock.getsockname()[1])
+        if port not in taken:
+            return port

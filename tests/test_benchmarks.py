@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import balance, bubble, recompute, runtime, step
+from benchmarks import balance, bubble, mtp, recompute, runtime, step
 from launch import emulate
 from parallel.pipeline.registry import build
 from parallel.pipeline.simulate import simulate
+from tests.runs import SMALL, prepare_text
 from train.compose import compose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -241,3 +242,33 @@ def test_dispatch() -> None:
     result = run("dispatch", "nodes=2", "per_node=1", "tokens=16", "hidden=32", "rounds=2")
     assert result.returncode == 0, result.stdout + result.stderr
     assert "two_hop against flat" in result.stdout
+
+
+def test_mtp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = [word for word in SMALL if not word.startswith(("train.max_steps", "evaluate.interval", "lr_sch"))]
+    small += [*prepare_text(tmp_path / "data"), "model.num_hidden_layers=1", "lr_scheduler.warmup_steps=1"]
+    arguments = ["steps=2", "seeds=1", f"out={tmp_path / 'mtp'}", *small]
+    mtp.main(arguments)
+    row = table(capsys.readouterr().out)["0"]
+    assert float(row[2]) == pytest.approx(float(row[0]) - float(row[1]), abs=2e-4)
+    assert 1 <= float(row[5]) <= 2
+    assert (tmp_path / "mtp" / "mtp.png").stat().st_size > 10_000
+    # What is done is read, not run again.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "mtp").rglob("metrics.jsonl")}
+    mtp.main(arguments)
+    assert table(capsys.readouterr().out)["0"] == row
+    assert {path: path.stat().st_mtime_ns for path in before} == before and len(before) == 2
+    with pytest.raises(SystemExit, match="is of other settings"):
+        mtp.main([*arguments, "train.seq_len=20"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("steps=0", "steps=0 must be a whole number of at least 1"),
+        ("modle=small", "modle is not a key of the config; did you mean model"),
+    ],
+)
+def test_mtp_refuses(argument: str, sentence: str) -> None:
+    with pytest.raises(SystemExit, match=sentence):
+        mtp.read([argument])

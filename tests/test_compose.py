@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -229,10 +228,3 @@ def test_the_published_sizes() -> None:
     assert main == 671_026_404_352
     assert main_biases == 14_848 and len(biases) == 58 + 1
     assert round(prediction / 1e9, 3) == 11.610
-
-
-def test_a_sweep_is_a_grid() -> None:
-    jobs = compose.sweep(["train.seed=1,2", "precision=fp32,bf16", "run.name=x"])
-    expected = itertools.product(("train.seed=1", "train.seed=2"), ("precision=fp32", "precision=bf16"), ["run.name=x"])
-    assert jobs == [list(job) for job in expected]
-    assert compose.sweep(["train.seed=3"]) == [["train.seed=3"]]

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from launch.__main__ import VERBS
+from launch.sweep.config import SweepConfig
 from train.compose import CONFIGS, compose
 from train.config import RunConfig
 from train.metrics import UNITS
@@ -52,7 +53,7 @@ def keys(kind: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from keys(item, f"{prefix}{name}[].")
 
 
-KEYS = dict(keys(RunConfig))
+KEYS = dict(keys(RunConfig)) | dict(keys(SweepConfig, "sweep."))
 TABLE = {row[0].strip("`"): row for row in rows("config.md", 4)}
 
 
@@ -70,7 +71,7 @@ def test_config_page_knows_type_and_meaning(key: str) -> None:
 
 def test_config_page_shows_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    composed = dataclasses.asdict(compose([]))
+    composed = dataclasses.asdict(compose([])) | {"sweep": dataclasses.asdict(SweepConfig())}
     for key, (_, _, shown, _) in TABLE.items():
         if "[]." in key:
             assert not shown, f"{key}: an item of a list has no default of its own"

@@ -25,7 +25,16 @@ from train.data.blend import exposure_table
 from train.data.prepare_blend import prepare_sources
 from train.job import Job
 from train.loop import NotFiniteError, StopRequest, run
-from train.track import ConsoleSink, JsonlSink, PictureSink, Tracker, WandbSink, read_metrics
+from train.track import (
+    ConsoleSink,
+    JsonlSink,
+    LoadsSink,
+    PictureSink,
+    ReportSink,
+    Tracker,
+    WandbSink,
+    read_metrics,
+)
 
 log = logging.getLogger("train")
 
@@ -136,8 +145,10 @@ def _track(job: Job) -> Tracker:
         schedule.tokens_before(num_steps),
         schedule.tokens_before(job.step),
     )
-    picture = PictureSink(folder / "metrics.jsonl", folder / "loss.png", title, job.valid_rows.unigram_entropy_nats)
-    return Tracker([JsonlSink(folder / "metrics.jsonl", job.step), console, wandb, picture])
+    entropy = job.valid_rows.unigram_entropy_nats
+    picture = PictureSink(folder / "metrics.jsonl", folder / "loss.png", title, entropy)
+    steps, loads = JsonlSink(folder / "metrics.jsonl", job.step), LoadsSink(folder / "loads.jsonl", job.step)
+    return Tracker([steps, loads, console, wandb, picture, ReportSink(folder, entropy)])
 
 
 def _say_where(job: Job, what: str) -> None:
@@ -146,6 +157,7 @@ def _say_where(job: Job, what: str) -> None:
     if job.is_main:
         print(
             f"{what}{_verdict(job)}\n"
+            f"  report       {job.folder / 'report.html'}\n"
             f"  loss curve   {job.folder / 'loss.png'}\n"
             f"  metrics      {job.folder / 'metrics.jsonl'}\n"
             f"  wandb        {job.folder / 'wandb'}\n"

@@ -5,28 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from parallel import process
 from parallel.expert.build import build as build_dispatch
-from parallel.expert.dispatch import Dispatch
+from parallel.expert.dispatch import Dispatch, LocalDispatch
 from parallel.pipeline.links import Links, connect
 from parallel.pipeline.record import Recorder
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.segments import Segments
 from parallel.process import Groups
+from parallel.shards import Piece
 from parallel.watch import PeerError, Watchdog
 from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
 from train import flops
-from train.checkpoint import Checkpoints
-from train.config import RunConfig
+from train.checkpoint import Checkpoints, read_pieces
+from train.config import PrecisionConfig, RunConfig
 from train.data.blend import check_epochs, open_stream
 from train.ema import Ema
 from train.job import Job, held
-from train.model.init import init_weights
+from train.model.config import ModelConfig
+from train.model.init import init_weights, materialise
 from train.model.kernels import Kernels
 from train.model.packing import ByDocument, OneText, Packing
 from train.model.recompute import Recompute
@@ -34,12 +37,12 @@ from train.model.transformer import Transformer
 from train.optim import adamw_factory, decays
 from train.precision.grads import attach_main_grads
 from train.precision.linear import Engines
-from train.precision.recipe import build_engines, row_codec
-from train.precision.reference import QuantisedWeights
+from train.precision.recipe import build_engines, check_widths, choose_engine, fp8_weights, row_codec
+from train.precision.transformer_engine import TransformerEngine
 from train.split import split
 from train.stage import Stage, WeightGradients
 
-__all__ = ["PeerError", "assemble", "join"]
+__all__ = ["PeerError", "assemble", "join", "load_model"]
 
 # After which process groups give up by themselves, at least; and how much earlier the watchdog speaks.
 GROUP_TIMEOUT_S, WATCHDOG_LEAD_S = 600.0, 120.0
@@ -58,6 +61,8 @@ def join(config: RunConfig, end_hung: Callable[[str], object]) -> Iterator[Group
     if cuda and config.profile.steps:
         raise ValueError(f"profile.steps={config.profile.steps}: steps can be recorded with run.device=cpu only")
     timeout_s = max(GROUP_TIMEOUT_S, (config.run.hang_timeout_s or 0) + WATCHDOG_LEAD_S)
+    if config.precision.name == "fp8":
+        choose_engine(config.precision.engine, "cuda" if cuda else "cpu")
     groups = process.start(config.parallel, "cuda" if cuda else "cpu", config.mirrored, config.shared_ends, timeout_s)
     limit_s = config.run.hang_timeout_s
     with Watchdog(groups.watch, limit_s, end_hung) if limit_s is not None else nullcontext():
@@ -69,7 +74,8 @@ def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engi
     """Build this rank's part of the run, with its initial weights.
 
     make_engines: other arithmetics of matrix products, for comparisons; takes what `build_engines` takes.
-    Raises ValueError for what needs ranks or data to be seen: missing or changed tokens, or a split too short.
+    Raises ValueError for what needs ranks or data to be seen: missing or changed tokens, a split too short, or matrices
+    that the engine of this device cannot multiply by.
     """
     torch.manual_seed(config.train.seed)  # nothing in a step draws from it; what ever will does so reproducibly
     train, data = config.train, config.data
@@ -79,10 +85,14 @@ def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engi
     dispatch = build_dispatch(
         config.model.n_routed_experts, groups, row_codec(config.precision.name, config.model.hidden_size)
     )
-    precision, weights = config.precision, QuantisedWeights(config.precision.power_of_two_scales)
+    precision = config.precision
+    weights = fp8_weights(precision.name, precision.engine, groups.device, precision.power_of_two_scales)
     engines = make_engines(precision.name, groups.device, weights, precision.power_of_two_scales)
     stages = build_stages(config, dispatch, groups, engines, packing(config, train_rows.end_of_document, groups.device))
     models = [stage.model for stage in stages.values()]
+    if isinstance(weights, TransformerEngine):
+        for model in models:
+            check_widths(model)
     optimizer = build_optimizer(
         config.zero.engine,
         [(info, param, decays(param.shape)) for info, param in held(models)],
@@ -147,3 +157,29 @@ def build_stages(
             model.embed_tokens.weight = embedding
         stages[number] = Stage(model, sink, Segments)
     return stages
+
+
+def load_model(
+    checkpoint: Path, config: ModelConfig, precision: PrecisionConfig, device: torch.device, weights: str = "master"
+) -> Transformer:
+    """The whole model of a step folder in this process, whatever ranks saved it: for forward passes, without a run.
+
+    weights: "master", or "ema" for the moving average. They are rounded to `precision`, which need not be the run's.
+    Raises ValueError as `read_pieces` and `fp8_weights` do, and for matrices that the engine cannot multiply by.
+    """
+    dtype, power_of_two = DTYPES[precision.name], precision.power_of_two_scales
+    quantised = fp8_weights(precision.name, precision.engine, device, power_of_two)
+    engines = build_engines(precision.name, device, quantised, power_of_two)
+    with torch.device("meta"):
+        model = Transformer(config, LocalDispatch(config.n_routed_experts), engines)
+    if isinstance(quantised, TransformerEngine):
+        check_widths(model)
+    materialise(model, dtype, device)
+    named = {f"{weights}.{name}": parameter for name, parameter in model.named_parameters()}
+    flat = {name: tensor.detach().view(-1) for name, tensor in (named | dict(model.named_buffers())).items()}
+    read_pieces(
+        checkpoint,
+        {name: [Piece(0, tensor)] for name, tensor in flat.items()},
+        {name: tensor.numel() for name, tensor in flat.items()},
+    )
+    return model.eval()

@@ -48,6 +48,8 @@ class CheckpointConfig:
         async_mode: `async` (or true) writes in the background, `disabled` (or false) waits for the disk.
         resume: `auto` goes on from the run's own latest checkpoint, `never` starts anew (refused beside checkpoints of
             an earlier run), a path names a step folder.
+        init_from: a checkpoint, of a run or imported, whose weights a fresh start begins with; its steps, moments and
+            data do not count.
     """
 
     dir: str | None = None
@@ -55,6 +57,7 @@ class CheckpointConfig:
     keep_latest_k: int = 2
     async_mode: bool | str = "async"
     resume: str = "auto"
+    init_from: str | None = None
 
     def check(self) -> None:
         """ValueError for an interval, a number to keep, a mode or a way to resume that cannot be."""
@@ -68,6 +71,13 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint.async_mode={self.async_mode} is not one of async, disabled, true, false")
         if not self.resume:
             raise ValueError("checkpoint.resume is empty: it must be auto, never or the path of a step folder")
+        if self.init_from is not None and not self.init_from:
+            raise ValueError("checkpoint.init_from is empty: name a checkpoint, or null for random weights")
+        if self.init_from is not None and self.resume not in ("auto", "never"):
+            raise ValueError(
+                f"checkpoint.init_from={self.init_from} starts a run and checkpoint.resume={self.resume} goes on with "
+                "another one: give one of them"
+            )
 
     @property
     def in_background(self) -> bool:
@@ -169,6 +179,19 @@ class Checkpoints:
         """`resume_decision` on the disk as rank 0 sees it, for all ranks."""
         self.wait()
         return self._on_rank_0(lambda: resume_decision(self._config, self.root, now))
+
+    def check(self, path: Path, check: Callable[[TrainState], None]) -> None:
+        """`check` on the state of the checkpoint at `path` as rank 0 sees it; all ranks raise what it raises.
+
+        Raises ValueError also when there is no complete checkpoint.
+        """
+        self.wait()
+
+        def complete() -> None:
+            step_folders.check_complete(path)
+            check(read_state(path))
+
+        self._on_rank_0(complete)
 
     def load(self, path: Path, pieces: Pieces, sizes: Mapping[str, int]) -> None:
         """Copy a checkpoint's values into `pieces`, in place, whatever layout it was saved under.
@@ -303,6 +326,14 @@ def read_state(path: Path) -> TrainState:
     manifest = step_folders.read_manifest(path)
     step_folders.verify(path, manifest, [STATE_FILE, CONFIG_FILE])
     return TrainState.from_json((path / STATE_FILE).read_text(), (path / CONFIG_FILE).read_text())
+
+
+def read_pieces(path: Path, pieces: Pieces, sizes: Mapping[str, int]) -> None:
+    """`Checkpoints.load` for a process that is alone and only reads: nothing in or beside the folder is touched."""
+    manifest = step_folders.read_manifest(path)
+    step_folders.verify(path, manifest, manifest)
+    check_loadable(tensors(FlatReader(path).read_metadata()), pieces, sizes)
+    FlatReader(path).fill(pieces)
 
 
 def resume_decision(config: CheckpointConfig, root: Path, now: TrainState) -> tuple[Path, TrainState] | None:

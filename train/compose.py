@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import itertools
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train.config import RunConfig
+
+T = TypeVar("T")
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -60,38 +65,114 @@ def load(path: Path) -> RunConfig:
     return checked(tree)
 
 
+def section(kind: type[T], values: Mapping[str, Any], name: str) -> T:
+    """One room's config of plain values, types checked; ValueError names the key, as part of section `name`."""
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(_unlocked(OmegaConf.structured(kind)), dict(values)))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        raise ValueError(f"{name}.{key}: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, kind)
+    return config
+
+
 def text(config: RunConfig) -> str:
     """The resolved config as YAML; `load` reads it back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
-def sweep(overrides: Iterable[str]) -> list[list[str]]:
-    """Every job of a grid: `a=1,2 b=3 c=range(0,2)` gives the settings of four jobs, in Hydra's own sweep grammar."""
+@dataclass(frozen=True)
+class Swept:
+    """A setting that varies in a sweep, and what it may be: one of `choices`, or a number from `low` to `high`.
+
+    Attributes:
+        choices: values as they stand on a command line; empty for an interval.
+        is_range: the choices are numbers in even steps.
+        is_log: a number of the interval is drawn by its logarithm.
+        is_int: and is whole.
+    """
+
+    key: str
+    choices: tuple[str, ...] = ()
+    is_range: bool = False
+    low: float = 0.0
+    high: float = 0.0
+    is_log: bool = False
+    is_int: bool = False
+
+    @property
+    def ends(self) -> tuple[str, str]:
+        """The first and the last of its values."""
+        if self.choices:
+            return self.choices[0], self.choices[-1]
+        return (str(int(self.low)), str(int(self.high))) if self.is_int else (repr(self.low), repr(self.high))
+
+
+def space(overrides: Iterable[str]) -> tuple[list[str], list[Swept]]:
+    """(settings that all jobs share, settings that vary), in Hydra's own sweep grammar: `a=1,2`, `a=choice(x,y)`,
+    `a=range(0,4)`, `a=interval(0,1)`, `a=int(interval(1,9))`, and `tag(log, ...)` around an interval.
+
+    Raises ValueError for what cannot be read, for a range without a value, and for an interval that is none.
+    """
+    settings = list(overrides)
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = OverridesParser.create().parse_overrides(settings)
     except HydraException as error:
-        raise ValueError(_sentence(error, list(overrides))) from None
-    choices = [
-        [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
-        if item.is_sweep_override()
-        else [str(item.input_line)]
-        for item in parsed
-    ]
-    return [list(job) for job in itertools.product(*choices)]
+        raise ValueError(_sentence(error, settings)) from None
+    fixed = [str(item.input_line) for item in parsed if not item.is_sweep_override()]
+    return fixed, [_swept(item) for item in parsed if item.is_sweep_override()]
+
+
+def _swept(item: Override) -> Swept:
+    value, key = item.value(), item.get_key_element()
+    if isinstance(value, IntervalSweep):
+        assert value.start is not None and value.end is not None
+        is_log, is_int = "log" in value.tags, isinstance(value.start, int)
+        if not (math.isfinite(value.start) and math.isfinite(value.end) and value.start < value.end):
+            raise ValueError(f"{item.input_line} is no interval: its first number must be below its second")
+        if is_log and value.start <= 0:
+            raise ValueError(f"{item.input_line} has no logarithm at its lower end: it must be above 0")
+        return Swept(key, low=value.start, high=value.end, is_log=is_log, is_int=is_int)
+    if isinstance(value, Glob):
+        raise ValueError(f"{item.input_line}: glob is not known here; list the choices, as in {key}=a,b")
+    choices = tuple(item.sweep_string_iterator())
+    if not choices:
+        raise ValueError(f"{item.input_line} is an empty range: the grid would have no job")
+    return Swept(key, choices, is_range=isinstance(value, RangeSweep) and not value.shuffle)
+
+
+def typed(schema: type[T], name: str, settings: Iterable[str]) -> T:
+    """A dataclass filled from `name.field=value` settings. ValueError for an unknown field or a wrong type."""
+    tree = OmegaConf.structured(schema)
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        field = key.removeprefix(f"{name}.")
+        if field not in tree:
+            near = difflib.get_close_matches(field, [str(each) for each in tree], n=1)
+            known = f"did you mean {name}.{near[0]}?" if near else f"there are {', '.join(str(each) for each in tree)}"
+            raise ValueError(f"{key} is not a key of a sweep; {known}")
+        try:
+            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([f"{field}={value}"]))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}") from None
+    filled = OmegaConf.to_object(tree)
+    assert isinstance(filled, schema)
+    return filled
 
 
 def _schema() -> DictConfig:
-    """RunConfig's keys and types, to be filled: frozen dataclasses would come out read-only."""
+    """RunConfig's keys and types, to be filled."""
+    return _unlocked(OmegaConf.structured(RunConfig))
 
-    def unlock(node: DictConfig) -> DictConfig:
-        OmegaConf.set_readonly(node, False)
-        for key in node:
-            child = node._get_node(key)
-            if isinstance(child, DictConfig) and not child._is_none():
-                unlock(child)
-        return node
 
-    return unlock(OmegaConf.structured(RunConfig))
+def _unlocked(node: DictConfig) -> DictConfig:
+    """The same, writable: frozen dataclasses come out read-only."""
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            _unlocked(child)
+    return node
 
 
 def _sentence(error: HydraException, settings: list[str]) -> str:

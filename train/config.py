@@ -21,6 +21,7 @@ from train.split import split
 from train.track import TrackConfig
 
 PRECISIONS = ("fp64", "fp32", "bf16", "fp8")
+FP8_ENGINES = ("auto", "reference", "transformer_engine")
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,27 @@ class PrecisionConfig:
 
     Attributes:
         power_of_two_scales: for every scale of fp8, not only where the report has them.
+        engine: who multiplies in fp8: "reference" (any device), "transformer_engine" (a GPU of compute capability 9.0
+            or more that has the library), or "auto": the second where it can, else the first.
     """
 
     name: str = "fp32"
     power_of_two_scales: bool = False
+    engine: str = "auto"
 
     def check(self) -> None:
-        """ValueError for an unknown precision, or for scales where there are none."""
+        """ValueError for an unknown precision or engine, or for scales or an engine where there is no fp8."""
         if self.name not in PRECISIONS:
             raise ValueError(f"precision={self.name} is not one of {', '.join(PRECISIONS)}")
         if self.power_of_two_scales and self.name != "fp8":
             raise ValueError(f"precision.power_of_two_scales=true needs precision=fp8, not {self.name}")
+        if self.engine not in FP8_ENGINES:
+            raise ValueError(f"precision.engine={self.engine} is not one of {', '.join(FP8_ENGINES)}")
+        if self.engine != "auto" and self.name != "fp8":
+            raise ValueError(f"precision.engine={self.engine} needs precision=fp8, not {self.name}")
 
     def recipe(self) -> dict[str, object]:
-        """What of it makes the numbers of a run."""
+        """What of it makes the numbers of a run; the engine is like the device: a run may go on with another."""
         scales = {"power_of_two_scales": self.power_of_two_scales} if self.name == "fp8" else {}
         return {"precision": self.name, **scales}
 

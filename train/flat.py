@@ -8,6 +8,7 @@ whatever ranges were saved.
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -138,6 +139,16 @@ class _ChecksummedStream:
     def write(self, data: Any) -> int:
         self.entry = self.entry.extended(data)
         return cast(io.BufferedWriter, self._raw).write(data)
+
+
+@contextmanager
+def checksummed(path: Path) -> Generator[_ChecksummedStream, None, None]:
+    """A new file, synced to disk at the end; its `entry` is the record of what was meant to be written."""
+    with path.open("wb") as raw:
+        stream = _ChecksummedStream(raw)
+        yield stream
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 class _ChecksummedFiles(FileSystem):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
@@ -32,7 +33,9 @@ from train.ema import Ema
 from train.model.transformer import LossTerms, Transformer
 from train.schedule import Schedule, StepPlan
 from train.stage import Stage
-from train.state import TrainState, capture_rng, fingerprint, restore_rng
+from train.state import TrainState, capture_rng, check_weights_fit, fingerprint, restore_rng
+
+log = logging.getLogger(__name__)
 
 EMBEDDING = "embed_tokens.weight"
 
@@ -217,6 +220,8 @@ class Job:
             "optimizer": asdict(config.optimizer),
             **config.precision.recipe(),
         }
+        if config.checkpoint.init_from is not None:
+            recipe["init_from"] = config.checkpoint.init_from
         tokens = {
             "train": self.train_rows.fingerprint,
             "source": config.data.name,
@@ -246,6 +251,22 @@ class Job:
                 sizes[name] = bias.numel()
         return pieces, sizes
 
+    def _begin_from(self, folder: Path) -> None:
+        """Take the weights and biases of a checkpoint; everything else begins anew.
+
+        Raises ValueError when it is damaged, or of a model that its weights do not fit.
+        """
+        self.checkpoints.check(folder, lambda saved: check_weights_fit(self.config.model, saved, folder))
+        pieces, sizes = self.pieces()
+        fresh = tuple(f"{kind}." for kind in (*MOMENTS, "ema"))
+        self.checkpoints.load(
+            folder, {name: parts for name, parts in pieces.items() if not name.startswith(fresh)}, sizes
+        )
+        self.optimizer.load_finished(num_steps=0)
+        if self.ema is not None:
+            self.ema = Ema(self.optimizer.state(), self.config.optimizer.ema_decay)
+        log.info("starts from the weights of %s", folder)
+
     def _infos(self) -> list[ParamInfo]:
         return [info for info, _ in held(self.models)]
 
@@ -260,6 +281,8 @@ class Job:
         """
         found = self.checkpoints.resume(self.state())
         if found is None:
+            if self.config.checkpoint.init_from is not None:
+                self._begin_from(Path(self.config.checkpoint.init_from))
             return None
         folder, state = found
         self.checkpoints.load(folder, *self.pieces())

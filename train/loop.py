@@ -55,6 +55,7 @@ class StepStats:
     peak_bytes: int
     max_vio: float | None  # None for a model without routers
     min_load: float | None
+    loads: list[list[int]] | None  # where they are due
     waits_s: tuple[float, float, float] | None  # bubble, exposed communication, the optimizer's
     stopping: bool  # whether any rank was asked to stop
 
@@ -144,6 +145,8 @@ def reduce(job: Job, tally: Tally, stop: StopRequest) -> StepStats:
     tally.load = job.sum_counts(tally.load)
     job.meet()
     spread = [metrics.max_vio(tally.load), metrics.min_load(tally.load)] if tally.load.numel() else []
+    if spread and job.config.track.loads_due(job.step + 1, job.schedule.num_steps):
+        spread.append(tally.load.double())
     rows, *balance = job.host.read("step", everyone, *spread)
     columns = list(zip(*rows, strict=True))[: NUM_SUMS + len(mine)]
     *losses, nodes, tokens, internode_bytes, _, asked = (fold(operator.add, each) for each in columns)
@@ -154,6 +157,7 @@ def reduce(job: Job, tally: Tally, stop: StopRequest) -> StepStats:
         peak_bytes=int(max(columns[NUM_SUMS + 3])),
         max_vio=balance[0] if spread else None,
         min_load=balance[1] if spread else None,
+        loads=[[int(count) for count in row] for row in balance[2]] if len(spread) > 2 else None,
         waits_s=job.mean_times([row[len(columns) :] for row in rows]),
         stopping=asked > 0,
     )
@@ -201,6 +205,7 @@ def describe(
             min_load=stats.min_load,
             nodes_per_token=stats.nodes_per_token,
             internode_bytes=stats.internode_bytes,
+            loads=stats.loads,
         )
     return report
 

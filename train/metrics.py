@@ -63,15 +63,16 @@ class StepReport:
     min_load: float | None = _key("moe/min_load", "smallest load / mean, worst router", default=None)
     nodes_per_token: float | None = _key("moe/nodes_per_token", "nodes", default=None)
     internode_bytes: int | None = _key("moe/internode_bytes", "bytes, all ranks", default=None)
+    loads: list[list[int]] | None = None  # [num_routers][experts]: tokens of the batch that chose each; no number
 
     def values(self) -> dict[str, float]:
         """Reported name -> value, without those that were not measured; "step" first."""
-        named = ((item.metadata["name"], getattr(self, item.name)) for item in fields(self))
+        named = ((item.metadata["name"], getattr(self, item.name)) for item in fields(self) if item.metadata)
         return {name: value for name, value in named if value is not None}
 
 
 #: Reported name -> unit, for documents and axes.
-UNITS: dict[str, str] = {item.metadata["name"]: item.metadata["unit"] for item in fields(StepReport)}
+UNITS: dict[str, str] = {item.metadata["name"]: item.metadata["unit"] for item in fields(StepReport) if item.metadata}
 
 
 def max_vio(load: Tensor) -> Tensor:

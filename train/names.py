@@ -7,10 +7,9 @@ keys have the same order on both sides: each kind of attention rotates the pairs
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from train.model.config import ModelConfig, given
@@ -52,36 +51,6 @@ def copies(config: ModelConfig) -> Iterator[Entry]:
         yield Entry("lm_head.weight", f"{prefix}.shared_head.head.weight")
 
 
-def to_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our whole state (all experts) -> disk tensors, copies beside prediction depths included. Tensors are views."""
-    return {entry.theirs: entry.slice_of(state[entry.ours]) for entries in (table, copies) for entry in entries(config)}
-
-
-def from_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Disk tensors -> our whole state.
-
-    Raises ValueError naming what is missing, unknown, of another shape, or a copy that differs from its original.
-    """
-    entries, duplicates = list(table(config)), list(copies(config))
-    _check_keys(state, entries, duplicates)
-    ours: dict[str, Tensor] = {}
-    for entry in entries:
-        tensor = state[entry.theirs]
-        if entry.expert is None and entry.rows is None:
-            ours[entry.ours] = tensor.clone()
-            continue
-        if entry.ours not in ours:
-            ours[entry.ours] = tensor.new_empty(_joined_shape(entry, config))
-        target = entry.slice_of(ours[entry.ours])
-        if target.shape != tensor.shape:
-            raise ValueError(f"{entry.theirs} has shape {tuple(tensor.shape)}, the model needs {tuple(target.shape)}")
-        target.copy_(tensor)
-    for entry in duplicates:
-        if entry.theirs in state and not torch.equal(state[entry.theirs], ours[entry.ours]):
-            raise ValueError(f"{entry.theirs} differs from {entry.ours}, which the model shares with it")
-    return ours
-
-
 def _mtp_prefixes(config: ModelConfig) -> list[str]:
     return [f"model.layers.{config.num_hidden_layers + k}" for k in range(config.num_nextn_predict_layers)]
 
@@ -116,24 +85,3 @@ def _feed_forward(ours: str, theirs: str, inter: int) -> Iterator[Entry]:
     yield Entry(f"{ours}.gate_up_proj.weight", f"{theirs}.gate_proj.weight", None, slice(0, inter))
     yield Entry(f"{ours}.gate_up_proj.weight", f"{theirs}.up_proj.weight", None, slice(inter, 2 * inter))
     yield Entry(f"{ours}.down_proj.weight", f"{theirs}.down_proj.weight")
-
-
-def _joined_shape(entry: Entry, config: ModelConfig) -> tuple[int, ...]:
-    """Shape of our tensor that a sliced entry belongs to."""
-    hidden = config.hidden_size
-    if entry.expert is not None:
-        inter = given(config.moe_intermediate_size)
-        matrix = (2 * inter, hidden) if entry.rows is not None else (hidden, inter)
-        return (config.n_routed_experts, *matrix)
-    if "shared_experts" in entry.ours:
-        return (2 * given(config.n_shared_experts) * given(config.moe_intermediate_size), hidden)
-    return (2 * config.intermediate_size, hidden)
-
-
-def _check_keys(state: Mapping[str, Tensor], entries: list[Entry], duplicates: list[Entry]) -> None:
-    known = {entry.theirs for entry in entries}
-    missing = sorted(known - set(state))
-    unknown = sorted(set(state) - known - {entry.theirs for entry in duplicates})
-    for what, names in (("lacks", missing), ("has unknown", unknown)):
-        if names:
-            raise ValueError(f"the checkpoint {what} {len(names)} tensors, first {names[:3]}")

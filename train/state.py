@@ -17,10 +17,10 @@ MAX_NAMED_DIFFERENCES = 8
 _SECTIONS = {
     "model": ("model.",),
     "data": ("data.",),
-    "recipe": ("train.", "optimizer.", "lr_scheduler.", "moe.", "mtp.", "precision."),
+    "recipe": ("train.", "optimizer.", "lr_scheduler.", "moe.", "mtp.", "precision.", "checkpoint.init_from"),
 }
-# These change no number, and where a run ends is part of the recipe only if a phase's border depends on it.
-_FREE = ("train.micro_batch_size", "data.num_workers")
+# These are how a run is computed, not what; where it ends is part of the recipe only if a phase's border depends on it.
+_FREE = ("train.micro_batch_size", "data.num_workers", "precision.engine")
 _END = ("train.max_steps", "train.max_tokens")
 
 
@@ -81,6 +81,24 @@ class TrainState:
             return cls(config=config, **json.loads(text))
         except TypeError as error:
             raise ValueError(f"the checkpoint's state is of another version of this program: {error}") from None
+
+
+# Settings of a model that its weights do not depend on: initial values, and how long a sequence it is used for.
+_USE = ("initializer_range", "max_position_embeddings", "rope_scaling")
+
+
+def check_weights_fit(model: Any, saved: TrainState, folder: object) -> None:
+    """ValueError, with both values, unless the weights of a checkpoint are those of such a model (a dataclass)."""
+    there = _flat(saved.config)
+    here = _flat(yaml.safe_dump({"model": dataclasses.asdict(model)}))
+    used = tuple(f"model.{key}" for key in _USE)
+    ours, theirs = (
+        {key: value for key, value in each.items() if key.startswith("model.") and not key.startswith(used)}
+        for each in (here, there)
+    )
+    # A key that an older checkpoint does not have yet has its default here.
+    if found := _phrases(ours, {**ours, **theirs}, known=ours, room="model"):
+        raise ValueError(f"checkpoint.init_from={folder} holds another model: {'; '.join(found)}")
 
 
 def differences(now: TrainState, saved: TrainState) -> list[str]:

@@ -9,13 +9,15 @@ communicates.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,15 +154,15 @@ def find_latest(root: Path) -> Path | None:
 def publish(partial: Path, final: Path) -> None:
     """Rename a whole folder into place, then let `latest` name it. At every moment a complete checkpoint is named."""
     root = final.parent
-    _sync_folder(partial)
+    _sync(partial)
     replaced = aside(final, REPLACED)
     if final.exists():
         os.rename(final, replaced)
     os.rename(partial, final)
-    _sync_folder(root)
+    _sync(root)
     write_durably(root / f".{LATEST}", f"{final.name}\n")
     os.replace(root / f".{LATEST}", root / LATEST)
-    _sync_folder(root)
+    _sync(root)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -194,6 +196,48 @@ def tidy(root: Path) -> None:
     (root / f".{LATEST}").unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A hidden folder to fill, which is synced and renamed to `final` at the end of the block; removed if that fails.
+
+    What a killed process left of it is removed first. ValueError when `final` exists, when it cannot be written, or
+    when another process is filling it.
+    """
+    if final.exists():
+        raise ValueError(f"{final} exists already: remove it, or name another folder")
+    partial = aside(final, PARTIAL)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"{final} cannot be written: {error.strerror}") from None
+    try:
+        _lock(handle, final)
+        for path in partial.iterdir():
+            path.unlink()
+        try:
+            yield partial
+            for path in [*partial.iterdir(), partial]:
+                _sync(path)
+            os.rename(partial, final)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ValueError(f"{final} was not written: {error}") from error
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        _sync(final.absolute().parent)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, final: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{final} is being written by another process") from None
+
+
 def _step_folders(root: Path) -> list[Path]:
     return [path for path in root.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
 
@@ -216,8 +260,8 @@ def _body_crc(body: Mapping[str, list[int]]) -> int:
     return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:

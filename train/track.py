@@ -20,10 +20,23 @@ from urllib.parse import urlparse
 from train.console import ConsoleSink
 from train.leveldb_log import last_records
 from train.metrics import StepReport
-from train.metrics_file import JsonlSink, read_metrics
+from train.metrics_file import JsonlSink, LoadsSink, read_metrics
 from train.picture import draw_loss
+from train.report.page import write_report
+from train.report.runs import read_run
 
-__all__ = ["ConsoleSink", "JsonlSink", "PictureSink", "Sink", "TrackConfig", "Tracker", "WandbSink", "read_metrics"]
+__all__ = [
+    "ConsoleSink",
+    "JsonlSink",
+    "LoadsSink",
+    "PictureSink",
+    "ReportSink",
+    "Sink",
+    "TrackConfig",
+    "Tracker",
+    "WandbSink",
+    "read_metrics",
+]
 
 MODES = ("auto", "online", "offline", "disabled")
 
@@ -33,7 +46,8 @@ class TrackConfig:
     """Config group `track`.
 
     `wandb` is auto (online when an API key is set, offline otherwise; WANDB_MODE decides before that), online, offline
-    or disabled. `log_interval` is the number of steps between two plain lines in a log.
+    or disabled. `log_interval` is the number of steps between two plain lines in a log,
+    `load_interval` between two lines of expert loads in `loads.jsonl` (0: none).
     """
 
     wandb: str = "auto"
@@ -43,6 +57,7 @@ class TrackConfig:
     name: str | None = None
     tags: list[str] = field(default_factory=list)
     log_interval: int = 10
+    load_interval: int = 10
 
     def check(self) -> None:
         """ValueError for an unknown mode or an interval below 1."""
@@ -50,6 +65,12 @@ class TrackConfig:
             raise ValueError(f"track.wandb={self.wandb} is not one of {', '.join(MODES)}")
         if self.log_interval < 1:
             raise ValueError(f"track.log_interval={self.log_interval} is below 1")
+        if self.load_interval < 0:
+            raise ValueError(f"track.load_interval={self.load_interval} is below 0 (0 writes none)")
+
+    def loads_due(self, step: int, num_steps: int) -> bool:
+        """Whether the loads of this step, from 1, are written: every `load_interval`-th, the first and the last."""
+        return self.load_interval > 0 and (step % self.load_interval == 0 or step in (1, num_steps))
 
 
 class Sink(Protocol):
@@ -240,6 +261,28 @@ class PictureSink:
     def close(self, failed: bool) -> None:
         """Draws the whole run."""
         self.checkpoint()
+
+
+class ReportSink:
+    """Writes `report.html` when the run ends."""
+
+    def __init__(self, run_dir: Path, unigram_entropy: float | None = None, say: Callable[[str], None] = _say) -> None:
+        """unigram_entropy: of the validation text, in nats per token."""
+        self._run_dir, self._entropy, self._say = run_dir, unigram_entropy, say
+
+    def write(self, report: StepReport) -> None:
+        """Nothing: the report reads the run's files."""
+
+    def checkpoint(self) -> None:
+        """Nothing: it is written at the end."""
+
+    def close(self, failed: bool) -> None:
+        """The report of the whole run."""
+        out = self._run_dir / "report.html"
+        try:
+            write_report([read_run(self._run_dir)], out, self._entropy)
+        except Exception as error:
+            self._say(f"{out} could not be written ({error})")
 
 
 class Tracker:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.reference import LocalDispatch
-from train import names
+from tests.train.disk_names import from_hf, to_hf
 from train.model.config import SCORING_FUNCS, TOPK_METHODS, ModelConfig
 from train.model.init import init_weights
 from train.model.kernels import Kernels
@@ -223,7 +223,7 @@ def hugging_face(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dty
         attn_implementation=attention,
         experts_implementation="eager",
     )
-    disk = {name: tensor.detach().clone() for name, tensor in names.to_hf(state, config).items()}
+    disk = {name: tensor.detach().clone() for name, tensor in to_hf(state, config).items()}
     return of_model.from_pretrained(None, config=theirs, state_dict=disk, dtype=dtype).train()
 
 
@@ -241,7 +241,7 @@ def llama(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype) -> 
         use_cache=False,
         attn_implementation="sdpa",  # the eager one takes its softmax in float32
     )
-    disk = {name: tensor.detach().clone() for name, tensor in names.to_hf(state, config).items()}
+    disk = {name: tensor.detach().clone() for name, tensor in to_hf(state, config).items()}
     return LlamaForCausalLM.from_pretrained(None, config=theirs, state_dict=disk, dtype=dtype).train()
 
 
@@ -261,5 +261,5 @@ def gradients_in_our_names(oracle: Any, config: ModelConfig) -> dict[str, Tensor
         else:
             disk[name] = grad
     disk.update({name: buffer for name, buffer in oracle.named_buffers() if name.endswith("correction_bias")})
-    ours = names.from_hf(disk, config)
+    ours = from_hf(disk, config)
     return {name: grad for name, grad in ours.items() if not name.endswith("correction_bias")}

@@ -6,11 +6,13 @@ import hashlib
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 
 from train.data.config import DataConfig
+from train.data.meta import TOKENIZER, Meta
 from train.data.rows import Rows
 from train.data.shares import Shares
 from train.data.tokens import Document, Tokens
@@ -106,8 +108,7 @@ class Blend:
 
     @property
     def fingerprint(self) -> str:
-        parts = [f"{name} {weight} {self.sources[name].tokens.fingerprint}" for name, weight in self._weights()]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return _blended(self._shares, {name: rows.tokens.fingerprint for name, rows in self.sources.items()})
 
     @property
     def end_of_document(self) -> int:
@@ -159,6 +160,24 @@ def open_stream(config: DataConfig, split: str, seq_len: int, seed: int = 0, ord
     if len(tokenizers) > 1:
         raise ValueError(f"the sources of data.blend in {config.folder} are of several tokenizers: prepare them again")
     return Blend(sources, {each.name: each.weight for each in config.blend}, seed)
+
+
+def prepared_fingerprint(config: DataConfig) -> str:
+    """`Stream.fingerprint` of what lies prepared, read from its descriptions alone. ValueError where one is missing."""
+    found = {name: Meta.load(source.folder).fingerprint for name, source in config.sources.items()}
+    if not config.blend:
+        return found[config.name]
+    return _blended(Shares({each.name: each.weight for each in config.blend}, seed=0), found)
+
+
+def prepared_tokenizer(config: DataConfig) -> Path:
+    """The `tokenizer.json` beside prepared tokens: that of any source, as a blend has one for all."""
+    return next(iter(config.sources.values())).folder / TOKENIZER
+
+
+def _blended(shares: Shares, fingerprints: Mapping[str, str]) -> str:
+    parts = [f"{name} {weight} {fingerprints[name]}" for name, weight in shares.weights.items()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def seed_of(seed: int, name: str) -> int:

@@ -109,3 +109,32 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these ids, the names of special tokens included."""
         return self._backend.decode([int(id) for id in ids], skip_special_tokens=False)
+
+
+class TextStream:
+    """The text of token ids that come one by one: a token may end within a character, which is held back until then."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Decoded again with the tokens said last, as some tokenizers write a token at the start of a text differently.
+        self._said: list[int] = []
+        self._held: list[int] = []
+
+    def push(self, id: int) -> str:
+        """The text that is certain with this token and was not before."""
+        self._held.append(id)
+        text = self._fresh()
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._said, self._held = self._held, []
+        return text
+
+    def end(self) -> str:
+        """What is still held back; bytes that are no character are shown as U+FFFD."""
+        text = self._fresh()
+        self._said, self._held = [], []
+        return text
+
+    def _fresh(self) -> str:
+        decode = self._tokenizer.decode
+        return decode(self._said + self._held)[len(decode(self._said)) :]

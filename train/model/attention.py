@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
+from train.model.cache import Cache, LatentCache
 from train.model.config import ModelConfig, given
-from train.model.kernels import join_heads
+from train.model.kernels import join_heads, rotate
 from train.model.layers import Backend, RMSNorm
 from train.model.packing import Places
 from train.precision.linear import project
@@ -77,3 +79,30 @@ class LatentAttention(nn.Module):
         self.offer(partial(self.up_project, table=places.table), heads, inputs)
         out = places.attend(*heads, self.softmax_scale)
         return self.o_proj(out[..., : self.v_head_dim].flatten(2))
+
+    def new_cache(self, capacity: int) -> LatentCache:
+        """What `decode` keeps of up to `capacity` tokens."""
+        rank, rope = self.latent_widths
+        return LatentCache(capacity, rank, rope, like=self.kv_b_proj.weight)
+
+    def decode(self, x: Tensor, table: Tensor, cache: Cache) -> Tensor:
+        """`forward` for the tokens behind those of `cache`, which takes them in: x [1, N, hidden] -> the same shape.
+
+        `table` is the rotation table of their positions. The up-projections are absorbed (DeepSeek-V2's report,
+        section 2.1.2): keys and values are linear in the latent, so q · (W_UK c) = (W_UKᵀ q) · c, and a head's sum of
+        values is W_UV times its sum of latents. Keys and values of single heads never exist. The two absorbed products
+        are torch's, in the type of the weights, whatever engine `kv_b_proj` has.
+        """
+        assert isinstance(cache, LatentCache)
+        q_latent, kv = self.compress(x)
+        kv_latent, k_rope = kv.split(self.latent_widths, dim=-1)
+        cache.append(self.kv_a_layernorm(kv_latent)[0], rotate(k_rope, table)[0])
+        q = self.expand_q(q_latent)[0].unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+        key_width = q.shape[-1] - k_rope.shape[-1]
+        up_key, up_value = self.kv_b_proj.weight.unflatten(0, (self.num_heads, -1)).split(
+            [key_width, self.v_head_dim], dim=1
+        )
+        rotated = rotate(q[..., key_width:], table).to(q.dtype)
+        queries = torch.cat([q[..., :key_width] @ up_key, rotated], -1)
+        mixed = cache.attend(queries, self.softmax_scale) @ up_value.transpose(1, 2)
+        return self.o_proj(mixed.transpose(0, 1).flatten(1)[None])

@@ -7,16 +7,17 @@ from functools import partial
 from torch import Tensor, nn
 
 from train.model.attention import LatentAttention
+from train.model.cache import Cache
 from train.model.config import ModelConfig
 from train.model.grouped_attention import GroupedAttention
 from train.model.layers import Backend, FeedForward, RMSNorm
 from train.model.moe import Dispatch, Journey, MoE
 from train.model.packing import Places
 from train.model.router import RouterStats
-from train.model.tape import Steps, Tape
+from train.model.tape import Inline, Steps, Tape, drive
 
 # By the config's name for it: x [B, S, hidden] and the places of its positions -> [B, S, hidden].
-ATTENTION = {"mla": LatentAttention, "gqa": GroupedAttention}
+ATTENTION: dict[str, type[LatentAttention] | type[GroupedAttention]] = {"mla": LatentAttention, "gqa": GroupedAttention}
 
 
 class _Block(nn.Module):
@@ -31,6 +32,10 @@ class _Block(nn.Module):
     def attend(self, x: Tensor, places: Places) -> Tensor:
         """x [B, S, hidden] plus its attention."""
         return x + self.self_attn(self.input_layernorm(x), places)
+
+    def attend_cached(self, x: Tensor, table: Tensor, cache: Cache) -> Tensor:
+        """The same for tokens behind those of `cache`."""
+        return x + self.self_attn.decode(self.input_layernorm(x), table, cache)
 
 
 class DenseBlock(_Block):
@@ -48,8 +53,15 @@ class DenseBlock(_Block):
 
     def whole(self, x: Tensor, places: Places) -> Tensor:
         """Attention and MLP: x [B, S, hidden]."""
-        x = self.attend(x, places)
+        return self.feed(self.attend(x, places))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """x [B, S, hidden] plus the MLP."""
         return x + self.mlp(self.post_attention_layernorm(x).flatten(0, 1)).view_as(x)
+
+    def decode(self, x: Tensor, table: Tensor, cache: Cache) -> Tensor:
+        """The layer for tokens behind those of `cache`: x [1, N, hidden], no gradients."""
+        return self.feed(self.attend_cached(x, table, cache))
 
 
 class MoEBlock(_Block):
@@ -64,7 +76,10 @@ class MoEBlock(_Block):
     def route(self, x: Tensor, places: Places) -> tuple[Tensor, ...]:
         """x [B, S, hidden] -> residual [B, S, hidden], its norm [T, hidden], weights, indices, and the parts of
         RouterStats."""
-        residual = self.attend(x, places)
+        return self.choose(self.attend(x, places))
+
+    def choose(self, residual: Tensor) -> tuple[Tensor, ...]:
+        """The router's part of `route`: residual [B, S, hidden]."""
         normed = self.post_attention_layernorm(residual)
         weights, indices, stats = self.mlp.gate(normed)
         return residual, normed.flatten(0, 1), weights, indices, *stats
@@ -72,7 +87,15 @@ class MoEBlock(_Block):
     def steps(self, x: Tensor, places: Places, tape: Tape) -> Steps[tuple[Tensor, RouterStats]]:
         """x [B, S, hidden] -> (the same shape, what the router reports)."""
         route = self.attention_node(partial(self.route, places=places))
-        residual, own, weights, indices, *stats = tape.compute(route, x)
+        return (yield from self.visit(tape.compute(route, x), tape))
+
+    def decode(self, x: Tensor, table: Tensor, cache: Cache) -> Tensor:
+        """The layer for tokens behind those of `cache`: x [1, N, hidden], no gradients."""
+        return drive(self.visit(self.choose(self.attend_cached(x, table, cache)), Inline()))[0]
+
+    def visit(self, routed: tuple[Tensor, ...], tape: Tape) -> Steps[tuple[Tensor, RouterStats]]:
+        """The way to the experts and back, of what `route` returns."""
+        residual, own, weights, indices, *stats = routed
         journey = Journey(self.mlp.exchange, indices)
         rows, row_weights = yield from tape.communicate(journey.out, own, weights)
         compute = self.experts_node(partial(self.mlp.compute, tokens_per_expert=journey.tokens_per_expert))

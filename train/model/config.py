@@ -122,8 +122,8 @@ class ModelConfig:
 
     def _check_attention(self) -> None:
         kind = self._show("attention")
-        _require(self.attention in _ATTENTION_SIZES, f"{kind} is not one of {', '.join(_ATTENTION_SIZES)}")
-        for owner, fields in _ATTENTION_SIZES.items():
+        _require(self.attention in ATTENTION_SIZES, f"{kind} is not one of {', '.join(ATTENTION_SIZES)}")
+        for owner, fields in ATTENTION_SIZES.items():
             if owner == self.attention:
                 self._need(fields, kind)
             else:
@@ -147,8 +147,8 @@ class ModelConfig:
             f"{self._show('first_k_dense_replace')} leaves layers to the experts, of which there are none with {none}: "
             f"it must be {self._show('num_hidden_layers')}",
         )
-        self._need_not(_EXPERT_SIZES, f"{none} has no experts")
-        for field in _EXPERT_CHOICES:
+        self._need_not(EXPERT_SIZES, f"{none} has no experts")
+        for field in EXPERT_CHOICES:
             default = type(self).__dataclass_fields__[field].default
             _require(
                 getattr(self, field) == default,
@@ -165,7 +165,7 @@ class ModelConfig:
             _require(getattr(self, field) is None, f"{self._show(field)} must be null: {reason}")
 
     def _check_routing(self) -> None:
-        self._need(_EXPERT_SIZES, self._show("n_routed_experts"))
+        self._need(EXPERT_SIZES, self._show("n_routed_experts"))
         experts, groups = self.n_routed_experts, given(self.n_group)
         kept, selected = given(self.topk_group), given(self.num_experts_per_tok)
         for field, known in (("scoring_func", SCORING_FUNCS), ("topk_method", TOPK_METHODS)):
@@ -222,13 +222,13 @@ _POSITIVE = (
     "rope_theta",
 )
 # Kinds of attention, and the sizes that each has and no other. (Latent attention may also have a `q_lora_rank`.)
-_ATTENTION_SIZES = {
+ATTENTION_SIZES = {
     "mla": ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     "gqa": ("num_key_value_heads", "head_dim"),
 }
 # What describes experts: sizes, None without any; choices, which then keep their defaults.
-_EXPERT_SIZES = ("moe_intermediate_size", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group")
-_EXPERT_CHOICES = ("routed_scaling_factor", "norm_topk_prob", "scoring_func", "topk_method")
+EXPERT_SIZES = ("moe_intermediate_size", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group")
+EXPERT_CHOICES = ("routed_scaling_factor", "norm_topk_prob", "scoring_func", "topk_method")
 
 
 def given(size: int | None) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from train.model.cache import Cache, GroupedCache
 from train.model.config import ModelConfig, given
 from train.model.kernels import rotate_heads
 from train.model.layers import Backend
@@ -37,3 +38,22 @@ class GroupedAttention(nn.Module):
         # Keys and values stay as few as they are: the kernel reads a head once for its whole group.
         out = places.attend(*rotate_heads(q, k, places.table), v, self.softmax_scale)
         return self.o_proj(out.flatten(2))
+
+    def new_cache(self, capacity: int) -> GroupedCache:
+        """What `decode` keeps of up to `capacity` tokens."""
+        weight = self.k_proj.weight
+        return GroupedCache(capacity, len(weight) // self.head_dim, self.head_dim, like=weight)
+
+    def decode(self, x: Tensor, table: Tensor, cache: Cache) -> Tensor:
+        """`forward` for the tokens behind those of `cache`, which takes them in: x [1, N, hidden] -> the same shape.
+
+        `table` is the rotation table of their positions.
+        """
+        assert isinstance(cache, GroupedCache)
+        q, k, v = (
+            each.unflatten(-1, (-1, self.head_dim)) for each in project(x, self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate_heads(q, k, table)
+        cache.append(k[0], v[0])
+        mixed = cache.attend(q[0].transpose(0, 1), self.softmax_scale)
+        return self.o_proj(mixed.transpose(0, 1).flatten(1)[None])

@@ -21,13 +21,16 @@ def _draw(std: float, shape: torch.Size, *identity: object) -> Tensor:
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
 
 
-def _materialise(model: Transformer, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Memory for every parameter and buffer. Not `to` and `to_empty`: they cannot replace tensors that are traced."""
+def materialise(model: Transformer, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Memory for every parameter, and for every buffer in float32 or wider.
+
+    Not `to` and `to_empty`: they cannot replace tensors that are traced.
+    """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device)))
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.empty_like(buffer, dtype=dtype, device=device))
+            setattr(module, name, torch.empty_like(buffer, dtype=wide_dtype(dtype), device=device))
 
 
 @torch.no_grad()
@@ -40,7 +43,7 @@ def init_weights(
     float64). Values are drawn in float32 on CPU, then cast: the same on every device and in every precision. An
     expert's weights are drawn by its global index, so any layout of experts over ranks holds the same model.
     """
-    _materialise(model, dtype, device)
+    materialise(model, dtype, device)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.fill_(1.0)

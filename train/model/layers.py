@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from train.model.kernels import Kernels
 from train.model.recompute import Recompute
 from train.precision.grads import Sink, main_grad, run_now
-from train.precision.linear import Engines, Gemm, Linear, weight_gradient
+from train.precision.linear import Engines, Linear, Maps
 
 
 @dataclass(frozen=True)
@@ -77,42 +77,10 @@ class Embedding(nn.Module):
 
 @dataclass(frozen=True)
 class Gemms:
-    """The products of an MLP's two maps: with gate_up, then with down."""
+    """What multiplies in an MLP: with gate_up, then with down."""
 
-    up: Gemm
-    down: Gemm
-
-
-class _SwiGLUFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        row_weights: Tensor | None,
-        gate_up: Tensor,
-        down: Tensor,
-        gemms: Gemms,
-        backend: Backend,
-    ) -> Tensor:
-        kept_x = gemms.up.keep(x)
-        h = gemms.up.fprop(gemms.up.operand(x), gate_up)
-        a = backend.kernels.swiglu_forward(h, row_weights)
-        ctx.save_for_backward(row_weights, *kept_x, *gemms.down.keep(h))
-        ctx.gate_up, ctx.down, ctx.gemms, ctx.backend, ctx.num_kept = gate_up, down, gemms, backend, len(kept_x)
-        return gemms.down.fprop(gemms.down.operand(a), down)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        row_weights, *kept = ctx.saved_tensors
-        # Detached: what waits for its turn must not hold the graph.
-        kept_x, kept_h = tuple(x.detach() for x in kept[: ctx.num_kept]), tuple(kept[ctx.num_kept :])
-        gate_up, down, gemms, backend, dy = ctx.gate_up, ctx.down, ctx.gemms, ctx.backend, dy.contiguous()
-        h = gemms.down.restore(kept_h).to(dy.dtype)
-        a, dh, d_row_weights = backend.kernels.swiglu_backward(gemms.down.dgrad(dy, down), h, row_weights)
-        dx = gemms.up.dgrad(dh, gate_up)
-        backend.sink(partial(gemms.down.wgrad_, main_grad(down), dy, a))
-        backend.sink(partial(weight_gradient, gemms.up, gate_up, dh, kept_x))
-        return dx, d_row_weights, None, None, None, None
+    up: Maps
+    down: Maps
 
 
 def swiglu_mlp(
@@ -123,7 +91,7 @@ def swiglu_mlp(
     x [R, d], row_weights [R] or None, gate_up [(E,) 2f, d], down [(E,) d, f] -> [R, d]. Keeps x and the product with
     gate_up as the gemms keep their inputs; the activation is recomputed in backward (technical report, 3.3.3).
     """
-    return _SwiGLUFunction.apply(x, row_weights, gate_up, down, gemms, backend)
+    return gemms.up.mlp(gemms.down, x, row_weights, gate_up, down, backend.kernels, backend.sink)
 
 
 class FeedForward(nn.Module):

@@ -56,7 +56,7 @@ def _targets(labels: Tensor) -> tuple[Tensor, Tensor]:
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, backend: Backend) -> Tensor:
-        engine, wide = backend.engines.of("lm_head"), wide_dtype(x.dtype)
+        engine, wide = backend.engines.gemm("lm_head"), wide_dtype(x.dtype)
         total = x.new_zeros((), dtype=wide)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
         for rows in _chunks(len(x), len(weight)):
@@ -87,7 +87,7 @@ def cross_entropy_sum(x: Tensor, weight: Tensor, labels: Tensor, backend: Backen
     """
     if torch.is_grad_enabled():
         return _CrossEntropySum.apply(x, weight, labels, backend)
-    engine, total = backend.engines.of("lm_head"), x.new_zeros((), dtype=wide_dtype(x.dtype))
+    engine, total = backend.engines.gemm("lm_head"), x.new_zeros((), dtype=wide_dtype(x.dtype))
     for rows in _chunks(len(x), len(weight)):
         logits = engine.fprop(engine.operand(x[rows]), weight).to(total.dtype)
         total += _softmax_and_loss(logits, *_targets(labels[rows, None]))[1]

@@ -2,12 +2,16 @@
 
 Shapes: T tokens (rows), k inputs, n outputs, E groups (experts). Weights are [n, k], or stacked [E, n, k].
 
+A layer asks for maps (`Maps`): what autograd differentiates. Most engines have plain products (`Gemm`) and leave the
+differentiating to `Nodes`; an engine with nodes of its own has maps alone.
+
 Every product of a layer has three forms, and its input two: what the forward product multiplies (`operand`) and what
 is kept of it until the weight gradient (`keep`, `restore`). For most engines both are the input itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol
@@ -46,7 +50,46 @@ class Gemm(Protocol):
         ...
 
 
-class Engine(Gemm, Protocol):
+class Activation(Protocol):
+    """What an MLP computes between its two maps, for h [R, 2f] and row_weights [R] or None."""
+
+    @property
+    def swiglu_forward(self) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """(h, row_weights) -> a [R, f]."""
+        ...
+
+    @property
+    def swiglu_backward(self) -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]:
+        """(da, h, row_weights) -> a, made again, and the gradients of h and of row_weights."""
+        ...
+
+
+class Maps(Protocol):
+    """Linear maps as autograd sees them. Gradients of weights leave for the sink as work that adds to `main_grad`."""
+
+    def project(self, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
+        """x [..., k] times each weight [n, k], transposed: [..., n] each. x is quantised and kept at most once."""
+        ...
+
+    def mlp(
+        self,
+        down_maps: Any,
+        x: Tensor,
+        row_weights: Tensor | None,
+        gate_up: Tensor,
+        down: Tensor,
+        activation: Activation,
+        sink: Sink,
+    ) -> Tensor:
+        """activation(x gate_upᵀ, row_weights) downᵀ, of which x and the activation's input are kept.
+
+        x [R, d], row_weights [R] or None, gate_up [(E,) 2f, d], down [(E,) d, f] -> [R, d]. down_maps: maps of the same
+        class, which take the second product.
+        """
+        ...
+
+
+class Engine(Maps, Protocol):
     """An arithmetic for dense products, and for products grouped by expert."""
 
     @property
@@ -54,8 +97,8 @@ class Engine(Gemm, Protocol):
         """What a run reports of it."""
         ...
 
-    def grouped(self, splits: list[int]) -> Gemm:
-        """The same products with stacked weights [E, n, k]: rows come sorted by group, `splits[e]` of them for e."""
+    def grouped(self, splits: list[int]) -> Maps:
+        """The same for stacked weights [E, n, k]: rows come sorted by group, `splits[e]` of them for e."""
         ...
 
 
@@ -66,8 +109,31 @@ class Engines(Protocol):
         """module: the last part of its name, as "o_proj"; an expert's with "experts." before it."""
         ...
 
+    def gemm(self, module: str) -> Gemm:
+        """The plain products of a module that differentiates by itself, as the head does."""
+        ...
 
-class _AsItIs:
+
+class Nodes:
+    """Maps of whatever has plain products: autograd nodes over a `Gemm`."""
+
+    def project(self: Gemm, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
+        return _Project.apply(x, self, sink, *weights)
+
+    def mlp(
+        self: Gemm,
+        down_maps: Any,
+        x: Tensor,
+        row_weights: Tensor | None,
+        gate_up: Tensor,
+        down: Tensor,
+        activation: Activation,
+        sink: Sink,
+    ) -> Tensor:
+        return _Mlp.apply(x, row_weights, gate_up, down, self, down_maps, activation, sink)
+
+
+class _AsItIs(Nodes):
     """Inputs that are multiplied and kept as they are."""
 
     def operand(self, x: Tensor) -> Tensor:
@@ -95,6 +161,9 @@ class TorchEngine(_AsItIs):
     def of(self, module: str) -> Engine:
         return self
 
+    def gemm(self, module: str) -> Gemm:
+        return self
+
     def _mm(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         if self._widen and a.dtype == torch.bfloat16:
             product = torch.mm(a.float(), b.float())
@@ -115,7 +184,7 @@ class TorchEngine(_AsItIs):
         else:
             accumulator.addmm_(dy.t().to(accumulator.dtype), x.to(accumulator.dtype))
 
-    def grouped(self, splits: list[int]) -> Gemm:
+    def grouped(self, splits: list[int]) -> Maps:
         return _FusedGroups(self, splits) if self._cuda else _LoopedGroups(self, splits)
 
 
@@ -174,12 +243,12 @@ def weight_gradient(gemm: Gemm, weight: Tensor, dy: Tensor, kept: tuple[Tensor, 
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, engine: Engine, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, engine: Gemm, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*engine.keep(x))
         # Parameters themselves: what comes back from saved tensors need not be the object that has the `main_grad`.
         ctx.weights, ctx.engine, ctx.sink, ctx.shape = weights, engine, sink, x.shape
         operand = engine.operand(x.reshape(-1, x.shape[-1]))
-        return tuple(engine.fprop(operand, weight).view(*x.shape[:-1], weight.shape[0]) for weight in weights)
+        return tuple(engine.fprop(operand, weight).view(*x.shape[:-1], weight.shape[-2]) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> Any:
@@ -194,6 +263,43 @@ class _Project(torch.autograd.Function):
             ctx.sink(partial(weight_gradient, ctx.engine, weight, dy, kept))
         assert dx is not None
         return dx.view(ctx.shape), None, None, *(None for _ in ctx.weights)
+
+
+class _Mlp(torch.autograd.Function):
+    """Two maps and what is between them as one node, which computes the activation again (technical report, 3.3.3)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        row_weights: Tensor | None,
+        gate_up: Tensor,
+        down: Tensor,
+        up_gemm: Gemm,
+        down_gemm: Gemm,
+        activation: Activation,
+        sink: Sink,
+    ) -> Tensor:
+        kept_x = up_gemm.keep(x)
+        h = up_gemm.fprop(up_gemm.operand(x), gate_up)
+        a = activation.swiglu_forward(h, row_weights)
+        ctx.save_for_backward(row_weights, *kept_x, *down_gemm.keep(h))
+        ctx.gate_up, ctx.down, ctx.num_kept = gate_up, down, len(kept_x)
+        ctx.up_gemm, ctx.down_gemm, ctx.activation, ctx.sink = up_gemm, down_gemm, activation, sink
+        return down_gemm.fprop(down_gemm.operand(a), down)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        row_weights, *kept = ctx.saved_tensors
+        # Detached: what waits for its turn must not hold the graph.
+        kept_x, kept_h = tuple(x.detach() for x in kept[: ctx.num_kept]), tuple(kept[ctx.num_kept :])
+        gate_up, down, up_gemm, down_gemm, dy = ctx.gate_up, ctx.down, ctx.up_gemm, ctx.down_gemm, dy.contiguous()
+        h = down_gemm.restore(kept_h).to(dy.dtype)
+        a, dh, d_row_weights = ctx.activation.swiglu_backward(down_gemm.dgrad(dy, down), h, row_weights)
+        dx = up_gemm.dgrad(dh, gate_up)
+        ctx.sink(partial(down_gemm.wgrad_, main_grad(down), dy, a))
+        ctx.sink(partial(weight_gradient, up_gemm, gate_up, dh, kept_x))
+        return dx, d_row_weights, None, None, None, None, None, None
 
 
 class Linear(nn.Module):
@@ -212,4 +318,4 @@ def project(x: Tensor, *layers: Linear) -> tuple[Tensor, ...]:
     """What each of the layers makes of x [..., k], which is quantised and kept once. They share engine and sink."""
     first = layers[0]
     assert all(layer.engine is first.engine and layer.sink is first.sink for layer in layers)
-    return _Project.apply(x, first.engine, first.sink, *(layer.weight for layer in layers))
+    return first.engine.project(x, first.sink, *(layer.weight for layer in layers))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.precision.linear import Gemm, spans
+from train.precision.linear import Maps, Nodes, spans
 from train.precision.tiles import (
     Kept,
     keep_rows,
@@ -66,7 +66,7 @@ class Fp8:
     keep: str = "e4m3"
 
 
-class Fp8Engine:
+class Fp8Engine(Nodes):
     """Fprop and Dgrad on tiles of 1 x 128, Wgrad on tiles of 128 x 1 (tokens), weights in blocks of 128 x 128."""
 
     def __init__(self, recipe: Fp8, weights: QuantisedWeights, power_of_two: bool = False) -> None:
@@ -98,7 +98,7 @@ class Fp8Engine:
     def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
         self.add_product_(accumulator, self.received(dy), x)
 
-    def grouped(self, splits: list[int]) -> Gemm:
+    def grouped(self, splits: list[int]) -> Maps:
         return _Groups(self, self._weights, splits)
 
     def received(self, dy: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Fp8Engine:
         accumulator.addmm_(round_columns(dy, self._round_gradient).t(), round_columns(x, self._round_input))
 
 
-class _Groups:
+class _Groups(Nodes):
     """Group by group; tiles of rows know nothing of groups, and no tile of tokens reaches from one into the next."""
 
     def __init__(self, engine: Fp8Engine, weights: QuantisedWeights, splits: list[int]) -> None:

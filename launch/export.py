@@ -1,0 +1,239 @@
+"""`python -m launch export`: a checkpoint as a model in Hugging Face's layout.
+
+    python -m launch export checkpoint=runs/tiny to=exported/tiny
+    python -m launch export checkpoint=runs/tiny/checkpoints/step-00000300 to=exported/tiny dtype=fp8 weights=ema
+
+Weights are read as flat ranges of the checkpoint and written in bands of rows, so memory depends neither on the model
+nor on the size of a shard. `to` appears when all of it has been written and read back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from launch.settings import read_settings
+from train import compose, hf_config, hf_tokenizer, step_folders
+from train.checkpoint import read_state
+from train.data.blend import prepared_tokenizer
+from train.data.config import DataConfig
+from train.data.meta import TOKENIZER
+from train.data.progress import Progress
+from train.disk import Disk, layout
+from train.flat_stream import RangeReader
+from train.model.config import ModelConfig
+from train.precision.published import to_published
+from train.step_folders import FileRecord
+from train.tensor_files import INDEX, Spec, read_specs, write_index, write_shard
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
+# Which state of a checkpoint is exported.
+WEIGHTS = {"model": "master.", "ema": "ema."}
+DEFAULTS = {
+    "checkpoint": None,
+    "to": None,
+    "dtype": "bf16",
+    "weights": "model",
+    "max_shard_bytes": "5000000000",
+    "tokenizer": "auto",
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor to write, and the scales beside it where it is quantised."""
+
+    disk: Disk
+    spec: Spec
+    scales: Spec | None = None
+
+    @property
+    def specs(self) -> list[Spec]:
+        return [self.spec] if self.scales is None else [self.spec, self.scales]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.specs)
+
+
+def export(settings: Sequence[str]) -> int:
+    """Export the checkpoint that `key=value` settings name, and say what was written. ValueError for bad settings."""
+    given = read_settings(settings, DEFAULTS)
+    for key, known in (("dtype", DTYPES), ("weights", WEIGHTS)):
+        if given[key] not in known:
+            raise ValueError(f"{key}={given[key]} is not one of {', '.join(known)}")
+    max_shard_bytes = _positive(given, "max_shard_bytes")
+    source, target = find(Path(given["checkpoint"])), Path(given["to"])
+    state = read_state(source)
+    tree = yaml.safe_load(state.config)
+    model = compose.section(ModelConfig, tree["model"], "model")
+    hf_config.layout_of(model)  # refused before anything is written
+    tokenizer = _tokenizer(given["tokenizer"], source, tree, model)
+    with step_folders.new_folder(target) as partial:
+        manifest = step_folders.read_manifest(source)
+        with Progress("comparing checksums", _total_bytes(manifest), _say) as progress:
+            for name, entry in manifest.items():
+                step_folders.verify(source, manifest, [name])
+                progress.add(entry.num_bytes)
+        files = write_model(source, partial, model, given["dtype"], WEIGHTS[given["weights"]], max_shard_bytes)
+        eod = hf_tokenizer.write(tokenizer, partial, model.max_position_embeddings) if tokenizer else None
+        (partial / hf_config.GENERATION_CONFIG).write_text(hf_config.generation_config_json(eod))
+        # The file that makes it a model comes last.
+        step_folders.write_durably(partial / hf_config.CONFIG, hf_config.config_json(model, given["dtype"], eod))
+    num_bytes = sum(spec.num_bytes for specs in files.values() for spec in specs)
+    print(
+        f"{target}: {num_bytes / 1e9:.3f} GB in {len(files)} files, {given['dtype']}, from {source} "
+        f"(step {state.step}, {'moving average' if given['weights'] == 'ema' else 'masters'}), "
+        f"{'with' if tokenizer else 'without'} tokenizer"
+    )
+    return 0
+
+
+def find(path: Path) -> Path:
+    """The complete step folder that `path` is, or the latest one of the run or of the folder of step folders.
+
+    Raises ValueError where there is none.
+    """
+    if (path / step_folders.MANIFEST).exists():
+        step_folders.check_complete(path)
+        return path
+    for root in (path, path / "checkpoints"):
+        if root.is_dir() and (latest := step_folders.find_latest(root)) is not None:
+            return latest
+    raise ValueError(f"checkpoint={path} is neither a complete checkpoint nor the folder of a run that has one")
+
+
+def write_model(
+    source: Path, folder: Path, model: ModelConfig, dtype: str, kind: str, max_shard_bytes: int
+) -> dict[str, list[Spec]]:
+    """Write all weights as shards with an index and read them back; returns the tensors of every file.
+
+    kind: prefix of the state to take, "master." or "ema.". ValueError when the checkpoint lacks a tensor, has one of
+    another size, or holds numbers that are not finite.
+    """
+    items = plan(model, dtype)
+    with RangeReader(source) as reader:
+        _check_source(reader, items, source, kind)
+        parts = list(cut(items, max_shard_bytes))
+        shards = {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, start=1)}
+        files = {name: [spec for item in shard for spec in item.specs] for name, shard in shards.items()}
+        with Progress("exporting", sum(item.num_bytes for item in items), _say) as progress:
+            for name, shard in shards.items():
+                meant = write_shard(folder / name, files[name], _values(reader, shard, kind, progress))
+                _read_back(folder / name, meant, files[name])
+    _read_back(folder / INDEX, write_index(folder / INDEX, files))
+    return files
+
+
+def plan(model: ModelConfig, dtype: str) -> list[Item]:
+    """Every tensor to write, in order."""
+    items = []
+    for disk in [*layout(model), *layout(model, copies=True)]:
+        if dtype == "fp8" and disk.is_linear:
+            scales = Spec(disk.scale_name, torch.float32, disk.scale_shape)
+            items.append(Item(disk, Spec(disk.name, torch.float8_e4m3fn, disk.shape), scales))
+        else:
+            items.append(Item(disk, Spec(disk.name, torch.float32 if disk.is_bias else DTYPES[dtype], disk.shape)))
+    return items
+
+
+def cut(items: Sequence[Item], max_shard_bytes: int) -> Iterator[list[Item]]:
+    """Consecutive tensors of at most `max_shard_bytes` together; one that is larger by itself is alone."""
+    shard: list[Item] = []
+    num_bytes = 0
+    for item in items:
+        if shard and num_bytes + item.num_bytes > max_shard_bytes:
+            yield shard
+            shard, num_bytes = [], 0
+        shard.append(item)
+        num_bytes += item.num_bytes
+    yield shard
+
+
+def _source_name(disk: Disk, kind: str) -> str:
+    return disk.entry.ours if disk.is_bias else f"{kind}{disk.entry.ours}"
+
+
+def _check_source(reader: RangeReader, items: Sequence[Item], source: Path, kind: str) -> None:
+    known = reader.numels
+    if kind == WEIGHTS["ema"] and not any(name.startswith(kind) for name in known):
+        raise ValueError(f"weights=ema: {source} holds no moving average, as optimizer.ema_decay was 0")
+    ends: dict[str, int] = {}
+    for item in items:
+        name = _source_name(item.disk, kind)
+        ends[name] = max(ends.get(name, 0), item.disk.offset + item.disk.numel)
+    for name, end in ends.items():
+        if known.get(name) != end:
+            raise ValueError(f"{source} has {known.get(name, 'no')} elements of {name}, the model needs {end}")
+
+
+def _values(reader: RangeReader, shard: Sequence[Item], kind: str, progress: Progress) -> Iterator[Tensor]:
+    """The bytes of a shard, band by band."""
+    for item in shard:
+        scales = []
+        for rows, offset, numel in item.disk.bands():
+            values = reader.read(_source_name(item.disk, kind), offset, numel)
+            values = values.view(rows.stop - rows.start, *item.disk.shape[1:])
+            if not bool(values.isfinite().all()):
+                raise ValueError(f"{item.disk.entry.ours} holds infinities or NaN: it cannot be exported")
+            if item.scales is None:
+                values = values.to(item.spec.dtype)
+            else:
+                values, band_scales = to_published(values.float())
+                scales.append(band_scales)
+            yield values
+            progress.add(values.nbytes)
+        if item.scales is not None:
+            yield torch.cat(scales)
+            progress.add(item.scales.num_bytes)
+
+
+def _read_back(path: Path, meant: FileRecord, specs: Sequence[Spec] | None = None) -> None:
+    """OSError unless the disk has what was meant to be written, in tensors that a reader finds."""
+    found = step_folders.record(path)
+    if found != meant:
+        raise OSError(f"{path} reads back as {found}, {meant} were written")
+    if specs is not None and [spec for spec, _ in read_specs(path).values()] != list(specs):
+        raise OSError(f"{path} does not read back as the tensors that were written")
+
+
+def _tokenizer(choice: str, source: Path, tree: Mapping[str, object], model: ModelConfig) -> Path | None:
+    """The `tokenizer.json` to export: the one named, the checkpoint's own, or that of the run's prepared tokens."""
+    if choice == "none":
+        return None
+    places = [Path(choice)]
+    if choice == "auto":
+        places = [source / TOKENIZER]
+        if isinstance(tree.get("data"), dict):
+            places.append(prepared_tokenizer(compose.section(DataConfig, tree["data"], "data")))  # type: ignore[arg-type]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"no tokenizer at {' or '.join(map(str, places))}: name one with tokenizer=FILE, or leave it out with "
+            "tokenizer=none"
+        )
+    hf_tokenizer.check(found, model.vocab_size)
+    return found
+
+
+def _positive(given: Mapping[str, str], key: str) -> int:
+    try:
+        value = int(float(given[key]))
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise ValueError(f"{key}={given[key]} must be a positive number")
+    return value
+
+
+def _total_bytes(manifest: Mapping[str, FileRecord]) -> int:
+    return sum(entry.num_bytes for entry in manifest.values())
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

@@ -1,0 +1,317 @@
+"""`python -m launch generate checkpoint=FOLDER prompt=TEXT`: goes on with a text from a run's checkpoint.
+
+    python -m launch generate checkpoint=runs/tiny prompt='def main('
+    python -m launch generate checkpoint=runs/tiny/checkpoints/step-00000300 prompt_file=start.py speculative=true
+
+One process, whatever topology wrote the checkpoint. The text comes to the terminal token by token and ends with the
+document or at max_new_tokens; then come the figures. With speculative=true the model's prediction depths draft, and
+plain decoding takes turns with it, unseen, to compare text and speed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from train import compose, step_folders
+from train.assemble import DTYPES, load_model
+from train.checkpoint import CONFIG_FILE, read_state
+from train.config import PrecisionConfig, RunConfig
+from train.data.blend import prepared_fingerprint, prepared_tokenizer
+from train.data.tokenizer import TextStream, Tokenizer
+from train.flat import FlatReader, tensors
+from train.generate import (
+    Choice,
+    Chooser,
+    Kept,
+    Record,
+    first_difference,
+    first_near_tie,
+    generate,
+    is_near_tie,
+    kept_per_token,
+)
+from train.model.transformer import Transformer
+from train.state import TrainState
+
+KEYS = (
+    *("checkpoint", "prompt", "prompt_file", "max_new_tokens", "speculative", "temperature", "top_p", "seed"),
+    *("weights", "precision", "device", "tokenizer"),
+)
+WEIGHTS = {"model": "master", "ema": "ema"}
+NUM_NEW_TOKENS = 128
+WARMUP_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the settings ask for. Their rules are checked here; those that need the checkpoint, later."""
+
+    checkpoint: Path
+    prompt: str
+    max_new_tokens: int | None
+    speculative: bool
+    temperature: float
+    top_p: float
+    seed: int
+    weights: str
+    precision: str | None
+    device: torch.device
+    tokenizer: Path | None
+
+    @staticmethod
+    def read(settings: Sequence[str]) -> Request:
+        """ValueError for an unknown key, a missing one or a value that cannot be."""
+        given: dict[str, str] = {}
+        for setting in settings:
+            key, equals, value = setting.partition("=")
+            if key not in KEYS:
+                near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.6)
+                raise ValueError(f"{key} is not a key of generate" + (f"; did you mean {near[0]}?" if near else ""))
+            if not equals or not value:
+                raise ValueError(f"{key} is empty: it needs a value, {key}=...")
+            given[key] = value
+        if "checkpoint" not in given:
+            raise ValueError("generate needs checkpoint=FOLDER: a run's folder or one of its step folders")
+        return Request(
+            checkpoint=Path(given["checkpoint"]),
+            prompt=_prompt(given),
+            max_new_tokens=_whole(given, "max_new_tokens", 1) if "max_new_tokens" in given else None,
+            speculative=_one_of(given, "speculative", ("false", "true")) == "true",
+            temperature=_number(given, "temperature", 0.0),
+            top_p=_share(given),
+            seed=_whole(given, "seed", 0) if "seed" in given else 0,
+            weights=WEIGHTS[_one_of(given, "weights", tuple(WEIGHTS))],
+            precision=_one_of(given, "precision", tuple(DTYPES)) if "precision" in given else None,
+            device=_device(_one_of(given, "device", ("auto", "cpu", "cuda"))),
+            tokenizer=Path(given["tokenizer"]) if "tokenizer" in given else None,
+        )
+
+
+def generate_command(settings: Sequence[str]) -> int:
+    """Says the text and the figures. ValueError, before anything is loaded, for what cannot be done."""
+    request = Request.read(settings)
+    folder = find_checkpoint(request.checkpoint)
+    state, config = read_state(folder), compose.load(folder / CONFIG_FILE)
+    tokenizer = find_tokenizer(config, state, request.tokenizer)
+    prompt, max_new_tokens = _fit(request, config, tokenizer)
+    if request.speculative and not config.model.num_nextn_predict_layers:
+        raise ValueError("speculative=true needs prediction depths, and model.num_nextn_predict_layers=0 in the run")
+    if request.weights == "ema":
+        _check_average(folder)
+    precision = config.precision if request.precision is None else PrecisionConfig(request.precision)
+    model = load_model(folder, config.model, precision, request.device, request.weights)
+    said = {name: word for word, name in WEIGHTS.items()}[request.weights]
+    print(f"{folder}: {said} weights in {precision.name} on {request.device}\n\n{request.prompt}", end="", flush=True)
+
+    def run(speculative: bool, record: Record, limit: int = max_new_tokens) -> Iterator[Choice]:
+        chooser = Chooser(request.temperature, request.top_p, request.seed)
+        return generate(model, prompt, limit, record, chooser, tokenizer.eod, speculative)
+
+    first, second = Record(), Record()
+    for speculative in (False, True)[: 1 + request.speculative]:
+        list(run(speculative, Record(), min(WARMUP_TOKENS, max_new_tokens)))  # a process computes slowly at first
+    plain = run(False, second) if request.speculative else iter(())
+    _stream(run(request.speculative, first), plain, tokenizer)
+    print("\n\n" + figures(request, model, tokenizer, first, second), flush=True)
+    return 0
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The step folder that is meant: `path` itself, or the newest one of the run or folder of checkpoints `path`.
+
+    ValueError when there is none that is complete.
+    """
+    if not path.is_dir():
+        raise ValueError(f"checkpoint={path} is no folder: name a run's folder or one of its step folders")
+    if (path / step_folders.MANIFEST).exists():
+        step_folders.check_complete(path)
+        return path
+    resolved = path / CONFIG_FILE
+    root = compose.load(resolved).checkpoint.folder(path) if resolved.exists() else path
+    found = step_folders.find_latest(root)
+    if found is None:
+        raise ValueError(f"checkpoint={path} holds no complete checkpoint (looked for step folders in {root})")
+    return found
+
+
+def find_tokenizer(config: RunConfig, state: TrainState, given: Path | None) -> Tokenizer:
+    """The tokenizer of the run's tokens, which lies beside them, unless another place is given.
+
+    ValueError when there is none, when the tokens were prepared anew since, or when the model has too few rows.
+    """
+    path = prepared_tokenizer(config.data) if given is None else given
+    if not path.exists():
+        raise ValueError(f"{path}, the tokenizer of the run, is missing: name it with tokenizer=PATH")
+    if given is None and prepared_fingerprint(config.data) not in state.fingerprints["data"]:
+        raise ValueError(
+            f"{config.data.folder} was prepared anew since the run: name the run's tokenizer with tokenizer=PATH"
+        )
+    tokenizer = Tokenizer.load(path, config.data.end_of_document)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size} tokens and the model model.vocab_size={config.model.vocab_size}: "
+            "it is not the run's"
+        )
+    return tokenizer
+
+
+def figures(request: Request, model: Transformer, tokenizer: Tokenizer, first: Record, second: Record) -> str:
+    """What the generation took; `second` is plain decoding beside a speculative `first`."""
+    lines = [f"prompt       {_count(first.num_prompt_tokens, 'token')} in {first.prefill_s:.3f} s"]
+    plain = second if request.speculative else first
+    lines.append(f"plain        {_count(len(plain.choices), 'token')}, {plain.tokens_per_s:.1f} tokens/s")
+    dtype = model.embed_tokens.weight.dtype
+    if request.speculative:
+        lines.append(
+            f"speculative  {_count(len(first.choices), 'token')}, {first.tokens_per_s:.1f} tokens/s: "
+            f"{first.tokens_per_s / plain.tokens_per_s:.2f}x, {first.tokens_per_forward:.2f} tokens per pass"
+        )
+        lines += _drafts(first)
+    if request.temperature == 0:
+        lines += _ties(plain, dtype, tokenizer)
+        lines += _comparison(first, plain, dtype, tokenizer) if request.speculative else []
+    return "\n".join([*lines, *_memory(kept_per_token(model), dtype)])
+
+
+def _drafts(record: Record) -> list[str]:
+    lines = []
+    for depth, (tried, accepted) in enumerate(zip(record.num_tried, record.num_accepted, strict=True), start=1):
+        chained = "" if depth == 1 else ", where those before held"
+        lines.append(f"drafts       depth {depth}: {accepted} of {tried} held, {accepted / tried:.1%}{chained}")
+    return lines
+
+
+def _ties(plain: Record, dtype: torch.dtype, tokenizer: Tokenizer) -> list[str]:
+    at = first_near_tie(plain, dtype)
+    if at is None:
+        return [f"near-ties    none: the smallest gap of logits is {min(each.gap for each in plain.choices):.3g}"]
+    return [f"near-ties    the first at token {at + 1}: {_shown(plain.choices[at], tokenizer)}"]
+
+
+def _comparison(first: Record, plain: Record, dtype: torch.dtype, tokenizer: Tokenizer) -> list[str]:
+    at = first_difference(first, plain)
+    if at is None:
+        return ["texts        equal"]
+    both = first.choices[at], plain.choices[at]
+    near = any(is_near_tie(choice, dtype) for choice in both)
+    why = "a near-tie" if near else "no near-tie of logits; one of a router's scores, if all is well"
+    return [
+        f"texts        equal up to token {at + 1}, {why}",
+        f"             speculative: {_shown(both[0], tokenizer)}",
+        f"             plain:       {_shown(both[1], tokenizer)}",
+    ]
+
+
+def _shown(choice: Choice, tokenizer: Tokenizer) -> str:
+    words = [
+        f"{tokenizer.decode([token])!r} {logit:.8g}" for token, logit in zip(choice.best, choice.logits, strict=True)
+    ]
+    return f"{words[0]} before {words[1]}, gap {choice.gap:.2g}"
+
+
+def _memory(kept: Kept, dtype: torch.dtype) -> list[str]:
+    size = dtype.itemsize
+    lines = [f"cache        {kept.main * size:,} bytes per token"]
+    if kept.depths:
+        lines[0] += f", and {kept.depths * size:,} of the prediction depths where they draft"
+    for name, values in kept.others.items():
+        lines.append(f"             {name} would keep {values * size:,}, {values / kept.main:.1f}x")
+    return lines
+
+
+def _stream(shown: Iterator[Choice], unseen: Iterator[Choice], tokenizer: Tokenizer) -> None:
+    """One generation as text. The other runs beside it, so that what slows this machine down slows both."""
+    text = TextStream(tokenizer)
+    for choice, _ in itertools.zip_longest(shown, unseen):
+        if choice is not None and choice.token != tokenizer.eod:
+            print(text.push(choice.token), end="", flush=True)
+    print(text.end(), end="", flush=True)
+
+
+def _fit(request: Request, config: RunConfig, tokenizer: Tokenizer) -> tuple[list[int], int]:
+    """The prompt's tokens and how many may follow. ValueError when the model has too few positions."""
+    prompt, most = tokenizer.encode([request.prompt])[0].tolist(), config.model.max_position_embeddings
+    if len(prompt) >= most:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens and leaves no position for another: "
+            f"model.max_position_embeddings={most}"
+        )
+    if request.max_new_tokens is not None and len(prompt) + request.max_new_tokens > most:
+        raise ValueError(
+            f"max_new_tokens={request.max_new_tokens} behind a prompt of {len(prompt)} tokens is above "
+            f"model.max_position_embeddings={most}"
+        )
+    return prompt, request.max_new_tokens or min(NUM_NEW_TOKENS, most - len(prompt))
+
+
+def _check_average(folder: Path) -> None:
+    if not any(name.startswith("ema.") for name in tensors(FlatReader(folder).read_metadata())):
+        raise ValueError(f"weights=ema: {folder} holds no moving average, as optimizer.ema_decay was 0 in the run")
+
+
+def _prompt(given: dict[str, str]) -> str:
+    if ("prompt" in given) == ("prompt_file" in given):
+        raise ValueError("generate needs prompt=TEXT or prompt_file=PATH, one of the two")
+    if "prompt" in given:
+        return given["prompt"]
+    try:
+        text = Path(given["prompt_file"]).read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ValueError(f"prompt_file={given['prompt_file']} cannot be read: {reason}") from None
+    if not text:
+        raise ValueError(f"prompt_file={given['prompt_file']} is empty: a prompt has at least one token")
+    return text
+
+
+def _one_of(given: dict[str, str], key: str, words: tuple[str, ...]) -> str:
+    """The first word is the default."""
+    word = given.get(key, words[0])
+    if word not in words:
+        raise ValueError(f"{key}={word} is not one of {', '.join(words)}")
+    return word
+
+
+def _whole(given: dict[str, str], key: str, least: int) -> int:
+    try:
+        number = int(given[key])
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{key}={given[key]} must be a whole number of at least {least}")
+    return number
+
+
+def _number(given: dict[str, str], key: str, default: float) -> float:
+    try:
+        number = float(given.get(key, default))
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{key}={given[key]} must be a number of at least 0")
+    return number
+
+
+def _share(given: dict[str, str]) -> float:
+    share = _number(given, "top_p", 1.0)
+    if not 0 < share <= 1:
+        raise ValueError(f"top_p={given['top_p']} must be above 0 and at most 1")
+    if "top_p" in given and _number(given, "temperature", 0.0) == 0:
+        raise ValueError(f"top_p={given['top_p']} needs a temperature above 0: at 0 the best token is taken")
+    return share
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: this machine has no CUDA device")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,371 @@
+"""The door to Transformer Engine: FP8 products by the library's modules on GPUs that have them. Not yet run on a GPU.
+
+Its `Linear` and `GroupedLinear` quantise, multiply and keep; parameters, `main_grad` and order stay ours. A module is
+made without memory, outside the model's tree, and given our parameter (of stacked weights, one view for each expert),
+so names, shapes, checkpoints and the sharded optimizer know nothing of it. What the library's weight gradients wait
+for is handed to the sink as it arises, and runs when the schedule has it run, in any order.
+
+Two of the library's rules shape this file. A module whose forward is flagged as a step's first quantises its weight
+anew, but its weight gradient then overwrites `main_grad`: so the flag goes to a forward of zeros that nobody uses, and
+every real one adds. And a delayed weight gradient adds to `main_grad` only where accumulation is fused; else it would
+replace what earlier micro-batches have left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from train.precision.grads import Sink
+from train.precision.linear import Activation, Maps
+from train.precision.reference import Fp8
+from train.precision.tiles import keep_rows, restore_rows, round_rows
+
+# Rows of a group are padded to a multiple: they are the inner dim of the weight gradient's product.
+ROWS = 16
+# Widths of matrices have to be multiples by themselves (`recipe.check_widths`).
+WIDTH = 16
+CAPABILITY = (9, 0)
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    """transformer_engine.pytorch, imported when first needed: it takes seconds, and a GPU."""
+    import transformer_engine.pytorch as te
+
+    return te
+
+
+def missing(device: torch.device | str) -> str | None:
+    """Why Transformer Engine cannot multiply on this device, as the end of a sentence; None where it can."""
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        return "it needs a GPU, and the run is on a CPU"
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        return f"it needs a GPU of compute capability 9.0 (Hopper), not {torch.cuda.get_device_capability()}"
+    try:
+        available, reason = _library().is_fp8_block_scaling_available(return_reason=True)
+    except (ImportError, OSError, RuntimeError, AssertionError) as error:
+        return f"it is not installed (pip install --no-build-isolation -e '.[cuda]'): {error}"
+    return None if available else f"it says: {reason}"
+
+
+def _recipe(fp8: Fp8, power_of_two: bool) -> Any:
+    """Tiles of 1 x 128, blocks of 128 x 128, E4M3 and no floor are the library's own defaults."""
+    from transformer_engine.common.recipe import Float8BlockScaling, Format, QParams
+
+    recipe = Float8BlockScaling(fp8_format=Format.E4M3, backward_override=None)
+    recipe.fp8_quant_fwd_inp = QParams(power_2_scale=fp8.round_input or power_of_two, amax_epsilon=0.0)
+    recipe.fp8_quant_fwd_weight = QParams(power_2_scale=power_of_two, amax_epsilon=0.0)
+    recipe.fp8_quant_bwd_grad = QParams(power_2_scale=fp8.round_gradient or power_of_two, amax_epsilon=0.0)
+    return recipe
+
+
+class _Store:
+    """Stands for a module's store of delayed weight gradients during one forward: what comes leaves for the sink.
+
+    The work puts the library's own store, filled, back into the module and calls `backward_dw`.
+    """
+
+    def __init__(self, module: Any, sink: Sink) -> None:
+        self._module, self._sink, self._store = module, sink, type(module.wgrad_store)
+
+    def delay_wgrad_compute(self) -> bool:
+        return True
+
+    def put(self, tensors: list[Any], func: Callable[..., Any]) -> None:
+        store = self._store(True)
+        store.put(tensors, func)
+        self._sink(partial(self._run, store))
+
+    def _run(self, store: Any) -> None:
+        module = self._module
+        module.wgrad_store, before = store, module.wgrad_store
+        try:
+            module.backward_dw()
+        finally:
+            module.wgrad_store = before
+
+
+class _Module:
+    """One of the library's modules over one of our parameters: [n, k], or stacked [E, n, k]."""
+
+    def __init__(self, weight: Tensor, recipe: Any, saves_input: bool) -> None:
+        *groups, num_outputs, num_inputs = weight.shape
+        te = _library()
+        make = te.GroupedLinear if groups else te.Linear
+        self._grouped = bool(groups)
+        self._module = make(
+            *groups,
+            num_inputs,
+            num_outputs,
+            bias=False,
+            params_dtype=weight.dtype,
+            device="meta",
+            fuse_wgrad_accumulation=True,
+            delay_wgrad_compute=True,
+            save_original_input=saves_input,
+        )
+        self._weight, self._recipe = weight, recipe
+        self._bound: tuple[int, int | None] | None = None
+        self._quantised: tuple[int, int] | None = None
+
+    def __call__(self, x: Tensor, sink: Sink, generation: int, *splits: Tensor) -> Tensor:
+        """x [R, k], R a multiple of 16 (of each group too) -> [R, n]. generation: counts changes of the weights."""
+        self._bind()
+        if self._quantised != (generation, self._weight._version):
+            self._quantise(x)
+            self._quantised = (generation, self._weight._version)
+        module = self._module
+        module.wgrad_store, before = _Store(module, sink), module.wgrad_store
+        try:
+            with _library().autocast(enabled=True, recipe=self._recipe):
+                return module(x, *splits, is_first_microbatch=False)
+        finally:
+            module.wgrad_store = before
+
+    def _bind(self) -> None:
+        """Give the module our parameter where it now lies: an optimizer moves weights into a buffer of its own."""
+        weight, grad = self._weight, getattr(self._weight, "main_grad", None)
+        place = weight.data_ptr(), None if grad is None else grad.data_ptr()
+        if place == self._bound:
+            return
+        if not self._grouped:
+            self._module.weight = weight
+        else:
+            for e, part in enumerate(weight.detach()):
+                view = nn.Parameter(part, requires_grad=weight.requires_grad)
+                if grad is not None:
+                    view.main_grad = grad[e]  # type: ignore[attr-defined]
+                setattr(self._module, f"weight{e}", view)
+        self._bound, self._quantised = place, None
+
+    def _quantise(self, like: Tensor) -> None:
+        """Rows and columns of the weight, from its present values: the library's cache, filled by unused zeros."""
+        splits = [torch.tensor([ROWS] + [0] * (self._weight.shape[0] - 1))] if self._grouped else []
+        zeros = like.new_zeros(ROWS, like.shape[1]).requires_grad_()
+        # With gradients, or there would be no columns; by hooks of its own, or it would count as saved by the model.
+        quantising = _library().autocast(enabled=True, recipe=self._recipe)
+        with torch.enable_grad(), saved_tensors_hooks(_itself, _itself), quantising:
+            self._module(zeros, *splits, is_first_microbatch=True)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+class TransformerEngine:
+    """What all engines of a run share: a module for every weight, and how often weights have changed."""
+
+    def __init__(self, power_of_two: bool = False) -> None:
+        """power_of_two: for all scales, whatever a recipe says."""
+        self.power_of_two, self.generation = power_of_two, 0
+        self._modules: dict[int, _Module] = {}
+
+    def changed(self) -> None:
+        """An optimizer has stepped, or a checkpoint was read: weights are quantised anew when next used."""
+        self.generation += 1
+
+    def module(self, weight: Tensor, recipe: Any, saves_input: bool = False) -> _Module:
+        """The module over this weight."""
+        found = self._modules.get(id(weight))
+        if found is None:
+            found = self._modules[id(weight)] = _Module(weight, recipe, saves_input)
+        return found
+
+
+class TransformerEngineMaps:
+    """An engine of one recipe (see `linear.Engine`): inputs and gradients are kept as the library's columns in E4M3."""
+
+    def __init__(self, fp8: Fp8, shared: TransformerEngine) -> None:
+        self.fp8, self.shared = fp8, shared
+        self.recipe = _recipe(fp8, shared.power_of_two)
+        self.name = "transformer_engine"
+
+    def project(self, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
+        rows = x.reshape(-1, x.shape[-1])
+        num_rows = rows.shape[0]
+        rows = nn.functional.pad(rows, (0, 0, 0, _missing_rows(num_rows)))
+        outputs = [self.shared.module(weight, self.recipe)(rows, sink, self.shared.generation) for weight in weights]
+        return tuple(y[:num_rows].view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+    def mlp(
+        self,
+        down_maps: Any,
+        x: Tensor,
+        row_weights: Tensor | None,
+        gate_up: Tensor,
+        down: Tensor,
+        activation: Activation,
+        sink: Sink,
+    ) -> Tensor:
+        num_rows = x.shape[0]
+        extra = _missing_rows(num_rows)
+        x = nn.functional.pad(x, (0, 0, 0, extra))
+        row_weights = None if row_weights is None else nn.functional.pad(row_weights, (0, extra))
+        return _mlp(self, down_maps, x, row_weights, gate_up, down, activation, sink)[:num_rows]
+
+    def grouped(self, splits: list[int]) -> Maps:
+        return _GroupedMaps(self, splits)
+
+
+class _GroupedMaps:
+    """The same over stacked weights. Every group is padded with rows of zeros, which add nothing anywhere."""
+
+    def __init__(self, engine: TransformerEngineMaps, splits: list[int]) -> None:
+        self.engine, self.splits = engine, splits
+
+    def project(self, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
+        padding = _Padding.of(self.splits, x.device)
+        rows = _pad(_rounded(self.engine, x), padding)
+        module, shared = self.engine.shared.module, self.engine.shared
+        outputs = [module(w, self.engine.recipe)(rows, sink, shared.generation, padding.splits) for w in weights]
+        return tuple(y[padding.rows] for y in outputs)
+
+    def mlp(
+        self,
+        down_maps: _GroupedMaps,
+        x: Tensor,
+        row_weights: Tensor | None,
+        gate_up: Tensor,
+        down: Tensor,
+        activation: Activation,
+        sink: Sink,
+    ) -> Tensor:
+        padding = _Padding.of(self.splits, x.device)
+        x = _pad(_rounded(self.engine, x), padding)
+        row_weights = None if row_weights is None else _pad(row_weights, padding)
+        y = _mlp(self.engine, down_maps.engine, x, row_weights, gate_up, down, activation, sink, padding.splits)
+        return _rounded_gradient(down_maps.engine, y[padding.rows])
+
+
+def _missing_rows(num_rows: int) -> int:
+    """Rows to add; an empty input gets one round of them, because no kernel is asked for nothing."""
+    return -num_rows % ROWS if num_rows else ROWS
+
+
+@dataclass(frozen=True)
+class _Padding:
+    """Where rows of groups go that are padded to multiples.
+
+    Attributes:
+        rows: place of each row among the padded ones, on the device.
+        splits: padded rows of each group; on the host, where the library reads them.
+        total: padded rows of all groups.
+    """
+
+    rows: Tensor
+    splits: Tensor
+    total: int
+
+    @staticmethod
+    def of(splits: list[int], device: torch.device) -> _Padding:
+        counts = torch.tensor(splits)
+        padded = (counts + ROWS - 1) // ROWS * ROWS
+        if not counts.any():
+            padded[0] = ROWS
+        shifts = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
+        rows = torch.arange(int(counts.sum())) + shifts.repeat_interleave(counts)
+        if device.type == "cuda":
+            # From pinned memory: any other copy would make the host wait for the device.
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        return _Padding(rows, padded, int(padded.sum()))
+
+
+def _pad(x: Tensor, padding: _Padding) -> Tensor:
+    """x [R, ...] -> [padding.total, ...], zeros between the groups."""
+    return x.new_zeros(padding.total, *x.shape[1:]).index_copy(0, padding.rows, x)
+
+
+def _mlp(
+    up_maps: TransformerEngineMaps,
+    down_maps: TransformerEngineMaps,
+    x: Tensor,
+    row_weights: Tensor | None,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: Activation,
+    sink: Sink,
+    *splits: Tensor,
+) -> Tensor:
+    """The two maps and the activation, of which only the input is kept (technical report, section 3.3.3).
+
+    The second map would keep its own input; what autograd is given in its place makes it again from the activation's.
+    """
+    shared = up_maps.shared
+    up_module, down_module = shared.module(gate_up, up_maps.recipe), shared.module(down, down_maps.recipe, True)
+    h = up_module(x, sink, shared.generation, *splits)
+    round_input = down_maps.fp8.round_input or shared.power_of_two
+    a = _Activate.apply(h, row_weights, activation, round_input)
+    if not a.requires_grad:
+        return down_module(a, sink, shared.generation, *splits)
+    place, node = a.data_ptr(), a.grad_fn
+
+    def pack(saved: Tensor) -> Any:
+        # A quantised tensor of the library is a wrapper and lies nowhere.
+        mine = type(saved) is Tensor and saved.data_ptr() == place and saved.shape == a_shape
+        return node if mine else saved
+
+    a_shape = a.shape
+    with saved_tensors_hooks(pack, _unpack):
+        return down_module(a, sink, shared.generation, *splits)
+
+
+def _unpack(packed: Any) -> Tensor:
+    return packed if isinstance(packed, Tensor) else _Activate.again(packed)
+
+
+class _Activate(torch.autograd.Function):
+    """activation(h, row_weights), which keeps h in E4M3."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, row_weights: Tensor | None, activation: Activation, round_input: bool) -> Tensor:
+        ctx.save_for_backward(row_weights, *keep_rows(h, round_input))
+        ctx.activation, ctx.dtype = activation, h.dtype
+        return activation.swiglu_forward(h, row_weights)
+
+    @staticmethod
+    @torch.no_grad()
+    def again(node: Any) -> Tensor:
+        """The result, from what a node has kept."""
+        row_weights, *kept = node.saved_tensors
+        return node.activation.swiglu_forward(restore_rows(tuple(kept)).to(node.dtype), row_weights)
+
+    @staticmethod
+    def backward(ctx: Any, da: Tensor) -> Any:
+        row_weights, *kept = ctx.saved_tensors
+        h = restore_rows(tuple(kept)).to(ctx.dtype)
+        _, dh, d_row_weights = ctx.activation.swiglu_backward(da, h, row_weights)
+        return dh, d_row_weights, None, None
+
+
+class _Round(torch.autograd.Function):
+    """Rounds rows to E4M3 and back, on the way forward or on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: bool) -> Tensor:
+        ctx.forward_rounds = forward
+        return round_rows(x, True).to(x.dtype) if forward else x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return dy if ctx.forward_rounds else round_rows(dy, True).to(dy.dtype), None
+
+
+def _rounded(engine: TransformerEngineMaps, x: Tensor) -> Tensor:
+    """x as dispatch brings it. The library makes rows and columns from the same x, so x itself has to be rounded.
+
+    What has travelled as bytes is rounded already, and rounding it again changes nothing: so the numbers do not depend
+    on the way that rows have come.
+    """
+    return _Round.apply(x, True) if engine.fp8.round_input else x
+
+
+def _rounded_gradient(engine: TransformerEngineMaps, y: Tensor) -> Tensor:
+    """y, whose gradient is rounded as the backward of combine brings it."""
+    return _Round.apply(y, False) if engine.fp8.round_gradient else y
