@@ -71,26 +71,32 @@ def environment(folder: Path) -> dict[str, str]:
     return {**kept, "PATH": f"{program.parent}:{os.environ['PATH']}", "HOME": str(home), "OMP_NUM_THREADS": "1"}
 
 
-def test_the_pages_commands_do_what_it_shows(tmp_path: Path) -> None:
-    page = commands(PAGE.read_text())
-    folder = tmp_path / "hour"
+def run_page(page: Path, tmp_path: Path, timeout_s: int) -> Path:
+    """Runs a page's commands in a folder of their own, which it returns; each must succeed and print what is shown."""
+    steps = commands(page.read_text())
+    folder = tmp_path / "work"
     folder.mkdir()
     done = subprocess.run(
-        ["bash", "-c", script(page)],
+        ["bash", "-c", script(steps)],
         cwd=folder,
         env=environment(tmp_path),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=800,
+        timeout=timeout_s,
     )
     outputs = re.split(rf"^{END} (\d+)\n", done.stdout, flags=re.M)
-    assert len(outputs) == 2 * len(page) + 1, done.stdout[-2000:]
-    for command, output, code in zip(page, outputs[::2], outputs[1::2], strict=False):
+    assert len(outputs) == 2 * len(steps) + 1, done.stdout[-2000:]
+    for command, output, code in zip(steps, outputs[::2], outputs[1::2], strict=False):
         shown = f"$ {command.text}\n{output}"
         assert code == "0" or command.asks_exit_code, f"exit code {code}\n{shown}"
         assert (missing := mismatch(command.expected, output)) is None, f"not printed: {missing}\n{shown}"
+    return folder
+
+
+def test_the_pages_commands_do_what_it_shows(tmp_path: Path) -> None:
+    run_page(PAGE, tmp_path, timeout_s=800)
 
 
 @pytest.mark.parametrize(
