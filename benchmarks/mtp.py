@@ -28,7 +28,6 @@ import numpy as np
 import torch
 
 from benchmarks._sides import Neighbours
-from launch.generate import find_checkpoint
 from launch.prepare import prepare_command
 from train import compose
 from train.assemble import load_model
@@ -37,6 +36,7 @@ from train.generate import Record, generate
 from train.model.decode import Decoder, Drafter
 from train.model.transformer import Transformer
 from train.picture import COLORS, FAINT, INK, headline, paper, save
+from train.run_folder import find_checkpoint
 from train.track import read_metrics
 
 DEFAULTS = {"steps": "300", "seeds": "3", "out": "runs/mtp"}

@@ -28,6 +28,7 @@ from train.disk import Disk, layout
 from train.flat_stream import RangeReader
 from train.model.config import ModelConfig
 from train.precision.published import to_published
+from train.run_folder import find_checkpoint
 from train.step_folders import FileRecord
 from train.tensor_files import INDEX, Spec, read_specs, write_index, write_shard
 
@@ -63,12 +64,12 @@ class Item:
 
 def export(settings: Sequence[str]) -> int:
     """Export the checkpoint that `key=value` settings name, and say what was written. ValueError for bad settings."""
-    given = read_settings(settings, DEFAULTS)
+    given = read_settings("export", settings, DEFAULTS)
     for key, known in (("dtype", DTYPES), ("weights", WEIGHTS)):
         if given[key] not in known:
             raise ValueError(f"{key}={given[key]} is not one of {', '.join(known)}")
     max_shard_bytes = _positive(given, "max_shard_bytes")
-    source, target = find(Path(given["checkpoint"])), Path(given["to"])
+    source, target = find_checkpoint(Path(given["checkpoint"])), Path(given["to"])
     state = read_state(source)
     tree = yaml.safe_load(state.config)
     model = compose.section(ModelConfig, tree["model"], "model")
@@ -92,20 +93,6 @@ def export(settings: Sequence[str]) -> int:
         f"{'with' if tokenizer else 'without'} tokenizer"
     )
     return 0
-
-
-def find(path: Path) -> Path:
-    """The complete step folder that `path` is, or the latest one of the run or of the folder of step folders.
-
-    Raises ValueError where there is none.
-    """
-    if (path / step_folders.MANIFEST).exists():
-        step_folders.check_complete(path)
-        return path
-    for root in (path, path / "checkpoints"):
-        if root.is_dir() and (latest := step_folders.find_latest(root)) is not None:
-            return latest
-    raise ValueError(f"checkpoint={path} is neither a complete checkpoint nor the folder of a run that has one")
 
 
 def write_model(

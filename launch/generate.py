@@ -10,7 +10,6 @@ plain decoding takes turns with it, unseen, to compare text and speed.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from train import compose, step_folders
+from launch.settings import read_settings
+from train import compose
 from train.assemble import DTYPES, load_model
 from train.checkpoint import CONFIG_FILE, read_state
 from train.config import PrecisionConfig, RunConfig
@@ -37,12 +37,14 @@ from train.generate import (
     kept_per_token,
 )
 from train.model.transformer import Transformer
+from train.run_folder import find_checkpoint
 from train.state import TrainState
 
 KEYS = (
-    *("checkpoint", "prompt", "prompt_file", "max_new_tokens", "speculative", "temperature", "top_p", "seed"),
+    *("prompt", "prompt_file", "max_new_tokens", "speculative", "temperature", "top_p", "seed"),
     *("weights", "precision", "device", "tokenizer"),
 )
+DEFAULTS = {"checkpoint": None, **dict.fromkeys(KEYS, "")}
 WEIGHTS = {"model": "master", "ema": "ema"}
 NUM_NEW_TOKENS = 128
 WARMUP_TOKENS = 3
@@ -67,17 +69,7 @@ class Request:
     @staticmethod
     def read(settings: Sequence[str]) -> Request:
         """ValueError for an unknown key, a missing one or a value that cannot be."""
-        given: dict[str, str] = {}
-        for setting in settings:
-            key, equals, value = setting.partition("=")
-            if key not in KEYS:
-                near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.6)
-                raise ValueError(f"{key} is not a key of generate" + (f"; did you mean {near[0]}?" if near else ""))
-            if not equals or not value:
-                raise ValueError(f"{key} is empty: it needs a value, {key}=...")
-            given[key] = value
-        if "checkpoint" not in given:
-            raise ValueError("generate needs checkpoint=FOLDER: a run's folder or one of its step folders")
+        given = read_settings("generate", settings, DEFAULTS)
         return Request(
             checkpoint=Path(given["checkpoint"]),
             prompt=_prompt(given),
@@ -120,24 +112,6 @@ def generate_command(settings: Sequence[str]) -> int:
     _stream(run(request.speculative, first), plain, tokenizer)
     print("\n\n" + figures(request, model, tokenizer, first, second), flush=True)
     return 0
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The step folder that is meant: `path` itself, or the newest one of the run or folder of checkpoints `path`.
-
-    ValueError when there is none that is complete.
-    """
-    if not path.is_dir():
-        raise ValueError(f"checkpoint={path} is no folder: name a run's folder or one of its step folders")
-    if (path / step_folders.MANIFEST).exists():
-        step_folders.check_complete(path)
-        return path
-    resolved = path / CONFIG_FILE
-    root = compose.load(resolved).checkpoint.folder(path) if resolved.exists() else path
-    found = step_folders.find_latest(root)
-    if found is None:
-        raise ValueError(f"checkpoint={path} holds no complete checkpoint (looked for step folders in {root})")
-    return found
 
 
 def find_tokenizer(config: RunConfig, state: TrainState, given: Path | None) -> Tokenizer:

@@ -38,7 +38,7 @@ def import_model(settings: Sequence[str]) -> int:
 
     ValueError for bad settings, and for a folder whose tensors are not those of the model in its `config.json`.
     """
-    given = read_settings(settings, DEFAULTS)
+    given = read_settings("import", settings, DEFAULTS)
     source, target = Path(given["from"]), Path(given["to"])
     model = hf_config.read_config(source)
     with TensorFolder(source) as folder, step_folders.new_folder(target) as partial:

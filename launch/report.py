@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
+from train import compose
+from train.checkpoint import CONFIG_FILE, read_state
+from train.data.blend import open_stream, prepared_fingerprint
 from train.report.page import write_report
 from train.report.runs import find_runs, read_run
+from train.run_folder import find_checkpoint
 
 
 def report(settings: Sequence[str]) -> int:
@@ -29,6 +35,22 @@ def report(settings: Sequence[str]) -> int:
         raise ValueError("which run? python -m launch report run=DIR [run=DIR ...] [out=FILE]")
     runs = [read_run(path) for folder in dict.fromkeys(folders) for path in find_runs(folder)]
     out = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
-    write_report(runs, out)
+    entropies = {unigram_entropy_nats(run.folder) for run in runs}
+    write_report(runs, out, entropies.pop() if len(entropies) == 1 else None)
     print(f"report of {len(runs)} run{'s' if len(runs) > 1 else ''}: {out}")
     return 0
+
+
+def unigram_entropy_nats(run: Path) -> float | None:
+    """Of the validation text that a run reads, in nats per token.
+
+    None where that is not known any more: without config, checkpoint or data, or with data that were prepared anew.
+    """
+    try:
+        config = compose.load(run / CONFIG_FILE)
+        known = read_state(find_checkpoint(run)).fingerprints["data"]
+        if prepared_fingerprint(config.data) not in known:
+            return None
+        return open_stream(config.data, "valid", config.train.seq_len, order="sequential").unigram_entropy_nats
+    except (OSError, ValueError, yaml.YAMLError):
+        return None

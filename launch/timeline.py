@@ -15,12 +15,12 @@ says which schedule it was, and where no cost is given the costs are those that 
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.settings import read_settings
 from parallel.pipeline.actions import Action, Pair
 from parallel.pipeline.events import Event, Timeline, read_trace, write_trace
 from parallel.pipeline.measure import check_recorded, exposed_s, idle_s, measured_costs
@@ -226,15 +226,7 @@ def _short(value: float) -> str:
 
 
 def _read(settings: Sequence[str]) -> dict[str, str]:
-    given = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.6)
-            raise ValueError(f"{key} is not a key of the timeline" + (f"; did you mean {near[0]}?" if near else ""))
-        if not equals or not value:
-            raise ValueError(f"{key} needs a value: {key}=...")
-        given[key] = value
+    given = read_settings("timeline", settings, dict.fromkeys(KEYS, ""))
     if "events" not in given or any(key in given for key in SHAPES):
         for key in NEEDED:
             if key not in given:

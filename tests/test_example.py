@@ -20,6 +20,7 @@ def test_the_example_does_what_it_shows(tmp_path: Path) -> None:
 
     best = folder / "runs" / "rates-sweep" / "lr_scheduler.lr=0.003"
     config = compose.load(best / "config.yaml")
+    assert "unigram entropy" in (best / "report.html").read_text()
     text = next((folder / "my-texts").glob("*.py")).read_text()
     tokens = Tokenizer.load(folder / "my-tokens" / "tokenizer.json").encode([text])[0].tolist()
     assert AutoTokenizer.from_pretrained(folder / "my-model")(text)["input_ids"] == tokens

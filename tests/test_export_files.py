@@ -209,7 +209,7 @@ def test_fp8_quantises_what_training_multiplies_in_fp8() -> None:
         (["weights=average"], "weights=average is not one of model, ema"),
         (["weights=ema"], "weights=ema: {checkpoint} holds no moving average, as optimizer.ema_decay was 0"),
         (["max_shard_bytes=0"], "max_shard_bytes=0 must be a positive number"),
-        (["max_shard_byte=5"], "max_shard_byte is not a key of this verb; did you mean max_shard_bytes?"),
+        (["max_shard_byte=5"], "max_shard_byte is not a key of export; did you mean max_shard_bytes?"),
         (["fp8"], "fp8 cannot be read as key=value"),
         (["dtype=fp8", "dtype=bf16"], "dtype is given twice"),
         (["tokenizer=auto"], "no tokenizer at {checkpoint}/tokenizer.json: name one with tokenizer=FILE"),
@@ -232,7 +232,7 @@ def test_export_refuses_places(tiny: Path, tmp_path: Path, capfd: Any) -> None:
         return error
 
     assert "to=... is missing" in said(f"checkpoint={tiny}")
-    assert "is neither a complete checkpoint nor" in said(f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
+    assert "holds no complete checkpoint" in said(f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
     assert "exists already" in said(f"checkpoint={tiny}", f"to={tmp_path}", "tokenizer=none")
     damaged = tmp_path / "damaged"
     shutil.copytree(tiny, damaged)

@@ -67,13 +67,25 @@ def load(path: Path) -> RunConfig:
 
 def section(kind: type[T], values: Mapping[str, Any], name: str) -> T:
     """One room's config of plain values, types checked; ValueError names the key, as part of section `name`."""
+    tree = _unlocked(OmegaConf.structured(kind))
+    known = [str(key) for key in tree]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {name}.{near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ValueError(f"{name}.{key} is not a key of {name}; {hint}")
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(_unlocked(OmegaConf.structured(kind)), dict(values)))
+        config = OmegaConf.to_object(OmegaConf.merge(tree, dict(values)))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        raise ValueError(f"{name}.{key}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{name}.{getattr(error, 'full_key', None)}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, kind)
     return config
+
+
+def section_of(kind: type[T], settings: Iterable[str], name: str) -> T:
+    """The same of `name.key=value` settings."""
+    values = OmegaConf.from_dotlist([setting.removeprefix(f"{name}.") for setting in settings])
+    return section(kind, {str(key): value for key, value in values.items()}, name)
 
 
 def text(config: RunConfig) -> str:
@@ -139,25 +151,6 @@ def _swept(item: Override) -> Swept:
     if not choices:
         raise ValueError(f"{item.input_line} is an empty range: the grid would have no job")
     return Swept(key, choices, is_range=isinstance(value, RangeSweep) and not value.shuffle)
-
-
-def typed(schema: type[T], name: str, settings: Iterable[str]) -> T:
-    """A dataclass filled from `name.field=value` settings. ValueError for an unknown field or a wrong type."""
-    tree = OmegaConf.structured(schema)
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        field = key.removeprefix(f"{name}.")
-        if field not in tree:
-            near = difflib.get_close_matches(field, [str(each) for each in tree], n=1)
-            known = f"did you mean {name}.{near[0]}?" if near else f"there are {', '.join(str(each) for each in tree)}"
-            raise ValueError(f"{key} is not a key of a sweep; {known}")
-        try:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([f"{field}={value}"]))
-        except OmegaConfBaseException as error:
-            raise ValueError(f"{key}={value}: {str(error).splitlines()[0]}") from None
-    filled = OmegaConf.to_object(tree)
-    assert isinstance(filled, schema)
-    return filled
 
 
 def _schema() -> DictConfig:

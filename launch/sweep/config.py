@@ -53,6 +53,6 @@ class SweepConfig:
 def split(settings: Sequence[str]) -> tuple[SweepConfig, list[str]]:
     """The checked settings of the sweep, and what is left for its jobs. ValueError for an unknown key or value."""
     ours = [setting for setting in settings if setting.startswith("sweep.")]
-    config = compose.typed(SweepConfig, "sweep", ours)
+    config = compose.section_of(SweepConfig, ours, "sweep")
     config.check()
     return config, [setting for setting in settings if setting not in ours]

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from launch.__main__ import main
-from launch.generate import find_checkpoint
 from tests.runs import SMALL, last_checkpoint, prepare_text, read_checkpoint, run_in
 from tests.spawn import Ranks
 from train import compose
@@ -21,6 +20,7 @@ from train.data.meta import TOKENIZER
 from train.data.prepare_blend import prepare_sources
 from train.data.tokenizer import TextStream, Tokenizer
 from train.generate import Record, generate
+from train.run_folder import find_checkpoint
 from train.state import TrainState
 
 
@@ -117,7 +117,7 @@ def test_a_checkpoint_is_found(run: Path) -> None:
         (["prompt=a", "precision=int8"], "precision=int8 is not one of fp64, fp32, bf16, fp8"),
         (["prompt=a", "speculative=maybe"], "speculative=maybe is not one of false, true"),
         (["prompt=a", "tokenizer=/nowhere.json"], "/nowhere.json, the tokenizer of the run, is missing"),
-        (["prompt=a", "checkpoint=/nowhere"], "checkpoint=/nowhere is no folder"),
+        (["prompt=a", "tokenizer=/x", "tokenizer=/y"], "tokenizer is given twice"),
     ],
 )
 def test_refuses(run: Path, settings: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,7 +128,9 @@ def test_refuses(run: Path, settings: list[str], sentence: str, capsys: pytest.C
 
 def test_refuses_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "prompt=a"]) == 2
-    assert "generate needs checkpoint=FOLDER" in capsys.readouterr().err
+    assert "checkpoint=... is missing: generate needs checkpoint" in capsys.readouterr().err
+    assert main(["generate", "checkpoint=/nowhere", "prompt=a"]) == 2
+    assert "checkpoint=/nowhere is no folder" in capsys.readouterr().err
     assert main(["generate", f"checkpoint={tmp_path}", "prompt=a"]) == 2
     assert f"checkpoint={tmp_path} holds no complete checkpoint" in capsys.readouterr().err
 

@@ -192,10 +192,10 @@ def test_folders_with_odd_names(tmp_path: Path, name: str) -> None:
     ("setting", "sentence"),
     [
         ("train.sed=1,2", r"train\.sed is not a key of the config; did you mean train\.seed"),
-        ("sweep.parallel=2", r"sweep\.parallel is not a key of a sweep; did you mean sweep\.num_parallel"),
+        ("sweep.parallel=2", r"sweep\.parallel is not a key of sweep; did you mean sweep\.num_parallel"),
         ("sweep.num_parallel=0", "must be at least 1"),
-        ("sweep.num_parallel=two", r"sweep\.num_parallel=two"),
-        ("sweep.num_parallel=1,2", r"sweep\.num_parallel=1,2"),
+        ("sweep.num_parallel=two", r"sweep\.num_parallel: Value 'two'"),
+        ("sweep.num_parallel=1,2", r"sweep\.num_parallel: Value '1,2'"),
         ("sweep.sampler=tpee", "not one of grid, tpe, random"),
         ("sweep.sampler=tpe", "nothing to choose"),
         ("sweep.metric=loss", "not one of"),
