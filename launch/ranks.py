@@ -166,6 +166,7 @@ def _spawn(
     files: ExitStack,
 ) -> _Rank:
     file = files.enter_context(log.open("ab"))
+    start = file.tell()  # before the rank has the file, too: what it writes moves this very place
     process = subprocess.Popen(
         list(command),
         env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -176,7 +177,7 @@ def _spawn(
         start_new_session=True,
         preexec_fn=_follow_into_death if sys.platform == "linux" else None,
     )
-    return _Rank(process, log, file.tell())
+    return _Rank(process, log, start)
 
 
 def _follow_into_death() -> None:
