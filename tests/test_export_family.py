@@ -22,6 +22,7 @@ from tests.exports import (
     state_of,
     transformers_model,
 )
+from tests.train.disk_names import part
 from tests.train.model_cases import random_tokens
 from train import hf_config, names
 from train.disk import Disk, layout, shapes
@@ -133,9 +134,9 @@ def test_names_are_a_bijection_on_elements(family: str, seed: int) -> None:
     covered: dict[str, list[tuple[int, int]]] = {name: [] for name in known}
     for disk in tensors:
         numbered = torch.arange(math.prod(known[disk.entry.ours])).view(known[disk.entry.ours])
-        part = disk.entry.slice_of(numbered)
-        assert tuple(part.shape) == disk.shape
-        assert torch.equal(part.flatten(), torch.arange(disk.offset, disk.offset + disk.numel)), disk
+        held = part(disk.entry, numbered)
+        assert tuple(held.shape) == disk.shape
+        assert torch.equal(held.flatten(), torch.arange(disk.offset, disk.offset + disk.numel)), disk
         parts = [(offset, offset + numel) for _, offset, numel in disk.bands(max_numel=500)]
         assert parts[0][0] == disk.offset and parts[-1][1] == disk.offset + disk.numel
         covered[disk.entry.ours] += parts

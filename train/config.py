@@ -272,11 +272,21 @@ class RunConfig:
             raise ValueError(
                 f"parallel.ep={self.parallel.ep} shares experts, and model.n_routed_experts=0 has none: it must be 1"
             )
+        self._check_recompute()
+
+    def _check_recompute(self) -> None:
+        model = self.model
         if self.recompute.mla_up_proj and model.attention != "mla":
             raise ValueError(
                 f"recompute.mla_up_proj=true needs model.attention=mla: model.attention={model.attention} projects "
                 "queries, keys and values straight from the layer's input"
             )
+        absent = {"attention", "experts"} if not model.num_routers else set()
+        absent |= {"dense"} if model.n_routed_experts and not model.first_k_dense_replace else set()
+        for node in self.recompute.nodes:
+            if node in absent:
+                kind = "dense" if node == "dense" else "MoE"
+                raise ValueError(f"recompute.nodes={self.recompute.nodes}: the model has no {kind} layer, so no {node}")
 
     def _check_sequences(self) -> None:
         train, model = self.train, self.model

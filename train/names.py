@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from train.model.config import ModelConfig, given
 
 
@@ -23,11 +21,6 @@ class Entry:
     theirs: str
     expert: int | None = None
     rows: slice | None = None
-
-    def slice_of(self, tensor: Tensor) -> Tensor:
-        """The part of our tensor that the disk tensor holds, as a view."""
-        part = tensor if self.expert is None else tensor[self.expert]
-        return part if self.rows is None else part[self.rows]
 
 
 def table(config: ModelConfig) -> Iterator[Entry]:

@@ -11,10 +11,16 @@ from train.disk import shapes
 from train.model.config import ModelConfig
 
 
+def part(entry: names.Entry, tensor: Tensor) -> Tensor:
+    """What the disk tensor of this entry holds of our tensor, as a view."""
+    chosen = tensor if entry.expert is None else tensor[entry.expert]
+    return chosen if entry.rows is None else chosen[entry.rows]
+
+
 def to_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our whole state (all experts) -> disk tensors, copies beside prediction depths included. Tensors are views."""
     return {
-        entry.theirs: entry.slice_of(state[entry.ours])
+        entry.theirs: part(entry, state[entry.ours])
         for entries in (names.table, names.copies)
         for entry in entries(config)
     }
@@ -26,5 +32,5 @@ def from_hf(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tenso
     for entry in names.table(config):
         tensor = state[entry.theirs]
         whole = ours.setdefault(entry.ours, tensor.new_empty(known[entry.ours]))
-        entry.slice_of(whole).copy_(tensor)
+        part(entry, whole).copy_(tensor)
     return ours

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.train.disk_names import from_hf, to_hf
+from tests.train.disk_names import from_hf, part, to_hf
 from tests.train.model_cases import (
     TINY_DENSE,
     V3,
@@ -41,7 +41,7 @@ def test_every_element_has_exactly_one_place_on_disk(config: ModelConfig) -> Non
         numbered[name] = torch.arange(start, start + tensor.numel()).view(tensor.shape)
         start += tensor.numel()
     tensors = layout(config)
-    parts = [disk.entry.slice_of(numbered[disk.entry.ours]) for disk in tensors]
+    parts = [part(disk.entry, numbered[disk.entry.ours]) for disk in tensors]
     assert [tuple(part.shape) for part in parts] == [disk.shape for disk in tensors]
     assert torch.equal(torch.cat([part.flatten() for part in parts]).sort()[0], torch.arange(start))
     assert len({disk.name for disk in tensors}) == len(tensors) == len(list(names.table(config)))
