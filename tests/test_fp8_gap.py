@@ -10,7 +10,7 @@ import pytest
 from benchmarks import fp8_gap
 from train.track import read_metrics
 
-SETTINGS = ["size=tiny", "steps=40", "seeds=1", "extra=0", "sides=fp32,reassociated,fp8,control"]
+SETTINGS = ["size=tiny", "steps=40", "tokens=256", "seeds=1", "sides=fp32,reassociated,fp8,control"]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_run_that_was_not_finite_counts_as_infinitely_far(tmp_path: Path) -> N
     (folder / "not-finite").touch()
     losses = bench.losses("control", 0)
     assert len(losses) == 40 and np.isnan(losses[10:]).all()
-    assert fp8_gap.figure(fp8_gap.smooth(losses) / 7 - 1) == float("inf")
+    assert fp8_gap.largest(fp8_gap.smooth(losses) / 7 - 1) == float("inf")
 
 
 def test_smoothing_is_a_weighted_mean_of_all_that_came_before() -> None:
@@ -90,6 +90,7 @@ def test_smoothing_is_a_weighted_mean_of_all_that_came_before() -> None:
     [
         ("size=huge", "size=huge is not one of gap, tiny"),
         ("steps=0", "steps=0 must be a whole number above 0"),
+        ("tokens=200", "tokens=200 must be a multiple of 128"),
         ("sides=fp8", "sides=fp8 must have fp32, reassociated, fp8"),
         ("speed=9", "unknown settings: speed=9"),
     ],
