@@ -171,6 +171,16 @@ def _end(sentence: str) -> NoReturn:
     raise SystemExit(sentence)
 
 
+def claim(bench: Bench) -> None:
+    """Make the folder one of this comparison's runs alone; SystemExit if it has those of another."""
+    settings = f"size={bench.size} steps={bench.num_steps} tokens={bench.step_tokens}"
+    path = bench.folder / "settings"
+    if path.exists() and path.read_text() != settings:
+        raise SystemExit(f"dir={bench.folder} has runs of {path.read_text()}, and not of {settings}: name another")
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(settings)
+
+
 def run_all(bench: Bench, arguments: list[str]) -> None:
     """Every run that is not at its end yet, `jobs` at once, each in a process of its own."""
     prepare(bench.config("fp32", 0).data, print)
@@ -282,6 +292,7 @@ def main(arguments: list[str]) -> None:
         work(read(arguments[2:]), side, int(seed))
         return
     bench = read(arguments)
+    claim(bench)
     counts = parameter_counts(bench.config("fp32", 0).model)
     print(
         f"size={bench.size}: {counts.total / 1e6:.1f} M parameters and {counts.mtp / 1e6:.1f} M for MTP, "

@@ -42,6 +42,10 @@ def test_everything_is_written(bench: fp8_gap.Bench, capsys: pytest.CaptureFixtu
     rows = (bench.folder / "gap.csv").read_text().splitlines()
     assert rows[0] == "side,seed,step,loss" and len(rows) == 1 + 4 * 40
     assert (bench.folder / "gap.png").stat().st_size > 20_000
+    with pytest.raises(
+        SystemExit, match="has runs of size=tiny steps=40 tokens=256, and not of size=tiny steps=40 tokens"
+    ):
+        fp8_gap.main([*SETTINGS, "tokens=384", f"dir={bench.folder}"])
 
 
 def test_a_run_goes_on_where_it_was_ended(bench: fp8_gap.Bench, tmp_path: Path) -> None:
