@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.runs import SMALL, prepare_text, read_checkpoint, train_main
+from tests.runs import SMALL, prepare_text, read_checkpoint, run_in, train_main
+from tests.spawn import Ranks
+from tests.te import twin
 from tests.te.twin import LOG
 from train.precision import recipe
 from train.track import read_metrics
@@ -30,13 +34,27 @@ class Run(NamedTuple):
     num_weights: int
 
 
-@pytest.fixture(scope="module", autouse=True)
+@contextmanager
 def claimed() -> Iterator[None]:
     """The run is on a CPU: the library can multiply there, because the twin can."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(recipe, "missing", lambda device: None)
-    yield
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "missing", lambda device: None)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _claimed() -> Iterator[None]:
+    with claimed():
+        yield
+
+
+@contextmanager
+def over_the_twin() -> Iterator[None]:
+    """The same in a rank, a process without this one's plugin. It ends with these tests."""
+    if "transformer_engine" not in sys.modules:
+        twin.install()
+    with claimed():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +119,33 @@ def test_widths_are_refused_before_a_step(tmp_path: Path, text: list[str], capsy
     settings = [*SMALL, *text, *STEPS, "model.kv_lora_rank=8", f"run.dir={tmp_path / 'odd'}"]
     assert train_main([*settings, "precision.engine=auto"]) == 2
     assert "multiples of 16, not by layers.0.self_attn.kv_a_proj_with_mqa.weight" in capsys.readouterr().err
+
+
+# Of the first loss, the first norm and all later losses, as tests/test_fp8.py has them for the reference.
+@pytest.mark.parametrize(
+    ("num_ranks", "topology", "tolerances"),
+    [
+        # The same products in another order of float32 sums into `main_grad`.
+        (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=dualpipev", (0.0, 1e-6, 1e-6)),
+        # Tiles of an expert's tokens hold those of all ranks that share it.
+        (4, "parallel.pp=2 parallel.dp=2 parallel.ep=2 pipeline.schedule=dualpipe", (1e-5, 1e-4, 1e-3)),
+    ],
+    ids=["pipeline", "pipeline and experts"],
+)
+def test_on_several_ranks(
+    ranks: Ranks,
+    library: tuple[Path, Run],
+    tmp_path: Path,
+    text: list[str],
+    num_ranks: int,
+    topology: str,
+    tolerances: tuple[float, float, float],
+) -> None:
+    """Weight gradients wait for their W action and rows for their experts' ranks: the numbers of one process."""
+    words = [*SMALL, *text, *STEPS, "precision.engine=transformer_engine", "parallel.dispatch=flat", *topology.split()]
+    found, single = run_in(ranks, tmp_path, words, num_ranks, over_the_twin).rows, library[1].rows
+    first_loss, first_norm, later = tolerances
+    assert found[0]["train/loss"] == pytest.approx(single[0]["train/loss"], rel=first_loss, abs=0)
+    assert found[0]["train/grad_norm"] == pytest.approx(single[0]["train/grad_norm"], rel=first_norm, abs=0)
+    for ours, theirs in zip(found, single, strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=later, abs=0)
