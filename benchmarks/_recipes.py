@@ -9,11 +9,11 @@ from torch import Tensor
 
 from train.precision.blockwise import E4M3, scales_of
 from train.precision.linear import Engines, TorchEngine
-from train.precision.recipe import FP8_MODULES, Table
+from train.precision.recipe import CHOICES, PrecisionConfig, Table
 from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
 from train.precision.tiles import Kept, round_blocks, round_columns, round_to
 
-MakeEngines = Callable[..., Engines]
+MakeEngines = Callable[[PrecisionConfig, torch.device | str, QuantisedWeights], Engines]
 
 
 class Reassociated(TorchEngine):
@@ -89,16 +89,15 @@ class PerTensor(_OtherGradients):
         accumulator.addmm_(round_whole(dy).t(), round_whole(x))
 
 
-def reassociated(_precision: str, device: torch.device | str, *_: object) -> Engines:
+def reassociated(_config: PrecisionConfig, device: torch.device | str, _weights: QuantisedWeights) -> Engines:
     return Reassociated(device)
 
 
 def instead(kind: type[Fp8Engine]) -> MakeEngines:
     """The table of FP8 with another engine wherever it has one of FP8."""
 
-    def make(_precision: str, device: torch.device | str, weights: QuantisedWeights, *_: object) -> Engines:
-        made = kind(Fp8(), weights)
-        high = TorchEngine(device)
-        return Table({name: made if recipe else high for name, recipe in FP8_MODULES.items()})
+    def make(config: PrecisionConfig, device: torch.device | str, weights: QuantisedWeights) -> Engines:
+        made, high = kind(Fp8(), weights), TorchEngine(device)
+        return Table({module: made if config.is_fp8(module) else high for module in CHOICES})
 
     return make

@@ -39,6 +39,7 @@ from parallel.expert.dispatch import LocalDispatch
 from parallel.zero.optimizer import build
 from parallel.zero.sets import ReplicaGroups
 from train.assemble import DTYPES
+from train.compose import group
 from train.flops import parameter_counts, training_flops_per_token
 from train.job import held
 from train.model.config import ModelConfig
@@ -48,7 +49,7 @@ from train.model.loss import LossTerms
 from train.model.transformer import Transformer
 from train.optim import OptimConfig, adamw_factory, decays
 from train.precision.grads import attach_main_grads
-from train.precision.recipe import build_engines
+from train.precision.recipe import PrecisionConfig, build_engines
 from train.precision.reference import QuantisedWeights
 
 DEFAULTS = {
@@ -139,10 +140,9 @@ class Batches:
 
 def ours(config: ModelConfig, clip: float, precision: str = "fp32", compile: bool = False) -> Side:
     dispatch, weights = LocalDispatch(config.n_routed_experts), QuantisedWeights()
+    engines = build_engines(group(PrecisionConfig, "precision", precision), "cpu", weights)
     with torch.device("meta"):
-        model = Transformer(
-            config, dispatch, build_engines(precision, "cpu", weights), kernels=Kernels(compile=compile)
-        )
+        model = Transformer(config, dispatch, engines, kernels=Kernels(compile=compile))
     init_weights(model, config, 0, DTYPES[precision], "cpu")
     params = [(info, param, decays(param.shape)) for info, param in held([model])]
     factory = adamw_factory(OptimConfig())

@@ -21,7 +21,7 @@ from launch.settings import read_settings
 from train import compose
 from train.assemble import DTYPES, load_model
 from train.checkpoint import CONFIG_FILE, read_state
-from train.config import PrecisionConfig, RunConfig
+from train.config import RunConfig
 from train.data.blend import prepared_fingerprint, prepared_tokenizer
 from train.data.tokenizer import TextStream, Tokenizer
 from train.flat import FlatReader, tensors
@@ -37,6 +37,7 @@ from train.generate import (
     kept_per_token,
 )
 from train.model.transformer import Transformer
+from train.precision.recipe import PrecisionConfig
 from train.run_folder import find_checkpoint
 from train.state import TrainState
 
@@ -96,7 +97,9 @@ def generate_command(settings: Sequence[str]) -> int:
         raise ValueError("speculative=true needs prediction depths, and model.num_nextn_predict_layers=0 in the run")
     if request.weights == "ema":
         _check_average(folder)
-    precision = config.precision if request.precision is None else PrecisionConfig(request.precision)
+    precision = config.precision
+    if request.precision not in (None, precision.name):
+        precision = compose.group(PrecisionConfig, "precision", request.precision)
     model = load_model(folder, config.model, precision, request.device, request.weights)
     said = {name: word for word, name in WEIGHTS.items()}[request.weights]
     print(f"{folder}: {said} weights in {precision.name} on {request.device}\n\n{request.prompt}", end="", flush=True)

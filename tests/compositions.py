@@ -17,6 +17,7 @@ from parallel.pipeline.registry import INTERLEAVED, NAMES
 from train.compose import compose
 from train.config import RunConfig
 from train.model.config import SCORING_FUNCS, TOPK_METHODS
+from train.precision.recipe import RECIPES
 
 VOCAB_SIZE = 300  # of the prepared text
 # Sequences times positions of a step: what the plain trainer does in a moment.
@@ -68,9 +69,13 @@ class Generator:
             self.refusals["too many tokens for a test"] += 1
 
     def draw_fp8(self, seed: int, index: int, max_ranks: int = 8) -> Composition:
-        """One in FP8, wide enough for tiles of every kind: one, several, and an edge."""
-        width = random.Random(f"width {seed}/{index}").choice([24, 128, 130, 200, 257])
-        return self.draw(seed, index, max_ranks, (f"model.hidden_size={width}", "precision=fp8"))
+        """One in FP8, wide enough for tiles of every kind: one, several, and an edge; half of them with the report's
+        table of what multiplies in FP8."""
+        dice = random.Random(f"fp8 {seed}/{index}")
+        fixed = [f"model.hidden_size={dice.choice([24, 128, 130, 200, 257])}", "precision=fp8"]
+        if dice.random() < 0.5:
+            fixed += [f"precision.modules.{key}={dice.choice(['fp8', 'bf16'])}" for key in RECIPES]
+        return self.draw(seed, index, max_ranks, fixed)
 
     def move(self, composition: Composition, seed: int, index: int, max_ranks: int = 8) -> Composition:
         """The same run somewhere else: only what changes no number is drawn anew."""

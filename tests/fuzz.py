@@ -41,8 +41,8 @@ FP8_SAME = (1e-12, 1e-6, True)
 # An expert that ranks share multiplies the rows of all of them at once: another number of rows in one product, whose
 # last bits may turn a rounding to bf16; and its weight gradient quantises other tokens together.
 FP8_SHARED_EXPERTS = (1e-4, 1e-2, False)
-# Two hops add a token's results in two rounds, each rounded to bf16, which moves the last bit of many; a router may
-# then choose otherwise.
+# Two hops add a token's results in two rounds, first those of a rank, each rounded to bf16, on one node too. That moves
+# the last bit of many; a router may then choose otherwise.
 FP8_TWO_ROUNDS = (3e-3, 3e-2, False)
 FP64_NATIVE = ("precision=fp64", "zero.engine=native")
 
@@ -167,8 +167,8 @@ class Bench:
 
 def compare_fp8(run: Finished, alone: Finished, parallel: ParallelConfig) -> Verdict:
     """The first step of two FP8 runs of the same micro-batches, the second in one process."""
-    across = parallel.dispatch == "two_hop" and parallel.nodes > 1
-    loss, norm, alike = FP8_SAME if parallel.ep == 1 else FP8_TWO_ROUNDS if across else FP8_SHARED_EXPERTS
+    shared = FP8_TWO_ROUNDS if parallel.dispatch == "two_hop" else FP8_SHARED_EXPERTS
+    loss, norm, alike = FP8_SAME if parallel.ep == 1 else shared
     found = {name: value for name, value in of_rows(run, alone).items() if name.startswith("train/")}
     bounds = {name: norm if "grad_norm" in name else loss for name in found}
     loads = _of_loads(run, torch.load(alone.folder / "loads.pt")) if alike else {}

@@ -46,7 +46,7 @@ def keys_of_class(kind: Any, prefix: str = "") -> Iterator[str]:
 
 def keys_of_tree(tree: Any, prefix: str = "") -> Iterator[str]:
     for key, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from keys_of_tree(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
@@ -70,6 +70,11 @@ MISTAKES = [
     ("model=huge", "model=huge", "tiny"),
     ("precision=fp4", "precision=fp4", "fp64, fp8"),
     ("precision.power_of_two_scales=true", "precision.power_of_two_scales=true", "precision=fp8"),
+    ("precision=fp8 precision.modules.o_proj=fp4", "precision.modules.o_proj=fp4", "fp8, bf16"),
+    ("precision=fp8 precision.modules.oproj=bf16", "precision.modules.oproj", "is not a key"),
+    ("precision=fp8 +precision.modules.oproj=bf16", "precision.modules.oproj", "attention, o_proj, mlp"),
+    ("precision=fp8 ~precision.modules.o_proj", "precision.modules.o_proj is missing", "fp8 or bf16"),
+    ("+precision.modules.o_proj=fp8", "precision.modules.o_proj", "precision=fp8"),
     ("experiment=unknown", "experiment=unknown", "first_run"),
     # types
     ("train.seq_len=long", "train.seq_len", "long"),

@@ -24,10 +24,11 @@ from tests.launched import ROOT
 from tests.runs import environment
 from tests.train.model_cases import TINY
 from train import step_folders
+from train.compose import group
 from train.disk import layout, shapes
 from train.flat_stream import RangeReader
 from train.model.config import ModelConfig
-from train.precision.recipe import FP8_MODULES
+from train.precision.recipe import PrecisionConfig
 from train.tensor_files import INDEX, Spec, TensorFolder, write_shard
 
 # Stacked experts of 34 MB in one piece, as a single process saves them; 31 M parameters in all.
@@ -193,10 +194,11 @@ def test_fp8_is_what_others_read(exported: Path, tiny: Path, tmp_path: Path, mon
 
 
 def test_fp8_quantises_what_training_multiplies_in_fp8() -> None:
+    training = group(PrecisionConfig, "precision", "fp8")
     for disk in layout(TINY):
         module = disk.entry.ours.removesuffix(".weight").split(".")[-1]
         prefix = "experts." if ".experts." in disk.entry.ours else ""
-        assert disk.is_linear == (FP8_MODULES.get(f"{prefix}{module}") is not None), disk.name
+        assert disk.is_linear == training.is_fp8(f"{prefix}{module}"), disk.name
 
 
 # --- what export refuses ---

@@ -17,9 +17,10 @@ from torch import Tensor
 from tests.runs import DENSE, SMALL, Finished, prepare_text, read_checkpoint, run_in, train_main
 from tests.spawn import Ranks
 from train import __main__ as program
+from train.compose import group, load
 from train.job import Job
 from train.precision import linear, reference
-from train.precision.recipe import FP8_MODULES
+from train.precision.recipe import CHOICES, RECIPES, PrecisionConfig
 from train.precision.reference import Fp8
 from train.track import read_metrics
 
@@ -38,8 +39,7 @@ class Watched:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        # What a looped group asks of the engine beneath is not asked by the model.
-        classes = [reference.Fp8Engine, reference._Groups, linear.TorchEngine]
+        classes = [reference.Fp8Engine, reference._Groups, linear.TorchEngine, linear._LoopedGroups]
         patches = [
             mock.patch.object(kind, name, self._wrap(kind, name, place))
             for kind in classes
@@ -65,7 +65,7 @@ class Watched:
 
         def watched(engine: Any, *args: Tensor) -> Any:
             self.taken.setdefault((args[place].data_ptr(), name), set()).add(
-                f"fp8 {engine_recipe(engine)}" if kind is not linear.TorchEngine else "torch"
+                f"fp8 {engine_recipe(engine)}" if kind in (reference.Fp8Engine, reference._Groups) else "torch"
             )
             return inner(engine, *args)
 
@@ -96,9 +96,11 @@ def single(tmp_path_factory: pytest.TempPathFactory, text: list[str], watched: W
     return Finished(folder, read_metrics(folder / "metrics.jsonl"))
 
 
-def modules_multiplied_as_the_table_says(watched: Watched) -> set[str]:
-    """Those that the watched run has; every product of each was taken by the engine that the table names."""
+def modules_multiplied_as_the_table_says(watched: Watched, folder: Path) -> set[str]:
+    """Those that the watched run has; every product of each was taken by the engine that the config in the run's folder
+    names."""
     assert watched.job is not None
+    precision = load(folder / "config.yaml").precision
     seen = set()
     for model in watched.job.models:
         assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -114,12 +116,12 @@ def modules_multiplied_as_the_table_says(watched: Watched) -> set[str]:
                     ("wgrad_", parameter.main_grad),  # type: ignore[attr-defined]
                 )
             ]
-            if module not in FP8_MODULES:
+            if module not in CHOICES:
                 assert module in {"embed_tokens", "gate"} or parameter.ndim == 1, name
                 assert found == [set()] * 3, name
                 continue
-            recipe = FP8_MODULES[module]
-            expected = {"torch" if recipe is None else f"fp8 {recipe}"}
+            key = CHOICES[module]
+            expected = {f"fp8 {RECIPES[key][module]}" if precision.modules[key] == "fp8" else "torch"}
             # The head forms its weight gradient while the logits are at hand, and hands it on whole.
             assert found == [expected, expected, set() if module == "lm_head" else expected], name
             seen.add(module)
@@ -131,7 +133,32 @@ OF_GROUPED_ATTENTION = {"q_proj", "k_proj", "v_proj"}
 
 
 def test_every_matrix_is_multiplied_as_the_table_says(single: Finished, watched: Watched) -> None:
-    assert modules_multiplied_as_the_table_says(watched) == set(FP8_MODULES) - OF_GROUPED_ATTENTION
+    assert modules_multiplied_as_the_table_says(watched, single.folder) == set(CHOICES) - OF_GROUPED_ATTENTION
+
+
+# The report's, and its opposite.
+TABLE = group(PrecisionConfig, "precision", "fp8")
+TURNED = [f"precision.modules.{key}={'fp8' if word == 'bf16' else 'bf16'}" for key, word in TABLE.modules.items()]
+
+
+@pytest.mark.parametrize("table", [TURNED, [*TURNED[:2], *TURNED[4:]]], ids=["all turned", "half turned"])
+def test_another_table_is_obeyed(tmp_path: Path, text: list[str], single: Finished, table: list[str]) -> None:
+    watched = Watched()
+    with watched.watching():
+        assert train_main([*SMALL, *text, *STEPS, *table, f"run.dir={tmp_path}"]) == 0
+    assert modules_multiplied_as_the_table_says(watched, tmp_path) == set(CHOICES) - OF_GROUPED_ATTENTION
+    losses = [row["train/loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert losses != [row["train/loss"] for row in single.rows]
+    assert losses == pytest.approx([row["train/loss"] for row in single.rows], rel=1e-3)
+
+
+def test_a_run_is_resumed_with_its_own_table(
+    tmp_path: Path, text: list[str], single: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(single.folder, tmp_path / "again")
+    words = [*SMALL, *text, *STEPS, "precision.modules.o_proj=bf16", f"run.dir={tmp_path / 'again'}"]
+    assert train_main(words) == 2
+    assert "modules.o_proj" in capsys.readouterr().err
 
 
 def test_every_matrix_of_a_dense_model_too(tmp_path: Path, text: list[str]) -> None:
@@ -139,21 +166,20 @@ def test_every_matrix_of_a_dense_model_too(tmp_path: Path, text: list[str]) -> N
     with watched.watching():
         assert train_main([*DENSE, *text, *STEPS, "train.max_steps=1", f"run.dir={tmp_path}"]) == 0
     dense = {"o_proj", "gate_up_proj", "down_proj", "lm_head"}
-    assert modules_multiplied_as_the_table_says(watched) == OF_GROUPED_ATTENTION | dense
+    assert modules_multiplied_as_the_table_says(watched, tmp_path) == OF_GROUPED_ATTENTION | dense
 
 
 def test_the_table_is_the_reports() -> None:
     """Sections 3.3.1 and 3.3.3, and the types of the published weights; docs/fp8.md names every module."""
-    high = {module for module, recipe in FP8_MODULES.items() if recipe is None}
-    assert high == {"eh_proj", "lm_head"}
-    special = {module: recipe for module, recipe in FP8_MODULES.items() if recipe not in (None, Fp8())}
+    assert {module for module in CHOICES if not TABLE.is_fp8(module)} == {"eh_proj", "lm_head"}
+    special = {module: recipe for module, key in CHOICES.items() if (recipe := RECIPES[key][module]) != Fp8()}
     assert special == {
         "o_proj": Fp8(round_input=True, keep="e5m6"),
         "experts.gate_up_proj": Fp8(round_input=True),
         "experts.down_proj": Fp8(round_gradient=True),
     }
     page = (Path(__file__).resolve().parent.parent / "docs" / "fp8.md").read_text()
-    assert all(f"`{module}`" in page for module in FP8_MODULES)
+    assert all(f"`{module}`" in page for module in CHOICES)
 
 
 def test_resumed_bit_for_bit(single: Finished, tmp_path: Path, text: list[str]) -> None:
@@ -257,3 +283,6 @@ def test_bytes_on_the_way_change_no_number(ranks: Ranks, tmp_path: Path, text: l
     theirs = plain.masters
     assert all(torch.equal(value, theirs[name]) for name, value in coded.masters.items())
     assert coded.rows[0][BYTES] < plain.rows[0][BYTES]
+    words += ["precision.modules.experts=bf16", "train.max_steps=1"]
+    # Experts that multiply in bf16 are sent rows in bf16; here and there a token chooses another one.
+    assert run_in(ranks, tmp_path / "bf16", words, 2).rows[0][BYTES] == pytest.approx(plain.rows[0][BYTES], rel=0.05)

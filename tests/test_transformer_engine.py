@@ -7,15 +7,19 @@ import importlib.util
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from train.precision.recipe import check_widths, choose_engine, fp8_weights
+from train.compose import group
+from train.precision import recipe
+from train.precision.recipe import PrecisionConfig, check_widths, choose_engine, fp8_weights
 from train.precision.reference import QuantisedWeights
 
+FP8 = group(PrecisionConfig, "precision", "fp8")
 ROOT = Path(__file__).resolve().parent.parent
 CONTRACT = ["-m", "pytest", "-p", "tests.te.plugin", "-p", "no:cacheprovider", "-o", "python_files=contract_*.py"]
 CONTRACT += ["-o", "addopts=--strict-markers", "-x", "tests/te"]
@@ -37,30 +41,38 @@ def test_the_rest_of_the_package_does_not_import_it() -> None:
     code = (
         "import sys; sys.modules['transformer_engine'] = None\n"
         "import train.__main__, train.assemble, launch.__main__\n"
-        "from train.precision.recipe import choose_engine\n"
-        "print(choose_engine('auto', 'cpu'))"
+        "from train.precision.recipe import PrecisionConfig, choose_engine\n"
+        "print(choose_engine(PrecisionConfig('fp8'), 'cpu'))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "reference\n", done.stderr
 
 
 def test_on_a_cpu_the_reference_multiplies() -> None:
-    assert choose_engine("auto", "cpu") == choose_engine("reference", "cpu") == "reference"
-    assert isinstance(fp8_weights("fp8", "auto", "cpu"), QuantisedWeights)
+    assert all(choose_engine(replace(FP8, engine=word), "cpu") == "reference" for word in ("auto", "reference"))
+    assert isinstance(fp8_weights(FP8, "cpu"), QuantisedWeights)
     with pytest.raises(ValueError, match=r"precision.engine=transformer_engine cannot multiply here: it needs a GPU"):
-        choose_engine("transformer_engine", "cpu")
+        choose_engine(replace(FP8, engine="transformer_engine"), "cpu")
 
 
 def test_on_a_gpu_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with pytest.raises(ValueError, match=r"compute capability 9.0 \(Hopper\), not \(8, 0\)"):
-        choose_engine("transformer_engine", "cuda")
+        choose_engine(replace(FP8, engine="transformer_engine"), "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)
     with pytest.raises(ValueError, match=r"not installed \(pip install --no-build-isolation -e '.\[cuda\]'\)"):
-        choose_engine("transformer_engine", "cuda")
-    assert choose_engine("auto", "cuda") == "reference"
+        choose_engine(replace(FP8, engine="transformer_engine"), "cuda")
+    assert choose_engine(replace(FP8, engine="auto"), "cuda") == "reference"
+
+
+def test_a_head_in_fp8_is_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "missing", lambda device: None)
+    head = replace(FP8, modules={**FP8.modules, "lm_head": "fp8"})
+    assert choose_engine(FP8, "cuda") == "transformer_engine" and choose_engine(head, "cuda") == "reference"
+    with pytest.raises(ValueError, match=r"precision.modules.lm_head=fp8 needs engine=reference"):
+        choose_engine(replace(head, engine="transformer_engine"), "cuda")
 
 
 def test_widths_that_it_cannot_multiply_by_are_refused_by_name() -> None:
@@ -68,7 +80,7 @@ def test_widths_that_it_cannot_multiply_by_are_refused_by_name() -> None:
     model = nn.Module()
     model.lm_head = nn.Linear(64, 9)
     model.o_proj = nn.Linear(48, 64)
-    check_widths(model)
+    check_widths(model, FP8)
     model.q_b_proj = nn.Linear(24, 64)
     with pytest.raises(ValueError, match=r"multiples of 16, not by q_b_proj.weight of shape \(64, 24\)"):
-        check_widths(model)
+        check_widths(model, FP8)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tests.te import case
-from train.precision.recipe import choose_engine
+from train.precision.recipe import PrecisionConfig, choose_engine
 from train.precision.transformer_engine import missing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,11 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, dict[str, T
 
 
 def test_auto_takes_it() -> None:
-    assert choose_engine("auto", "cuda") == choose_engine("transformer_engine", "cuda") == "transformer_engine"
+    assert (
+        choose_engine(PrecisionConfig("fp8", engine="auto"), "cuda")
+        == choose_engine(PrecisionConfig("fp8", engine="transformer_engine"), "cuda")
+        == "transformer_engine"
+    )
 
 
 @pytest.mark.parametrize("power_of_two", [True, False])

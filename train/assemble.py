@@ -24,7 +24,7 @@ from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
 from train import flops
 from train.checkpoint import Checkpoints, read_pieces
-from train.config import PrecisionConfig, RunConfig
+from train.config import RunConfig
 from train.data.blend import check_epochs, open_stream
 from train.ema import Ema
 from train.job import Job, held
@@ -37,7 +37,14 @@ from train.model.transformer import Transformer
 from train.optim import adamw_factory, decays
 from train.precision.grads import attach_main_grads
 from train.precision.linear import Engines
-from train.precision.recipe import build_engines, check_widths, choose_engine, fp8_weights, row_codec
+from train.precision.recipe import (
+    PrecisionConfig,
+    build_engines,
+    check_widths,
+    choose_engine,
+    fp8_weights,
+    row_codec,
+)
 from train.precision.transformer_engine import TransformerEngine
 from train.split import split
 from train.stage import Stage, WeightGradients
@@ -62,7 +69,7 @@ def join(config: RunConfig, end_hung: Callable[[str], object]) -> Iterator[Group
         raise ValueError(f"profile.steps={config.profile.steps}: steps can be recorded with run.device=cpu only")
     timeout_s = max(GROUP_TIMEOUT_S, (config.run.hang_timeout_s or 0) + WATCHDOG_LEAD_S)
     if config.precision.name == "fp8":
-        choose_engine(config.precision.engine, "cuda" if cuda else "cpu")
+        choose_engine(config.precision, "cuda" if cuda else "cpu")
     groups = process.start(config.parallel, "cuda" if cuda else "cpu", config.mirrored, config.shared_ends, timeout_s)
     limit_s = config.run.hang_timeout_s
     with Watchdog(groups.watch, limit_s, end_hung) if limit_s is not None else nullcontext():
@@ -83,16 +90,15 @@ def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engi
     valid_rows = open_stream(data, "valid", train.seq_len, order="sequential")
     check_epochs(train_rows, config.num_sequences, data.max_epochs)
     dispatch = build_dispatch(
-        config.model.n_routed_experts, groups, row_codec(config.precision.name, config.model.hidden_size)
+        config.model.n_routed_experts, groups, row_codec(config.precision, config.model.hidden_size)
     )
-    precision = config.precision
-    weights = fp8_weights(precision.name, precision.engine, groups.device, precision.power_of_two_scales)
-    engines = make_engines(precision.name, groups.device, weights, precision.power_of_two_scales)
+    weights = fp8_weights(config.precision, groups.device)
+    engines = make_engines(config.precision, groups.device, weights)
     stages = build_stages(config, dispatch, groups, engines, packing(config, train_rows.end_of_document, groups.device))
     models = [stage.model for stage in stages.values()]
     if isinstance(weights, TransformerEngine):
         for model in models:
-            check_widths(model)
+            check_widths(model, config.precision)
     optimizer = build_optimizer(
         config.zero.engine,
         [(info, param, decays(param.shape)) for info, param in held(models)],
@@ -167,13 +173,12 @@ def load_model(
     weights: "master", or "ema" for the moving average. They are rounded to `precision`, which need not be the run's.
     Raises ValueError as `read_pieces` and `fp8_weights` do, and for matrices that the engine cannot multiply by.
     """
-    dtype, power_of_two = DTYPES[precision.name], precision.power_of_two_scales
-    quantised = fp8_weights(precision.name, precision.engine, device, power_of_two)
-    engines = build_engines(precision.name, device, quantised, power_of_two)
+    dtype, quantised = DTYPES[precision.name], fp8_weights(precision, device)
+    engines = build_engines(precision, device, quantised)
     with torch.device("meta"):
         model = Transformer(config, LocalDispatch(config.n_routed_experts), engines)
     if isinstance(quantised, TransformerEngine):
-        check_widths(model)
+        check_widths(model, precision)
     materialise(model, dtype, device)
     named = {f"{weights}.{name}": parameter for name, parameter in model.named_parameters()}
     flat = {name: tensor.detach().view(-1) for name, tensor in (named | dict(model.named_buffers())).items()}

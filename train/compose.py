@@ -82,6 +82,13 @@ def section(kind: type[T], values: Mapping[str, Any], name: str) -> T:
     return config
 
 
+def group(kind: type[T], name: str, choice: str) -> T:
+    """What `configs/<name>/<choice>.yaml` says by itself, as `name=choice` sets it."""
+    tree = OmegaConf.load(CONFIGS / name / f"{choice}.yaml")
+    assert isinstance(tree, DictConfig)
+    return section(kind, {str(key): value for key, value in tree.items()}, name)
+
+
 def section_of(kind: type[T], settings: Iterable[str], name: str) -> T:
     """The same of `name.key=value` settings."""
     values = OmegaConf.from_dotlist([setting.removeprefix(f"{name}.") for setting in settings])

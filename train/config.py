@@ -16,12 +16,10 @@ from train.data.config import DataConfig
 from train.model.config import ModelConfig, given
 from train.model.recompute import RecomputeConfig
 from train.optim import OptimConfig
+from train.precision.recipe import PrecisionConfig
 from train.schedule import LrSchedulerConfig, MoeConfig, MtpConfig, Schedule, TrainConfig, batch_sizes
 from train.split import split
 from train.track import TrackConfig
-
-PRECISIONS = ("fp64", "fp32", "bf16", "fp8")
-FP8_ENGINES = ("auto", "reference", "transformer_engine")
 
 
 @dataclass(frozen=True)
@@ -47,37 +45,6 @@ class FolderConfig:
             raise ValueError(f"run.num_threads={self.num_threads} must be at least 1, or null to share the cores")
         if self.hang_timeout_s is not None and not (1 <= self.hang_timeout_s < math.inf):
             raise ValueError(f"run.hang_timeout_s={self.hang_timeout_s} must be at least 1 s, or null to wait on")
-
-
-@dataclass(frozen=True)
-class PrecisionConfig:
-    """`precision`: fp64 (for proofs) | fp32 | bf16 | fp8 (products in FP8, everything else as in bf16).
-
-    Attributes:
-        power_of_two_scales: for every scale of fp8, not only where the report has them.
-        engine: who multiplies in fp8: "reference" (any device), "transformer_engine" (a GPU of compute capability 9.0
-            or more that has the library), or "auto": the second where it can, else the first.
-    """
-
-    name: str = "fp32"
-    power_of_two_scales: bool = False
-    engine: str = "auto"
-
-    def check(self) -> None:
-        """ValueError for an unknown precision or engine, or for scales or an engine where there is no fp8."""
-        if self.name not in PRECISIONS:
-            raise ValueError(f"precision={self.name} is not one of {', '.join(PRECISIONS)}")
-        if self.power_of_two_scales and self.name != "fp8":
-            raise ValueError(f"precision.power_of_two_scales=true needs precision=fp8, not {self.name}")
-        if self.engine not in FP8_ENGINES:
-            raise ValueError(f"precision.engine={self.engine} is not one of {', '.join(FP8_ENGINES)}")
-        if self.engine != "auto" and self.name != "fp8":
-            raise ValueError(f"precision.engine={self.engine} needs precision=fp8, not {self.name}")
-
-    def recipe(self) -> dict[str, object]:
-        """What of it makes the numbers of a run; the engine is like the device: a run may go on with another."""
-        scales = {"power_of_two_scales": self.power_of_two_scales} if self.name == "fp8" else {}
-        return {"precision": self.name, **scales}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from parallel.pipeline.segments import Segments
 from tests.te.contract_engine import KeepsInput
 from tests.te.twin import LOG
 from tests.train.model_cases import build, random_tokens
+from train.compose import group
 from train.model.config import ModelConfig
 from train.model.loss import LossTerms
 from train.model.recompute import Recompute, RecomputeConfig
@@ -23,7 +24,7 @@ from train.model.tape import drive
 from train.model.transformer import Transformer
 from train.precision.grads import main_grad
 from train.precision.linear import Engines, TorchEngine
-from train.precision.recipe import FP8_MODULES, Table, build_engines, check_widths, matrices
+from train.precision.recipe import RECIPES, PrecisionConfig, Table, build_engines, check_widths, matrices
 from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
 from train.precision.transformer_engine import TransformerEngine
 from train.stage import Stage, WeightGradients
@@ -51,6 +52,8 @@ CONFIG = ModelConfig(
     max_position_embeddings=64,
     initializer_range=0.08,
 )
+FP8 = group(PrecisionConfig, "precision", "fp8")
+POWERS = replace(FP8, power_of_two_scales=True)
 NUM_SEQUENCES, SEQ_LEN, NUM_MICRO_BATCHES = 2, 21, 3
 TERMS = LossTerms(1 / 126, 0.3 / 126, 1e-3)
 # These keep their input for the weight gradient as the activation's input, in both.
@@ -72,13 +75,15 @@ def twin_engines() -> Engines:
         return kind(recipe, quantised, True)
 
     table: dict[str, Any] = {}
-    for module, recipe in FP8_MODULES.items():
-        table[module] = engine(Fp8Engine if module in MLP else KeepsInput, recipe) if recipe else TorchEngine()
+    for recipes in RECIPES.values():
+        for module, recipe in recipes.items():
+            kind = Fp8Engine if module in MLP else KeepsInput
+            table[module] = engine(kind, recipe) if FP8.is_fp8(module) else TorchEngine()
     return Table(table)
 
 
 def library_engines(shared: TransformerEngine | None = None) -> Engines:
-    return build_engines("fp8", "cpu", shared or TransformerEngine(True), True)
+    return build_engines(POWERS, "cpu", shared or TransformerEngine(True))
 
 
 def step(
@@ -90,7 +95,7 @@ def step(
     """Three micro-batches: two forwards before the first backward, weight gradients late and in no order of theirs."""
     sink = WeightGradients()
     model = build(config, torch.bfloat16, engines=engines, sink=sink, recompute=Recompute(recompute))
-    check_widths(model)
+    check_widths(model, FP8)
     stage = Stage(model, sink, Segments)
     tokens = [random_tokens(CONFIG, NUM_SEQUENCES, SEQ_LEN, seed=number) for number in range(NUM_MICRO_BATCHES)]
     stage.begin(tokens.__getitem__, LossTerms(*(factor * loss_factor for factor in TERMS)))
@@ -133,10 +138,10 @@ def test_what_the_report_rounds_twice(single: Step) -> None:
     """Against the reference as it is: attention's and the dense MLP's first products make the columns of their weight
     gradient from rows that are rounded already (of o_proj, in E5M6). Nothing else may differ, and nothing that those
     gradients do not reach: forward and gradients of inputs are the same bits, experts' too."""
-    theirs = step(build_engines("fp8", "cpu", QuantisedWeights(True), True))
+    theirs = step(build_engines(POWERS, "cpu", QuantisedWeights(True)))
     assert all(torch.equal(a, b) for a, b in zip(single.losses, theirs.losses, strict=True))
     found = different(single, theirs)
-    twice = {name for module, name, _ in matrices(build(CONFIG)) if FP8_MODULES[module] and module not in MLP}
+    twice = {name for module, name, _ in matrices(build(CONFIG)) if FP8.is_fp8(module) and module not in MLP}
     assert set(found) <= twice and found
     for name, distance in found.items():
         # One in 8 values of E5M6 lies half way between two of E4M3, and half of those fall the other way, by at most
@@ -159,7 +164,7 @@ def test_weights_are_quantised_once_a_step(single: Step) -> None:
     """However many micro-batches there are: every matrix, and every expert's."""
     expected = 0
     for module, _, parameter in matrices(build(CONFIG)):
-        if FP8_MODULES[module] is not None:
+        if FP8.is_fp8(module):
             expected += parameter.shape[0] if parameter.ndim == 3 else 1
     assert single.num_weights == expected
 
@@ -176,9 +181,9 @@ def test_float32_scales_are_the_reference_up_to_borders() -> None:
     quantiser behind it makes more of the difference, up to what FP8 itself is from the truth: so the two have to be
     nearer to each other than to bfloat16. Without experts, of which one such value can choose another."""
     dense = replace(CONFIG, first_k_dense_replace=2, num_nextn_predict_layers=0)
-    ours = step(build_engines("fp8", "cpu", TransformerEngine(), False), config=dense)
-    theirs = step(build_engines("fp8", "cpu", QuantisedWeights(), False), config=dense)
-    truth = step(build_engines("bf16", "cpu", QuantisedWeights()), config=dense)
+    ours = step(build_engines(FP8, "cpu", TransformerEngine()), config=dense)
+    theirs = step(build_engines(FP8, "cpu", QuantisedWeights()), config=dense)
+    truth = step(build_engines(PrecisionConfig("bf16"), "cpu", QuantisedWeights()), config=dense)
     for a, b in zip(ours.losses, theirs.losses, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=0)
     apart, rounding = sorted(different(ours, theirs).values()), sorted(different(theirs, truth).values())

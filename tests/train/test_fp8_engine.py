@@ -17,6 +17,7 @@ from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
 from tests.train import model_cases
 from tests.train.test_fp8_tiles import matrix
+from train.compose import group
 from train.model.layers import Backend, FeedForward, Gemms, swiglu_mlp
 from train.model.loss import LossTerms
 from train.model.transformer import Transformer
@@ -24,12 +25,18 @@ from train.optim import OptimConfig, adamw_factory
 from train.precision import reference
 from train.precision.blockwise import BLOCKS, COLUMNS, ROWS, dequantise, quantise
 from train.precision.grads import attach_main_grads, run_now
-from train.precision.linear import Linear, project, spans
-from train.precision.recipe import FP8_MODULES, build_engines
+from train.precision.linear import Engines, Linear, project, spans
+from train.precision.recipe import RECIPES, PrecisionConfig, build_engines
 from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
 from train.precision.tiles import restore_rows_e5m6
 
-REPORTED = sorted({recipe for recipe in FP8_MODULES.values() if recipe}, key=repr)
+REPORTED = sorted({recipe for recipes in RECIPES.values() for recipe in recipes.values()}, key=repr)
+
+
+def engines_of(precision: str, power_of_two: bool = False) -> Engines:
+    config = group(PrecisionConfig, "precision", precision)
+    config = replace(config, power_of_two_scales=power_of_two)
+    return build_engines(config, "cpu", QuantisedWeights(power_of_two))
 
 
 def twice(x: Tensor, tile: tuple[int, int], power_of_two: bool = False) -> Tensor:
@@ -134,7 +141,7 @@ T, K, N = 64, 384, 256
     [("bf16", "q_a_proj", 2), ("fp8", "q_a_proj", 1 + 4 / 128), ("fp8", "o_proj", 1.5 + 4 / 128)],
 )
 def test_bytes_kept_of_an_input(precision: str, module: str, bytes_each: float) -> None:
-    table = build_engines(precision, "cpu", QuantisedWeights())
+    table = engines_of(precision)
     layers = [linear(K, N, table.of(module)) for _ in range(2)]
     x = torch.randn(T, K).bfloat16().requires_grad_()
     weights = [layer.weight for layer in layers]
@@ -145,7 +152,7 @@ def test_bytes_kept_of_an_input(precision: str, module: str, bytes_each: float) 
 @pytest.mark.parametrize(("precision", "bytes_each"), [("bf16", 2), ("fp8", 1 + 4 / 128)])
 def test_bytes_kept_of_an_mlp(precision: str, bytes_each: float) -> None:
     """Its input and the input of SwiGLU, nothing else."""
-    backend = Backend(build_engines(precision, "cpu", QuantisedWeights()))
+    backend = Backend(engines_of(precision))
     mlp = FeedForward(K, N, backend).bfloat16()
     for parameter in mlp.parameters():
         nn.init.normal_(parameter)
@@ -154,7 +161,7 @@ def test_bytes_kept_of_an_mlp(precision: str, bytes_each: float) -> None:
 
 
 def test_a_shared_input_gives_the_sum_of_both_gradients() -> None:
-    engine = build_engines("fp8", "cpu", QuantisedWeights()).of("q_a_proj")
+    engine = engines_of("fp8").of("q_a_proj")
     first, second = linear(K, N, engine), linear(K, 96, engine)
     x = torch.randn(2, T, K).bfloat16().requires_grad_()
     together = project(x, first, second)
@@ -177,9 +184,7 @@ def test_swiglu_is_recomputed_from_what_is_kept() -> None:
     for weight in (gate_up, down):
         weight.main_grad = torch.zeros_like(weight)
     x, dy = torch.randn(T, K).requires_grad_(), torch.randn(T, K)
-    swiglu_mlp(
-        x, None, gate_up, down, Gemms(*engines), Backend(build_engines("fp32", "cpu", QuantisedWeights()))
-    ).backward(dy)
+    swiglu_mlp(x, None, gate_up, down, Gemms(*engines), Backend(engines_of("fp32"))).backward(dy)
     h = (twice(x.detach(), ROWS) @ twice(gate_up.detach(), BLOCKS).T).float()
     rounded = twice(h, ROWS).float().requires_grad_()
     gate, up = rounded.chunk(2, -1)
@@ -256,7 +261,7 @@ def backward(model: Transformer, tokens: Tensor, factor: float) -> dict[str, Ten
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_a_small_loss_changes_exponents_alone(power_of_two: bool) -> None:
     """Gradients of a mean over 60 M tokens live near 1e-9; a floor under the scales would flush them."""
-    engines = build_engines("fp8", "cpu", QuantisedWeights(power_of_two), power_of_two)
+    engines = engines_of("fp8", power_of_two)
     model = model_cases.build(TINY, torch.bfloat16, engines=engines)
     tokens = model_cases.random_tokens(TINY, 2, 40)
     usual, small = backward(model, tokens, 1.0), backward(model, tokens, 2.0**-30)
@@ -267,7 +272,7 @@ def test_a_small_loss_changes_exponents_alone(power_of_two: bool) -> None:
 
 def test_an_overflow_reaches_the_gradients() -> None:
     """It must stop the run; saturating would hide it."""
-    model = model_cases.build(TINY, torch.bfloat16, engines=build_engines("fp8", "cpu", QuantisedWeights()))
+    model = model_cases.build(TINY, torch.bfloat16, engines=engines_of("fp8"))
     with torch.no_grad():
         model.get_parameter("layers.1.self_attn.o_proj.weight")[3, 5] = torch.inf
     grads = backward(model, model_cases.random_tokens(TINY, 1, 20), 1.0)
