@@ -166,12 +166,13 @@ class Log:
 LOG = Log()
 
 
-def scales(amax: Tensor, largest: float, power_of_two: bool, epsilon: float) -> Tensor:
-    """What a tile is multiplied by, as the library's sources compute it: the division rounded to nearest, then, for a
-    power of two, every bit of the mantissa dropped; 1 for a tile of zeros or with an infinity."""
+def scales(amax: Tensor, largest: float, dtype: torch.dtype, power_of_two: bool, epsilon: float) -> Tensor:
+    """What a tile is multiplied by, as the library's sources compute it (common/recipe/recipe_common.cuh): the division
+    rounded to nearest, the largest number of the tile's own type for what float32 cannot hold, then, for a power of
+    two, every bit of the mantissa dropped; 1 for a tile of zeros or with an infinity."""
     amax = amax.clamp(min=epsilon)
     scale = torch.full_like(amax, largest) / amax
-    scale = torch.where(scale.isinf(), torch.finfo(torch.float32).max, scale)
+    scale = torch.where(scale.isinf(), torch.finfo(dtype).max, scale)
     scale = torch.where((amax == 0) | ~amax.isfinite(), 1.0, scale)
     return (scale.view(torch.int32) & ~0x7FFFFF).view(torch.float32) if power_of_two else scale
 
@@ -183,12 +184,11 @@ def cast(x: Tensor, height: int, width: int, quantizer: Any) -> tuple[Tensor, Te
     m, n = x.shape
     padded = F.pad(x.float(), (0, -n % width, 0, -m % height))
     tiles = padded.view(-(-m // height), height, -(-n // width), width)
-    factors = scales(
-        tiles.abs().amax((1, 3)) if tiles.numel() else tiles.new_ones(tiles.shape[0], tiles.shape[2]),
-        largest,
-        quantizer.force_pow_2_scales,
-        quantizer.amax_epsilon,
-    )
+    if tiles.numel():
+        amax = tiles.abs().nan_to_num(0, torch.inf).amax((1, 3))  # a GPU's maximum passes over what is not a number
+    else:
+        amax = tiles.new_ones(tiles.shape[0], tiles.shape[2])
+    factors = scales(amax, largest, x.dtype, quantizer.force_pow_2_scales, quantizer.amax_epsilon)
     values = (tiles * factors[:, None, :, None]).clamp(-largest, largest).to(kind)
     return values.view(padded.shape)[:m, :n].contiguous().view(torch.uint8), 1 / factors
 
