@@ -238,12 +238,12 @@ def allowed(found: Mapping[str, list[np.ndarray]]) -> float:
 
 def report(found: dict[str, list[np.ndarray]]) -> Iterator[str]:
     """The table and the verdicts, line by line."""
-    limit = allowed(found)
-    yield f"{'':16s}{'largest gap of each seed':>30s}{'mean gap':>30s}   within {limit:.2%}"
+    limit, width = allowed(found), max(28, 10 * max(map(len, found.values())))
+    yield f"{'':16s}{'largest gap of each seed':>{width}s}{'mean gap':>{width}s}   within {limit:.2%}"
     for side, each in found.items():
         extremes = "  ".join(f"{largest(gap):.3%}" for gap in each)
         means = "  ".join(f"{gap.mean():+.3%}" for gap in each)
-        yield f"{side:16s}{extremes:>30s}{means:>30s}   {'yes' if worst(each) <= limit else 'no'}"
+        yield f"{side:16s}{extremes:>{width}s}{means:>{width}s}   {'yes' if worst(each) <= limit else 'no'}"
     fp8 = worst(found["fp8"])
     yield f"noise floor: {worst(found['reassociated']):.3%}"
     yield f"fp8: {fp8:.3%} at most, {'passes' if fp8 <= limit else 'does not pass'} at {limit:.3%}"
