@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -20,7 +21,7 @@ from torch import Tensor
 from launch.settings import read_settings
 from train import compose, hf_config, hf_tokenizer, step_folders
 from train.checkpoint import read_state
-from train.data.blend import prepared_tokenizer
+from train.data.blend import check_prepared, prepared_tokenizer
 from train.data.config import DataConfig
 from train.data.meta import TOKENIZER
 from train.data.progress import Progress
@@ -29,6 +30,7 @@ from train.flat_stream import RangeReader
 from train.model.config import ModelConfig
 from train.precision.published import to_published
 from train.run_folder import find_checkpoint
+from train.state import TrainState
 from train.step_folders import FileRecord
 from train.tensor_files import INDEX, Spec, read_specs, write_index, write_shard
 
@@ -74,7 +76,7 @@ def export(settings: Sequence[str]) -> int:
     tree = yaml.safe_load(state.config)
     model = compose.section(ModelConfig, tree["model"], "model")
     hf_config.layout_of(model)  # refused before anything is written
-    tokenizer = _tokenizer(given["tokenizer"], source, tree, model)
+    tokenizer = _tokenizer(given["tokenizer"], source, tree, state, model)
     with step_folders.new_folder(target) as partial:
         manifest = step_folders.read_manifest(source)
         with Progress("comparing checksums", _total_bytes(manifest), _say) as progress:
@@ -189,21 +191,24 @@ def _read_back(path: Path, meant: FileRecord, specs: Sequence[Spec] | None = Non
         raise OSError(f"{path} does not read back as the tensors that were written")
 
 
-def _tokenizer(choice: str, source: Path, tree: Mapping[str, object], model: ModelConfig) -> Path | None:
+def _tokenizer(
+    choice: str, source: Path, tree: Mapping[str, Any], state: TrainState, model: ModelConfig
+) -> Path | None:
     """The `tokenizer.json` to export: the one named, the checkpoint's own, or that of the run's prepared tokens."""
     if choice == "none":
         return None
-    places = [Path(choice)]
-    if choice == "auto":
-        places = [source / TOKENIZER]
-        if isinstance(tree.get("data"), dict):
-            places.append(prepared_tokenizer(compose.section(DataConfig, tree["data"], "data")))  # type: ignore[arg-type]
+    places = [source / TOKENIZER if choice == "auto" else Path(choice)]
+    data = compose.section(DataConfig, tree["data"], "data") if choice == "auto" and tree.get("data") else None
+    if data is not None:
+        places.append(prepared_tokenizer(data))
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise ValueError(
             f"no tokenizer at {' or '.join(map(str, places))}: name one with tokenizer=FILE, or leave it out with "
             "tokenizer=none"
         )
+    if data is not None and found == places[1]:
+        check_prepared(data, state.fingerprints["data"])
     hf_tokenizer.check(found, model.vocab_size)
     return found
 

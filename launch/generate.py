@@ -22,7 +22,7 @@ from train import compose
 from train.assemble import DTYPES, load_model
 from train.checkpoint import CONFIG_FILE, read_state
 from train.config import RunConfig
-from train.data.blend import prepared_fingerprint, prepared_tokenizer
+from train.data.blend import check_prepared, prepared_tokenizer
 from train.data.tokenizer import TextStream, Tokenizer
 from train.flat import FlatReader, tensors
 from train.generate import (
@@ -125,10 +125,8 @@ def find_tokenizer(config: RunConfig, state: TrainState, given: Path | None) -> 
     path = prepared_tokenizer(config.data) if given is None else given
     if not path.exists():
         raise ValueError(f"{path}, the tokenizer of the run, is missing: name it with tokenizer=PATH")
-    if given is None and prepared_fingerprint(config.data) not in state.fingerprints["data"]:
-        raise ValueError(
-            f"{config.data.folder} was prepared anew since the run: name the run's tokenizer with tokenizer=PATH"
-        )
+    if given is None:
+        check_prepared(config.data, state.fingerprints["data"])
     tokenizer = Tokenizer.load(path, config.data.end_of_document)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(

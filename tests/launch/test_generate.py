@@ -150,7 +150,9 @@ def test_refuses_a_damaged_checkpoint(run: Path, tmp_path: Path, capsys: pytest.
     assert f"{large} is damaged" in capsys.readouterr().err
 
 
-def test_refuses_tokens_that_were_prepared_anew(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_refuses_tokens_that_were_prepared_anew(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another tokenizer would make another text of the same numbers."""
     read = TrainState.from_json
 
@@ -162,8 +164,11 @@ def test_refuses_tokens_that_were_prepared_anew(run: Path, capsys: pytest.Captur
     monkeypatch.setattr(TrainState, "from_json", other_data)
     assert main(["generate", f"checkpoint={run}", "prompt=a"]) == 2
     assert "was prepared anew since the run: name the run's tokenizer with tokenizer=PATH" in capsys.readouterr().err
+    assert main(["export", f"checkpoint={run}", f"to={tmp_path / 'hf'}"]) == 2
+    assert "was prepared anew since the run" in capsys.readouterr().err and not (tmp_path / "hf").exists()
     own = run.parent / "data" / TOKENIZER
     assert main(["generate", f"checkpoint={run}", "prompt=a", "max_new_tokens=1", f"tokenizer={own}"]) == 0
+    assert main(["export", f"checkpoint={run}", f"to={tmp_path / 'hf'}", f"tokenizer={own}"]) == 0
 
 
 def test_refuses_what_the_run_has_not(run: Path, capsys: pytest.CaptureFixture[str], ranks: Ranks) -> None:

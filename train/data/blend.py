@@ -175,6 +175,14 @@ def prepared_tokenizer(config: DataConfig) -> Path:
     return next(iter(config.sources.values())).folder / TOKENIZER
 
 
+def check_prepared(config: DataConfig, fingerprint: str) -> None:
+    """ValueError unless what lies prepared is what a run has read, whose state has this fingerprint of its data."""
+    if prepared_fingerprint(config) not in fingerprint:
+        raise ValueError(
+            f"{config.folder} was prepared anew since the run: name the run's tokenizer with tokenizer=PATH"
+        )
+
+
 def _blended(shares: Shares, fingerprints: Mapping[str, str]) -> str:
     parts = [f"{name} {weight} {fingerprints[name]}" for name, weight in shares.weights.items()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
