@@ -170,7 +170,9 @@ def compare_fp8(run: Finished, alone: Finished, parallel: ParallelConfig) -> Ver
     shared = FP8_TWO_ROUNDS if parallel.dispatch == "two_hop" else FP8_SHARED_EXPERTS
     loss, norm, alike = FP8_SAME if parallel.ep == 1 else shared
     found = {name: value for name, value in of_rows(run, alone).items() if name.startswith("train/")}
-    bounds = {name: norm if "grad_norm" in name else loss for name in found}
+    # A balance loss counts choices of a few dozen tokens: one that falls otherwise moves it as it moves the gradient.
+    loose = ("grad_norm",) if alike else ("grad_norm", "balance")
+    bounds = {name: norm if any(word in name for word in loose) else loss for name in found}
     loads = _of_loads(run, torch.load(alone.folder / "loads.pt")) if alike else {}
     return Verdict({**found, **loads}, {**bounds, "loads": 0.0})
 
