@@ -1,11 +1,12 @@
 """How far training in FP8 ends from training in FP32, beside what re-associated FP32 sums alone do.
 
-    OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 python -m benchmarks.fp8_gap [tokens=2048 jobs=1 dir=runs/fp8_gap]
+    OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 python -m benchmarks.fp8_gap [size=gap tokens=3072 jobs=1 dir=runs/fp8_gap]
 
-size     gap (a DeepSeek-V3 of 10 M parameters, with 6 M more for MTP; its products are 384 to 1152 wide, some of them
-         no multiple of 128) or tiny
+size     gap (a DeepSeek-V3 of 10 M parameters, whose products are 384 to 768 wide, some of them no multiple of 128), mtp
+         (another one, up to 1152 wide, with 6 M more for multi-token prediction) or tiny
 steps    of each run, tokens of each step, and seeds: of weights and of the order of the text (the Python standard
          library).
+lr       reached after a twentieth of the steps; in their second half it falls to a tenth. V3's unless told otherwise.
 sides    fp32, reassociated, fp8 with every seed; control, bf16, block_gradients, per_tensor with the first `extra`.
 jobs     runs at once. Every run keeps checkpoints: the same command goes on where it was ended.
 dir      of the runs, of gap.png and gap.csv.
@@ -47,7 +48,8 @@ BOUND, SMOOTHING, SEQ_LEN = 0.0025, 0.9, 128
 DEFAULTS = {
     "size": "gap",
     "steps": "1000",
-    "tokens": "2048",
+    "tokens": "3072",
+    "lr": "2.2e-4",
     "seeds": "3",
     "extra": "1",
     "jobs": "1",
@@ -66,6 +68,23 @@ SIDES: dict[str, tuple[str, _recipes.MakeEngines]] = {
 }
 EVERY_SEED = ("fp32", "reassociated", "fp8")
 GAP = {
+    "hidden_size": 400,
+    "intermediate_size": 448,
+    "moe_intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "q_lora_rank": 384,
+    "kv_lora_rank": 400,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 64,
+    "num_nextn_predict_layers": 0,
+}
+MTP = {
     "hidden_size": 448,
     "intermediate_size": 1152,
     "moe_intermediate_size": 384,
@@ -81,7 +100,7 @@ GAP = {
     "qk_rope_head_dim": 32,
     "v_head_dim": 64,
 }
-SIZES = {"gap": GAP, "tiny": {"num_hidden_layers": 2}}
+SIZES = {"gap": GAP, "mtp": MTP, "tiny": {"num_hidden_layers": 2}}
 
 
 @dataclass(frozen=True)
@@ -91,6 +110,7 @@ class Bench:
     size: str
     num_steps: int
     step_tokens: int
+    lr: float
     num_seeds: int
     num_extra: int
     num_jobs: int
@@ -103,7 +123,7 @@ class Bench:
         return [(side, seed) for seed in range(self.num_seeds) for side in self.sides if seed < seeds[side]]
 
     def config(self, side: str, seed: int) -> RunConfig:
-        """The run of a side: one process, micro-batches of up to 16 sequences, V3's rates in a schedule as short."""
+        """The run of a side: one process, micro-batches of up to 16 sequences."""
         sequences = self.step_tokens // SEQ_LEN
         micro_batch = next(each for each in range(min(sequences, 16), 0, -1) if sequences % each == 0)
         model = [f"model.{key}={value}" for key, value in SIZES[self.size].items()]
@@ -113,8 +133,8 @@ class Bench:
                 *(f"train.seq_len={SEQ_LEN}", f"train.micro_batch_size={micro_batch}"),
                 f"train.global_batch_size={sequences}",
                 *(f"train.max_steps={self.num_steps}", f"train.seed={seed}", f"precision={SIDES[side][0]}"),
-                *("lr_scheduler.lr=2.2e-4", f"lr_scheduler.warmup_steps={max(1, self.num_steps // 20)}"),
-                "lr_scheduler.phases=[{kind:constant,share:0.5},{kind:cosine,end_lr:2.2e-5}]",
+                *(f"lr_scheduler.lr={self.lr}", f"lr_scheduler.warmup_steps={max(1, self.num_steps // 20)}"),
+                f"lr_scheduler.phases=[{{kind:constant,share:0.5}},{{kind:cosine,end_lr:{self.lr / 10}}}]",
                 *("evaluate.interval=0", "evaluate.num_sequences=2"),
                 f"checkpoint.interval={max(1, self.num_steps // 5)}",
                 *("checkpoint.keep_latest_k=1", f"run.dir={self.folder / f'{side}-{seed}'}", "run.num_threads=1"),
@@ -148,7 +168,21 @@ def read(arguments: list[str]) -> Bench:
         numbers[key] = int(words[key])
     if numbers["tokens"] % SEQ_LEN:
         raise SystemExit(f"tokens={words['tokens']} must be a multiple of {SEQ_LEN}, the length of a sequence")
-    return Bench(words["size"], *numbers.values(), Path(words["dir"]), sides)
+    try:
+        lr = float(words["lr"])
+    except ValueError:
+        raise SystemExit(f"lr={words['lr']} must be a number") from None
+    return Bench(
+        size=words["size"],
+        num_steps=numbers["steps"],
+        step_tokens=numbers["tokens"],
+        lr=lr,
+        num_seeds=numbers["seeds"],
+        num_extra=numbers["extra"],
+        num_jobs=numbers["jobs"],
+        folder=Path(words["dir"]),
+        sides=sides,
+    )
 
 
 def work(bench: Bench, side: str, seed: int) -> None:
@@ -173,7 +207,7 @@ def _end(sentence: str) -> NoReturn:
 
 def claim(bench: Bench) -> None:
     """Make the folder one of this comparison's runs alone; SystemExit if it has those of another."""
-    settings = f"size={bench.size} steps={bench.num_steps} tokens={bench.step_tokens}"
+    settings = f"size={bench.size} steps={bench.num_steps} tokens={bench.step_tokens} lr={bench.lr}"
     path = bench.folder / "settings"
     if path.exists() and path.read_text() != settings:
         raise SystemExit(f"dir={bench.folder} has runs of {path.read_text()}, and not of {settings}: name another")

@@ -43,7 +43,7 @@ def test_everything_is_written(bench: fp8_gap.Bench, capsys: pytest.CaptureFixtu
     assert rows[0] == "side,seed,step,loss" and len(rows) == 1 + 4 * 40
     assert (bench.folder / "gap.png").stat().st_size > 20_000
     with pytest.raises(
-        SystemExit, match="has runs of size=tiny steps=40 tokens=256, and not of size=tiny steps=40 tokens"
+        SystemExit, match="has runs of size=tiny steps=40 tokens=256 lr=0.00022, and not of size=tiny steps=40 tokens"
     ):
         fp8_gap.main([*SETTINGS, "tokens=384", f"dir={bench.folder}"])
 
@@ -92,8 +92,9 @@ def test_smoothing_is_a_weighted_mean_of_all_that_came_before() -> None:
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("size=huge", "size=huge is not one of gap, tiny"),
+        ("size=huge", "size=huge is not one of gap, mtp, tiny"),
         ("steps=0", "steps=0 must be a whole number above 0"),
+        ("lr=fast", "lr=fast must be a number"),
         ("tokens=200", "tokens=200 must be a multiple of 128"),
         ("sides=fp8", "sides=fp8 must have fp32, reassociated, fp8"),
         ("speed=9", "unknown settings: speed=9"),
