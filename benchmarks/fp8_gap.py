@@ -1,9 +1,9 @@
 """How far training in FP8 ends from training in FP32, beside what re-associated FP32 sums alone do.
 
-    OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 python -m benchmarks.fp8_gap [size=gap tokens=3072 jobs=1 dir=runs/fp8_gap]
+    OMP_WAIT_POLICY=passive OMP_NUM_THREADS=1 python -m benchmarks.fp8_gap [size=gap tokens=3072 jobs=1]
 
-size     gap (a DeepSeek-V3 of 10 M parameters, whose products are 384 to 768 wide, some of them no multiple of 128), mtp
-         (another one, up to 1152 wide, with 6 M more for multi-token prediction) or tiny
+size     gap (a DeepSeek-V3 of 10 M parameters, whose products are 384 to 768 wide, some of them no multiple of 128),
+         mtp (another one, up to 1152 wide, with 6 M more for multi-token prediction) or tiny
 steps    of each run, tokens of each step, and seeds: of weights and of the order of the text (the Python standard
          library).
 lr       reached after a twentieth of the steps; in their second half it falls to a tenth. V3's unless told otherwise.

@@ -43,7 +43,7 @@ def test_everything_is_written(bench: fp8_gap.Bench, capsys: pytest.CaptureFixtu
     assert rows[0] == "side,seed,step,loss" and len(rows) == 1 + 4 * 40
     assert (bench.folder / "gap.png").stat().st_size > 20_000
     with pytest.raises(
-        SystemExit, match="has runs of size=tiny steps=40 tokens=256 lr=0.00022, and not of size=tiny steps=40 tokens"
+        SystemExit, match=r"has runs of size=tiny steps=40 tokens=256 lr=0\.00022, and not of size=tiny steps=40 tokens"
     ):
         fp8_gap.main([*SETTINGS, "tokens=384", f"dir={bench.folder}"])
 
