@@ -209,8 +209,9 @@ def claim(bench: Bench) -> None:
     """Make the folder one of this comparison's runs alone; SystemExit if it has those of another."""
     settings = f"size={bench.size} steps={bench.num_steps} tokens={bench.step_tokens} lr={bench.lr}"
     path = bench.folder / "settings"
-    if path.exists() and path.read_text() != settings:
-        raise SystemExit(f"dir={bench.folder} has runs of {path.read_text()}, and not of {settings}: name another")
+    known = path.read_text() if path.exists() else "other settings"
+    if known != settings and any(bench.folder.glob("*/metrics.jsonl")):
+        raise SystemExit(f"dir={bench.folder} has runs of {known}, and not of {settings}: name another")
     bench.folder.mkdir(parents=True, exist_ok=True)
     path.write_text(settings)
 

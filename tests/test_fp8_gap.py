@@ -17,6 +17,7 @@ SETTINGS = ["size=tiny", "steps=40", "tokens=256", "seeds=1", "sides=fp32,reasso
 def bench(tmp_path_factory: pytest.TempPathFactory) -> fp8_gap.Bench:
     """Every side's run, done."""
     bench = fp8_gap.read([*SETTINGS, f"dir={tmp_path_factory.mktemp('gap')}"])
+    fp8_gap.claim(bench)
     fp8_gap.prepare(bench.config("fp32", 0).data, lambda line: None)
     for side, seed in bench.runs():
         fp8_gap.work(bench, side, seed)
@@ -46,6 +47,12 @@ def test_everything_is_written(bench: fp8_gap.Bench, capsys: pytest.CaptureFixtu
         SystemExit, match=r"has runs of size=tiny steps=40 tokens=256 lr=0\.00022, and not of size=tiny steps=40 tokens"
     ):
         fp8_gap.main([*SETTINGS, "tokens=384", f"dir={bench.folder}"])
+    settings = bench.folder / "settings"
+    known = settings.read_text()
+    settings.unlink()
+    with pytest.raises(SystemExit, match="has runs of other settings"):
+        fp8_gap.claim(bench)
+    settings.write_text(known)
 
 
 def test_a_run_goes_on_where_it_was_ended(bench: fp8_gap.Bench, tmp_path: Path) -> None:

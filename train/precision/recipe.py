@@ -35,6 +35,7 @@ RECIPES: dict[str, dict[str, Fp8]] = {
     "eh_proj": {"eh_proj": Fp8()},
     "lm_head": {"lm_head": Fp8()},
 }
+# The key that chooses for a module.
 CHOICES = {module: key for key, recipes in RECIPES.items() for module in recipes}
 
 
