@@ -100,7 +100,7 @@ class Training:
         self.config, self.schedule = config, config.schedule()
         with torch.device("meta"):
             self.model = Transformer(config.model, LocalDispatch(config.model.n_routed_experts), TorchEngine())
-        init_weights(self.model, config.model, config.train.seed, torch.float32, "cpu")
+        init_weights(self.model, config.train.seed, torch.float32, "cpu")
         attach_main_grads(self.model)
         params = list(self.model.parameters())
         groups = [

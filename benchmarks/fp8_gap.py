@@ -83,6 +83,7 @@ GAP = {
     "qk_rope_head_dim": 32,
     "v_head_dim": 64,
     "num_nextn_predict_layers": 0,
+    "routed_scaling_factor": 1.4,
 }
 MTP = {
     "hidden_size": 448,
@@ -132,6 +133,8 @@ class Bench:
                 *("model=tiny", "parallel=one", "zero.engine=native", "track.wandb=disabled", "run.device=cpu", *model),
                 *(f"train.seq_len={SEQ_LEN}", f"train.micro_batch_size={micro_batch}"),
                 f"train.global_batch_size={sequences}",
+                # V3's 0.001 would take a third of the run to even out the load.
+                "moe.bias_update_rate=0.01",
                 *(f"train.max_steps={self.num_steps}", f"train.seed={seed}", f"precision={SIDES[side][0]}"),
                 *(f"lr_scheduler.lr={self.lr}", f"lr_scheduler.warmup_steps={max(1, self.num_steps // 20)}"),
                 f"lr_scheduler.phases=[{{kind:constant,share:0.5}},{{kind:cosine,end_lr:{self.lr / 10}}}]",

@@ -56,7 +56,7 @@ def stage(config: ModelConfig, choice: RecomputeConfig, dtype: torch.dtype, part
     with torch.device("meta"):
         dispatch = LocalDispatch(config.n_routed_experts)
         model = Transformer(config, dispatch, TorchEngine(), sink=sink, parts=parts, recompute=Recompute(choice))
-    init_weights(model, config, 0, dtype, "cpu")
+    init_weights(model, 0, dtype, "cpu")
     attach_main_grads(model)
     return Stage(model, sink, Segments)
 

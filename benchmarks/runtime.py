@@ -64,7 +64,7 @@ def build_model(config: RunConfig, sink: Sink, parts: Parts) -> Transformer:
     dispatch = LocalDispatch(config.model.n_routed_experts)
     with torch.device("meta"):
         model = Transformer(config.model, dispatch, TorchEngine(), Kernels(), sink, parts)
-    init_weights(model, config.model, config.train.seed, torch.float32, torch.device("cpu"))
+    init_weights(model, config.train.seed, torch.float32, torch.device("cpu"))
     return model
 
 

@@ -143,7 +143,7 @@ def ours(config: ModelConfig, clip: float, precision: str = "fp32", compile: boo
     engines = build_engines(group(PrecisionConfig, "precision", precision), "cpu", weights)
     with torch.device("meta"):
         model = Transformer(config, dispatch, engines, kernels=Kernels(compile=compile))
-    init_weights(model, config, 0, DTYPES[precision], "cpu")
+    init_weights(model, 0, DTYPES[precision], "cpu")
     params = [(info, param, decays(param.shape)) for info, param in held([model])]
     factory = adamw_factory(OptimConfig())
     optimizer = build(

@@ -370,7 +370,7 @@ def _initial(config: RunConfig) -> tuple[dict[str, Tensor], PlainModel]:
     dtype = DTYPES[config.precision.name]
     with torch.device("meta"):
         model = Transformer(config.model, ReferenceDispatch(config.model.n_routed_experts), TorchEngine())
-    init_weights(model, config.model, config.train.seed, dtype, "cpu")
+    init_weights(model, config.train.seed, dtype, "cpu")
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     biases = torch.zeros(config.model.num_routers, config.model.n_routed_experts, dtype=dtype)
     return weights, PlainModel(config.model, weights, biases, _border(config))

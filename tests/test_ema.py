@@ -46,7 +46,7 @@ def initial(settings: list[str]) -> dict[str, Tensor]:
     everything = SimpleNamespace(num_local_experts=config.model.n_routed_experts, first_expert=0)
     with torch.device("meta"):
         model = Transformer(config.model, everything, TorchEngine())
-    init_weights(model, config.model, config.train.seed, torch.bfloat16, "cpu")
+    init_weights(model, config.train.seed, torch.float32, "cpu")
     return {name: parameter.detach().float().flatten() for name, parameter in model.named_parameters()}
 
 

@@ -29,7 +29,7 @@ from train.data.blend import check_epochs, open_stream
 from train.ema import Ema
 from train.job import Job, held
 from train.model.config import ModelConfig
-from train.model.init import init_weights, materialise
+from train.model.init import init_masters, init_weights, materialise
 from train.model.kernels import Kernels
 from train.model.packing import ByDocument, OneText, Packing
 from train.model.recompute import Recompute
@@ -111,6 +111,7 @@ def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engi
         on_new_weights=weights.changed,
     )
     for model in models:
+        init_masters(model, train.seed, optimizer.state())
         attach_main_grads(model)
     mesh = groups.mesh
     dtype = DTYPES[config.precision.name]
@@ -157,7 +158,7 @@ def build_stages(
         with torch.device("meta"):
             recompute = Recompute(config.recompute)
             model = Transformer(config.model, dispatch, engines, kernels, sink, parts, recompute, packing)
-        init_weights(model, config.model, config.train.seed, DTYPES[config.precision.name], groups.device)
+        init_weights(model, config.train.seed, DTYPES[config.precision.name], groups.device)
         if parts.embedding or parts.mtp:
             embedding = embedding if embedding is not None else model.embed_tokens.weight
             model.embed_tokens.weight = embedding

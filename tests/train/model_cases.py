@@ -179,7 +179,7 @@ def build(
     """A model with all experts, seeded weights, router biases that matter, norms that are not one."""
     with torch.device("meta"):
         model = Transformer(config, LocalDispatch(config.n_routed_experts), engines or TorchEngine(), kernels, **parts)
-    init_weights(model, config, seed, dtype, "cpu")
+    init_weights(model, seed, dtype, "cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

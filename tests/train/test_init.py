@@ -30,7 +30,7 @@ def make(
 ) -> Transformer:
     with torch.device("meta"):
         model = Transformer(config, _Slice(*experts), TorchEngine(), parts=parts)
-    init_weights(model, config, seed, dtype, "cpu")
+    init_weights(model, seed, dtype, "cpu")
     return model
 
 

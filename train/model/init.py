@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from train.model.config import ModelConfig
+from parallel.shards import Piece
 from train.model.router import BiasedRouter
 from train.model.transformer import Transformer
 from train.precision.grads import wide_dtype
@@ -19,6 +21,28 @@ def _draw(std: float, shape: torch.Size, *identity: object) -> Tensor:
     digest = hashlib.sha256(text.encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+
+
+class _Values:
+    """The first values of one model: every parameter a flat global tensor, of which anyone asks for any range."""
+
+    def __init__(self, model: Transformer, seed: int) -> None:
+        self._model, self._std, self._seed = model, model.config.initializer_range, seed
+
+    def copy_to(self, flat: Tensor, name: str, offset: int) -> None:
+        """Fill 1-D `flat` with the elements from `offset` on. Draws are whole: a matrix, or one expert's."""
+        shape = self._model.global_shape(name)
+        if len(shape) == 1:
+            flat.fill_(1.0)
+            return
+        is_expert = self._model.is_expert(name)
+        drawn = shape[1:] if is_expert else shape
+        size, end = math.prod(drawn), offset + flat.numel()
+        for number in range(offset // size, -(-end // size)):
+            expert = (number,) if is_expert else ()
+            values = _draw(self._std, drawn, self._seed, name, tuple(shape), *expert).view(-1)
+            first, last = max(offset, number * size), min(end, (number + 1) * size)
+            flat[first - offset : last - offset].copy_(values[first - number * size : last - number * size])
 
 
 def materialise(model: Transformer, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -34,9 +58,7 @@ def materialise(model: Transformer, dtype: torch.dtype, device: torch.device | s
 
 
 @torch.no_grad()
-def init_weights(
-    model: Transformer, config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device | str
-) -> None:
+def init_weights(model: Transformer, seed: int, dtype: torch.dtype, device: torch.device | str) -> None:
     """Materialise a model built on the meta device and give every parameter its first value.
 
     Matrices are normal with std `initializer_range`, norms are one, router biases zero (float32, or float64 beside
@@ -44,18 +66,25 @@ def init_weights(
     expert's weights are drawn by its global index, so any layout of experts over ranks holds the same model.
     """
     materialise(model, dtype, device)
+    values = _Values(model, seed)
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            parameter.fill_(1.0)
-        elif model.is_expert(name):
-            shape = model.global_shape(name)
-            for local, weight in enumerate(parameter):
-                expert = model.first_expert + local
-                weight.copy_(_draw(config.initializer_range, weight.shape, seed, name, tuple(shape), expert))
-        else:
-            shape = model.global_shape(name)
-            parameter.copy_(_draw(config.initializer_range, shape, seed, name, tuple(shape)))
+        own = parameter.numel() // len(parameter) * model.first_expert if model.is_expert(name) else 0
+        values.copy_to(parameter.view(-1), name, own)
     for router in model.routers().values():
         if isinstance(router, BiasedRouter):
             bias = router.e_score_correction_bias
             router.e_score_correction_bias = torch.zeros_like(bias, dtype=wide_dtype(dtype))
+
+
+@torch.no_grad()
+def init_masters(model: Transformer, seed: int, state: Mapping[str, Sequence[Piece]]) -> None:
+    """Give the masters among the pieces of an optimizer's state the values that the weights were rounded from.
+
+    Masters made of bfloat16 weights would all begin on its grid, and no weight would move before its master had gone
+    half a step of the grid: at a warm-up's rates that is several updates, the same for all weights.
+    """
+    values = _Values(model, seed)
+    for name, weight in model.named_parameters():
+        for piece in state.get(f"master.{name}", ()):
+            if piece.tensor.dtype != weight.dtype:
+                values.copy_to(piece.tensor, name, piece.offset)
