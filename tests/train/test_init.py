@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
+from parallel.shards import Piece
 from tests.reference import LocalDispatch
 from tests.train.model_cases import TINY
 from train.model.config import ModelConfig
-from train.model.init import init_weights
+from train.model.init import init_masters, init_weights
 from train.model.transformer import Parts, Transformer
 from train.precision.linear import TorchEngine
 
@@ -87,3 +90,25 @@ def test_the_distribution() -> None:
     norms = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     assert norms and all(bool((parameter == 1).all()) for parameter in norms)
     assert all(not buffer.any() for buffer in model.buffers())
+
+
+def test_masters_begin_as_drawn_whatever_ranges_a_rank_owns() -> None:
+    whole, model = make(), make(dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(int(os.environ["HALOCLINE_SEED"]))
+    wanted, state = {}, {}
+    for name, parameter in whole.named_parameters():
+        flat = parameter.detach().flatten()
+        ranges = list(pairwise(torch.randint(len(flat) + 1, (4,), generator=generator).sort().values.tolist()))
+        wanted[name] = [flat[first:last] for first, last in ranges]
+        state[f"master.{name}"] = [Piece(first, torch.zeros(last - first)) for first, last in ranges]
+    init_masters(model, 3, state)
+    for name, parts in wanted.items():
+        pieces = [piece.tensor for piece in state[f"master.{name}"]]
+        assert all(torch.equal(piece, part) for piece, part in zip(pieces, parts, strict=True)), name
+
+
+def test_masters_that_are_the_weights_are_left_alone() -> None:
+    model = make()
+    own = {f"master.{name}": [Piece(0, torch.zeros(p.numel()))] for name, p in model.named_parameters()}
+    init_masters(model, 3, own)
+    assert not any(bool(pieces[0].tensor.any()) for pieces in own.values())
