@@ -20,12 +20,13 @@ less: of 256, a loss is mostly the noise that any rounding stirs up.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -210,7 +211,11 @@ def _end(sentence: str) -> NoReturn:
 
 def claim(bench: Bench) -> None:
     """Make the folder one of this comparison's runs alone; SystemExit if it has those of another."""
-    settings = f"size={bench.size} steps={bench.num_steps} tokens={bench.step_tokens} lr={bench.lr}"
+    recipe = compose.text(replace(bench, folder=Path("runs")).config("fp32", 0))
+    settings = (
+        f"size={bench.size} steps={bench.num_steps} tokens={bench.step_tokens} lr={bench.lr} "
+        f"config={hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    )
     path = bench.folder / "settings"
     known = path.read_text() if path.exists() else "other settings"
     if known != settings and any(bench.folder.glob("*/metrics.jsonl")):

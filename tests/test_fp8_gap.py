@@ -36,17 +36,23 @@ def test_fp8_passes_and_the_control_does_not(bench: fp8_gap.Bench) -> None:
     assert lines[-1].startswith("control:") and "fails" in lines[-1]
 
 
-def test_everything_is_written(bench: fp8_gap.Bench, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_is_written(
+    bench: fp8_gap.Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fp8_gap.main([*SETTINGS, f"dir={bench.folder}"])
     said = capsys.readouterr().out
     assert "4 runs of 40 steps, 0 to do" in said and "loss" not in said
     rows = (bench.folder / "gap.csv").read_text().splitlines()
     assert rows[0] == "side,seed,step,loss" and len(rows) == 1 + 4 * 40
     assert (bench.folder / "gap.png").stat().st_size > 20_000
-    with pytest.raises(
-        SystemExit, match=r"has runs of size=tiny steps=40 tokens=256 lr=0\.00022, and not of size=tiny steps=40 tokens"
-    ):
+    refusal = (
+        r"has runs of size=tiny steps=40 tokens=256 lr=0\.00022 config=\w+, and not of size=tiny steps=40 tokens=384"
+    )
+    with pytest.raises(SystemExit, match=refusal):
         fp8_gap.main([*SETTINGS, "tokens=384", f"dir={bench.folder}"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="has runs of size=tiny"):
+        patch.setitem(fp8_gap.SIZES, "tiny", {"num_hidden_layers": 3})
+        fp8_gap.claim(bench)
     settings = bench.folder / "settings"
     known = settings.read_text()
     settings.unlink()
