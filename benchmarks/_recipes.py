@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
 
 from train.precision.blockwise import E4M3, scales_of
-from train.precision.linear import Engines, TorchEngine
-from train.precision.recipe import CHOICES, PrecisionConfig, Table
+from train.precision.linear import Engines, Maps, Nodes, TorchEngine, spans
+from train.precision.recipe import CHOICES, RECIPES, PrecisionConfig, Table
 from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
 from train.precision.tiles import Kept, round_blocks, round_columns, round_to
 
@@ -51,6 +51,74 @@ class BlockGradients(_OtherGradients):
         return round_blocks(dy)
 
 
+class Partly(Fp8Engine):
+    """FP8 in some of the three products; operands of the others as they are, multiplied in float32."""
+
+    def __init__(self, recipe: Fp8, weights: QuantisedWeights, products: Collection[str]) -> None:
+        """products: of "fprop", "dgrad" and "wgrad"; what is kept for the last is kept whole where it is not there."""
+        super().__init__(recipe, weights)
+        self._products = products
+
+    def weight(self, product: str, weight: Tensor) -> Tensor:
+        """weight [..., n, k] as a product takes it, in float32."""
+        return self._weights.of(weight) if product in self._products else weight.detach().float()
+
+    def operand(self, x: Tensor) -> Tensor:
+        return super().operand(x) if "fprop" in self._products else x.float()
+
+    def keep(self, x: Tensor) -> Kept:
+        return super().keep(x) if "wgrad" in self._products else (x,)
+
+    def restore(self, kept: Kept) -> Tensor:
+        return super().restore(kept) if "wgrad" in self._products else kept[0]
+
+    def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
+        return torch.mm(operand, self.weight("fprop", weight).t()).to(weight.dtype)
+
+    def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
+        return torch.mm(self.gradient_operand(dy), self.weight("dgrad", weight)).to(weight.dtype)
+
+    def gradient_operand(self, dy: Tensor) -> Tensor:
+        return super().gradient_operand(dy) if "dgrad" in self._products else dy.float()
+
+    def grouped(self, splits: list[int]) -> Maps:
+        return _PartlyGroups(self, splits)
+
+    def received(self, dy: Tensor) -> Tensor:
+        return super().received(dy) if "wgrad" in self._products else dy
+
+    def add_product_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
+        if "wgrad" in self._products:
+            super().add_product_(accumulator, dy, x)
+        else:
+            accumulator.addmm_(dy.float().t(), x.float())
+
+
+class _PartlyGroups(Nodes):
+    """Group by group, each product by the engine."""
+
+    def __init__(self, engine: Partly, splits: list[int]) -> None:
+        self._engine, self._spans = engine, spans(splits)
+        self.operand, self.keep, self.restore = engine.operand, engine.keep, engine.restore
+
+    def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
+        return self._product(operand, self._engine.weight("fprop", weight).transpose(1, 2)).to(weight.dtype)
+
+    def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
+        return self._product(self._engine.gradient_operand(dy), self._engine.weight("dgrad", weight)).to(weight.dtype)
+
+    def _product(self, rows: Tensor, matrices: Tensor) -> Tensor:
+        out = rows.new_empty(rows.shape[0], matrices.shape[2])
+        for e, where in self._spans:
+            torch.mm(rows[where], matrices[e], out=out[where])
+        return out
+
+    def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
+        dy = self._engine.received(dy)
+        for e, rows in self._spans:
+            self._engine.add_product_(accumulator[e], dy[rows], x[rows])
+
+
 def round_whole(x: Tensor) -> Tensor:
     """x -> float32, the same shape: quantised to E4M3 with one scale for all of it, and dequantised."""
     if not x.numel():
@@ -87,6 +155,23 @@ class PerTensor(_OtherGradients):
 
     def add_product_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
         accumulator.addmm_(round_whole(dy).t(), round_whole(x))
+
+
+def partly(products: Collection[str]) -> MakeEngines:
+    """The table of FP8, each module by its own recipe, with FP8 in some of the three products alone."""
+
+    def make(config: PrecisionConfig, device: torch.device | str, weights: QuantisedWeights) -> Engines:
+        high = TorchEngine(device)
+        made = {recipe: Partly(recipe, weights, products) for each in RECIPES.values() for recipe in each.values()}
+        return Table(
+            {
+                module: made[recipe] if config.is_fp8(module) else high
+                for recipes in RECIPES.values()
+                for module, recipe in recipes.items()
+            }
+        )
+
+    return make
 
 
 def reassociated(_config: PrecisionConfig, device: torch.device | str, _weights: QuantisedWeights) -> Engines:

@@ -167,15 +167,21 @@ def build_stages(
 
 
 def load_model(
-    checkpoint: Path, config: ModelConfig, precision: PrecisionConfig, device: torch.device, weights: str = "master"
+    checkpoint: Path,
+    config: ModelConfig,
+    precision: PrecisionConfig,
+    device: torch.device,
+    weights: str = "master",
+    make_engines: Callable[..., Engines] = build_engines,
 ) -> Transformer:
     """The whole model of a step folder in this process, whatever ranks saved it: for forward passes, without a run.
 
     weights: "master", or "ema" for the moving average. They are rounded to `precision`, which need not be the run's.
+    make_engines: as `assemble` takes it.
     Raises ValueError as `read_pieces` and `fp8_weights` do, and for matrices that the engine cannot multiply by.
     """
     dtype, quantised = DTYPES[precision.name], fp8_weights(precision, device)
-    engines = build_engines(precision, device, quantised)
+    engines = make_engines(precision, device, quantised)
     with torch.device("meta"):
         model = Transformer(config, LocalDispatch(config.n_routed_experts), engines)
     if isinstance(quantised, TransformerEngine):
