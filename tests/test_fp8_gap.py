@@ -46,7 +46,7 @@ def test_everything_is_written(
     assert rows[0] == "side,seed,step,loss" and len(rows) == 1 + 4 * 40
     assert (bench.folder / "gap.png").stat().st_size > 20_000
     refusal = (
-        r"has runs of size=tiny steps=40 tokens=256 lr=0\.00022 config=\w+, and not of size=tiny steps=40 tokens=384"
+        r"has runs of size=tiny steps=40 tokens=256 lr=0\.001 config=\w+, and not of size=tiny steps=40 tokens=384"
     )
     with pytest.raises(SystemExit, match=refusal):
         fp8_gap.main([*SETTINGS, "tokens=384", f"dir={bench.folder}"])
