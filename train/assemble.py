@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from train.data.blend import check_epochs, open_stream
 from train.ema import Ema
 from train.job import Job, held
 from train.model.config import ModelConfig
-from train.model.init import init_masters, init_weights, materialise
+from train.model.init import InitialValues, init_weights, materialise
 from train.model.kernels import Kernels
 from train.model.packing import ByDocument, OneText, Packing
 from train.model.recompute import Recompute
@@ -134,6 +134,19 @@ def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engi
         flops_per_token=flops.training_flops_per_token(config.model, train.seq_len),
         one_machine=os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"),
     )
+
+
+def init_masters(model: Transformer, seed: int, state: Mapping[str, Sequence[Piece]]) -> None:
+    """Give the masters in an optimizer's state the values that the weights of `model` were rounded from.
+
+    Masters made of bfloat16 weights would all begin on its grid, and no weight would move before its master had gone
+    half a step of the grid: at a warm-up's rates that is several updates, the same for all weights.
+    """
+    values = InitialValues(model, seed)
+    for name, weight in model.named_parameters():
+        for piece in state.get(f"master.{name}", ()):
+            if piece.tensor.dtype != weight.dtype:
+                values.copy_to(piece.tensor, name, piece.offset)
 
 
 def packing(config: RunConfig, end_of_document: int, device: torch.device) -> Packing:

@@ -12,8 +12,9 @@ import torch
 from parallel.shards import Piece
 from tests.reference import LocalDispatch
 from tests.train.model_cases import TINY
+from train.assemble import init_masters
 from train.model.config import ModelConfig
-from train.model.init import init_masters, init_weights
+from train.model.init import init_weights
 from train.model.transformer import Parts, Transformer
 from train.precision.linear import TorchEngine
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from parallel.shards import Piece
 from train.model.router import BiasedRouter
 from train.model.transformer import Transformer
 from train.precision.grads import wide_dtype
@@ -23,14 +21,16 @@ def _draw(std: float, shape: torch.Size, *identity: object) -> Tensor:
     return torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
 
 
-class _Values:
-    """The first values of one model: every parameter a flat global tensor, of which anyone asks for any range."""
+class InitialValues:
+    """The first values of one model, in float32: each parameter a flat global tensor, of which one asks for ranges."""
 
     def __init__(self, model: Transformer, seed: int) -> None:
         self._model, self._std, self._seed = model, model.config.initializer_range, seed
 
+    @torch.no_grad()
     def copy_to(self, flat: Tensor, name: str, offset: int) -> None:
-        """Fill 1-D `flat` with the elements from `offset` on. Draws are whole: a matrix, or one expert's."""
+        """Fill 1-D `flat` with the elements of a parameter from `offset` on. What is drawn is whole: a matrix, or one
+        expert's."""
         shape = self._model.global_shape(name)
         if len(shape) == 1:
             flat.fill_(1.0)
@@ -66,7 +66,7 @@ def init_weights(model: Transformer, seed: int, dtype: torch.dtype, device: torc
     expert's weights are drawn by its global index, so any layout of experts over ranks holds the same model.
     """
     materialise(model, dtype, device)
-    values = _Values(model, seed)
+    values = InitialValues(model, seed)
     for name, parameter in model.named_parameters():
         own = parameter.numel() // len(parameter) * model.first_expert if model.is_expert(name) else 0
         values.copy_to(parameter.view(-1), name, own)
@@ -74,17 +74,3 @@ def init_weights(model: Transformer, seed: int, dtype: torch.dtype, device: torc
         if isinstance(router, BiasedRouter):
             bias = router.e_score_correction_bias
             router.e_score_correction_bias = torch.zeros_like(bias, dtype=wide_dtype(dtype))
-
-
-@torch.no_grad()
-def init_masters(model: Transformer, seed: int, state: Mapping[str, Sequence[Piece]]) -> None:
-    """Give the masters among the pieces of an optimizer's state the values that the weights were rounded from.
-
-    Masters made of bfloat16 weights would all begin on its grid, and no weight would move before its master had gone
-    half a step of the grid: at a warm-up's rates that is several updates, the same for all weights.
-    """
-    values = _Values(model, seed)
-    for name, weight in model.named_parameters():
-        for piece in state.get(f"master.{name}", ()):
-            if piece.tensor.dtype != weight.dtype:
-                values.copy_to(piece.tensor, name, piece.offset)
