@@ -99,7 +99,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.fixture(scope="module")
 def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was killed after 200 steps."""
+    """The folder of a run that was killed after 200 steps, some of which wandb's file lacks."""
     folder = tmp_path_factory.mktemp("killed")
     killed = subprocess.run([sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, text=True)
     assert killed.returncode == -signal.SIGKILL
@@ -109,6 +109,9 @@ def killed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     while len(wandb_history(runs_of(folder)[0])) < 40 and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1)
+    # It writes blocks of 32 KiB, and the rest too where a busy machine lets it outlive the run by more: cut off here.
+    (written,) = runs_of(folder)[0].glob("*.wandb")
+    os.truncate(written, min(written.stat().st_size, 2 << 15))
     return folder
 
 
@@ -117,7 +120,7 @@ def test_wandb_gets_every_step_once_through_a_kill(checkpoint_step: int, killed_
     """A kill leaves wandb's file some way behind metrics.jsonl, past the checkpoint or not: the next run fills in."""
     folder = tmp_path / "run"
     shutil.copytree(killed_run, folder, symlinks=True)
-    assert 20 < len(wandb_history(runs_of(folder)[0])) < 199, "a step is about 700 bytes, wandb keeps blocks of 32 KiB"
+    assert 20 < len(wandb_history(runs_of(folder)[0])) < 199, "a step is about 700 bytes"
     wandb = WandbSink(TrackConfig(wandb="offline"), folder, {}, checkpoint_step, "0a1b2c3d")
     tracker = Tracker([wandb, JsonlSink(folder / "metrics.jsonl", checkpoint_step)])
     for step in range(checkpoint_step + 1, 220):
