@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from train.precision.blockwise import E4M3, scales_of
-from train.precision.linear import Engines, Maps, Nodes, TorchEngine, spans
+from train.precision.linear import Engines, Maps, TorchEngine
 from train.precision.recipe import CHOICES, RECIPES, PrecisionConfig, Table
-from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
+from train.precision.reference import Fp8, Fp8Engine, Fp8Groups, QuantisedWeights
 from train.precision.tiles import Kept, round_blocks, round_columns, round_to
 
 MakeEngines = Callable[[PrecisionConfig, torch.device | str, QuantisedWeights], Engines]
@@ -82,7 +82,7 @@ class Partly(Fp8Engine):
         return super().gradient_operand(dy) if "dgrad" in self._products else dy.float()
 
     def grouped(self, splits: list[int]) -> Maps:
-        return _PartlyGroups(self, splits)
+        return _PartlyGroups(self, self._weights, splits)
 
     def received(self, dy: Tensor) -> Tensor:
         return super().received(dy) if "wgrad" in self._products else dy
@@ -94,29 +94,16 @@ class Partly(Fp8Engine):
             accumulator.addmm_(dy.float().t(), x.float())
 
 
-class _PartlyGroups(Nodes):
-    """Group by group, each product by the engine."""
-
-    def __init__(self, engine: Partly, splits: list[int]) -> None:
-        self._engine, self._spans = engine, spans(splits)
-        self.operand, self.keep, self.restore = engine.operand, engine.keep, engine.restore
+class _PartlyGroups(Fp8Groups):
+    def __init__(self, engine: Partly, weights: QuantisedWeights, splits: list[int]) -> None:
+        super().__init__(engine, weights, splits)
+        self._weight = engine.weight
 
     def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
-        return self._product(operand, self._engine.weight("fprop", weight).transpose(1, 2)).to(weight.dtype)
+        return self._product(operand, self._weight("fprop", weight).transpose(1, 2)).to(weight.dtype)
 
     def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
-        return self._product(self._engine.gradient_operand(dy), self._engine.weight("dgrad", weight)).to(weight.dtype)
-
-    def _product(self, rows: Tensor, matrices: Tensor) -> Tensor:
-        out = rows.new_empty(rows.shape[0], matrices.shape[2])
-        for e, where in self._spans:
-            torch.mm(rows[where], matrices[e], out=out[where])
-        return out
-
-    def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
-        dy = self._engine.received(dy)
-        for e, rows in self._spans:
-            self._engine.add_product_(accumulator[e], dy[rows], x[rows])
+        return self._product(self._engine.gradient_operand(dy), self._weight("dgrad", weight)).to(weight.dtype)
 
 
 def round_whole(x: Tensor) -> Tensor:

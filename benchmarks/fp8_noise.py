@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.fp8_noise checkpoint=STEP_FOLDER [sequences=48]
 
 checkpoint   of a run with precision=fp8, whose config says which modules multiply in FP8.
-sequences    of the training text, in micro-batches of 8, in another order than the run read them.
+sequences    of the training text, in micro-batches of 8, in another order than the run read them,
+             without masks between documents.
 
 loss         of the main model, its relative distance from FP32's.
 gradients    |g - g of FP32|² over |g of FP32|², in percent, by kind of matrix. Rounding is noise to an optimizer: Adam

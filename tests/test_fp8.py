@@ -39,7 +39,7 @@ class Watched:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        classes = [reference.Fp8Engine, reference._Groups, linear.TorchEngine, linear._LoopedGroups]
+        classes = [reference.Fp8Engine, reference.Fp8Groups, linear.TorchEngine, linear._LoopedGroups]
         patches = [
             mock.patch.object(kind, name, self._wrap(kind, name, place))
             for kind in classes
@@ -65,7 +65,7 @@ class Watched:
 
         def watched(engine: Any, *args: Tensor) -> Any:
             self.taken.setdefault((args[place].data_ptr(), name), set()).add(
-                f"fp8 {engine_recipe(engine)}" if kind in (reference.Fp8Engine, reference._Groups) else "torch"
+                f"fp8 {engine_recipe(engine)}" if kind in (reference.Fp8Engine, reference.Fp8Groups) else "torch"
             )
             return inner(engine, *args)
 

@@ -105,7 +105,7 @@ def test_smoothing_is_a_weighted_mean_of_all_that_came_before() -> None:
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
-        ("size=huge", "size=huge is not one of gap, mtp, tiny"),
+        ("size=huge", "size=huge is not one of gap, tiny"),
         ("steps=0", "steps=0 must be a whole number above 0"),
         ("lr=fast", "lr=fast must be a number"),
         ("tokens=200", "tokens=200 must be a multiple of 128"),

@@ -99,7 +99,7 @@ class Fp8Engine(Nodes):
         self.add_product_(accumulator, self.received(dy), x)
 
     def grouped(self, splits: list[int]) -> Maps:
-        return _Groups(self, self._weights, splits)
+        return Fp8Groups(self, self._weights, splits)
 
     def received(self, dy: Tensor) -> Tensor:
         """The gradient dy [T, n] of which the weight gradient makes its columns."""
@@ -110,7 +110,7 @@ class Fp8Engine(Nodes):
         accumulator.addmm_(round_columns(dy, self._round_gradient).t(), round_columns(x, self._round_input))
 
 
-class _Groups(Nodes):
+class Fp8Groups(Nodes):
     """Group by group; tiles of rows know nothing of groups, and no tile of tokens reaches from one into the next."""
 
     def __init__(self, engine: Fp8Engine, weights: QuantisedWeights, splits: list[int]) -> None:
