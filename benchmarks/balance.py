@@ -34,19 +34,19 @@ import torch
 from torch import Tensor
 
 from parallel.expert.dispatch import LocalDispatch
-from train.balance import update_bias
 from train.compose import compose
 from train.config import RunConfig
-from train.data.prepare import prepare
-from train.data.rows import Rows
-from train.data.tokens import Tokens
+from train.data.prepare.one_source import prepare
+from train.data.rows.epochs import Rows
+from train.data.rows.tokens import Tokens
 from train.model.init import init_weights
 from train.model.loss import LossTerms
 from train.model.transformer import Transformer
-from train.optim import adamw_factory, decays
-from train.picture import COLORS, INK, headline, paper, save, smooth
 from train.precision.grads import attach_main_grads
 from train.precision.linear import TorchEngine
+from train.recipe.balance import update_bias
+from train.recipe.optim import adamw_factory, decays
+from train.view.curves import COLORS, INK, headline, paper, save, smooth
 
 DEFAULTS = {
     "steps": "500",

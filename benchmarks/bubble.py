@@ -56,7 +56,7 @@ from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import simulate
 from parallel.process import Groups
 from parallel.watch import Watch
-from train.picture import COLORS, FAINT, INK, save
+from train.view.curves import COLORS, FAINT, INK, save
 
 WIDTH = 64  # floats that stages hand on
 OURS = tuple(f"ours {name}" for name in NAMES)

@@ -23,13 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from train.data.blocks import Position
 from train.data.config import DataConfig
-from train.data.documents import Document, documents
-from train.data.prepare import prepare
-from train.data.rows import Rows
-from train.data.source import open_source, walk
-from train.data.tokens import Tokens
+from train.data.prepare.one_source import prepare
+from train.data.read.blocks import Position
+from train.data.read.documents import Document, documents
+from train.data.read.source import open_source, walk
+from train.data.rows.epochs import Rows
+from train.data.rows.tokens import Tokens
 
 
 def rows_per_s(rows: Rows, count: int, at_least_s: float = 1.0) -> float:

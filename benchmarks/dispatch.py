@@ -2,7 +2,7 @@
 
     python -m benchmarks.dispatch [nodes=4 per_node=2 rate=200mbit tokens=512 hidden=1024 rounds=9]
 
-Needs what `python -m launch emulate check` asks for (Linux, root, iproute2). Prints one table per emulated cluster:
+Needs what `python -m benchmarks.emulate check` asks for (Linux, root, iproute2). Prints one table per emulated cluster:
 
 dispatch  8 of 32 experts per token, limited to 2 nodes by routing groups, bf16 rows, fp32 weights. `two_hop` and `flat`
           are ours; `flat, library` is the same flat dispatch over `all_to_all_single`, which is what an all-to-all
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from benchmarks._ranks import read_settings, slowest, total
 from benchmarks._sides import Neighbours, median_ms, speedup, take_turns
-from launch.emulate import LINK, Lab, able, bits_per_s
+from benchmarks.emulate import LINK, Lab, able, bits_per_s
 from parallel import process
 from parallel.collectives import Handle, drive, exchange
 from parallel.expert.dispatch import Dispatch, Hop

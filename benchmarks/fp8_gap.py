@@ -39,12 +39,13 @@ from benchmarks._sides import Neighbours
 from train import compose, run_folder
 from train.assemble import assemble, join
 from train.config import RunConfig
-from train.data.prepare import prepare
+from train.data.prepare.one_source import prepare
 from train.flops import parameter_counts
 from train.loop import NotFiniteError, StopRequest, run
-from train.picture import COLORS, FAINT, INK, headline, paper, save
 from train.precision.recipe import build_engines
-from train.track import JsonlSink, Tracker, read_metrics
+from train.track.metrics_file import JsonlSink, read_metrics
+from train.track.sinks import Tracker
+from train.view.curves import COLORS, FAINT, INK, headline, paper, save
 
 BOUND, SMOOTHING, SEQ_LEN = 0.0025, 0.9, 128
 DEFAULTS = {

@@ -27,9 +27,9 @@ from benchmarks._recipes import MakeEngines, partly
 from benchmarks.fp8_error import table
 from train import compose
 from train.assemble import load_model
-from train.checkpoint import CONFIG_FILE
+from train.checkpoint.saver import CONFIG_FILE
 from train.config import RunConfig
-from train.data.blend import open_stream
+from train.data.rows.blend import open_stream
 from train.job import EMBEDDING
 from train.model.loss import LossTerms
 from train.precision.grads import attach_main_grads

@@ -31,13 +31,13 @@ from benchmarks._sides import Neighbours
 from launch.prepare import prepare_command
 from train import compose
 from train.assemble import load_model
-from train.data.blend import open_stream
+from train.data.rows.blend import open_stream
 from train.generate import Record, generate
 from train.model.decode import Decoder, Drafter
 from train.model.transformer import Transformer
-from train.picture import COLORS, FAINT, INK, headline, paper, save
 from train.run_folder import find_checkpoint
-from train.track import read_metrics
+from train.track.metrics_file import read_metrics
+from train.view.curves import COLORS, FAINT, INK, headline, paper, save
 
 DEFAULTS = {"steps": "300", "seeds": "3", "out": "runs/mtp"}
 DEPTHS = {"with": 1, "without": 0}

@@ -3,7 +3,7 @@
     python -m benchmarks.overlap [rate=100mbit ratios=0.67,1 rounds=3 schedules=dualpipev,dualpipe ...]
     python -m benchmarks.overlap model [rounds=3 rate=100mbit]
 
-The first form needs what `python -m launch emulate check` asks for. Its stages are layers of attention | dispatch |
+The first form needs what `python -m benchmarks.emulate check` asks for. Its stages are layers of attention | dispatch |
 experts | combine over a real dispatch, stage, runtime and links; only the computing sleeps, so that two cores are
 enough for four ranks. `ratios` are communication over computing: the all-to-alls of a micro-batch, measured alone, over
 its F + B + W. Pairs and the list apart take turns in one run.
@@ -42,7 +42,7 @@ from torch import Tensor
 from benchmarks._ranks import Sleeper, read_settings, slowest, span, total
 from benchmarks._sides import Neighbours, median_ms, speedup, take_turns
 from benchmarks.dispatch import NUM_CHOSEN, NUM_EXPERTS, route
-from launch.emulate import Lab, able
+from benchmarks.emulate import Lab, able
 from launch.ranks import start_ranks
 from parallel import process
 from parallel.expert.build import build as build_dispatch
@@ -58,16 +58,16 @@ from parallel.process import Groups
 from parallel.watch import Watch
 from train.assemble import assemble
 from train.compose import compose
-from train.data.prepare import prepare
+from train.data.prepare.one_source import prepare
 from train.job import Job
 from train.loop import accumulate
-from train.metrics import StepTimer
 from train.model.loss import LossTerms
 from train.model.moe import Journey
 from train.model.tape import Steps, Tape
 from train.model.transformer import Parts, Transformer
 from train.precision.grads import Sink
 from train.stage import Stage, WeightGradients
+from train.track.metrics import StepTimer
 
 DEFAULTS = {
     "rate": "100mbit",

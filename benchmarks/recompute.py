@@ -27,7 +27,6 @@ from benchmarks._storages import Storages
 from parallel.collectives import drive
 from parallel.expert.dispatch import LocalDispatch
 from parallel.pipeline.segments import Segments
-from train.compose import CONFIGS
 from train.model.config import ModelConfig
 from train.model.init import init_weights
 from train.model.loss import LossTerms
@@ -35,6 +34,7 @@ from train.model.recompute import NODES, Recompute, RecomputeConfig
 from train.model.transformer import Parts, Transformer
 from train.precision.grads import attach_main_grads
 from train.precision.linear import TorchEngine
+from train.settings import CONFIGS
 from train.stage import Stage, WeightGradients
 
 DEFAULTS = {"model": "small", "seq_len": "256", "dtype": "fp32", "rounds": "7"}

@@ -39,7 +39,6 @@ from parallel.expert.dispatch import LocalDispatch
 from parallel.zero.optimizer import build
 from parallel.zero.sets import ReplicaGroups
 from train.assemble import DTYPES
-from train.compose import group
 from train.flops import parameter_counts, training_flops_per_token
 from train.job import held
 from train.model.config import ModelConfig
@@ -47,10 +46,11 @@ from train.model.init import init_weights
 from train.model.kernels import Kernels
 from train.model.loss import LossTerms
 from train.model.transformer import Transformer
-from train.optim import OptimConfig, adamw_factory, decays
 from train.precision.grads import attach_main_grads
 from train.precision.recipe import PrecisionConfig, build_engines
 from train.precision.reference import QuantisedWeights
+from train.recipe.optim import OptimConfig, adamw_factory, decays
+from train.settings import group
 
 DEFAULTS = {
     "size": "S",

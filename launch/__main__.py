@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launch import emulate
 from launch.export import export
 from launch.generate import generate_command
 from launch.imports import import_model
@@ -43,7 +42,6 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "report": (report, "runs as one HTML page: run=DIR [run=DIR ...] out=FILE"),
     "schedule": (_schedule, "print and draw the recipe over tokens: experiment=NAME out=FILE"),
     "timeline": (timeline, "simulate and draw a pipeline: pipeline.schedule=NAME parallel.pp=N out=FILE"),
-    "emulate": (emulate.main, "run a command on an emulated cluster: nodes=2 per_node=2 rate=200mbit -- COMMAND"),
 }
 
 

@@ -19,20 +19,23 @@ import yaml
 from torch import Tensor
 
 from launch.settings import read_settings
-from train import compose, hf_config, hf_tokenizer, step_folders
-from train.checkpoint import read_state
-from train.data.blend import check_prepared, prepared_tokenizer
+from train.checkpoint import step_folders
+from train.checkpoint.ranges import RangeReader
+from train.checkpoint.saver import read_state
+from train.checkpoint.state import TrainState
+from train.checkpoint.step_folders import FileRecord
 from train.data.config import DataConfig
 from train.data.meta import TOKENIZER
-from train.data.progress import Progress
-from train.disk import Disk, layout
-from train.flat_stream import RangeReader
+from train.data.prepare.progress import Progress
+from train.data.rows.blend import check_prepared, prepared_tokenizer
+from train.hf import config as hf_config
+from train.hf import tokenizer as hf_tokenizer
+from train.hf.layout import Disk, layout
+from train.hf.tensor_files import INDEX, Spec, read_specs, write_index, write_shard
 from train.model.config import ModelConfig
 from train.precision.published import to_published
 from train.run_folder import find_checkpoint
-from train.state import TrainState
-from train.step_folders import FileRecord
-from train.tensor_files import INDEX, Spec, read_specs, write_index, write_shard
+from train.settings import section
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
 # Which state of a checkpoint is exported.
@@ -74,7 +77,7 @@ def export(settings: Sequence[str]) -> int:
     source, target = find_checkpoint(Path(given["checkpoint"])), Path(given["to"])
     state = read_state(source)
     tree = yaml.safe_load(state.config)
-    model = compose.section(ModelConfig, tree["model"], "model")
+    model = section(ModelConfig, tree["model"], "model")
     hf_config.layout_of(model)  # refused before anything is written
     tokenizer = _tokenizer(given["tokenizer"], source, tree, state, model)
     with step_folders.new_folder(target) as partial:
@@ -198,7 +201,7 @@ def _tokenizer(
     if choice == "none":
         return None
     places = [source / TOKENIZER if choice == "auto" else Path(choice)]
-    data = compose.section(DataConfig, tree["data"], "data") if choice == "auto" and tree.get("data") else None
+    data = section(DataConfig, tree["data"], "data") if choice == "auto" and tree.get("data") else None
     if data is not None:
         places.append(prepared_tokenizer(data))
     found = next((place for place in places if place.is_file()), None)

@@ -20,11 +20,12 @@ import torch
 from launch.settings import read_settings
 from train import compose
 from train.assemble import DTYPES, load_model
-from train.checkpoint import CONFIG_FILE, read_state
+from train.checkpoint.flat import FlatReader, tensors
+from train.checkpoint.saver import CONFIG_FILE, read_state
+from train.checkpoint.state import TrainState
 from train.config import RunConfig
-from train.data.blend import check_prepared, prepared_tokenizer
+from train.data.rows.blend import check_prepared, prepared_tokenizer
 from train.data.tokenizer import TextStream, Tokenizer
-from train.flat import FlatReader, tensors
 from train.generate import (
     Choice,
     Chooser,
@@ -39,7 +40,6 @@ from train.generate import (
 from train.model.transformer import Transformer
 from train.precision.recipe import PrecisionConfig
 from train.run_folder import find_checkpoint
-from train.state import TrainState
 
 KEYS = (
     *("prompt", "prompt_file", "max_new_tokens", "speculative", "temperature", "top_p", "seed"),
@@ -99,7 +99,7 @@ def generate_command(settings: Sequence[str]) -> int:
         _check_average(folder)
     precision = config.precision
     if request.precision not in (None, precision.name):
-        precision = compose.group(PrecisionConfig, "precision", request.precision)
+        precision = group(PrecisionConfig, "precision", request.precision)
     model = load_model(folder, config.model, precision, request.device, request.weights)
     said = {name: word for word, name in WEIGHTS.items()}[request.weights]
     print(f"{folder}: {said} weights in {precision.name} on {request.device}\n\n{request.prompt}", end="", flush=True)

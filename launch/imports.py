@@ -18,16 +18,18 @@ import yaml
 from torch import Tensor
 
 from launch.settings import read_settings
-from train import hf_config, hf_tokenizer, step_folders
-from train.checkpoint import CONFIG_FILE, STATE_FILE
-from train.data.progress import Progress
-from train.disk import Disk, layout
-from train.ema import MASTER
-from train.flat_stream import write_ranges
+from train.checkpoint import step_folders
+from train.checkpoint.ranges import write_ranges
+from train.checkpoint.saver import CONFIG_FILE, STATE_FILE
+from train.checkpoint.state import TrainState, capture_rng, fingerprint
+from train.data.prepare.progress import Progress
+from train.hf import config as hf_config
+from train.hf import tokenizer as hf_tokenizer
+from train.hf.layout import Disk, layout
+from train.hf.tensor_files import Spec, TensorFolder, some
 from train.model.config import ModelConfig
 from train.precision.published import from_published
-from train.state import TrainState, capture_rng, fingerprint
-from train.tensor_files import Spec, TensorFolder, some
+from train.recipe.ema import MASTER
 
 MODEL_FILE = "model.yaml"
 DEFAULTS = {"from": None, "to": None}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from train.config import RunConfig
-from train.data.blend import check_epochs, exposure_table, open_stream
 from train.data.config import DataConfig
 from train.data.meta import Meta
-from train.data.prepare_blend import prepare_sources
-from train.data.trouble import BAD, REASONS
+from train.data.prepare.all_sources import prepare_sources
+from train.data.read.trouble import BAD, REASONS
+from train.data.rows.blend import check_epochs, exposure_table, open_stream
 
 
 def prepare_run(config: RunConfig, histogram: bool = False) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 import yaml
 
 from train import compose
-from train.checkpoint import CONFIG_FILE, read_state
-from train.data.blend import open_stream, prepared_fingerprint
-from train.report.page import write_report
-from train.report.runs import find_runs, read_run
+from train.checkpoint.saver import CONFIG_FILE, read_state
+from train.data.rows.blend import open_stream, prepared_fingerprint
 from train.run_folder import find_checkpoint
+from train.view.report.page import write_report
+from train.view.report.runs import find_runs, read_run
 
 
 def report(settings: Sequence[str]) -> int:

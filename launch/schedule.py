@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from train.picture import COLORS, FAINT, headline, paper, save, short_rate, short_tokens
-from train.schedule import Schedule, StepPlan
+from train.recipe.schedule import Schedule, StepPlan
+from train.view.curves import COLORS, FAINT, headline, paper, save, short_rate, short_tokens
 
 NUM_POINTS = 1000
 

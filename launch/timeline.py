@@ -28,7 +28,7 @@ from parallel.pipeline.registry import build
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import Costs, Simulation, simulate
 from parallel.pipeline.verify import verify
-from train.picture_rows import Bar, Mark, Rows, Swatch, draw_rows, shades
+from train.view.rows import Bar, Mark, Rows, Swatch, draw_rows, shades
 
 NEEDED = ("pipeline.schedule", "parallel.pp", "pipeline.num_micro_batches")
 COSTS = ("f", "b", "w", "pair", "latency", "early")

@@ -14,9 +14,9 @@ from launch.__main__ import main
 from launch.imports import start_state
 from tests.runs import read_checkpoint
 from tests.train.model_cases import build, random_config, random_dense_config, with_grouped_attention
-from train import step_folders
-from train.disk import shapes
-from train.flat_stream import write_ranges
+from train.checkpoint import step_folders
+from train.checkpoint.ranges import write_ranges
+from train.hf.layout import shapes
 from train.model.config import ModelConfig
 from train.model.loss import LossTerms
 from train.model.tape import Inline, drive

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.runs import environment, train_main
 from tests.spawn import free_port
-from train.track import read_metrics
+from train.track.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 240.0

@@ -19,13 +19,13 @@ from torch import Tensor
 from tests.reference import LocalDispatch as ReferenceDispatch
 from tests.reference import rms_norm, select
 from train.config import RunConfig
-from train.data.blend import open_stream
+from train.data.rows.blend import open_stream
 from train.model.config import ModelConfig
 from train.model.init import init_weights
 from train.model.transformer import Transformer
-from train.optim import OptimConfig
 from train.precision.linear import TorchEngine
-from train.schedule import StepPlan
+from train.recipe.optim import OptimConfig
+from train.recipe.schedule import StepPlan
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 # The latents' norms have this constant in the released code, whatever the model's own is.

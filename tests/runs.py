@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.spawn import Ranks
-from train.checkpoint import CheckpointConfig, Checkpoints
+from train.checkpoint.config import CheckpointConfig
+from train.checkpoint.flat import FlatReader, tensors
+from train.checkpoint.saver import Checkpoints
 from train.data.config import DataConfig
-from train.data.prepare import prepare
-from train.flat import FlatReader, tensors
-from train.track import read_metrics
+from train.data.prepare.one_source import prepare
+from train.track.metrics_file import read_metrics
 
 # A DeepSeek-V3 in every part whose numbers a test can afford: 3 layers, 8 experts in 4 groups, one prediction depth.
 SMALL = [

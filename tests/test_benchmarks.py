@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import balance, bubble, mtp, recompute, runtime, step
-from launch import emulate
+from benchmarks import balance, bubble, emulate, mtp, recompute, runtime, step
 from parallel.pipeline.registry import build
 from parallel.pipeline.simulate import simulate
 from tests.runs import SMALL, prepare_text

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.runs import SMALL, prepare_text, train_main
-from train.track import read_metrics
+from train.track.metrics_file import read_metrics
 
 SEEDS = (0, 1, 2)
 EVALUATED = ["train.micro_batch_size=8", "evaluate.interval=20", "evaluate.num_sequences=64", "train.max_steps=60"]

@@ -12,7 +12,7 @@ from tests.plain_run import plain_run
 from tests.runs import SMALL, run_in
 from tests.spawn import Ranks
 from train.compose import compose
-from train.data.prepare_blend import prepare_sources
+from train.data.prepare.all_sources import prepare_sources
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 RUN = (

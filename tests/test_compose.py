@@ -12,11 +12,11 @@ import torch
 from omegaconf import OmegaConf
 
 from train import compose
-from train.compose import CONFIGS
 from train.config import RunConfig
 from train.model.config import ModelConfig
 from train.model.transformer import Transformer
 from train.precision.linear import TorchEngine
+from train.settings import CONFIGS
 
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.glob("*/*.yaml"))
 

@@ -243,7 +243,7 @@ def test_a_fault_turns_fp8_red(bench: Bench, mirrored: Composition) -> None:
 @contextmanager
 def targets_counted_as_if_none_crossed() -> Iterator[None]:
     """The losses of masked rows are divided by all their tokens."""
-    from train.data.rows import Rows
+    from train.data.rows.epochs import Rows
 
     def all_tokens(self: Any, first: int, count: int) -> int:
         return count * self.seq_len

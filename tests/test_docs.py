@@ -16,9 +16,10 @@ import yaml
 
 from launch.__main__ import VERBS
 from launch.sweep.config import SweepConfig
-from train.compose import CONFIGS, compose
+from train.compose import compose
 from train.config import RunConfig
-from train.metrics import UNITS
+from train.settings import CONFIGS
+from train.track.metrics import UNITS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

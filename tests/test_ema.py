@@ -14,10 +14,10 @@ from torch import Tensor
 from tests.runs import SMALL, Finished, prepare_text, read_checkpoint, relative, run_in, train_main
 from tests.spawn import Ranks
 from train.compose import compose
-from train.ema import Ema
 from train.model.init import init_weights
 from train.model.transformer import Transformer
 from train.precision.linear import TorchEngine
+from train.recipe.ema import Ema
 
 DECAY = 0.75
 STEPS = ["train.max_steps=4", "checkpoint.interval=1", "checkpoint.keep_latest_k=0", f"optimizer.ema_decay={DECAY}"]

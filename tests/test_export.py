@@ -17,7 +17,7 @@ from tests.spawn import Ranks
 from tests.train.model_cases import random_tokens
 from train import compose
 from train.model.config import ModelConfig
-from train.track import read_metrics
+from train.track.metrics_file import read_metrics
 
 STEPS = ["train.max_steps=3", "optimizer.ema_decay=0.5", "lr_scheduler.phases=[{kind:constant}]"]
 

@@ -24,10 +24,11 @@ from tests.exports import (
 )
 from tests.train.disk_names import part
 from tests.train.model_cases import random_tokens
-from train import hf_config, names
-from train.disk import Disk, layout, shapes
+from train.hf import config as hf_config
+from train.hf import names
+from train.hf.layout import Disk, layout, shapes
+from train.hf.tensor_files import TensorFolder
 from train.model.config import ModelConfig
-from train.tensor_files import TensorFolder
 
 # The oracle's norms, router and rotary tables are float32 in every model, which bounds what float64 can show.
 TOLERANCE = 1e-5

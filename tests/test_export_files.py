@@ -23,13 +23,13 @@ from tests.exports import checkpoint_of
 from tests.launched import ROOT
 from tests.runs import environment
 from tests.train.model_cases import TINY
-from train import step_folders
-from train.compose import group
-from train.disk import layout, shapes
-from train.flat_stream import RangeReader
+from train.checkpoint import step_folders
+from train.checkpoint.ranges import RangeReader
+from train.hf.layout import layout, shapes
+from train.hf.tensor_files import INDEX, Spec, TensorFolder, write_shard
 from train.model.config import ModelConfig
 from train.precision.recipe import PrecisionConfig
-from train.tensor_files import INDEX, Spec, TensorFolder, write_shard
+from train.settings import group
 
 # Stacked experts of 34 MB in one piece, as a single process saves them; 31 M parameters in all.
 LARGE = {

@@ -18,8 +18,8 @@ from tests.launched import last_step, torchrun
 from tests.runs import SMALL, Finished, prepare_text, read_checkpoint, run_in
 from tests.spawn import Ranks
 from train.compose import compose
-from train.data.blend import open_stream
-from train.data.rows import Rows
+from train.data.rows.blend import open_stream
+from train.data.rows.epochs import Rows
 
 FOUR = ["parallel.dp=4", "parallel.ep=2", "parallel.dispatch=flat"]
 BAD_STEP = 6
@@ -162,7 +162,7 @@ def test_weights_spoilt_by_the_last_update_are_not_saved(ranks: Ranks, tmp_path:
 @contextmanager
 def the_disk_is_full() -> Iterator[None]:
     """From the second checkpoint on, rank 1 cannot write its share."""
-    from train.flat import FlatWriter
+    from train.checkpoint.flat import FlatWriter
 
     original = FlatWriter.write_data
 

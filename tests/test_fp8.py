@@ -17,12 +17,13 @@ from torch import Tensor
 from tests.runs import DENSE, SMALL, Finished, prepare_text, read_checkpoint, run_in, train_main
 from tests.spawn import Ranks
 from train import __main__ as program
-from train.compose import group, load
+from train.compose import load
 from train.job import Job
 from train.precision import linear, reference
 from train.precision.recipe import CHOICES, RECIPES, PrecisionConfig
 from train.precision.reference import Fp8
-from train.track import read_metrics
+from train.settings import group
+from train.track.metrics_file import read_metrics
 
 STEPS = ["precision=fp8", "train.max_steps=6", "checkpoint.interval=3", "checkpoint.keep_latest_k=0"]
 MEASURED = ("train/loss", "train/mtp_loss", "train/seq_balance_loss", "train/grad_norm", "moe/max_vio", "valid/loss")

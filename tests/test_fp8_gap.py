@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import fp8_gap
-from train.track import read_metrics
+from train.track.metrics_file import read_metrics
 
 SETTINGS = ["size=tiny", "steps=40", "tokens=256", "seeds=1", "sides=fp32,reassociated,fp8,control"]
 

@@ -37,7 +37,7 @@ def reads_of_a_run(settings: list[str]) -> tuple[Counter[str], dict[str, int]]:
     from train.assemble import assemble, join
     from train.compose import compose
     from train.loop import StopRequest, run
-    from train.track import Tracker
+    from train.track.sinks import Tracker
 
     config = compose(settings)
     with join(config, end_hung=print) as groups:

@@ -22,7 +22,7 @@ from tests.runs import SMALL, Finished, forget_after, last_checkpoint, prepare_t
 from tests.spawn import Ranks
 from train import run_folder
 from train.compose import compose
-from train.track import read_metrics
+from train.track.metrics_file import read_metrics
 
 NUMBERS = ("train/", "valid/", "moe/")
 FOUR = ["parallel.dp=4", "parallel.ep=2", "parallel.dispatch=flat"]

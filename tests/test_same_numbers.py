@@ -257,7 +257,7 @@ def mtp_label_off_by_one() -> Iterator[None]:
 
 @contextmanager
 def bias_moved_per_micro_batch() -> Iterator[None]:
-    from train.balance import update_bias
+    from train.recipe.balance import update_bias
     from train.stage import Stage
 
     original = Stage.forward

@@ -13,8 +13,8 @@ from train.assemble import build_stages
 from train.compose import compose
 from train.flops import parameter_counts
 from train.job import held
-from train.optim import adamw_factory, decays
 from train.precision.linear import TorchEngine
+from train.recipe.optim import adamw_factory, decays
 
 DP, EP = 4, 2
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from train.compose import group
 from train.precision import recipe
 from train.precision.recipe import PrecisionConfig, check_widths, choose_engine, fp8_weights
 from train.precision.reference import QuantisedWeights
+from train.settings import group
 
 FP8 = group(PrecisionConfig, "precision", "fp8")
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,13 +28,14 @@ from parallel.host import Host, Source
 from parallel.pipeline.order import messages
 from parallel.pipeline.schedule import Schedule as Order
 from parallel.zero import norm
-from train import assemble, loop, optim
+from train import assemble, loop
 from train.compose import compose
 from train.config import RunConfig
 from train.job import Job, held
-from train.metrics import StepTimer
 from train.precision import recipe
 from train.precision.linear import TorchEngine
+from train.recipe import optim
+from train.track.metrics import StepTimer
 
 SETTINGS = ["experiment=v3_h800_2048"]
 WORLD_SIZE, DP, EP, NODES_PER_EP_GROUP, LOCAL_EXPERTS = 2048, 128, 64, 8, 4

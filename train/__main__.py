@@ -17,24 +17,20 @@ from typing import NoReturn
 
 import torch
 
-from train import compose, metrics, run_folder
+from train import compose, run_folder
 from train.assemble import PeerError, assemble, join
-from train.checkpoint import CheckpointError
+from train.checkpoint.saver import CheckpointError
 from train.config import RunConfig
-from train.data.blend import exposure_table
-from train.data.prepare_blend import prepare_sources
+from train.data.prepare.all_sources import prepare_sources
+from train.data.rows.blend import exposure_table
 from train.job import Job
 from train.loop import NotFiniteError, StopRequest, run
-from train.track import (
-    ConsoleSink,
-    JsonlSink,
-    LoadsSink,
-    PictureSink,
-    ReportSink,
-    Tracker,
-    WandbSink,
-    read_metrics,
-)
+from train.track import metrics
+from train.track.console import ConsoleSink
+from train.track.metrics_file import JsonlSink, LoadsSink, read_metrics
+from train.track.sinks import Tracker
+from train.track.wandb import WandbSink
+from train.view.sinks import PictureSink, ReportSink
 
 log = logging.getLogger("train")
 

@@ -23,10 +23,9 @@ from parallel.watch import PeerError, Watchdog
 from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
 from train import flops
-from train.checkpoint import Checkpoints, read_pieces
+from train.checkpoint.saver import Checkpoints, read_pieces
 from train.config import RunConfig
-from train.data.blend import check_epochs, open_stream
-from train.ema import Ema
+from train.data.rows.blend import check_epochs, open_stream
 from train.job import Job, held
 from train.model.config import ModelConfig
 from train.model.init import InitialValues, init_weights, materialise
@@ -34,7 +33,6 @@ from train.model.kernels import Kernels
 from train.model.packing import ByDocument, OneText, Packing
 from train.model.recompute import Recompute
 from train.model.transformer import Transformer
-from train.optim import adamw_factory, decays
 from train.precision.grads import attach_main_grads
 from train.precision.linear import Engines
 from train.precision.recipe import (
@@ -46,6 +44,8 @@ from train.precision.recipe import (
     row_codec,
 )
 from train.precision.transformer_engine import TransformerEngine
+from train.recipe.ema import Ema
+from train.recipe.optim import adamw_factory, decays
 from train.split import split
 from train.stage import Stage, WeightGradients
 

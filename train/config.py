@@ -11,15 +11,15 @@ from parallel.mesh import ParallelConfig
 from parallel.pipeline import registry
 from parallel.pipeline.placement import Placement
 from parallel.pipeline.schedule import Schedule as Order
-from train.checkpoint import CheckpointConfig
+from train.checkpoint.config import CheckpointConfig
 from train.data.config import DataConfig
 from train.model.config import ModelConfig, given
 from train.model.recompute import RecomputeConfig
-from train.optim import OptimConfig
 from train.precision.recipe import PrecisionConfig
-from train.schedule import LrSchedulerConfig, MoeConfig, MtpConfig, Schedule, TrainConfig, batch_sizes
+from train.recipe.optim import OptimConfig
+from train.recipe.schedule import LrSchedulerConfig, MoeConfig, MtpConfig, Schedule, TrainConfig, batch_sizes
 from train.split import split
-from train.track import TrackConfig
+from train.track.config import TrackConfig
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,16 @@ from parallel.process import Groups
 from parallel.shards import ParamInfo, Piece, stacked_experts
 from parallel.watch import Need, Watch
 from parallel.zero.optimizer import MOMENTS, StepResult, ZeroOptimizer
-from train import compose, flat
-from train.checkpoint import Checkpoints
+from train import compose
+from train.checkpoint import flat
+from train.checkpoint.saver import Checkpoints
+from train.checkpoint.state import TrainState, capture_rng, check_weights_fit, fingerprint, restore_rng
 from train.config import RunConfig
-from train.data.blend import Stream
-from train.ema import Ema
+from train.data.rows.blend import Stream
 from train.model.transformer import LossTerms, Transformer
-from train.schedule import Schedule, StepPlan
+from train.recipe.ema import Ema
+from train.recipe.schedule import Schedule, StepPlan
 from train.stage import Stage
-from train.state import TrainState, capture_rng, check_weights_fit, fingerprint, restore_rng
 
 log = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from train import metrics
-from train.balance import update_bias
 from train.evaluate import evaluate
 from train.job import Job
-from train.metrics import StepReport, StepTimer
 from train.model.transformer import NUM_SUMS, LossTerms
-from train.schedule import StepPlan
-from train.track import Tracker
+from train.recipe.balance import update_bias
+from train.recipe.schedule import StepPlan
+from train.track import metrics
+from train.track.metrics import StepReport, StepTimer
+from train.track.sinks import Tracker
 
 log = logging.getLogger(__name__)
 

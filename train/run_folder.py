@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from train import compose, step_folders
-from train.checkpoint import CONFIG_FILE
+from train import compose
+from train.checkpoint import step_folders
+from train.checkpoint.saver import CONFIG_FILE
 
 log = logging.getLogger("train")
 

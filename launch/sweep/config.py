@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from train import compose
-from train.metrics import UNITS
+from train.track.metrics import UNITS
 
 SAMPLERS = ("grid", "tpe", "random")
 PRUNERS = ("none", "median")
@@ -53,6 +52,6 @@ class SweepConfig:
 def split(settings: Sequence[str]) -> tuple[SweepConfig, list[str]]:
     """The checked settings of the sweep, and what is left for its jobs. ValueError for an unknown key or value."""
     ours = [setting for setting in settings if setting.startswith("sweep.")]
-    config = compose.section_of(SweepConfig, ours, "sweep")
+    config = section_of(SweepConfig, ours, "sweep")
     config.check()
     return config, [setting for setting in settings if setting not in ours]

@@ -12,9 +12,10 @@ from pathlib import Path
 from launch.ranks import Ended
 from launch.sweep.config import SweepConfig
 from launch.sweep.search import Proposal, Result
-from train import compose, step_folders
+from train import compose
+from train.checkpoint import step_folders
 from train.config import RunConfig
-from train.track import read_metrics
+from train.track.metrics_file import read_metrics
 
 #: How a job ends: `failed` of its settings or of the machine, `diverged` of its numbers, `interrupted` by people.
 STATUSES = ("finished", "pruned", "diverged", "failed", "interrupted", "not run")

@@ -15,8 +15,8 @@ from matplotlib.ticker import FuncFormatter
 
 from launch.sweep.config import SweepConfig
 from launch.sweep.jobs import Outcome
-from train.picture import ALARM, FAINT, GRID, INK, column, headline, save, short_rate, short_tokens, smooth
-from train.track import read_metrics
+from train.track.metrics_file import read_metrics
+from train.view.curves import ALARM, FAINT, GRID, INK, column, headline, save, short_rate, short_tokens, smooth
 
 MAX_PANELS = 6
 PER_ROW = 3

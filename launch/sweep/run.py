@@ -22,8 +22,8 @@ from launch.sweep.search import Proposal, Search
 from train import compose, run_folder
 from train.compose import Swept
 from train.config import RunConfig
-from train.report.page import write_report
-from train.report.runs import read_run
+from train.view.report.page import write_report
+from train.view.report.runs import read_run
 
 PRUNE_INTERVAL_S = 1.0
 

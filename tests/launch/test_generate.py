@@ -16,12 +16,12 @@ from tests.runs import SMALL, last_checkpoint, prepare_text, read_checkpoint, ru
 from tests.spawn import Ranks
 from train import compose
 from train.assemble import load_model
+from train.checkpoint.state import TrainState
 from train.data.meta import TOKENIZER
-from train.data.prepare_blend import prepare_sources
+from train.data.prepare.all_sources import prepare_sources
 from train.data.tokenizer import TextStream, Tokenizer
 from train.generate import Record, generate
 from train.run_folder import find_checkpoint
-from train.state import TrainState
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 from launch.prepare import prepare_command
 from tests.train.data_texts import prepared, write_folder
 from train.data.config import DataConfig
-from train.data.progress import Progress
+from train.data.prepare.progress import Progress
 
 
 def test_the_report_says_what_was_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,7 +36,7 @@ def test_a_split_without_tokens_has_a_line_too(tmp_path: Path, capsys: pytest.Ca
 
 def test_progress_is_lines_in_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("train.data.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("train.data.prepare.progress.time.monotonic", lambda: now[0])
     said: list[str] = []
     with Progress("tokenising", 40_000_000, said.append) as progress:
         for _ in range(4):
@@ -60,7 +60,7 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_a_resumed_progress_counts_only_what_is_new_as_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("train.data.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("train.data.prepare.progress.time.monotonic", lambda: now[0])
     said: list[str] = []
     with Progress("tokenising", 40_000_000, said.append, before_bytes=20_000_000) as progress:
         now[0] += 10

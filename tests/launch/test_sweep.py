@@ -23,9 +23,10 @@ from launch.sweep.run import sweep
 from launch.sweep.search import Proposal, Result
 from tests.launched import Launched
 from tests.runs import SMALL, prepare_text
-from train import compose, step_folders
+from train import compose
+from train.checkpoint import step_folders
 from train.config import RunConfig
-from train.track import read_metrics
+from train.track.metrics_file import read_metrics
 
 DIVERGED = Ended(3, "step 3: loss or gradient is not finite")
 ROW = '{{"step": {step}, "train/loss": {loss}, "valid/loss": {loss}, "train/consumed_tokens": {step}}}\n'

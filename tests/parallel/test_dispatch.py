@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from launch import emulate
+from benchmarks import emulate
 from parallel import process
 from parallel.collectives import Steps, drive
 from parallel.expert.build import build
@@ -331,7 +331,7 @@ def test_experts_must_be_dealt_out_evenly(ranks: Ranks) -> None:
 
 ACROSS = """
 import torch
-from launch import emulate
+from benchmarks import emulate
 from parallel import process
 from parallel.collectives import all_gather, drive
 from parallel.expert.build import build

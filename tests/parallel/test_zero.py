@@ -24,7 +24,7 @@ from tests.parallel.zero_world import (
     whole_state,
 )
 from tests.spawn import Ranks
-from train.optim import OptimConfig, adamw_factory
+from train.recipe.optim import OptimConfig, adamw_factory
 
 # fp32: 20 steps of rounding in sums, norm and moments; fp64 the same with 53 bits.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float64: 1e-12}

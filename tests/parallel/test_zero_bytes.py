@@ -13,7 +13,7 @@ from parallel.shards import ParamInfo, stacked_experts
 from parallel.zero.optimizer import build
 from tests.parallel.zero_world import make_groups
 from tests.spawn import Ranks
-from train.optim import OptimConfig, adamw_factory, decays
+from train.recipe.optim import OptimConfig, adamw_factory, decays
 
 NUM_EXPERTS = 8
 DENSE = [(5003, 257), *[(257, 771), (257,), (83, 257), (83,), (1021, 83)] * 6]

@@ -16,7 +16,7 @@ from parallel.zero.optimizer import ZeroOptimizer, build
 from parallel.zero.sets import ReplicaGroups
 from tests.parallel.zero_world import make_groups
 from tests.spawn import Ranks
-from train.optim import OptimConfig, adamw_factory
+from train.recipe.optim import OptimConfig, adamw_factory
 
 
 def make(replicas: str = "dense") -> ZeroOptimizer:

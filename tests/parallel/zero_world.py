@@ -18,7 +18,7 @@ from parallel.zero import norm
 from parallel.zero import optimizer as zero_optimizer
 from parallel.zero.optimizer import StepResult, ZeroOptimizer, build
 from parallel.zero.sets import ReplicaGroups
-from train.optim import OptimConfig, adamw_factory
+from train.recipe.optim import OptimConfig, adamw_factory
 
 NUM_EXPERTS = 4
 NUM_SOURCES = 4  # what a gradient is summed over; spread over the ranks

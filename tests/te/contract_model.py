@@ -16,7 +16,6 @@ from parallel.pipeline.segments import Segments
 from tests.te.contract_engine import KeepsInput
 from tests.te.twin import LOG
 from tests.train.model_cases import build, random_tokens
-from train.compose import group
 from train.model.config import ModelConfig
 from train.model.loss import LossTerms
 from train.model.recompute import Recompute, RecomputeConfig
@@ -27,6 +26,7 @@ from train.precision.linear import Engines, TorchEngine
 from train.precision.recipe import RECIPES, PrecisionConfig, Table, build_engines, check_widths, matrices
 from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
 from train.precision.transformer_engine import TransformerEngine
+from train.settings import group
 from train.stage import Stage, WeightGradients
 
 # Widths are multiples of 16, few of 128; 42 tokens are none.

@@ -18,7 +18,7 @@ from tests.spawn import Ranks
 from tests.te import twin
 from tests.te.twin import LOG
 from train.precision import recipe
-from train.track import read_metrics
+from train.track.metrics_file import read_metrics
 
 STEPS = [
     *("model.kv_lora_rank=16", "model.qk_nope_head_dim=16", "model.qk_rope_head_dim=16", "model.v_head_dim=16"),

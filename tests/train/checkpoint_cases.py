@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.shards import Piece
-from train.checkpoint import CheckpointConfig, Checkpoints
-from train.state import TrainState, capture_rng
+from train.checkpoint.config import CheckpointConfig
+from train.checkpoint.saver import Checkpoints
+from train.checkpoint.state import TrainState, capture_rng
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 NAMES = (

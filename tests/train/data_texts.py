@@ -15,10 +15,10 @@ import zstandard
 
 from train.data.config import DataConfig
 from train.data.meta import Meta
-from train.data.prepare import prepare
-from train.data.streams import COMPRESSIONS, split_name
+from train.data.prepare.one_source import prepare
+from train.data.read.streams import COMPRESSIONS, split_name
+from train.data.rows.tokens import Tokens
 from train.data.tokenizer import Tokenizer
-from train.data.tokens import Tokens
 
 WORDS = ["the", "tide", "turns", "λ = ∂s/∂z", "naïve —", "海水", "🌊", "<|endoftext|>", "\tif x:\r\n", "salt"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from train import names
-from train.disk import shapes
+from train.hf import names
+from train.hf.layout import shapes
 from train.model.config import ModelConfig
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from tests.train.model_cases import TINY, build
-from train.balance import update_bias
+from train.recipe.balance import update_bias
 
 
 def test_signs() -> None:

@@ -29,9 +29,9 @@ from tests.train.checkpoint_cases import (
     state,
     truth,
 )
-from train import step_folders
-from train.checkpoint import CheckpointError, Checkpoints, read_state
-from train.flat import FlatReader, FlatWriter
+from train.checkpoint import step_folders
+from train.checkpoint.flat import FlatReader, FlatWriter
+from train.checkpoint.saver import CheckpointError, Checkpoints, read_state
 
 NUM_CASES = 12
 

@@ -24,8 +24,9 @@ import torch.distributed as dist
 from parallel.shards import Piece
 from tests.spawn import free_port
 from tests.train.checkpoint_cases import state
-from train import step_folders
-from train.checkpoint import CheckpointConfig, Checkpoints, read_state
+from train.checkpoint import step_folders
+from train.checkpoint.config import CheckpointConfig
+from train.checkpoint.saver import Checkpoints, read_state
 
 # Every call by which a save (or the deletion of an old one) changes the disk.
 DISK_CALLS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 from tests.train.test_metrics import report
-from train.console import ConsoleSink
+from train.track.console import ConsoleSink
 
 
 class Clock:

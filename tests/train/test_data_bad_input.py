@@ -14,8 +14,8 @@ import pytest
 from launch.__main__ import main
 from tests.train.data_texts import COMPRESS, text, texts_of, write_as
 from tests.train.test_data_sources import config_of, quiet
-from train.data.prepare import prepare
-from train.data.trouble import BAD
+from train.data.prepare.one_source import prepare
+from train.data.read.trouble import BAD
 
 GOOD = [text(seed, 12) for seed in range(6)]
 
@@ -67,8 +67,8 @@ def test_a_bad_line_is_named_and_the_others_are_kept(tmp_path: Path, bad: bytes)
 def test_a_line_without_end_is_passed_over_and_not_kept_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.data.blocks.BLOCK_BYTES", 100)
-    monkeypatch.setattr("train.data.blocks.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("train.data.read.blocks.BLOCK_BYTES", 100)
+    monkeypatch.setattr("train.data.read.blocks.MAX_LINE_BYTES", 1000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(line(GOOD[0]) + b"x" * 5000 + b"\n" + b"".join(map(line, GOOD[1:])) + b"y" * 3000)
     config = config_of(path, tmp_path / "t")
@@ -145,7 +145,7 @@ def test_a_damaged_row_group_takes_only_itself(tmp_path: Path) -> None:
 def test_damaged_compression_keeps_what_comes_before(
     tmp_path: Path, compression: str, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.data.blocks.BLOCK_BYTES", 256)
+    monkeypatch.setattr("train.data.read.blocks.BLOCK_BYTES", 256)
     random_ = random.Random(7)  # so incompressible that the first documents are out before the damage
     texts = [f"{number} " + "".join(random_.choices("abcdefghij klmnop", k=900)) for number in range(30)]
     body, half = b"".join(map(line, texts)), sum(len(line(each)) for each in texts[:15])
@@ -180,7 +180,7 @@ def test_text_in_damaged_compression_loses_its_last_document(tmp_path: Path) -> 
 
 
 def test_files_that_change_after_they_were_listed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.data import source as module
+    from train.data.read import source as module
 
     source = tmp_path / "source"
     source.mkdir()
@@ -194,7 +194,7 @@ def test_files_that_change_after_they_were_listed_are_named(tmp_path: Path, monk
     os.utime(source / "d.txt", ns=(1, 1))  # the same size, another time
     for name in ("gone.jsonl", "gone.parquet", "gone.txt"):
         (source / name).unlink()
-    monkeypatch.setattr("train.data.prepare.open_source", lambda config: listed)
+    monkeypatch.setattr("train.data.prepare.one_source.open_source", lambda config: listed)
     config = config_of(source, tmp_path / "t", valid_fraction=0)
     meta = prepare(config, quiet)
     assert texts_of(config.folder) == {"e.txt": ["4-04-14-2"]}
@@ -207,18 +207,18 @@ def test_files_that_change_after_they_were_listed_are_named(tmp_path: Path, monk
 
 
 def test_a_file_that_changes_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.data.blocks.BLOCK_BYTES", 64)
+    monkeypatch.setattr("train.data.read.blocks.BLOCK_BYTES", 64)
     for name in ("a.jsonl", "a.txt"):
         path = tmp_path / name
         write_as(path, GOOD * 50)
-        from train.data.source import open_source
+        from train.data.read.source import open_source
 
         blocks = list_then_write(open_source(config_of(path, tmp_path / "t", max_document_bytes=64)), path)
         assert [each.reason for block in blocks for each in block.troubles if each.reason != "cut"] == ["changed"]
 
 
 def list_then_write(source: object, path: Path) -> list:  # type: ignore[type-arg]
-    from train.data.blocks import Position
+    from train.data.read.blocks import Position
 
     blocks = []
     for number, block in enumerate(source.blocks(Position())):  # type: ignore[attr-defined]

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.data_texts import write_folder
-from train.data.blend import Blend, OneSource, Stream, check_epochs, exposure_table, open_stream, seed_of
 from train.data.config import BlendSource, DataConfig
-from train.data.prepare_blend import prepare_sources
-from train.data.rows import Rows
-from train.data.shares import Shares
-from train.data.tokens import Tokens
+from train.data.prepare.all_sources import prepare_sources
+from train.data.rows.blend import Blend, OneSource, Stream, check_epochs, exposure_table, open_stream, seed_of
+from train.data.rows.epochs import Rows
+from train.data.rows.shares import Shares
+from train.data.rows.tokens import Tokens
 from train.job import Job
-from train.schedule import BatchRampConfig, LrSchedulerConfig, MoeConfig, MtpConfig, Schedule, TrainConfig
+from train.recipe.schedule import BatchRampConfig, LrSchedulerConfig, MoeConfig, MtpConfig, Schedule, TrainConfig
 
 WEIGHTS = st.lists(
     st.integers(1, 10**6).map(lambda n: n / 1000) | st.integers(1, 20).map(float), min_size=1, max_size=9

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from tests.train.data_texts import all_bytes, prepared, text
 from train.data.config import FIM_TOKENS, DataConfig
-from train.data.encode import document_hash
-from train.data.encoder import MIN_FIM_CHARACTERS, Encoder, Variations
-from train.data.prepare import prepare
+from train.data.prepare.encode import document_hash
+from train.data.prepare.encoder import MIN_FIM_CHARACTERS, Encoder, Variations
+from train.data.prepare.one_source import prepare
+from train.data.rows.tokens import Tokens
 from train.data.tokenizer import END_OF_DOCUMENT, Tokenizer
-from train.data.tokens import Tokens
 
 # Lines that end in all kinds of punctuation, so that merged tokens are learned.
 WORDS = ["if x", "f(a", "end", "λ — 海水"]
@@ -122,7 +122,7 @@ def test_equal_documents_are_treated_alike_wherever_they_lie() -> None:
 
 
 def test_preparation_does_both_whatever_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.data.prepare._TASK_BYTES", 900)
+    monkeypatch.setattr("train.data.prepare.one_source._TASK_BYTES", 900)
     folders = []
     for workers in (1, 2):
         config, _ = prepared(

@@ -15,18 +15,18 @@ import pytest
 
 from tests.train.data_texts import all_bytes, write_folder, write_mixture
 from train.data.config import DataConfig
-from train.data.encode import Encoded
-from train.data.prepare import prepare
-from train.data.tokens import Tokens
-from train.data.writer import Writer
+from train.data.prepare.encode import Encoded
+from train.data.prepare.one_source import prepare
+from train.data.prepare.writer import Writer
+from train.data.rows.tokens import Tokens
 
 ROOT = Path(__file__).parents[2]
 START = """
 import sys
-import train.data.prepare
+from train.data.prepare import one_source
 from train.data.config import DataConfig
-from train.data.prepare import prepare
-train.data.prepare._TASK_BYTES, train.data.prepare._JOURNAL_EVERY_S = 3000, 0  # a journal for every few documents
+from train.data.prepare.one_source import prepare
+one_source._TASK_BYTES, one_source._JOURNAL_EVERY_S = 3000, 0  # a journal for every few documents
 source, folder, workers, kill_at = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 config = DataConfig(source=source, dir=folder, vocab_size=280, valid_fraction=0.3, shard_tokens=3000,
                     num_workers=workers, deduplicate=True)
@@ -34,7 +34,8 @@ config = DataConfig(source=source, dir=folder, vocab_size=280, valid_fraction=0.
 # Ends itself by SIGKILL before the n-th of the calls that change what lies on the disk.
 KILL = """
 import os, pathlib, signal
-import train.data.prepare, train.data.writer
+import train.data.prepare.one_source
+from train.data.prepare.writer import Writer
 calls = 0
 def deadly(owner, name):
     real = getattr(owner, name)
@@ -46,7 +47,7 @@ def deadly(owner, name):
         return real(*arguments, **keywords)
     setattr(owner, name, call)
 for owner, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (pathlib.Path, "replace"), (pathlib.Path, "mkdir"),
-                    (pathlib.Path, "unlink"), (train.data.writer.Writer, "add"), (train.data.writer.Writer, "counts"),
+                    (pathlib.Path, "unlink"), (Writer, "add"), (Writer, "counts"),
                     (train.data.tokenizer.Tokenizer, "save")):
     deadly(owner, name)
 """
@@ -175,8 +176,8 @@ def stopped_halfway(
     source = tmp_path / name
     if not source.exists():
         write_folder(source, 30)
-    monkeypatch.setattr("train.data.prepare._TASK_BYTES", 900)
-    monkeypatch.setattr("train.data.prepare._JOURNAL_EVERY_S", 0)
+    monkeypatch.setattr("train.data.prepare.one_source._TASK_BYTES", 900)
+    monkeypatch.setattr("train.data.prepare.one_source._JOURNAL_EVERY_S", 0)
     values = {"vocab_size": 280, "valid_fraction": 0.3, "shard_tokens": 300, "num_workers": 1}
     config = DataConfig(**{"source": str(source), "dir": str(tmp_path / "tokens"), **values, **settings})
     whole = dataclasses.replace(config, dir=str(tmp_path / "whole"), on_bad_document="skip")
@@ -288,5 +289,5 @@ def test_a_worker_that_dies_is_a_sentence_not_a_hang(tmp_path: Path, monkeypatch
 
 def test_workers_do_without_torch() -> None:
     """Each worker imports what tokenising needs: torch would cost more than a core gains on small data."""
-    code = "import sys, train.data.workers, train.data.prepare; sys.exit('torch' in sys.modules)"
+    code = "import sys, train.data.prepare.workers, train.data.prepare.one_source; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=dict(os.environ)).returncode == 0

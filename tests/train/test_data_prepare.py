@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.data_texts import all_bytes, prepared, text, write_folder
-from train.data.blocks import Position, cut
 from train.data.config import DataConfig
-from train.data.encode import document_hash
 from train.data.meta import Meta
-from train.data.prepare import prepare
-from train.data.source import open_source
+from train.data.prepare.encode import document_hash
+from train.data.prepare.one_source import prepare
+from train.data.read.blocks import Position, cut
+from train.data.read.source import open_source
+from train.data.rows.tokens import Tokens
 from train.data.tokenizer import Tokenizer
-from train.data.tokens import Tokens
 
 
 def quiet(line: str) -> None:
@@ -40,7 +40,7 @@ def straight(config: DataConfig, split: str) -> list[int]:
 @pytest.mark.parametrize("seed", range(6))
 def test_the_shards_hold_what_the_slow_twin_reads(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(seed)
-    monkeypatch.setattr("train.data.prepare._TASK_BYTES", int(random.integers(100, 5000)))
+    monkeypatch.setattr("train.data.prepare.one_source._TASK_BYTES", int(random.integers(100, 5000)))
     config, meta = prepared(
         tmp_path,
         num_documents=int(random.integers(20, 80)),
@@ -83,7 +83,7 @@ def test_documents_decode_to_the_bytes_they_came_from(tmp_path: Path) -> None:
 def test_the_result_is_the_same_bytes_for_any_number_of_workers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("train.data.prepare._TASK_BYTES", 900)  # some twenty tasks
+    monkeypatch.setattr("train.data.prepare.one_source._TASK_BYTES", 900)  # some twenty tasks
     results = []
     for workers in (1, 2, 3):
         config, _ = prepared(tmp_path / "text", num_workers=workers, dir=str(tmp_path / str(workers)))
@@ -249,7 +249,7 @@ def test_a_file_that_vanishes_is_counted(tmp_path: Path, monkeypatch: pytest.Mon
     (source / "short.txt").write_text("soon shorter " * 20)
     listed = open_source(DataConfig(source=str(source)))
     (source / "short.txt").write_text("short")
-    monkeypatch.setattr("train.data.prepare.open_source", lambda config: listed)
+    monkeypatch.setattr("train.data.prepare.one_source.open_source", lambda config: listed)
     config = DataConfig(source=str(source), dir=str(tmp_path / "t"), vocab_size=280, num_workers=1)
     assert prepare(config, quiet).skipped["changed"].examples == ("short.txt (5 bytes, not 260)",)
 

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.data_texts import prepared
-from train.data.permutation import Permutation
-from train.data.rows import Rows
-from train.data.tokens import Tokens
+from train.data.rows.epochs import Rows
+from train.data.rows.permutation import Permutation
+from train.data.rows.tokens import Tokens
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ import pytest
 
 from launch.__main__ import main
 from tests.train.data_texts import COMPRESS, all_bytes, text, texts_of, write_as, write_mixture
-from train.data.blocks import Position
 from train.data.config import DataConfig
-from train.data.documents import Document, documents
-from train.data.prepare import prepare
-from train.data.source import open_source, walk
-from train.data.tokens import Tokens
+from train.data.prepare.one_source import prepare
+from train.data.read.blocks import Position
+from train.data.read.documents import Document, documents
+from train.data.read.source import open_source, walk
+from train.data.rows.tokens import Tokens
 
 
 def quiet(line: str) -> None:
@@ -58,9 +58,9 @@ def test_the_bytes_are_the_same_for_any_number_of_workers_and_size_of_blocks(
     write_mixture(tmp_path / "mixture")
     results = []
     for workers, task_bytes, block_bytes in ((1, 1 << 20, 1 << 20), (2, 700, 64), (3, 3000, 500)):
-        monkeypatch.setattr("train.data.prepare._TASK_BYTES", task_bytes)
-        monkeypatch.setattr("train.data.blocks.BLOCK_BYTES", block_bytes)
-        monkeypatch.setattr("train.data.tables.BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr("train.data.prepare.one_source._TASK_BYTES", task_bytes)
+        monkeypatch.setattr("train.data.read.blocks.BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr("train.data.read.tables.BLOCK_BYTES", block_bytes)
         config = config_of(
             tmp_path / "mixture", tmp_path / str(workers), num_workers=workers, deduplicate=True, max_document_bytes=90
         )
@@ -203,8 +203,8 @@ def test_a_data_set_of_the_hub_without_a_network_is_one_sentence(
 
 def test_giant_files_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading holds a few blocks, not the file."""
-    monkeypatch.setattr("train.data.blocks.BLOCK_BYTES", 1 << 14)
-    monkeypatch.setattr("train.data.tables.BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr("train.data.read.blocks.BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr("train.data.read.tables.BLOCK_BYTES", 1 << 14)
     texts = [f"{number} {'tide ' * 400}" for number in range(4000)]  # 8 MB
     for name in ("a.txt.gz", "b.jsonl", "c.parquet", "d.txt"):
         write_as(tmp_path / name, texts, row_group_size=10**6)
@@ -267,7 +267,7 @@ def test_the_report_is_that_of_the_slow_twin(tmp_path: Path) -> None:
 def test_a_library_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt.zst"
     write_as(path, ["salt"])
-    monkeypatch.setattr("train.data.streams.zstandard", None)
+    monkeypatch.setattr("train.data.read.streams.zstandard", None)
     with pytest.raises(ValueError, match=r"holds no text: its documents are 1 unreadable"):
         prepare(config_of(path, tmp_path / "t"), quiet)
     with pytest.raises(ValueError, match=r"a.txt.zst \(reading .zst needs the package zstandard\)"):

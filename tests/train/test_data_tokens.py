@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.train.data_texts import prepared
 from train.data.meta import META
-from train.data.tokens import Tokens
+from train.data.rows.tokens import Tokens
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_large_data_is_checked_by_size_unless_asked(folder: Path, monkeypatch: p
     with pytest.raises(ValueError, match="checksum"):
         Tokens.open(folder, "train")
     asked.clear()
-    monkeypatch.setattr("train.data.tokens._VERIFY_BYTES", 10)
+    monkeypatch.setattr("train.data.rows.tokens._VERIFY_BYTES", 10)
     Tokens.open(folder, "train")
     assert not asked
 

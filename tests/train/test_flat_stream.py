@@ -10,9 +10,9 @@ import torch
 
 from tests.runs import read_checkpoint
 from tests.train.checkpoint_cases import cuts, open_checkpoints, save_case, truth
-from train import step_folders
-from train.flat import FlatReader
-from train.flat_stream import RangeReader, write_ranges
+from train.checkpoint import step_folders
+from train.checkpoint.flat import FlatReader
+from train.checkpoint.ranges import RangeReader, write_ranges
 
 
 @pytest.mark.parametrize("case", range(8))

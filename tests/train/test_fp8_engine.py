@@ -17,11 +17,9 @@ from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
 from tests.train import model_cases
 from tests.train.test_fp8_tiles import matrix
-from train.compose import group
 from train.model.layers import Backend, FeedForward, Gemms, swiglu_mlp
 from train.model.loss import LossTerms
 from train.model.transformer import Transformer
-from train.optim import OptimConfig, adamw_factory
 from train.precision import reference
 from train.precision.blockwise import BLOCKS, COLUMNS, ROWS, dequantise, quantise
 from train.precision.grads import attach_main_grads, run_now
@@ -29,6 +27,8 @@ from train.precision.linear import Engines, Linear, project, spans
 from train.precision.recipe import RECIPES, PrecisionConfig, build_engines
 from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
 from train.precision.tiles import restore_rows_e5m6
+from train.recipe.optim import OptimConfig, adamw_factory
+from train.settings import group
 
 REPORTED = sorted({recipe for recipes in RECIPES.values() for recipe in recipes.values()}, key=repr)
 

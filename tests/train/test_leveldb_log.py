@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.leveldb_log import BLOCK_BYTES, last_records
+from train.track.leveldb_log import BLOCK_BYTES, last_records
 
 
 def write(records: list[bytes]) -> bytes:

@@ -13,8 +13,17 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import metrics
-from train.metrics import UNITS, StepReport, StepTimer, gemm_flops_per_s, max_vio, mfu, min_load, peak_memory_bytes
+from train.track import metrics
+from train.track.metrics import (
+    UNITS,
+    StepReport,
+    StepTimer,
+    gemm_flops_per_s,
+    max_vio,
+    mfu,
+    min_load,
+    peak_memory_bytes,
+)
 
 NAMES = {
     "step",
@@ -116,7 +125,7 @@ def test_peak_memory_sees_what_was_held_and_not_the_parent() -> None:
     held = torch.ones(64 * 2**20 // 4)
     before = peak_memory_bytes(torch.device("cpu"))
     assert before > held.nbytes
-    code = "import torch; from train.metrics import peak_memory_bytes as p; a = p(torch.device('cpu'))\n"
+    code = "import torch; from train.track.metrics import peak_memory_bytes as p; a = p(torch.device('cpu'))\n"
     code += "x = torch.ones(2**26); print(a, p(torch.device('cpu')))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     at_first, at_last = map(int, out.split())

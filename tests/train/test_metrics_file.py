@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.test_metrics import report
-from train.metrics_file import JsonlSink, read_metrics
+from train.track.metrics_file import JsonlSink, read_metrics
 
 
 def write_steps(path: Path, first: int, last: int, finished_steps: int = 0, **values: Any) -> list[str]:
@@ -79,7 +79,7 @@ def test_every_step_survives_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     code = (
         "import itertools, sys\nfrom pathlib import Path\nfrom tests.train.test_metrics import report\n"
-        "from train.metrics_file import JsonlSink\nsink = JsonlSink(Path(sys.argv[1]))\n"
+        "from train.track.metrics_file import JsonlSink\nsink = JsonlSink(Path(sys.argv[1]))\n"
         "for step in itertools.count(1):\n    sink.write(report(step))\n    print(step, flush=True)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)

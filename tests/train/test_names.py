@@ -20,8 +20,8 @@ from tests.train.model_cases import (
     random_routing,
     with_grouped_attention,
 )
-from train import names
-from train.disk import layout
+from train.hf import names
+from train.hf.layout import layout
 from train.model.config import ModelConfig
 
 

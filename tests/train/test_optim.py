@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train import optim
-from train.optim import Bf16MomentsAdamW, OptimConfig, adamw_factory, decays
+from train.recipe import optim
+from train.recipe.optim import Bf16MomentsAdamW, OptimConfig, adamw_factory, decays
 
 CONFIG = OptimConfig()
 

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from launch.__main__ import main
 from tests.train.test_metrics import report
 from train import compose
-from train.metrics_file import JsonlSink, Loads, LoadsSink, read_loads
-from train.report import heatmap
-from train.report.chart import MAX_POINTS, log_ticks, thin, ticks
-from train.report.page import page, write_report
-from train.report.runs import find_runs, read_run
-from train.track import TrackConfig
+from train.track.config import TrackConfig
+from train.track.metrics_file import JsonlSink, Loads, LoadsSink, read_loads
+from train.view.report import heatmap
+from train.view.report.chart import MAX_POINTS, log_ticks, thin, ticks
+from train.view.report.page import page, write_report
+from train.view.report.runs import find_runs, read_run
 
 CHROMIUM = shutil.which("chromium")
 MEASURED = {"mtp_loss": 3.0, "mfu": 0.3, "max_vio": 0.5, "min_load": 0.4, "bubble_s": 0.01, "exposed_comm_s": 0.02}

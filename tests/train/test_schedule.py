@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from train.schedule import (
+from train.recipe.schedule import (
     BatchRampConfig,
     LossWeightChange,
     LrPhaseConfig,

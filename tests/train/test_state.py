@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from train.state import TrainState, capture_rng, differences, fingerprint, restore_rng
+from train.checkpoint.state import TrainState, capture_rng, differences, fingerprint, restore_rng
 
 
 def state(config: str = "", **fingerprints: str) -> TrainState:

@@ -18,9 +18,12 @@ import pytest
 
 from tests.train.test_metrics import report
 from tests.train.test_metrics_file import write_steps
-from train.console import ConsoleSink
-from train.metrics_file import JsonlSink, read_metrics
-from train.track import PictureSink, TrackConfig, Tracker, WandbSink, wandb_mode
+from train.track.config import TrackConfig
+from train.track.console import ConsoleSink
+from train.track.metrics_file import JsonlSink, read_metrics
+from train.track.sinks import Tracker
+from train.track.wandb import WandbSink, wandb_mode
+from train.view.sinks import PictureSink
 
 
 def wandb_history(folder: Path) -> list[tuple[int, dict[str, Any]]]:
@@ -85,8 +88,10 @@ import os, signal, sys
 from pathlib import Path
 from tests.train.test_metrics import report
 from tests.train.test_metrics_file import write_steps
-from train.metrics_file import JsonlSink
-from train.track import TrackConfig, Tracker, WandbSink
+from train.track.metrics_file import JsonlSink
+from train.track.config import TrackConfig
+from train.track.sinks import Tracker
+from train.track.wandb import WandbSink
 print("wandb" in sys.modules, flush=True)
 folder = Path(sys.argv[1])
 sinks = [WandbSink(TrackConfig(wandb="offline"), folder, {}, 0, "0a1b2c3d"), JsonlSink(folder / "metrics.jsonl")]

@@ -3,7 +3,7 @@
 meta.json              counts, settings, checksums
 tokenizer.json         the tokenizer of these tokens
 files.json             paths of the source's files, one a line
-report.json            counts and lengths of the source (see train/data/report.py)
+report.json            counts and lengths of the source (see train/data/prepare/report.py)
 train-00000.bin ...    token ids, little-endian, `shard_tokens` a file, the last one shorter
 train-documents.bin    int64 [num_documents, 4]: token after the document, file, and its place there: first byte and
                        byte after the last (in JSON lines of its line), or row and row after it; of uncompressed text
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.data.trouble import Skipped
+from train.data.read.trouble import Skipped
 
 META = "meta.json"
 TOKENIZER = "tokenizer.json"

@@ -1,0 +1,325 @@
+"""Checkpoints: saved in the background, published atomically, loaded under any other layout of ranks.
+
+Every state is a flat 1-D tensor named by its full name, and a rank owns ranges of it; torch.distributed.checkpoint
+writes and reads them (see train/checkpoint/flat.py), train/checkpoint/step_folders.py keeps the folders.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from train.checkpoint import step_folders
+from train.checkpoint.config import CheckpointConfig
+from train.checkpoint.flat import FlatReader, FlatSavePlanner, FlatWriter, Pieces, check_loadable, check_ranges, tensors
+from train.checkpoint.state import MAX_NAMED_DIFFERENCES, TrainState, differences
+from train.checkpoint.step_folders import FileRecord
+
+STATE_FILE = "state.json"
+CONFIG_FILE = "config.yaml"
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read. The same on every rank; older checkpoints are untouched."""
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A piece as it was when the save was asked for, in CPU memory."""
+
+    offset: int
+    tensor: Tensor
+
+
+class Checkpoints:
+    """Saves and loads the checkpoints of one run. Every rank makes one and calls its methods in the same order.
+
+    All methods are collective over `group`. What fails on one rank is raised on all ranks, in one sentence that names
+    the rank: ValueError for what the user asked or gave, CheckpointError for the rest. The folder must be one that all
+    ranks see.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, group: dist.ProcessGroup | None = None) -> None:
+        """Make `folder` ready; rank 0 removes what killed saves left there.
+
+        Args:
+            group: gloo group of all ranks that nothing else uses, as saves talk over it in the background; None when
+                this process is alone.
+        """
+        assert group is not None or not dist.is_initialized() or dist.get_world_size() == 1, (
+            "several ranks need a group"
+        )
+        config.check()
+        self.root = folder
+        self._config = config
+        self._group = group
+        self._rank = 0 if group is None else dist.get_rank(group)
+        self._world_size = 1 if group is None else dist.get_world_size(group)
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._staged: dict[str, list[_Staged]] = {}
+        if group is None:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        self._on_rank_0(self._make_ready)
+
+    def save(self, state: TrainState, pieces: Pieces, sizes: Mapping[str, int]) -> None:
+        """Take a checkpoint of `pieces` as they are now; returns when they are copied, before they are written.
+
+        Waits for the previous save first, and raises its error if it failed (then nothing is saved now). Ranges that
+        several ranks hold are written once.
+
+        Args:
+            pieces: state name to this rank's ranges of the global tensor of that name.
+            sizes: state name to the number of elements of the global tensor.
+        """
+        self.wait()
+        failed: Exception | None = None
+        try:
+            check_ranges(pieces, sizes)
+            self._stage(pieces)
+        except Exception as error:  # The other ranks are on their way into the save: they must hear of it there.
+            failed = error
+
+        def write() -> None:
+            try:
+                self._write(state, dict(sizes), failed)
+            except BaseException as error:
+                self._error = error
+
+        # A daemon: a run that dies of something else does not wait for peers that will never answer.
+        self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self._config.in_background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when no save is in flight; raises the error of the last one, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint that is complete, normally the one that the file `latest` names; None without any."""
+        self.wait()
+        return self._on_rank_0(lambda: step_folders.find_latest(self.root))
+
+    def resume(self, now: TrainState) -> tuple[Path, TrainState] | None:
+        """`resume_decision` on the disk as rank 0 sees it, for all ranks."""
+        self.wait()
+        return self._on_rank_0(lambda: resume_decision(self._config, self.root, now))
+
+    def check(self, path: Path, check: Callable[[TrainState], None]) -> None:
+        """`check` on the state of the checkpoint at `path` as rank 0 sees it; all ranks raise what it raises.
+
+        Raises ValueError also when there is no complete checkpoint.
+        """
+        self.wait()
+
+        def complete() -> None:
+            step_folders.check_complete(path)
+            check(read_state(path))
+
+        self._on_rank_0(complete)
+
+    def load(self, path: Path, pieces: Pieces, sizes: Mapping[str, int]) -> None:
+        """Copy a checkpoint's values into `pieces`, in place, whatever layout it was saved under.
+
+        Nothing is overwritten on any rank before all files have been compared with their checksums (each by one rank)
+        and all names and sizes agree. States of the checkpoint that nobody asks for are left alone.
+
+        Raises ValueError for a missing or damaged file and for a name, size or kind of number that does not agree.
+        """
+        self.wait()
+        self._together(lambda: self._verify_share(path))
+        self._together(lambda: check_loadable(tensors(FlatReader(path).read_metadata()), pieces, sizes))
+        self._together(lambda: FlatReader(path).fill(pieces))
+
+    def _verify_share(self, path: Path) -> None:
+        manifest = step_folders.read_manifest(path)
+        by_size = sorted(manifest, key=lambda name: (-manifest[name].num_bytes, name))
+        step_folders.verify(path, manifest, by_size[self._rank :: self._world_size])
+
+    def _make_ready(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        step_folders.tidy(self.root)
+
+    def _stage(self, pieces: Pieces) -> None:
+        """Copy the pieces to CPU memory, which is kept and used again by the next save."""
+        before = {(name, part.offset): part.tensor for name, parts in self._staged.items() for part in parts}
+        staged: dict[str, list[_Staged]] = {}
+        for name, parts in pieces.items():
+            staged[name] = []
+            for part in parts:
+                source = part.tensor.detach()
+                home = before.get((name, part.offset))
+                if home is None or home.shape != source.shape or home.dtype != source.dtype:
+                    home = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+                home.copy_(source, non_blocking=True)
+                staged[name].append(_Staged(part.offset, home))
+        if any(part.tensor.is_cuda for parts in pieces.values() for part in parts):
+            torch.cuda.synchronize()
+        self._staged = staged
+
+    def _write(self, state: TrainState, sizes: dict[str, int], failed: Exception | None) -> None:
+        """The background half of a save: every rank runs it, and all end it in the same way."""
+        final = step_folders.step_folder(self.root, state.step)
+        partial = step_folders.aside(final, step_folders.PARTIAL)
+
+        def begin() -> None:
+            if failed is not None:
+                raise failed
+            if self._rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+
+        try:
+            self._together(begin)
+            writer = FlatWriter(partial)
+            planner = FlatSavePlanner(self._staged, sizes)
+            dcp.save(
+                {},
+                storage_writer=writer,
+                planner=planner,
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+            written = self._together(writer.read_back)
+            records = {name: entry for files in written for name, entry in files.items()}
+            self._on_rank_0(lambda: self._publish(state, records, partial, final))
+        except BaseException as error:
+            if self._rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise self._not_written(state.step, error) from error
+
+    def _publish(self, state: TrainState, records: dict[str, FileRecord], partial: Path, final: Path) -> None:
+        records[STATE_FILE] = step_folders.write_durably(partial / STATE_FILE, state.to_json())
+        records[CONFIG_FILE] = step_folders.write_durably(partial / CONFIG_FILE, state.config)
+        step_folders.write_manifest(partial, records)
+        step_folders.check_complete(partial)
+        tensors(FlatReader(partial).read_metadata())
+        step_folders.publish(partial, final)
+        try:
+            step_folders.prune(self.root, self._config.keep_latest_k)
+        except OSError as error:
+            log.warning("%s is saved, but older checkpoints could not be deleted: %s", final.name, error)
+
+    def _not_written(self, step: int, error: BaseException) -> Exception:
+        if isinstance(error, CheckpointException):
+            reasons = [f"rank {rank}: {_reason(cause)}" for rank, (cause, _) in sorted(error.failures.items())]
+        else:
+            reasons = [_reason(error)]
+        return CheckpointError(
+            f"the checkpoint of step {step} was not written to {self.root}: {'; '.join(reasons)}. "
+            "Older checkpoints are untouched"
+        )
+
+    def _on_rank_0(self, work: Callable[[], T]) -> T:
+        def only_there() -> list[T]:
+            return [work()] if self._rank == 0 else []
+
+        return self._together(only_there)[0][0]
+
+    def _together(self, work: Callable[[], T]) -> list[T]:
+        """Run `work` on every rank; each returns all results in rank order, or each raises the same failure."""
+        failure: tuple[bool, str] | None = None
+        result: list[T] = []
+        try:
+            result = [work()]
+        except Exception as error:
+            if self._world_size == 1:
+                raise
+            failure = isinstance(error, ValueError), _reason(error)
+        if self._group is None:
+            return result
+        mine = (failure, result)
+        everyone = [mine] * self._world_size
+        dist.all_gather_object(everyone, mine, group=self._group)
+        failures = {rank: found for rank, (found, _) in enumerate(everyone) if found is not None}
+        if not failures:
+            return [results[0] for _, results in everyone]
+        text = "; ".join(dict.fromkeys(reason for _, reason in failures.values()))
+        ranks = ", ".join(map(str, failures))
+        kind = ValueError if all(user for user, _ in failures.values()) else CheckpointError
+        raise kind(f"{text} (on rank {ranks})")
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error) or "no further words"
+    known = isinstance(error, (ValueError, CheckpointError))
+    return text if known else f"{type(error).__name__}: {text}"
+
+
+def read_state(path: Path) -> TrainState:
+    """The small state of a complete checkpoint. ValueError, naming the file, when it is missing or damaged."""
+    manifest = step_folders.read_manifest(path)
+    step_folders.verify(path, manifest, [STATE_FILE, CONFIG_FILE])
+    return TrainState.from_json((path / STATE_FILE).read_text(), (path / CONFIG_FILE).read_text())
+
+
+def read_pieces(path: Path, pieces: Pieces, sizes: Mapping[str, int]) -> None:
+    """`Checkpoints.load` for a process that is alone and only reads: nothing in or beside the folder is touched."""
+    manifest = step_folders.read_manifest(path)
+    step_folders.verify(path, manifest, manifest)
+    check_loadable(tensors(FlatReader(path).read_metadata()), pieces, sizes)
+    FlatReader(path).fill(pieces)
+
+
+def resume_decision(config: CheckpointConfig, root: Path, now: TrainState) -> tuple[Path, TrainState] | None:
+    """Which checkpoint a run goes on from, with its state; None to start anew. Never under another model, data, recipe.
+
+    Args:
+        root: the run's own folder of checkpoints.
+        now: the run as it would start: only `fingerprints` and `config` are read.
+
+    Raises ValueError when the checkpoint belongs to another model, data or recipe (naming the keys and both values),
+    when only broken checkpoints are there, when `never` meets a checkpoint, or when the path in `resume` is no complete
+    checkpoint.
+    """
+    if config.resume == "never":
+        # Going on without them would delete them one by one, and a later `auto` could take them for this run's own.
+        if earlier := step_folders.find_latest(root):
+            raise ValueError(
+                f"checkpoint.resume=never would start anew beside {earlier}, a checkpoint of an earlier run: delete "
+                f"{root}, or choose another run.dir"
+            )
+        return None
+    if config.resume == "auto":
+        found = step_folders.find_latest(root)
+        broken = "; ".join(step_folders.survey(root)[1].values())
+        if found is None and broken:
+            raise ValueError(
+                f"checkpoint.resume=auto found no complete checkpoint in {root}, only broken ones ({broken}): move "
+                "them away, or start anew with checkpoint.resume=never"
+            )
+    else:
+        found = Path(config.resume)
+        step_folders.check_complete(found)
+    if found is None:
+        return None
+    saved = read_state(found)
+    if differ := differences(now, saved):
+        shown = "; ".join(differ[:MAX_NAMED_DIFFERENCES])
+        more = f"; and {len(differ) - MAX_NAMED_DIFFERENCES} more" if len(differ) > MAX_NAMED_DIFFERENCES else ""
+        raise ValueError(
+            f"checkpoint.resume={config.resume} would go on from {found}, which is of another run: {shown}{more}. "
+            "Use those settings or another run.dir"
+        )
+    return found, saved

@@ -1,0 +1,226 @@
+"""Writes the encoded documents of each split into shards of a fixed number of tokens.
+
+What is written can be flushed at any document, described in a few numbers (`state`), and gone on with from there by
+another process (`restore`), whatever was written behind it before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from train.data.prepare.encode import Encoded
+from train.data.meta import SPLITS, FileSum, Split, sha256_of
+from train.data.prepare.seen import Seen
+
+HASHES = "hashes.bin"  # of the documents so far, for a call that goes on
+_READ_BYTES = 1 << 20
+
+
+class SummedFile:
+    """A file whose SHA-256 is taken while it is written and compared with the disk's when it is closed."""
+
+    def __init__(self, path: Path, num_bytes: int = 0) -> None:
+        """num_bytes: what to keep of a file that is there. OSError when it has fewer."""
+        self._path = path
+        self._digest = hashlib.sha256()
+        self._num_bytes = num_bytes
+        if not num_bytes:
+            self._stream: BinaryIO = path.open("wb")
+            return
+        self._stream = path.open("r+b")
+        self._stream.truncate(num_bytes) if path.stat().st_size > num_bytes else None
+        while part := self._stream.read(_READ_BYTES):
+            self._digest.update(part)
+        if self._stream.tell() != num_bytes:
+            raise OSError(f"{path} has {self._stream.tell()} bytes, not the {num_bytes} that were written")
+
+    @property
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+    def write(self, values: np.ndarray) -> None:
+        data = values.tobytes()
+        self._stream.write(data)
+        self._digest.update(data)
+        self._num_bytes += len(data)
+
+    def flush(self) -> None:
+        """Wait until the disk has what was written."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> FileSum:
+        """Flush to the disk, read back, compare. OSError when the file does not hold what was written."""
+        self.flush()
+        self._stream.close()
+        if sha256_of(self._path) != self._digest.hexdigest():
+            raise OSError(f"{self._path} does not read back as it was written")
+        return FileSum(self._num_bytes, self._digest.hexdigest())
+
+
+class SplitWriter:
+    """One split: its stream of tokens cut into shards, and the table of its documents."""
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        dtype: np.dtype,
+        shard_tokens: int,
+        state: dict[str, Any] | None = None,
+        counts: np.ndarray | None = None,
+    ) -> None:
+        """state, counts: what a writer before has given, to go on there. OSError when its files do not hold it."""
+        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        state = state or {"num_documents": 0, "num_bytes": 0, "num_tokens": 0, "shards": [], "files": {}}
+        self._num_documents, self._num_bytes = int(state["num_documents"]), int(state["num_bytes"])
+        self._num_tokens = int(state["num_tokens"])
+        self._shards: list[str] = list(state["shards"])
+        self.files = {name: FileSum(**each) for name, each in state["files"].items()}
+        self.counts = np.zeros(0, dtype=np.int64) if counts is None else counts
+        self._shard: SummedFile | None = None
+        if self._shards and self._shards[-1] not in self.files:
+            self._shard = SummedFile(folder / self._shards[-1], self._num_tokens % shard_tokens * dtype.itemsize)
+        for name, each in self.files.items():
+            if (folder / name).stat().st_size != each.num_bytes:
+                raise OSError(f"{folder / name} is not as it was written")
+        self._documents = SummedFile(folder / f"{split}-documents.bin", self._num_documents * 32)
+
+    def add(self, ids: np.ndarray, num_tokens: np.ndarray, num_bytes: int, places: np.ndarray) -> None:
+        """Append documents: their ids, the length of each, the bytes of all, and their places (see Encoded)."""
+        ends = self._num_tokens + np.cumsum(num_tokens)
+        self._documents.write(np.column_stack([ends, places]).astype("<i8"))
+        counts = np.bincount(ids, minlength=len(self.counts))
+        counts[: len(self.counts)] += self.counts
+        self.counts = counts
+        self._num_documents += len(num_tokens)
+        self._num_bytes += num_bytes
+        while len(ids):
+            room = self._shard_tokens - self._num_tokens % self._shard_tokens
+            if self._shard is None:
+                self._shards.append(f"{self._split}-{len(self._shards):05d}.bin")
+                self._shard = SummedFile(self._folder / self._shards[-1])
+            self._shard.write(ids[:room].astype(self._dtype, copy=False))
+            self._num_tokens += len(ids[:room])
+            if len(ids) >= room:
+                self._close_shard()
+            ids = ids[room:]
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self.files[self._shards[-1]] = self._shard.close()
+            self._shard = None
+
+    def state(self) -> dict[str, Any]:
+        """Flush to the disk, and say in plain values what a writer needs to go on from here, beside `counts`."""
+        for file in (self._shard, self._documents):
+            if file is not None:
+                file.flush()
+        return {
+            "num_documents": self._num_documents,
+            "num_bytes": self._num_bytes,
+            "num_tokens": self._num_tokens,
+            "shards": list(self._shards),
+            "files": {name: dataclasses.asdict(each) for name, each in self.files.items()},
+        }
+
+    def close(self) -> Split:
+        """Close the last files; `files` then holds the sums of all."""
+        self._close_shard()
+        self.files[f"{self._split}-documents.bin"] = self._documents.close()
+        return Split(
+            num_documents=self._num_documents,
+            num_bytes=self._num_bytes,
+            num_tokens=self._num_tokens,
+            unigram_entropy_nats=entropy_nats(self.counts) if self._num_tokens else None,
+            shards=tuple(self._shards),
+        )
+
+
+class Writer:
+    """Both splits. A document validates when its hash is below `threshold`, which lies in [0, 2**64).
+
+    With `deduplicate` a document whose hash was there before is not written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dtype: str,
+        shard_tokens: int,
+        threshold: int,
+        deduplicate: bool,
+        state: dict[str, Any] | None = None,
+        counts: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        """state, counts: as of `SplitWriter`, of both splits. OSError when the files do not hold it."""
+        self._threshold, self._deduplicate = np.uint64(threshold), deduplicate
+        first: dict[str, Any] = {"least_hash": (1 << 64) - 1, "largest_hash": 0, "num_hashes": 0, "splits": {}}
+        state, counts = state or first, counts or {}
+        self.least_hash, self.largest_hash = int(state["least_hash"]), int(state["largest_hash"])
+        self._splits = {
+            split: SplitWriter(
+                folder, split, np.dtype(dtype), shard_tokens, state["splits"].get(split), counts.get(split)
+            )
+            for split in SPLITS
+        }
+        self._hashes = SummedFile(folder / HASHES, state["num_hashes"] * 8)
+        self._seen = Seen()
+        if state["num_hashes"]:
+            self._seen.add(np.fromfile(folder / HASHES, dtype="<u8", count=state["num_hashes"]))
+
+    @property
+    def num_documents(self) -> int:
+        """Different documents so far."""
+        return self._hashes.num_bytes // 8
+
+    def add(self, encoded: Encoded) -> np.ndarray:
+        """Give each document of a task to its split, in order; int64 [n, 3], the places of those seen before."""
+        if not len(encoded.hashes):
+            return encoded.places
+        self.least_hash = min(self.least_hash, int(encoded.hashes.min()))
+        self.largest_hash = max(self.largest_hash, int(encoded.hashes.max()))
+        new = self._seen.add(encoded.hashes)
+        self._hashes.write(encoded.hashes[new].astype("<u8"))
+        kept = new if self._deduplicate else np.ones(len(new), dtype=bool)
+        validates = encoded.hashes < self._threshold
+        for split, chosen in (("train", kept & ~validates), ("valid", kept & validates)):
+            if chosen.any():
+                ids = encoded.ids[np.repeat(chosen, encoded.num_tokens)]
+                num_bytes = int(encoded.num_bytes[chosen].sum())
+                self._splits[split].add(ids, encoded.num_tokens[chosen], num_bytes, encoded.places[chosen])
+        return encoded.places[~new]
+
+    def state(self) -> dict[str, Any]:
+        """Flush to the disk, and say in plain values what a writer needs to go on from here, beside `counts`."""
+        self._hashes.flush()
+        return {
+            "least_hash": self.least_hash,
+            "largest_hash": self.largest_hash,
+            "num_hashes": self.num_documents,
+            "splits": {split: writer.state() for split, writer in self._splits.items()},
+        }
+
+    def counts(self) -> dict[str, np.ndarray]:
+        """How often each token is in each split, int64 [largest id + 1]."""
+        return {split: writer.counts for split, writer in self._splits.items()}
+
+    def close(self) -> tuple[dict[str, Split], dict[str, FileSum]]:
+        """Counts of each split and sums of all files."""
+        self._hashes.close()
+        splits = {split: writer.close() for split, writer in self._splits.items()}
+        return splits, {name: each for writer in self._splits.values() for name, each in writer.files.items()}
+
+
+def entropy_nats(counts: np.ndarray) -> float:
+    """Entropy in nats of the distribution with these counts: the loss of a model that knows the frequencies alone."""
+    total = int(counts.sum())
+    shares = [int(count) / total for count in counts if count]
+    return -math.fsum(share * math.log(share) for share in shares)

@@ -1,0 +1,1 @@
+"""Text of any source as a stream of documents."""

@@ -1,0 +1,1 @@
+"""Token shards to rows of training, each a function of (seed, position)."""

@@ -1,0 +1,211 @@
+"""What a run reads: one source's rows, or those of several, blended by weight."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+from train.data.config import DataConfig
+from train.data.meta import TOKENIZER, Meta
+from train.data.rows.epochs import Rows
+from train.data.rows.shares import Shares
+from train.data.rows.tokens import Document, Tokens
+
+
+class Stream(Protocol):
+    """An endless stream of rows, each a function of (seed, position) alone."""
+
+    @property
+    def num_rows(self) -> int:
+        """Positions from the first on in which no row comes twice."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal exactly where the same seed reads the same tokens at the same positions."""
+        ...
+
+    @property
+    def end_of_document(self) -> int:
+        """Id of the token that ends every document."""
+        ...
+
+    @property
+    def unigram_entropy_nats(self) -> float | None:
+        """Of the tokens' frequencies; None where they are of several sources."""
+        ...
+
+    def rows(self, first: int, count: int) -> torch.Tensor:
+        """Rows at positions [first, first + count): int64 [count, seq_len + 1]."""
+        ...
+
+    def num_targets(self, first: int, count: int) -> int:
+        """How many tokens those rows have to predict."""
+        ...
+
+    def documents(self, position: int) -> list[Document]:
+        """The documents that the row at this position is cut from."""
+        ...
+
+    def exposures(self, num_positions: int) -> list[Exposure]:
+        """What a run over so many positions sees of each source."""
+        ...
+
+
+class Exposure(NamedTuple):
+    """How often a run sees a source: its share of the positions, its tokens, how often it comes round."""
+
+    name: str
+    share: float
+    num_tokens: int
+    num_epochs: float
+
+
+class OneSource(Rows):
+    """The rows of one source."""
+
+    @property
+    def fingerprint(self) -> str:
+        return self.tokens.fingerprint
+
+    @property
+    def end_of_document(self) -> int:
+        return self.tokens.eod
+
+    @property
+    def unigram_entropy_nats(self) -> float | None:
+        return self.tokens.unigram_entropy_nats
+
+    def exposures(self, num_positions: int) -> list[Exposure]:
+        name = self.tokens.folder.name
+        return [Exposure(name, 1.0, num_positions * self.seq_len, num_positions / self.num_rows)]
+
+
+class Blend:
+    """Rows of several sources. A weight is a share of the rows, which are equally long, and so of the tokens.
+
+    Each source is an endless stream of its own, with its own permutation for each epoch, drawn by the seed and its name.
+    """
+
+    def __init__(self, sources: Mapping[str, Rows], weights: Mapping[str, float], seed: int) -> None:
+        self.sources, self._shares = dict(sources), Shares(weights, seed)
+
+    @property
+    def num_rows(self) -> int:
+        low, high = 0, sum(rows.num_rows for rows in self.sources.values())
+        while low < high:
+            middle = (low + high + 1) // 2
+            counts = self._shares.counts(middle)
+            fits = all(counts[name] <= rows.num_rows for name, rows in self.sources.items())
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    @property
+    def fingerprint(self) -> str:
+        return _blended(self._shares, {name: rows.tokens.fingerprint for name, rows in self.sources.items()})
+
+    @property
+    def end_of_document(self) -> int:
+        return next(iter(self.sources.values())).tokens.eod
+
+    @property
+    def unigram_entropy_nats(self) -> float | None:
+        return None
+
+    def rows(self, first: int, count: int) -> torch.Tensor:
+        found = [self.sources[name].rows(index, 1) for name, index in self._places(first, count)]
+        empty = next(iter(self.sources.values())).rows(0, 0)
+        return torch.cat([empty, *found])
+
+    def num_targets(self, first: int, count: int) -> int:
+        before, after = self._shares.counts(first), self._shares.counts(first + count)
+        return sum(rows.num_targets(before[name], after[name] - before[name]) for name, rows in self.sources.items())
+
+    def documents(self, position: int) -> list[Document]:
+        name, index = self._shares.at(position)
+        return self.sources[name].documents(index)
+
+    def exposures(self, num_positions: int) -> list[Exposure]:
+        counts = self._shares.counts(num_positions)
+        return [
+            Exposure(name, float(weight), counts[name] * rows.seq_len, counts[name] / rows.num_rows)
+            for name, weight in self._weights()
+            for rows in [self.sources[name]]
+        ]
+
+    def _weights(self) -> list[tuple[str, Fraction]]:
+        return list(self._shares.weights.items())
+
+    def _places(self, first: int, count: int) -> list[tuple[str, int]]:
+        if first < 0 or count < 0:
+            raise ValueError(f"first={first} and count={count} must not be negative")
+        return [self._shares.at(position) for position in range(first, first + count)]
+
+
+def open_stream(config: DataConfig, split: str, seq_len: int, seed: int = 0, order: str = "shuffled") -> Stream:
+    """The rows of a split of what `prepare_sources` has prepared. ValueError where a source is not whole or too short."""
+    if not config.blend:
+        return OneSource(Tokens.open(config.folder, split), seq_len, seed, order, config.document_mask)
+    sources = {
+        name: Rows(Tokens.open(source.folder, split), seq_len, seed_of(seed, name), order, config.document_mask)
+        for name, source in config.sources.items()
+    }
+    tokenizers = {rows.tokens.meta.tokenizer_digest for rows in sources.values()}
+    if len(tokenizers) > 1:
+        raise ValueError(f"the sources of data.blend in {config.folder} are of several tokenizers: prepare them again")
+    return Blend(sources, {each.name: each.weight for each in config.blend}, seed)
+
+
+def prepared_fingerprint(config: DataConfig) -> str:
+    """`Stream.fingerprint` of what lies prepared, read from its descriptions alone. ValueError where one is missing."""
+    found = {name: Meta.load(source.folder).fingerprint for name, source in config.sources.items()}
+    if not config.blend:
+        return found[config.name]
+    return _blended(Shares({each.name: each.weight for each in config.blend}, seed=0), found)
+
+
+def prepared_tokenizer(config: DataConfig) -> Path:
+    """The `tokenizer.json` beside prepared tokens: that of any source, as a blend has one for all."""
+    return next(iter(config.sources.values())).folder / TOKENIZER
+
+
+def check_prepared(config: DataConfig, fingerprint: str) -> None:
+    """ValueError unless what lies prepared is what a run has read, whose state has this fingerprint of its data."""
+    if prepared_fingerprint(config) not in fingerprint:
+        raise ValueError(
+            f"{config.folder} was prepared anew since the run: name the run's tokenizer with tokenizer=PATH"
+        )
+
+
+def _blended(shares: Shares, fingerprints: Mapping[str, str]) -> str:
+    parts = [f"{name} {weight} {fingerprints[name]}" for name, weight in shares.weights.items()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def seed_of(seed: int, name: str) -> int:
+    """A source's own seed: sources of equal length must not be shuffled alike."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little")
+
+
+def check_epochs(stream: Stream, num_positions: int, max_epochs: float | None) -> None:
+    """ValueError when a run of so many positions sees a source more often than `data.max_epochs`."""
+    for each in stream.exposures(num_positions):
+        if each.num_epochs > (math.inf if max_epochs is None else max_epochs):
+            raise ValueError(
+                f"data.max_epochs={max_epochs}, and the run would see {each.name} {each.num_epochs:.2f} times "
+                f"({each.num_tokens} tokens): shorten the run, lower its weight in data.blend, or add text"
+            )
+
+
+def exposure_table(stream: Stream, num_positions: int) -> str:
+    """What the run will see of each source, as lines of text."""
+    lines = [f"{'source':<24}{'share':>9}{'tokens':>18}{'epochs':>9}"]
+    for each in stream.exposures(num_positions):
+        lines.append(f"{each.name:<24}{each.share:>9.2%}{each.num_tokens:>18,}{each.num_epochs:>9.2f}")
+    return "\n".join(lines)

@@ -1,0 +1,140 @@
+"""Reading prepared tokens: one long memory-mapped stream per split, whatever the number of shards."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from train.data.meta import FILES, Meta
+from train.data.read.streams import stamp
+
+# Up to this size a split's checksums are verified at every opening (some 50 ms); above, sizes alone are.
+_VERIFY_BYTES = 64 << 20
+
+
+class Document(NamedTuple):
+    """One document: its place in a source file, tokens [first_token, stop_token) of its split, its end included.
+
+    first_byte, stop_byte: of the file's uncompressed text; of the line that holds the document in JSON lines; rows,
+    not bytes, of a table.
+    """
+
+    file: str
+    first_byte: int
+    stop_byte: int
+    first_token: int
+    stop_token: int
+
+
+class Tokens:
+    """One split of a prepared folder: document, end of document, document, end of document, and so on."""
+
+    def __init__(self, folder: Path, split: str, meta: Meta) -> None:
+        counts = meta.splits[split]
+        self.folder, self.split, self.meta = folder, split, meta
+        self.num_tokens = counts.num_tokens
+        self.num_documents = counts.num_documents
+        self.unigram_entropy_nats = counts.unigram_entropy_nats
+        self.vocab_size = meta.vocab_size
+        self.eod = meta.eod
+        self._shard_tokens = int(meta.settings["shard_tokens"])
+        # Plain arrays over the maps: slicing np.memmap itself costs several times as much.
+        self._shards = [np.asarray(np.memmap(folder / name, dtype=meta.dtype, mode="r")) for name in counts.shards]
+        self._paths = [str(folder / name) for name in counts.shards]
+        self._stamps = [stamp(os.stat(path)) for path in self._paths]
+        documents = np.memmap(folder / f"{split}-documents.bin", dtype="<i8", mode="r").reshape(-1, 4)
+        self._documents = np.asarray(documents)
+
+    @classmethod
+    def open(cls, folder: str | Path, split: str, verify: bool | None = None) -> Tokens:
+        """Open `split` ("train" or "valid") of a folder that `prepare` has written.
+
+        verify: whether to compare all checksums; null does so for small data, and compares sizes for large.
+        Raises ValueError, naming the file, when the folder is not whole or one of its files was cut or changed.
+        """
+        folder = Path(folder)
+        meta = Meta.load(folder)
+        if split not in meta.splits:
+            raise ValueError(f"split={split} is not one of {', '.join(meta.splits)}")
+        if not meta.splits[split].num_tokens:
+            raise ValueError(
+                f"{folder} holds no {split} tokens: it was prepared with "
+                f"data.valid_fraction={meta.settings['valid_fraction']}"
+            )
+        if verify is None:
+            verify = sum(file.num_bytes for file in meta.files.values()) <= _VERIFY_BYTES
+        if verify:
+            meta.check_contents(folder)
+        else:
+            meta.check_sizes(folder)
+        return cls(folder, split, meta)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal exactly where a run would read the same tokens: for refusing to resume on other data."""
+        return self.meta.fingerprint
+
+    def copy(self, start: int, out: np.ndarray) -> None:
+        """Fill `out` (1-D, any integer type that holds the ids) with the tokens from position `start` on.
+
+        Raises ValueError, naming the file, when a shard was changed since it was opened: of one that was cut, reading
+        on would end the process without a word.
+        """
+        done = 0
+        while done < len(out):
+            shard, offset = divmod(start + done, self._shard_tokens)
+            self._check(shard)
+            part = self._shards[shard][offset : offset + len(out) - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+
+    def _check(self, shard: int) -> None:
+        try:
+            same = stamp(os.stat(self._paths[shard])) == self._stamps[shard]
+        except OSError:
+            same = False
+        if not same:
+            raise ValueError(
+                f"{self._paths[shard]} was changed or removed while it was read: leave prepared tokens alone as long "
+                "as a run reads them; prepare them again before the next one"
+            )
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop), int64. ValueError when they are not all in the split."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise ValueError(f"tokens {start} to {stop} are not within the {self.num_tokens} of {self.split}")
+        out = np.empty(stop - start, dtype=np.int64)
+        self.copy(start, out)
+        return out
+
+    def num_ends(self, starts: np.ndarray, stops: np.ndarray) -> int:
+        """How many documents end in the ranges of tokens [start, stop), all ranges together."""
+        return int((self._num_ends_before(stops) - self._num_ends_before(starts)).sum())
+
+    def _num_ends_before(self, positions: np.ndarray) -> np.ndarray:
+        """Documents whose last token lies before each position: a binary search in the file, all at once."""
+        low, high = np.zeros_like(positions), np.full_like(positions, self.num_documents)
+        while (open_ := low < high).any():
+            middle = (low + high) // 2
+            before = open_ & (self._documents[np.minimum(middle, self.num_documents - 1), 0] <= positions)
+            low, high = np.where(before, middle + 1, low), np.where(open_ & ~before, middle, high)
+        return low
+
+    def documents(self, start: int, stop: int) -> list[Document]:
+        """The documents that own the tokens [start, stop), in order. ValueError when they are not in the split."""
+        if not 0 <= start < stop <= self.num_tokens:
+            raise ValueError(f"tokens {start} to {stop} are not within the {self.num_tokens} of {self.split}")
+        ends = self._documents[:, 0]
+        first = int(np.searchsorted(ends, start, side="right"))
+        last = int(np.searchsorted(ends, stop - 1, side="right"))
+        files = json.loads((self.folder / FILES).read_text(encoding="utf-8"))
+        found = []
+        for index in range(first, last + 1):
+            end, file, first_byte, stop_byte = (int(value) for value in self._documents[index])
+            begin = int(ends[index - 1]) if index else 0
+            found.append(Document(files[file], first_byte, stop_byte, begin, end))
+        return found

@@ -1,0 +1,1 @@
+"""Hugging Face's layout of a model, both ways: names, tensors in files, config.json and the tokenizer's files."""

@@ -1,0 +1,224 @@
+"""`config.json` and its neighbours as Hugging Face's layout has them, from our sizes and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from train.model.config import ATTENTION_SIZES, EXPERT_CHOICES, EXPERT_SIZES, ModelConfig
+from train.settings import section
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+# The published FP8 checkpoints: E4M3, blocks of 128 x 128, activations quantised as they come.
+FP8 = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A `model_type`: the class that loads it, the models that it can hold, and what its files may leave out.
+
+    Attributes:
+        has_experts: whether it always (or never) has some; None: either.
+        allowed: the values that a key may have there. The first one is meant where a file leaves the key out.
+        defaults: what else a file may leave out.
+        free_head_dim: whether a head may be wider or narrower than its share of the hidden size.
+    """
+
+    model_type: str
+    architecture: str
+    attention: str
+    has_experts: bool | None
+    allowed: Mapping[str, tuple[Any, ...]]
+    defaults: Mapping[str, Any]
+    free_head_dim: bool = True
+
+    def holds(self, model: ModelConfig) -> bool:
+        """Whether a reader of this layout computes what the model does."""
+        sizes = asdict(model)
+        experts = model.n_routed_experts > 0
+        return (
+            model.attention == self.attention
+            and self.has_experts in (None, experts)
+            and (self.free_head_dim or model.num_attention_heads * model.value_head_dim == model.hidden_size)
+            and all(sizes[key] in values for key, values in self.allowed.items() if key in sizes and experts)
+        )
+
+
+_EVERYWHERE = {"attention_bias": (False,), "hidden_act": ("silu",), "tie_word_embeddings": (False,)}
+_EXPERTS = {**_EVERYWHERE, "moe_layer_freq": (1,)}
+_COMMON = {"num_nextn_predict_layers": 0, "initializer_range": 0.02, "rope_theta": 10000.0, "rope_scaling": None}
+LAYOUTS = (
+    Layout(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        "mla",
+        None,
+        {**_EXPERTS, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+        {**_COMMON, "q_lora_rank": None},
+    ),
+    Layout(
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        "mla",
+        True,
+        {
+            **_EXPERTS,
+            "scoring_func": ("softmax",),
+            "topk_method": ("greedy", "group_limited_greedy"),
+            # Its readers leave out either the normalising or the factor behind it.
+            "norm_topk_prob": (False,),
+        },
+        {**_COMMON, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+    ),
+    Layout(
+        "deepseek",
+        "DeepseekForCausalLM",
+        "gqa",
+        True,
+        {**_EXPERTS, "scoring_func": ("softmax",), "topk_method": ("greedy",), "routed_scaling_factor": (1.0,)},
+        {**_COMMON, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+        free_head_dim=False,
+    ),
+    Layout("llama", "LlamaForCausalLM", "gqa", False, {**_EVERYWHERE, "mlp_bias": (False,)}, _COMMON),
+)
+# What readers of the layouts expect beside, and which changes nothing here.
+_BESIDE = {"attention_dropout": 0.0, "pretraining_tp": 1, "use_cache": True}
+_DENSE_KEYS = ("n_routed_experts", "first_k_dense_replace", *EXPERT_SIZES, *EXPERT_CHOICES)
+
+
+def config_json(model: ModelConfig, dtype: str, end_of_document: int | None) -> str:
+    """The text of `config.json`. dtype: bf16, fp32 or fp8; end_of_document: the token, None without a tokenizer.
+
+    Raises ValueError for a model that no layout can hold.
+    """
+    layout = layout_of(model)
+    sizes = {key: value for key, value in asdict(model).items() if value is not None and key != "attention"}
+    if layout.has_experts is False:
+        sizes = {key: value for key, value in sizes.items() if key not in _DENSE_KEYS}
+    body = {
+        "architectures": [layout.architecture],
+        "model_type": layout.model_type,
+        **{key: values[0] for key, values in layout.allowed.items()},
+        **_BESIDE,
+        "num_key_value_heads": model.num_attention_heads,
+        "rope_scaling": None,
+        **({"q_lora_rank": None} if layout.attention == "mla" else {}),
+        **sizes,
+        "bos_token_id": None,
+        "eos_token_id": end_of_document,
+        "torch_dtype": "float32" if dtype == "fp32" else "bfloat16",
+    }
+    if dtype == "fp8":
+        body["quantization_config"] = FP8
+    return json.dumps(dict(sorted(body.items())), indent=2) + "\n"
+
+
+def generation_config_json(end_of_document: int | None) -> str:
+    """The text of `generation_config.json`: what ends a text; sampling is left to the reader."""
+    body = {"_from_model_config": True, "bos_token_id": None, "eos_token_id": end_of_document}
+    return json.dumps(body, indent=2) + "\n"
+
+
+def layout_of(model: ModelConfig) -> Layout:
+    """The layout that holds a model. ValueError where none does."""
+    found = next((layout for layout in LAYOUTS if layout.holds(model)), None)
+    if found is None:
+        keys = (
+            "attention",
+            "n_routed_experts",
+            "scoring_func",
+            "topk_method",
+            "norm_topk_prob",
+            "routed_scaling_factor",
+        )
+        shown = ", ".join(f"model.{key}={getattr(model, key)}" for key in keys)
+        known = ", ".join(layout.model_type for layout in LAYOUTS)
+        raise ValueError(f"no reader of {known} computes what this model does: {shown}")
+    return found
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model that a folder's `config.json` describes.
+
+    Raises ValueError, naming the key, for a model of another kind, a missing key, or what cannot be built here.
+    """
+    path = folder / CONFIG
+    try:
+        body = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {folder} is no model in Hugging Face's layout") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    try:
+        return _model(body)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _model(body: Any) -> ModelConfig:
+    if not isinstance(body, dict):
+        raise ValueError("this is no mapping of keys")
+    layout = next((each for each in LAYOUTS if each.model_type == body.get("model_type")), None)
+    if layout is None:
+        known = ", ".join(each.model_type for each in LAYOUTS)
+        raise ValueError(f"model_type={body.get('model_type')} is not one of {known}")
+    for key, values in layout.allowed.items():
+        if body.get(key, values[0]) not in values:
+            must = " or ".join(map(str, values))
+            raise ValueError(f"{key}={body[key]} cannot be imported: it must be {must}")
+    _check_quantisation(body.get("quantization_config"))
+    names = {field.name for field in fields(ModelConfig)}
+    meant = {key: values[0] for key, values in layout.allowed.items() if key in names}
+    given = {key: value for key, value in {**body, **_rope(body)}.items() if key in names and value is not None}
+    sizes = {**layout.defaults, **meant, **given}
+    sizes |= _attention(layout, sizes)
+    if layout.has_experts is False or not sizes.get("n_routed_experts"):
+        sizes |= {"n_routed_experts": 0, "first_k_dense_replace": sizes.get("num_hidden_layers")}
+        sizes |= dict.fromkeys(EXPERT_SIZES)
+        sizes = {key: value for key, value in sizes.items() if key not in EXPERT_CHOICES}
+    needed = {field.name for field in fields(ModelConfig) if field.default is MISSING}
+    if missing := sorted(needed - set(sizes)):
+        raise ValueError(f"{', '.join(missing)} missing: the model's sizes are not known")
+    model = section(ModelConfig, sizes, "model")
+    model.check()
+    return model
+
+
+def _attention(layout: Layout, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of the layout's attention that follow from others, and None for those of the other kind."""
+    heads = sizes.get("num_attention_heads")
+    if layout.attention == "mla":
+        if sizes.get("num_key_value_heads", heads) != heads:
+            raise ValueError(f"num_key_value_heads={sizes['num_key_value_heads']} must be num_attention_heads={heads}")
+        return {"attention": "mla", **dict.fromkeys(ATTENTION_SIZES["gqa"])}
+    found = {"attention": "gqa", "q_lora_rank": None, **dict.fromkeys(ATTENTION_SIZES["mla"])}
+    found["num_key_value_heads"] = sizes.get("num_key_value_heads", heads)
+    if isinstance(heads, int) and heads and isinstance(sizes.get("hidden_size"), int):
+        found["head_dim"] = sizes.get("head_dim", sizes["hidden_size"] // heads)
+    return found
+
+
+def _rope(body: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, which newer files have together as `rope_parameters`."""
+    found = body.get("rope_parameters") or body.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"rope_scaling={found} must be a mapping")
+    found = dict(found)
+    theta = found.pop("rope_theta", body.get("rope_theta"))
+    kind = found.get("rope_type", found.get("type", "default"))
+    stretch = {key: value for key, value in found.items() if key not in ("type", "rope_type") and value is not None}
+    scaling = None if kind == "default" else {"type": kind, **stretch}
+    return {"rope_scaling": scaling, "rope_theta": theta}
+
+
+def _check_quantisation(found: Any) -> None:
+    if found is None:
+        return
+    wanted = {key: FP8[key] for key in ("quant_method", "fmt", "weight_block_size")}
+    for key, value in wanted.items():
+        if not isinstance(found, dict) or found.get(key, value) != value:
+            raise ValueError(f"quantization_config={found} cannot be imported: {key} must be {value}")

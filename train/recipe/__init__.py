@@ -1,0 +1,1 @@
+"""The recipe: rate, batch and coefficients over tokens, and what makes a step of the gradient."""

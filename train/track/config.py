@@ -1,0 +1,39 @@
+"""`track`: where a run reports to, and how often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+MODES = ("auto", "online", "offline", "disabled")
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """Config group `track`.
+
+    `wandb` is auto (online when an API key is set, offline otherwise; WANDB_MODE decides before that), online, offline
+    or disabled. `log_interval` is the number of steps between two plain lines in a log,
+    `load_interval` between two lines of expert loads in `loads.jsonl` (0: none).
+    """
+
+    wandb: str = "auto"
+    project: str = "halocline"
+    entity: str | None = None
+    group: str | None = None
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+    log_interval: int = 10
+    load_interval: int = 10
+
+    def check(self) -> None:
+        """ValueError for an unknown mode or an interval below 1."""
+        if self.wandb not in MODES:
+            raise ValueError(f"track.wandb={self.wandb} is not one of {', '.join(MODES)}")
+        if self.log_interval < 1:
+            raise ValueError(f"track.log_interval={self.log_interval} is below 1")
+        if self.load_interval < 0:
+            raise ValueError(f"track.load_interval={self.load_interval} is below 0 (0 writes none)")
+
+    def loads_due(self, step: int, num_steps: int) -> bool:
+        """Whether the loads of this step, from 1, are written: every `load_interval`-th, the first and the last."""
+        return self.load_interval > 0 and (step % self.load_interval == 0 or step in (1, num_steps))

@@ -1,0 +1,101 @@
+"""Progress of a run for people: one moving line on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from train.track.metrics import StepReport
+
+
+def _short(count: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.3g}"
+
+
+class ConsoleSink:
+    """Progress for people: one moving line on a terminal, plain `key=value` lines in a log.
+
+    A log gets every `log_interval`-th step, the first, the last and those with a validation loss. The time left is
+    what the tokens left take at the rate of the last 20 reports, all between them included.
+    """
+
+    def __init__(
+        self,
+        log_interval: int,
+        total_steps: int,
+        total_tokens: int,
+        consumed_tokens: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stream = stream or sys.stdout
+        self._log_interval, self._total_steps, self._total_tokens = log_interval, total_steps, total_tokens
+        self._clock = clock
+        self._seen = deque([(clock(), consumed_tokens)], maxlen=20)
+        self._is_first = True
+        self._bar: tqdm[Any] | None = None
+        if self._stream.isatty():
+            layout = "{percentage:3.0f}% |{bar:24}| {desc}"
+            self._bar = tqdm(
+                total=total_tokens, initial=consumed_tokens, file=self._stream, bar_format=layout, dynamic_ncols=True
+            )
+
+    def _time_left(self, report: StepReport) -> str:
+        self._seen.append((self._clock(), report.consumed_tokens))
+        (first_s, first_tokens), (last_s, last_tokens) = self._seen[0], self._seen[-1]
+        seconds_per_token = (last_s - first_s) / max(1, last_tokens - first_tokens)
+        return str(timedelta(seconds=round(seconds_per_token * max(0, self._total_tokens - report.consumed_tokens))))
+
+    def write(self, report: StepReport) -> None:
+        """Moves the line, or prints one when it is due."""
+        time_left = self._time_left(report)
+        if self._bar is not None:
+            valid = "" if report.valid_loss is None else f" valid {report.valid_loss:.3f}"
+            rate = f"{_short(report.tokens_per_s)} tokens/s"
+            self._bar.n = min(report.consumed_tokens, self._total_tokens)
+            if valid:
+                self._bar.write(f"step {report.step}: loss {report.loss:.4f}{valid}", file=self._stream)
+            self._bar.set_description_str(
+                f"step {report.step}/{self._total_steps}  loss {report.loss:.4f}  {rate}  ETA {time_left}"
+            )
+            return
+        is_last = report.step >= self._total_steps
+        if self._is_first or is_last or report.step % self._log_interval == 0 or report.valid_loss is not None:
+            print(self._line(report, time_left), file=self._stream, flush=True)
+        self._is_first = False
+
+    def _line(self, report: StepReport, time_left: str) -> str:
+        optional = (
+            ("valid_loss", report.valid_loss, ".4f"),
+            ("mtp_loss", report.mtp_loss, ".4f"),
+            ("max_vio", report.max_vio, ".2f"),
+            ("mfu", report.mfu, ".3f"),
+        )
+        parts = [
+            f"step={report.step}/{self._total_steps}",
+            f"tokens={_short(report.consumed_tokens)}",
+            f"loss={report.loss:.4f}",
+            *(f"{name}={value:{style}}" for name, value, style in optional if value is not None),
+            f"grad_norm={report.grad_norm:.3f}",
+            f"lr={report.lr:.2e}",
+            f"tokens_per_s={report.tokens_per_s:.0f}",
+            f"eta={time_left}",
+        ]
+        return " ".join(parts)
+
+    def checkpoint(self) -> None:
+        """Nothing to show: the checkpoint speaks for itself."""
+
+    def close(self, failed: bool) -> None:
+        """Leaves the moving line where it stands."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,131 @@
+"""`metrics.jsonl` and `loads.jsonl`: a line of strict JSON per step, safe to kill at any moment, exact to read back."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.track.metrics import StepReport
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _encode(report: StepReport) -> bytes:
+    """One line of strict JSON, which has no word for NaN and infinities: they become strings, as in protobuf's JSON."""
+    values: dict[str, Any] = dict(report.values())
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            values[name] = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return json.dumps(values, allow_nan=False).encode() + b"\n"
+
+
+def _decode(line: bytes) -> dict[str, float] | None:
+    """The numbers of one line, or None for one that was torn."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or "step" not in values:
+        return None
+    return {name: _NON_FINITE[value] if isinstance(value, str) else value for name, value in values.items()}
+
+
+def _steps(lines: Iterable[bytes]) -> Iterator[tuple[int, int]]:
+    """(step, end of the line in bytes) up to the first torn line."""
+    end = 0
+    for line in lines:
+        try:
+            step = json.loads(line)["step"] if line.endswith(b"\n") else None
+        except (ValueError, TypeError, KeyError):
+            return
+        if step is None:
+            return
+        end += len(line)
+        yield int(step), end
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The steps of a `metrics.jsonl`, name -> value, up to a line that a killed run may have torn.
+
+    Raises FileNotFoundError when there is no such file.
+    """
+    with path.open("rb") as file:
+        return list(itertools.takewhile(lambda values: values is not None, map(_decode, file)))  # type: ignore[arg-type]
+
+
+class _StepLines:
+    """A file of one line per step, each written with one call, so that a kill tears at most the last line.
+
+    What it holds past `finished_steps`, the step of the checkpoint that the run goes on from, is cut off first.
+    """
+
+    def __init__(self, path: Path, finished_steps: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a+b", buffering=0)
+        self._file.seek(0)
+        end = self.last_step = 0
+        for step, line_end in _steps(self._file):
+            if step > finished_steps:
+                break
+            end, self.last_step = line_end, step
+        self._file.truncate(end)
+
+    def checkpoint(self) -> None:
+        """On the disk before the checkpoint is: a resumed run must find every step that its checkpoint holds."""
+        os.fsync(self._file.fileno())
+
+    def close(self, failed: bool) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class JsonlSink(_StepLines):
+    """One object per step in `metrics.jsonl`, from the step of the checkpoint on that the run goes on from."""
+
+    def __init__(self, path: Path, finished_steps: int = 0, say: Callable[[str], None] = print) -> None:
+        super().__init__(path, finished_steps)
+        last = self.last_step
+        if last < finished_steps:
+            say(f"{path} holds steps up to {last}, the checkpoint {finished_steps}: the steps between are lost")
+
+    def write(self, report: StepReport) -> None:
+        """Appends the step."""
+        self._file.write(_encode(report))
+
+
+class LoadsSink(_StepLines):
+    """`loads.jsonl`: in some steps, how many tokens of the batch chose each expert of each router."""
+
+    def write(self, report: StepReport) -> None:
+        """Appends the step's loads, if it has any."""
+        if report.loads is not None:
+            line = {"step": report.step, "tokens": report.consumed_tokens, "loads": report.loads}
+            self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+
+@dataclass(frozen=True)
+class Loads:
+    """Tokens that chose each expert, [routers][experts], in the batch of a step that ended at `tokens` tokens."""
+
+    step: int
+    tokens: int
+    loads: list[list[int]]
+
+
+def read_loads(path: Path) -> list[Loads]:
+    """The lines of a `loads.jsonl`, up to one that a kill has torn; none where there is no such file."""
+    found = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            found.append(Loads(**json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return found

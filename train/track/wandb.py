@@ -1,0 +1,151 @@
+"""The door to wandb: reports as its history, online, or offline in the run's folder."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from train.track.config import MODES, TrackConfig
+from train.track.leveldb_log import last_records
+from train.track.metrics import StepReport
+from train.track.metrics_file import read_metrics
+from train.track.sinks import say as say_to_people
+
+
+def has_api_key(environ: Mapping[str, str]) -> bool:
+    """Whether wandb would find a key by itself: in WANDB_API_KEY, or in the netrc file for its host."""
+    if environ.get("WANDB_API_KEY"):
+        return True
+    path = Path(environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        host = urlparse(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+        return netrc.netrc(str(path)).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def wandb_mode(setting: str, environ: Mapping[str, str]) -> str:
+    """online, offline or disabled for `track.wandb`; "online" without a key is offline, for there is nobody to ask."""
+    if setting == "auto" and environ.get("WANDB_MODE") in MODES[1:]:
+        setting = environ["WANDB_MODE"]
+    if setting in ("offline", "disabled"):
+        return setting
+    return "online" if has_api_key(environ) else "offline"
+
+
+class WandbSink:
+    """Reports as wandb history over tokens, in `run_dir`/wandb; never asks, never fails the run.
+
+    `run_id` is made once per run and belongs in its checkpoints. A run that resumes after `finished_steps` hands it
+    back, and wandb gets exactly the steps that it has not. That may be some past the checkpoint, or fewer than it: its
+    process dies with ours and takes up to 32 KiB of steps along, which are then sent from `run_dir`/metrics.jsonl.
+    Online, wandb says itself where it stands; offline it cannot, so its files are read.
+    """
+
+    def __init__(
+        self,
+        config: TrackConfig,
+        run_dir: Path,
+        run_config: dict[str, Any],
+        finished_steps: int = 0,
+        run_id: str | None = None,
+        say: Callable[[str], None] = say_to_people,
+    ) -> None:
+        self.run_id = run_id or secrets.token_hex(4)
+        self._config, self._run_dir, self._run_config = config, run_dir, run_config
+        self._finished_steps, self._say = finished_steps, say
+        self._run: Any = None
+        self._last_step = 0
+        self.mode = wandb_mode(config.wandb, os.environ)
+        if self.mode == "offline" and config.wandb == "online":
+            say("track.wandb=online, but no API key is set: wandb keeps the run offline")
+        if self.mode == "online" and not self._try("start online", self._start, after="keeps it offline"):
+            self.mode = "offline"
+        if self.mode == "offline":
+            self._try("start", self._start)
+
+    def _start(self) -> None:
+        # Imported here: it takes most of a second, which a run without wandb need not wait.
+        import wandb
+
+        settings = wandb.Settings(
+            console="off", silent=True, disable_git=True, disable_code=True, init_timeout=60, finish_timeout=60
+        )
+        config = self._config
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        kept = self._last_kept_step()
+        run = wandb.init(
+            mode=self.mode,  # type: ignore[arg-type]
+            dir=str(self._run_dir),
+            id=self.run_id,
+            resume="allow",
+            project=config.project,
+            entity=config.entity,
+            group=config.group,
+            name=config.name,
+            tags=list(config.tags),
+            config=self._run_config,
+            settings=settings,
+        )
+        run.define_metric("train/consumed_tokens")
+        run.define_metric("*", step_metric="train/consumed_tokens")
+        self._run = run
+        self._last_step = max(0, run.starting_step - 1) if self.mode == "online" else kept
+        metrics = self._run_dir / "metrics.jsonl"
+        if self._last_step < self._finished_steps and metrics.exists():
+            for row in read_metrics(metrics):
+                if row["step"] <= self._finished_steps:
+                    self._log(row)
+
+    def _last_kept_step(self) -> int:
+        """The last step in this run's offline files; without any, an online run before this one holds the steps."""
+        from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+        files = list(self._run_dir.glob(f"wandb/offline-run-*-{self.run_id}/*.wandb"))
+        if not files:
+            return self._finished_steps
+        records = (Record.FromString(data) for path in files for data in last_records(path))
+        return max((record.history.step.num for record in records if record.HasField("history")), default=0)
+
+    def _log(self, values: dict[str, float]) -> None:
+        step = int(values.pop("step"))
+        if step > self._last_step:
+            # Committed at once: otherwise the step waits in memory for the next one.
+            self._run.log(values, step=step, commit=True)
+            self._last_step = step
+
+    def _try(self, verb: str, call: Callable[[], object], after: str = "goes on without it") -> bool:
+        """Whether a call into wandb worked; if not, one sentence and no more calls."""
+        try:
+            call()
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            self._say(f"wandb could not {verb} ({reason[0]}); the run {after}")
+            self._run = None
+            return False
+        return True
+
+    def write(self, report: StepReport) -> None:
+        """Sends the step, unless wandb has it."""
+        if self._run is not None:
+            self._try("take a step", lambda: self._log(report.values()))
+
+    def checkpoint(self) -> None:
+        """Nothing: wandb writes as it goes."""
+
+    def close(self, failed: bool) -> None:
+        """Finishes the wandb run, with exit code 1 if ours failed."""
+        if self._run is not None:
+            self._try("finish", lambda: self._finish(int(failed)))
+
+    def _finish(self, exit_code: int) -> None:
+        import wandb
+
+        self._run.finish(exit_code=exit_code)
+        # `finish` returns before wandb's own process has written the file; this waits for that process.
+        wandb.teardown(exit_code=exit_code)

@@ -1,0 +1,1 @@
+"""Pictures and pages that people look at: curves, bars over time, the report."""

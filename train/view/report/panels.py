@@ -1,0 +1,117 @@
+"""Which charts a report has, from the steps of its runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from train.view.curves import column, short_rate, short_tokens, smooth
+from train.view.report.chart import Chart, Curve
+from train.view.report.runs import Run
+
+NAMES = {"perf/data_wait_s": "data", "perf/bubble_s": "bubble", "perf/exposed_comm_s": "experts' exchange"}
+PARTS = {**NAMES, "perf/zero_comm_s": "optimizer's exchange"}
+
+
+def short(value: float) -> str:
+    """A number of an axis."""
+    return f"{value:.4g}"
+
+
+def short_bytes(value: float) -> str:
+    """2.5e9 -> 2.5 GB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:.4g} B"
+
+
+def tokens_of(run: Run) -> np.ndarray:
+    """[steps] tokens at the end of each step."""
+    return column(run.steps, "train/consumed_tokens")
+
+
+def charts(runs: Sequence[Run], entropy: float | None = None) -> list[Chart]:
+    """All panels over tokens, in the page's order; those that no run has measured are left out."""
+    made = [
+        _loss(runs, entropy),
+        _plain(runs, "MTP loss", "nats per token, mean over depths", "train/mtp_loss", short),
+        _plain(runs, "Learning rate", "per step", "train/lr", short_rate, from_zero=True),
+        _plain(runs, "Gradient norm", "before clipping", "train/grad_norm", short, is_log=True),
+        _batch(runs),
+        _plain(runs, "MaxVio", "largest load / mean - 1, worst layer", "moe/max_vio", short, from_zero=True),
+        _plain(runs, "Smallest load", "share of the mean, worst layer", "moe/min_load", short, from_zero=True),
+        _plain(runs, "Balance loss", "sum over layers, 1 each: even", "train/seq_balance_loss", short),
+        _plain(runs, "Throughput", "tokens per second, all ranks", "perf/tokens_per_s", short_tokens, from_zero=True),
+        _step_time(runs),
+        _plain(runs, "MFU", "share of the peak", "perf/mfu", short, from_zero=True),
+        _plain(runs, "Peak memory", "the fullest rank", "memory/peak_bytes", short_bytes, from_zero=True),
+    ]
+    wanted = {"Training and validation loss", "Learning rate", "Gradient norm"}
+    return [chart for chart in made if chart.title in wanted or _is_measured(chart)]
+
+
+def _is_measured(chart: Chart) -> bool:
+    return any(np.isfinite(curve.y).any() for curve in chart.curves)
+
+
+def _loss(runs: Sequence[Run], entropy: float | None) -> Chart:
+    curves: list[Curve] = []
+    marks: list[tuple[float, str, int, bool]] = []
+    is_single = len(runs) == 1
+    for number, run in enumerate(runs):
+        x, loss, valid = tokens_of(run), column(run.steps, "train/loss"), column(run.steps, "valid/loss")
+        if len(loss) > 20:
+            curves.append(Curve(f"{run.name}: each step", number, x, loss, "faint"))
+        curves.append(Curve("training" if is_single else run.name, number, x, smooth(loss)))
+        at = np.isfinite(valid)
+        if at.any():
+            label, color = ("validation", 1) if is_single else (f"{run.name}: validation", number)
+            curves.append(Curve(label, number, x[at], valid[at], "dots", color))
+        by_step = dict(zip(column(run.steps, "step"), x, strict=True))
+        found = [(by_step[step], f"{run.name} resumed after step {step}") for step in run.resumed if step in by_step]
+        marks += [(where, word, number, False) for where, word in found]
+        marks += [(where, f"{run.name}: loss not finite", number, True) for where in x[~np.isfinite(loss)]]
+    level = None if entropy is None else (entropy, f"unigram entropy {entropy:.2f}")
+    unit = "nats per token" + ("" if is_single else "; dots: validation")
+    return Chart("Training and validation loss", unit, curves, short, wide=True, level=level, marks=marks)
+
+
+def _plain(
+    runs: Sequence[Run],
+    title: str,
+    unit: str,
+    name: str,
+    form: Callable[[float], str],
+    is_log: bool = False,
+    from_zero: bool = False,
+) -> Chart:
+    curves = [Curve(run.name, number, tokens_of(run), column(run.steps, name)) for number, run in enumerate(runs)]
+    return Chart(title, unit, curves, form, is_log=is_log, from_zero=from_zero)
+
+
+def _batch(runs: Sequence[Run]) -> Chart:
+    curves = []
+    for number, run in enumerate(runs):
+        tokens, step = tokens_of(run), column(run.steps, "step")
+        # Where steps were lost between two lines, the tokens between belong to several.
+        sizes = np.diff(tokens, prepend=0.0) / np.maximum(np.diff(step, prepend=0.0), 1.0)
+        curves.append(Curve(run.name, number, tokens, sizes))
+    return Chart("Batch size", "tokens per step", curves, short_tokens, from_zero=True)
+
+
+def _step_time(runs: Sequence[Run]) -> Chart:
+    """Of one run its parts; of several the whole of each."""
+    whole = [
+        Curve(run.name, number, tokens_of(run), column(run.steps, "perf/step_s")) for number, run in enumerate(runs)
+    ]
+    if len(runs) > 1:
+        return Chart("Step time", "seconds", whole, short, from_zero=True)
+    run, x = runs[0], tokens_of(runs[0])
+    parts = [Curve("whole step", 0, x, column(run.steps, "perf/step_s"))]
+    for color, (name, word) in enumerate(PARTS.items(), 1):
+        values = column(run.steps, name)
+        if np.isfinite(values).any():
+            parts.append(Curve(f"waits: {word}", 0, x, values, color=color))
+    return Chart("Step time", "seconds", parts, short, from_zero=True)

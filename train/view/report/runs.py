@@ -1,0 +1,123 @@
+"""What a run's folder tells: its steps, loads, settings and checkpoints, and how it stands."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.checkpoint import step_folders
+from train.track.metrics_file import Loads, read_loads, read_metrics
+
+MAX_CHECKPOINTS = 50
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as its files have it.
+
+    Attributes:
+        steps: name -> number, one per finished step.
+        loads: expert loads of some of them.
+        settings: dotted key -> value of its `config.yaml`.
+        checkpoints: (name, bytes) of the complete ones, newest first.
+        resumed: steps after which it went on from a checkpoint.
+        trouble: why it was stopped; empty where it was not.
+    """
+
+    name: str
+    folder: Path
+    steps: list[dict[str, float]]
+    loads: list[Loads] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    checkpoints: list[tuple[str, int]] = field(default_factory=list)
+    resumed: list[int] = field(default_factory=list)
+    trouble: str = ""
+
+    @property
+    def first_dense(self) -> int:
+        """Layers before the first with experts."""
+        return int(self.settings.get("model.first_k_dense_replace") or 0)
+
+    @property
+    def standing(self) -> str:
+        """In a sentence: how far it came, and why not further."""
+        last = int(self.steps[-1]["step"]) if self.steps else 0
+        if self.trouble:
+            return self.trouble
+        end = self.settings.get("train.max_steps")
+        if end is None:
+            return f"after step {last}"
+        return f"done after step {last}" if last >= end else f"not finished: step {last} of {end}"
+
+
+def read_run(folder: Path) -> Run:
+    """The run in `folder`. ValueError when there is none; whatever else is missing is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        raise ValueError(f"{folder} is not the folder of a run: it has no metrics.jsonl")
+    steps = read_metrics(path)
+    settings = flat_settings(folder / "config.yaml")
+    checkpoints = Path(settings.get("checkpoint.dir") or folder / "checkpoints")
+    log = folder / "logs" / "rank_0.log"
+    resumed = re.findall(r"resumed from .* after step (\d+)", log.read_text(errors="replace")) if log.exists() else []
+    return Run(
+        name=folder.resolve().name,
+        folder=folder,
+        steps=steps,
+        loads=read_loads(folder / "loads.jsonl"),
+        settings=settings,
+        checkpoints=_checkpoints(checkpoints),
+        resumed=sorted({int(step) for step in resumed}),
+        trouble=_trouble(folder / "not_finite.json", int(steps[-1]["step"]) if steps else 0),
+    )
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """A run's folder itself; of a sweep's folder, those of its jobs. ValueError where there is neither."""
+    if (folder / "metrics.jsonl").exists():
+        return [folder]
+    jobs = sorted(path.parent for path in folder.glob("*/metrics.jsonl"))
+    if not jobs:
+        raise ValueError(f"run={folder} is no folder of a run or of a sweep: there is no metrics.jsonl in it")
+    return jobs
+
+
+def flat_settings(path: Path) -> dict[str, Any]:
+    """Dotted key to value of a YAML file; empty where there is none that can be read."""
+
+    def walk(node: dict[Any, Any], prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in node.items():
+            if isinstance(value, dict) and value:
+                found |= walk(value, f"{prefix}{key}.")
+            else:
+                found[f"{prefix}{key}"] = value
+        return found
+
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError):
+        return {}
+    return walk(tree, "") if isinstance(tree, dict) else {}
+
+
+def _checkpoints(root: Path) -> list[tuple[str, int]]:
+    complete = step_folders.survey(root)[0] if root.is_dir() else []
+    return [
+        (folder.name, sum(entry.num_bytes for entry in step_folders.read_manifest(folder).values()))
+        for folder in complete[:MAX_CHECKPOINTS]
+    ]
+
+
+def _trouble(path: Path, last_step: int) -> str:
+    """Of a run that stopped at a number that is not finite and has not come past it since."""
+    try:
+        step = int(json.loads(path.read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return f"diverged: loss or gradient not finite in step {step}" if step > last_step else ""
