@@ -40,6 +40,7 @@ from train.generate import (
 from train.model.transformer import Transformer
 from train.precision.recipe import PrecisionConfig
 from train.run_folder import find_checkpoint
+from train.settings import group
 
 KEYS = (
     *("prompt", "prompt_file", "max_new_tokens", "speculative", "temperature", "top_p", "seed"),

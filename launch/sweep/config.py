@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from train.settings import section_of
 from train.track.metrics import UNITS
 
 SAMPLERS = ("grid", "tpe", "random")
