@@ -97,7 +97,7 @@ class Training:
     """A plain loop over the product's parts, on one process."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.config, self.schedule = config, config.schedule()
+        self.config, self.recipe = config, config.recipe()
         with torch.device("meta"):
             self.model = Transformer(config.model, LocalDispatch(config.model.n_routed_experts), TorchEngine())
         init_weights(self.model, config.train.seed, torch.float32, "cpu")
@@ -114,7 +114,7 @@ class Training:
 
     def step(self, number: int) -> tuple[float, list[float]]:
         """(loss in nats per token, MaxVio of each layer) of one step."""
-        plan, moe = self.schedule.at(number), self.config.moe
+        plan, moe = self.recipe.at(number), self.config.moe
         rows = self.train_rows.rows(plan.first_sequence, plan.num_sequences)
         num_tokens, per_sequence = plan.num_sequences * self.config.train.seq_len, 1 / plan.num_sequences
         coeffs = (moe.seq_aux_coeff, moe.device_aux_coeff, moe.comm_aux_coeff)
@@ -152,7 +152,7 @@ def max_vio(load: Tensor) -> list[float]:
 
 def train(config: RunConfig, label: str) -> Run:
     training, losses, violations = Training(config), [], []
-    start_s, num_steps = time.perf_counter(), training.schedule.num_steps
+    start_s, num_steps = time.perf_counter(), training.recipe.num_steps
     for number in range(num_steps):
         loss, violation = training.step(number)
         losses.append(loss)
@@ -179,7 +179,7 @@ def config_of(settings: Mapping[str, str], side: str, seed: int) -> RunConfig:
 def finished(settings: Mapping[str, str], side: str, seed: int) -> Run:
     """The run from its file, or trained now."""
     config = config_of(settings, side, seed)
-    identity = json.dumps([repr(config.model), config.schedule().fingerprint(), repr(config.optimizer)])
+    identity = json.dumps([repr(config.model), config.recipe().fingerprint(), repr(config.optimizer)])
     identity += f"{config.data.folder} {config.train.max_steps} {config.evaluate.num_sequences}"
     digest = hashlib.sha256(identity.encode()).hexdigest()[:10]
     path = Path(settings["folder"]) / f"{side}-seed{seed}-{digest}.json"

@@ -32,7 +32,7 @@ from launch.prepare import prepare_command
 from train import compose
 from train.assemble import load_model
 from train.data.rows.blend import open_stream
-from train.generate import Record, generate
+from train.generate import Transcript, generate
 from train.model.decode import Decoder, Drafter
 from train.model.transformer import Transformer
 from train.run_folder import find_checkpoint
@@ -104,9 +104,9 @@ def drafts(folder: Path) -> dict[str, float]:
     model = load_model(checkpoint, config.model, config.precision, torch.device("cpu"))
     rows = open_stream(config.data, "valid", config.train.seq_len, order="sequential")
     texts = rows.rows(0, min(NUM_TEXTS, rows.num_rows)).tolist()
-    record = Record()
+    record = Transcript()
     for text in texts:
-        once = Record()
+        once = Transcript()
         for _ in generate(model, text[:PROMPT_TOKENS], NEW_TOKENS, once, stop=rows.end_of_document, speculative=True):
             pass
         record.choices += once.choices[1:]  # the first one comes of the prompt's pass

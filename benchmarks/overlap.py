@@ -264,7 +264,7 @@ def tiny(settings: Mapping[str, str], dispatch: str) -> list[str]:
 def train_step(job: Job, pairs: bool) -> None:
     """Forward, backward and update of the first step."""
     job.config = replace(job.config, pipeline=replace(job.config.pipeline, pairs=pairs))
-    plan = job.schedule.at(0)
+    plan = job.recipe.at(0)
     accumulate(job, plan, StepTimer())
     job.optimizer.step(plan.lr)
 

@@ -11,8 +11,8 @@ from launch.generate import generate_command
 from launch.imports import import_model
 from launch.local import local
 from launch.prepare import prepare_run
+from launch.recipe import draw
 from launch.report import report
-from launch.schedule import draw
 from launch.timeline import timeline
 from train.compose import compose
 
@@ -25,7 +25,7 @@ def _prepare(settings: Sequence[str]) -> int:
 def _schedule(settings: Sequence[str]) -> int:
     out = next((setting.split("=", 1)[1] for setting in settings if setting.startswith("out=")), "schedule.png")
     config = compose([setting for setting in settings if not setting.startswith("out=")])
-    print(draw(config.schedule(), Path(out)))
+    print(draw(config.recipe(), Path(out)))
     print(f"\npicture: {out}")
     return 0
 

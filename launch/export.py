@@ -27,7 +27,7 @@ from train.checkpoint.step_folders import FileRecord
 from train.data.config import DataConfig
 from train.data.meta import TOKENIZER
 from train.data.prepare.progress import Progress
-from train.data.rows.blend import check_prepared, prepared_tokenizer
+from train.data.rows.blend import check_same_tokens, prepared_tokenizer
 from train.hf import config as hf_config
 from train.hf import tokenizer as hf_tokenizer
 from train.hf.layout import Disk, layout
@@ -211,7 +211,7 @@ def _tokenizer(
             "tokenizer=none"
         )
     if data is not None and found == places[1]:
-        check_prepared(data, state.fingerprints["data"])
+        check_same_tokens(data, state.fingerprints["data"])
     hf_tokenizer.check(found, model.vocab_size)
     return found
 

@@ -24,13 +24,13 @@ from train.checkpoint.flat import FlatReader, tensors
 from train.checkpoint.saver import CONFIG_FILE, read_state
 from train.checkpoint.state import TrainState
 from train.config import RunConfig
-from train.data.rows.blend import check_prepared, prepared_tokenizer
+from train.data.rows.blend import check_same_tokens, prepared_tokenizer
 from train.data.tokenizer import TextStream, Tokenizer
 from train.generate import (
     Choice,
     Chooser,
     Kept,
-    Record,
+    Transcript,
     first_difference,
     first_near_tie,
     generate,
@@ -105,13 +105,13 @@ def generate_command(settings: Sequence[str]) -> int:
     said = {name: word for word, name in WEIGHTS.items()}[request.weights]
     print(f"{folder}: {said} weights in {precision.name} on {request.device}\n\n{request.prompt}", end="", flush=True)
 
-    def run(speculative: bool, record: Record, limit: int = max_new_tokens) -> Iterator[Choice]:
+    def run(speculative: bool, record: Transcript, limit: int = max_new_tokens) -> Iterator[Choice]:
         chooser = Chooser(request.temperature, request.top_p, request.seed)
         return generate(model, prompt, limit, record, chooser, tokenizer.eod, speculative)
 
-    first, second = Record(), Record()
+    first, second = Transcript(), Transcript()
     for speculative in (False, True)[: 1 + request.speculative]:
-        list(run(speculative, Record(), min(WARMUP_TOKENS, max_new_tokens)))  # a process computes slowly at first
+        list(run(speculative, Transcript(), min(WARMUP_TOKENS, max_new_tokens)))  # a process computes slowly at first
     plain = run(False, second) if request.speculative else iter(())
     _stream(run(request.speculative, first), plain, tokenizer)
     print("\n\n" + figures(request, model, tokenizer, first, second), flush=True)
@@ -127,7 +127,7 @@ def find_tokenizer(config: RunConfig, state: TrainState, given: Path | None) -> 
     if not path.exists():
         raise ValueError(f"{path}, the tokenizer of the run, is missing: name it with tokenizer=PATH")
     if given is None:
-        check_prepared(config.data, state.fingerprints["data"])
+        check_same_tokens(config.data, state.fingerprints["data"])
     tokenizer = Tokenizer.load(path, config.data.end_of_document)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
@@ -137,7 +137,7 @@ def find_tokenizer(config: RunConfig, state: TrainState, given: Path | None) -> 
     return tokenizer
 
 
-def figures(request: Request, model: Transformer, tokenizer: Tokenizer, first: Record, second: Record) -> str:
+def figures(request: Request, model: Transformer, tokenizer: Tokenizer, first: Transcript, second: Transcript) -> str:
     """What the generation took; `second` is plain decoding beside a speculative `first`."""
     lines = [f"prompt       {_count(first.num_prompt_tokens, 'token')} in {first.prefill_s:.3f} s"]
     plain = second if request.speculative else first
@@ -155,7 +155,7 @@ def figures(request: Request, model: Transformer, tokenizer: Tokenizer, first: R
     return "\n".join([*lines, *_memory(kept_per_token(model), dtype)])
 
 
-def _drafts(record: Record) -> list[str]:
+def _drafts(record: Transcript) -> list[str]:
     lines = []
     for depth, (tried, accepted) in enumerate(zip(record.num_tried, record.num_accepted, strict=True), start=1):
         chained = "" if depth == 1 else ", where those before held"
@@ -163,14 +163,14 @@ def _drafts(record: Record) -> list[str]:
     return lines
 
 
-def _ties(plain: Record, dtype: torch.dtype, tokenizer: Tokenizer) -> list[str]:
+def _ties(plain: Transcript, dtype: torch.dtype, tokenizer: Tokenizer) -> list[str]:
     at = first_near_tie(plain, dtype)
     if at is None:
         return [f"near-ties    none: the smallest gap of logits is {min(each.gap for each in plain.choices):.3g}"]
     return [f"near-ties    the first at token {at + 1}: {_shown(plain.choices[at], tokenizer)}"]
 
 
-def _comparison(first: Record, plain: Record, dtype: torch.dtype, tokenizer: Tokenizer) -> list[str]:
+def _comparison(first: Transcript, plain: Transcript, dtype: torch.dtype, tokenizer: Tokenizer) -> list[str]:
     at = first_difference(first, plain)
     if at is None:
         return ["texts        equal"]

@@ -35,7 +35,7 @@ def run(config: RunConfig) -> Ended:
     """One job: pp x dp processes on this machine that all read the same resolved config."""
     run_folder.refuse_if_in_use(Path(config.run.dir))
     prepare_run(config)
-    job = Job(config)
+    job = LocalJob(config)
     try:
         with stop_signals() as asked:
             while (ended := job.poll()) is None:
@@ -47,7 +47,7 @@ def run(config: RunConfig) -> Ended:
         job.kill()
 
 
-class Job:
+class LocalJob:
     """A job whose ranks run; prepared before. Arguments as those of `Ranks`; kill it in the end."""
 
     def __init__(
@@ -84,7 +84,7 @@ class Machine:
 
     def __init__(self) -> None:
         self._prepared: list[DataConfig] = []
-        self._jobs: list[Job] = []
+        self._jobs: list[LocalJob] = []
 
     def prepare(self, config: RunConfig) -> None:
         """Prepare a job's data, unless it is. ValueError when that cannot be."""
@@ -92,12 +92,12 @@ class Machine:
             prepare_command(config.data)
             self._prepared.append(config.data)
 
-    def start(self, config: RunConfig, num_parallel: int, console: Path | None) -> Job:
+    def start(self, config: RunConfig, num_parallel: int, console: Path | None) -> LocalJob:
         """One of `num_parallel` jobs. ValueError when its folder is in use, its data cannot be prepared or
         it would see them more often than `data.max_epochs`."""
         run_folder.refuse_if_in_use(Path(config.run.dir))
         self.prepare(config)
         check_epochs_of(config)
         self._jobs = [job for job in self._jobs if job.poll() is None]
-        self._jobs.append(Job(config, num_parallel - 1, [job.port for job in self._jobs], console))
+        self._jobs.append(LocalJob(config, num_parallel - 1, [job.port for job in self._jobs], console))
         return self._jobs[-1]

@@ -28,7 +28,7 @@ from parallel.pipeline.registry import build
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import Costs, Simulation, simulate
 from parallel.pipeline.verify import verify
-from train.view.rows import Bar, Mark, Rows, Swatch, draw_rows, shades
+from train.view.rows import Bar, Mark, RowChart, Swatch, draw_rows, shades
 
 NEEDED = ("pipeline.schedule", "parallel.pp", "pipeline.num_micro_batches")
 COSTS = ("f", "b", "w", "pair", "latency", "early")
@@ -153,7 +153,7 @@ def _draw_picture(result: Simulation, steps: dict[str, Sequence[Event]], out: Pa
     note = f"{'; '.join(notes).capitalize()}. {_shades_mean(schedule)}"
     unit = "time, s" if "recorded" in steps else "time, in the unit of the costs"
     names, entries = [name for _, _, name, _ in lanes], [entry for *_, entry in lanes]
-    draw_rows(Rows(_title(schedule), note, unit, names, headings, entries), bars, key, out)
+    draw_rows(RowChart(_title(schedule), note, unit, names, headings, entries), bars, key, out)
 
 
 def _share(times: Sequence[float], length: float) -> str:

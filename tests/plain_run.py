@@ -25,7 +25,7 @@ from train.model.init import init_weights
 from train.model.transformer import Transformer
 from train.precision.linear import TorchEngine
 from train.recipe.optim import OptimConfig
-from train.recipe.schedule import StepPlan
+from train.recipe.recipe import StepPlan
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
 # The latents' norms have this constant in the released code, whatever the model's own is.
@@ -304,7 +304,7 @@ def plain_run(config: RunConfig) -> PlainRun:
     weights, model = _initial(config)
     params = list(weights.values())
     optimizer = PlainAdamW(params, config.optimizer, _moments_dtype(config))
-    schedule = config.schedule()
+    schedule = config.recipe()
     train_rows = open_stream(config.data, "train", config.train.seq_len, config.train.seed)
     rows, loads = [], []
     for step in range(schedule.num_steps):

@@ -141,7 +141,7 @@ def test_a_mistake_is_one_sentence(settings: str, field: str, rule: str) -> None
 @pytest.mark.parametrize(("name", "lr", "batch"), [("7b", 4.2e-4, 2304), ("67b", 3.2e-4, 4608)])
 def test_the_steps_of_deepseek_llm(name: str, lr: float, batch: int) -> None:
     """2000 steps to the largest rate, 31.6 % of it after 80 % of 2 T tokens, 10 % after 90 %."""
-    schedule = compose.compose([f"experiment=deepseek_llm_{name}"]).schedule()
+    schedule = compose.compose([f"experiment=deepseek_llm_{name}"]).recipe()
     tokens_each, trillion = batch * 4096, 10**12
 
     def rate(tokens: int) -> float:
@@ -193,7 +193,7 @@ def test_the_published_run() -> None:
     ],
 )
 def test_the_published_recipe(tokens: float, lr: float, sequences: int | None, gamma: float, mtp: float) -> None:
-    schedule = compose.compose(["experiment=v3_h800_2048"]).schedule()
+    schedule = compose.compose(["experiment=v3_h800_2048"]).recipe()
     plan = schedule.at(schedule.step_at(int(tokens)))
     # The report gives two digits; a step is 63 M tokens of 4.3 T.
     assert plan.lr == pytest.approx(lr, rel=1e-3)
@@ -205,7 +205,7 @@ def test_the_published_recipe(tokens: float, lr: float, sequences: int | None, g
 
 
 def test_the_published_warm_up_and_end() -> None:
-    schedule = compose.compose(["experiment=v3_h800_2048"]).schedule()
+    schedule = compose.compose(["experiment=v3_h800_2048"]).recipe()
     assert schedule.at(0).num_sequences == 3072
     # 2000 steps, converted to tokens through the growing batch.
     assert schedule.at(1999).lr == pytest.approx(2.2e-4) and schedule.at(1990).lr < 2.2e-4

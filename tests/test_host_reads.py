@@ -33,7 +33,7 @@ TOPOLOGIES = {
 
 def reads_of_a_run(settings: list[str]) -> tuple[Counter[str], dict[str, int]]:
     """On each rank: what the host has read in a whole run, and what it must have."""
-    from parallel.pipeline.schedule import Schedule as Order
+    from parallel.pipeline.schedule import Schedule
     from train.assemble import assemble, join
     from train.compose import compose
     from train.loop import StopRequest, run
@@ -44,13 +44,13 @@ def reads_of_a_run(settings: list[str]) -> tuple[Counter[str], dict[str, int]]:
         job = assemble(config, groups)
         assert run(job, Tracker(), 1.0, StopRequest())
 
-    def moe_forwards(order: Order) -> int:
-        parts = [part for action in order.ranks[groups.mesh.pp_rank] for part in action.parts]
+    def moe_forwards(schedule: Schedule) -> int:
+        parts = [part for action in schedule.ranks[groups.mesh.pp_rank] for part in action.parts]
         return sum(len(job.stages[part.stage].model.routers()) for part in parts if part.kind == "F")
 
     dp = config.parallel.dp
-    forwards = STEPS * moe_forwards(config.order(GLOBAL_BATCH // dp)) + moe_forwards(
-        config.forward_order(NUM_VALID // dp)
+    forwards = STEPS * moe_forwards(config.schedule(GLOBAL_BATCH // dp)) + moe_forwards(
+        config.forward_schedule(NUM_VALID // dp)
     )
     names = ("rail counts", "node counts") if config.parallel.dispatch == "two_hop" else ("expert counts",)
     expected = dict.fromkeys(names, forwards) | {"gradient norm": STEPS, "step": STEPS, "validation loss": 1}

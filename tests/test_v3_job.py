@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from parallel import process
 from parallel.host import Host, Source
 from parallel.pipeline.order import messages
-from parallel.pipeline.schedule import Schedule as Order
+from parallel.pipeline.schedule import Schedule
 from parallel.zero import norm
 from train import assemble, loop
 from train.compose import compose
@@ -169,10 +169,10 @@ def moe_layers(job: Job, part: Any) -> int:
     return sum(layer >= job.config.model.first_k_dense_replace for layer in part.layers) + part.mtp
 
 
-def moe_forwards(job: Job, order: Order) -> int:
+def moe_forwards(job: Job, schedule: Schedule) -> int:
     """MoE layers through which a rank's forward chunks of a step go."""
     rank = job.groups.mesh.pp_rank
-    forwards = [part for action in order.ranks[rank] for part in action.parts]
+    forwards = [part for action in schedule.ranks[rank] for part in action.parts]
     return sum(moe_layers(job, job.stages[part.stage].model.parts) for part in forwards if part.kind == "F")
 
 
@@ -189,8 +189,8 @@ def internode_bytes(job: Job, num_forwards: int) -> int:
 
 def trace(job: Job, num_micro_batches: int) -> None:
     """Everything that `loop.run` does in a step, held against the closed forms."""
-    plan = job.schedule.at(first_step_of(job, num_micro_batches))
-    order = job.config.order(plan.num_sequences // DP)
+    plan = job.recipe.at(first_step_of(job, num_micro_batches))
+    schedule = job.config.schedule(plan.num_sequences // DP)
     sent: Counter[Any] = Counter()
     isend = dist.isend
 
@@ -202,7 +202,7 @@ def trace(job: Job, num_micro_batches: int) -> None:
     with Copies() as copies:
         with mock.patch.object(dist, "isend", note):
             tally = loop.accumulate(job, plan, StepTimer())
-        forwards = moe_forwards(job, order)
+        forwards = moe_forwards(job, schedule)
         assert job.dispatch.internode_bytes == internode_bytes(job, forwards)
         assert job.update(plan.lr).finite
         loop.reduce(job, tally, loop.StopRequest())
@@ -211,7 +211,9 @@ def trace(job: Job, num_micro_batches: int) -> None:
     assert copies.found == []
     pp_rank = job.groups.mesh.pp_rank
     assert sent == {
-        channel: len(carried) for channel, carried in messages(order).items() if channel.source == pp_rank and carried
+        channel: len(carried)
+        for channel, carried in messages(schedule).items()
+        if channel.source == pp_rank and carried
     }
     reads = {"rail counts": forwards, "node counts": forwards, "gradient norm": 1, "step": 1}
     assert job.host.num_reads == {name: count for name, count in reads.items() if count}
@@ -232,8 +234,8 @@ def check_sizes(job: Job) -> None:
 
 def first_step_of(job: Job, num_micro_batches: int) -> int:
     """The first step of the ramp with that many micro-batches for each pipeline."""
-    steps = range(job.schedule.num_steps)
-    return next(step for step in steps if job.schedule.at(step).num_sequences >= DP * num_micro_batches)
+    steps = range(job.recipe.num_steps)
+    return next(step for step in steps if job.recipe.at(step).num_sequences >= DP * num_micro_batches)
 
 
 # The run's very first step has 24 micro-batches, too few for DualPipe: 1F1B over one of its two directions.

@@ -99,7 +99,7 @@ def _train(job: Job, stop: StopRequest) -> None:
     resumed = job.resume()
     if resumed is not None:
         log.info("resumed from %s after step %d", resumed, job.step)
-    if job.step >= job.schedule.num_steps:
+    if job.step >= job.recipe.num_steps:
         _say_where(job, f"this run is done after step {job.step}")
         return
     if job.is_main:
@@ -134,12 +134,12 @@ def _track(job: Job) -> Tracker:
     (folder / "config.yaml").write_text(compose.text(config))
     wandb = WandbSink(config.track, folder, asdict(config), job.step, job.wandb_id)
     job.wandb_id = job.gather_objects(wandb.run_id)[0]
-    num_steps, schedule = job.schedule.num_steps, job.schedule
+    num_steps, recipe = job.recipe.num_steps, job.recipe
     console = ConsoleSink(
         config.track.log_interval,
         num_steps,
-        schedule.tokens_before(num_steps),
-        schedule.tokens_before(job.step),
+        recipe.tokens_before(num_steps),
+        recipe.tokens_before(job.step),
     )
     entropy = job.valid_rows.unigram_entropy_nats
     picture = PictureSink(folder / "metrics.jsonl", folder / "loss.png", title, entropy)

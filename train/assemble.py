@@ -121,7 +121,7 @@ def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engi
     return Job(
         config=config,
         groups=groups,
-        schedule=config.schedule(),
+        recipe=config.recipe(),
         stages=stages,
         runtime=Runtime(mesh.pp_rank, stages, links, recorder),
         recorder=recorder,

@@ -10,14 +10,14 @@ from parallel.expert import placement
 from parallel.mesh import ParallelConfig
 from parallel.pipeline import registry
 from parallel.pipeline.placement import Placement
-from parallel.pipeline.schedule import Schedule as Order
+from parallel.pipeline.schedule import Schedule
 from train.checkpoint.config import CheckpointConfig
 from train.data.config import DataConfig
 from train.model.config import ModelConfig, given
 from train.model.recompute import RecomputeConfig
 from train.precision.recipe import PrecisionConfig
 from train.recipe.optim import OptimConfig
-from train.recipe.schedule import LrSchedulerConfig, MoeConfig, MtpConfig, Schedule, TrainConfig, batch_sizes
+from train.recipe.recipe import LrSchedulerConfig, MoeConfig, MtpConfig, Recipe, TrainConfig, batch_sizes
 from train.split import split
 from train.track.config import TrackConfig
 
@@ -154,31 +154,31 @@ class RunConfig:
         apart = self.placement.rank_of[route[0]] != self.placement.rank_of[route[-1]]
         return apart and not self.mirrored and self.model.num_nextn_predict_layers > 0
 
-    def order(self, num_micro_batches: int) -> Order:
+    def schedule(self, num_micro_batches: int) -> Schedule:
         """What each rank of a pipeline does in a step of so many micro-batches. ValueError where that cannot be."""
         pipeline, pp = self.pipeline, self.parallel.pp
         if self.mirrored and num_micro_batches < 2 * pp and pipeline.short_steps == "1f1b":
             return registry.build_one_way(pp, num_micro_batches)
         return registry.build(pipeline.schedule, pp, num_micro_batches, pipeline.pairs, pipeline.stages_per_rank)
 
-    def order_alone(self) -> Order:
+    def schedule_alone(self) -> Schedule:
         """One micro-batch forward and back."""
         return registry.build_alone(self.placement)
 
-    def forward_order(self, num_micro_batches: int) -> Order:
+    def forward_schedule(self, num_micro_batches: int) -> Schedule:
         """What each rank of a pipeline does in an evaluation of so many micro-batches."""
         pipeline = self.pipeline
         return registry.build_forward(pipeline.schedule, self.parallel.pp, num_micro_batches, pipeline.stages_per_rank)
 
-    def schedule(self) -> Schedule:
+    def recipe(self) -> Recipe:
         """The recipe over tokens. ValueError for one that cannot be."""
-        return Schedule(self.train, self.lr_scheduler, self.moe, self.mtp)
+        return Recipe(self.train, self.lr_scheduler, self.moe, self.mtp)
 
     @property
     def num_sequences(self) -> int:
         """Sequences of the whole run."""
-        schedule = self.schedule()
-        return schedule.tokens_before(schedule.num_steps) // self.train.seq_len
+        recipe = self.recipe()
+        return recipe.tokens_before(recipe.num_steps) // self.train.seq_len
 
     def check(self) -> None:
         """Every rule of every room and between rooms; ValueError names field, value and rule.
@@ -203,7 +203,7 @@ class RunConfig:
             room.check()
         mesh.check(self.parallel, self.mirrored)
         split(self.model, self.placement.num_slices, self.train.seq_len, self.pipeline.layers)
-        num_steps = self.schedule().num_steps
+        num_steps = self.recipe().num_steps
         if self.profile.steps and max(self.profile.steps) > num_steps:
             raise ValueError(f"profile.steps={self.profile.steps}: the run ends after step {num_steps}")
         self._check_sequences()
@@ -273,6 +273,6 @@ class RunConfig:
                     f"a global batch of {size} sequences (train.global_batch_size, train.batch_ramp) is no multiple of "
                     f"parallel.dp={self.parallel.dp} times train.micro_batch_size={train.micro_batch_size}"
                 )
-            self.order(size // per_round)
+            self.schedule(size // per_round)
         if self.data.valid_fraction == 0:
             raise ValueError("data.valid_fraction=0 leaves nothing to evaluate on: it must be above 0")

@@ -31,7 +31,7 @@ class Choice:
 
 
 @dataclass
-class Record:
+class Transcript:
     """What became of one generation. Times leave out what the receiver of the tokens does with them.
 
     num_tried and num_accepted count the drafts of each depth: those reached, as all before them in their chain held,
@@ -99,7 +99,7 @@ def generate(
     model: Transformer,
     prompt: Sequence[int],
     max_new_tokens: int,
-    record: Record,
+    transcript: Transcript,
     chooser: Chooser | None = None,
     stop: int | None = None,
     speculative: bool = False,
@@ -111,34 +111,34 @@ def generate(
     drafts says which of them hold. Chosen by temperature 0, the tokens are those of plain decoding but for roundings;
     else they have the same distribution (arXiv 2211.17192, Algorithm 1).
 
-    Yields every token as soon as it is certain; `record` has it then, too.
+    Yields every token as soon as it is certain; `transcript` has it then, too.
     """
     chooser, began = chooser or Chooser(), time.perf_counter()
     capacity = len(prompt) + max_new_tokens
     decoder, drafter = Decoder(model, capacity), Drafter(model, capacity) if speculative else None
-    record.num_prompt_tokens = len(prompt)
+    transcript.num_prompt_tokens = len(prompt)
     states = _read_prompt(decoder, drafter, prompt, chunk_tokens)
     known = list(prompt)
     logits = decoder.logits(states[:, -1:])
     found = [_choice(chooser.draw(chooser.probabilities(logits)[0]), logits[0])]
-    record.prefill_s += time.perf_counter() - began
+    transcript.prefill_s += time.perf_counter() - began
     while True:
         for choice in found:
             known.append(choice.token)
-            record.choices.append(choice)
+            transcript.choices.append(choice)
             yield choice
-            if choice.token == stop or len(record.choices) == max_new_tokens:
+            if choice.token == stop or len(transcript.choices) == max_new_tokens:
                 return
         began = time.perf_counter()
-        num_left = max_new_tokens - len(record.choices)
+        num_left = max_new_tokens - len(transcript.choices)
         chain = _draft(drafter, states, known, chooser, num_left - 1) if drafter is not None else _Chain([], [])
         states = decoder.read([known[-1], *chain.tokens])
         logits = decoder.logits(states)
-        found = _verify(chooser, chain, logits, record)
+        found = _verify(chooser, chain, logits, transcript)
         states = states[:, : len(found)]
         decoder.rewind(len(known) + len(found) - 1)
-        record.num_forwards += 1
-        record.decode_s += time.perf_counter() - began
+        transcript.num_forwards += 1
+        transcript.decode_s += time.perf_counter() - began
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _draft(drafter: Drafter, states: Tensor, known: list[int], chooser: Chooser,
     return _Chain(drafter.follow(states, known, pick)[:at_most], weights)
 
 
-def _verify(chooser: Chooser, chain: _Chain, logits: Tensor, record: Record) -> list[Choice]:
+def _verify(chooser: Chooser, chain: _Chain, logits: Tensor, transcript: Transcript) -> list[Choice]:
     """The drafts that hold, and the token behind them; logits [drafts + 1, V].
 
     A draft drawn from q holds with probability min(1, p / q); in its place comes a token from max(p - q, 0). At
@@ -179,8 +179,8 @@ def _verify(chooser: Chooser, chain: _Chain, logits: Tensor, record: Record) -> 
     found: list[Choice] = []
     for number, (token, weights) in enumerate(zip(chain.tokens, chain.weights, strict=False)):
         holds = chooser.uniform() * float(weights[token]) < float(wanted[number, token])
-        _count(record.num_tried, number, 1)
-        _count(record.num_accepted, number, int(holds))
+        _count(transcript.num_tried, number, 1)
+        _count(transcript.num_accepted, number, int(holds))
         if not holds:
             token = chooser.draw((wanted[number] - weights).clamp(min=0))
             return [*found, _choice(token, logits[number])]
@@ -212,12 +212,12 @@ def is_near_tie(choice: Choice, dtype: torch.dtype) -> bool:
     return choice.gap <= _ROUNDINGS[dtype] * torch.finfo(dtype).eps * size
 
 
-def first_near_tie(record: Record, dtype: torch.dtype) -> int | None:
+def first_near_tie(transcript: Transcript, dtype: torch.dtype) -> int | None:
     """The first token that was chosen at a near-tie, from 0."""
-    return next((at for at, choice in enumerate(record.choices) if is_near_tie(choice, dtype)), None)
+    return next((at for at, choice in enumerate(transcript.choices) if is_near_tie(choice, dtype)), None)
 
 
-def first_difference(one: Record, other: Record) -> int | None:
+def first_difference(one: Transcript, other: Transcript) -> int | None:
     """The first token in which two generations differ, from 0; None where all are equal."""
     pairs = enumerate(zip(one.tokens, other.tokens, strict=False))
     at = next((at for at, (a, b) in pairs if a != b), None)

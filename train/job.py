@@ -20,7 +20,7 @@ from parallel.pipeline.events import Timeline, write_trace
 from parallel.pipeline.measure import bubble_s
 from parallel.pipeline.record import Recorder, Times
 from parallel.pipeline.runtime import Runtime
-from parallel.pipeline.schedule import Schedule as Order
+from parallel.pipeline.schedule import Schedule
 from parallel.process import Groups
 from parallel.shards import ParamInfo, Piece, stacked_experts
 from parallel.watch import Need, Watch
@@ -33,7 +33,7 @@ from train.config import RunConfig
 from train.data.rows.blend import Stream
 from train.model.transformer import LossTerms, Transformer
 from train.recipe.ema import Ema
-from train.recipe.schedule import Schedule, StepPlan
+from train.recipe.recipe import Recipe, StepPlan
 from train.stage import Stage
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class Job:
 
     config: RunConfig
     groups: Groups
-    schedule: Schedule
+    recipe: Recipe
     stages: dict[int, Stage]  # by number in the pipeline's placement
     runtime: Runtime
     recorder: Recorder
@@ -95,25 +95,25 @@ class Job:
 
         tokens: micro-batch (0 to num_micro_batches - 1) to its rows [B, S + 1].
         """
-        self._run(self.config.order(num_micro_batches), tokens, terms, self.config.train.micro_batch_size)
+        self._run(self.config.schedule(num_micro_batches), tokens, terms, self.config.train.micro_batch_size)
 
     def forward_backward_alone(self, rows: Tensor, terms: LossTerms) -> None:
         """One micro-batch by itself, stage after stage and back."""
-        self._run(self.config.order_alone(), lambda _: rows, terms, len(rows))
+        self._run(self.config.schedule_alone(), lambda _: rows, terms, len(rows))
 
     @torch.no_grad()
     def forward(self, tokens: Callable[[int], Tensor], num_micro_batches: int) -> None:
         """Micro-batches of one sequence through the pipeline, forward only, in evaluation mode."""
         for model in self.models:
             model.eval()
-        self._run(self.config.forward_order(num_micro_batches), tokens, LossTerms(1.0, 0.0, 0.0), 1)
+        self._run(self.config.forward_schedule(num_micro_batches), tokens, LossTerms(1.0, 0.0, 0.0), 1)
         for model in self.models:
             model.train()
 
-    def _run(self, order: Order, tokens: Callable[[int], Tensor], terms: LossTerms, num_sequences: int) -> None:
+    def _run(self, schedule: Schedule, tokens: Callable[[int], Tensor], terms: LossTerms, num_sequences: int) -> None:
         for stage in self.stages.values():
             stage.begin(tokens, terms)
-        self.runtime.run(order, (num_sequences, self.config.train.seq_len, self.config.model.hidden_size))
+        self.runtime.run(schedule, (num_sequences, self.config.train.seq_len, self.config.model.hidden_size))
 
     def update(self, lr: float) -> StepResult:
         """One optimizer step; the moving average takes in its weights beside what comes next."""
@@ -195,13 +195,13 @@ class Job:
                 f"pipeline {column}": [event.moved(-first_s) for events in everyone[column::dp] for event in events]
                 for column in range(dp)
             }
-            order = self.config.order(num_micro_batches)
-            timeline = Timeline(f"{self.config.run.name}, step {self.step}, {order.name}", order, pipelines)
+            schedule = self.config.schedule(num_micro_batches)
+            timeline = Timeline(f"{self.config.run.name}, step {self.step}, {schedule.name}", schedule, pipelines)
             write_trace(timeline, self.folder / "traces" / f"step-{self.step:08d}.json")
 
     def state(self) -> TrainState:
         """The small state of a checkpoint taken now."""
-        tokens = self.schedule.tokens_before(self.step)
+        tokens = self.recipe.tokens_before(self.step)
         return TrainState(
             step=self.step,
             consumed_tokens=tokens,
@@ -217,7 +217,7 @@ class Job:
         """What makes the numbers of this run: never resumed under another model, data or recipe."""
         config = self.config
         recipe = {
-            **json.loads(self.schedule.fingerprint()),
+            **json.loads(self.recipe.fingerprint()),
             "optimizer": asdict(config.optimizer),
             **config.precision.recipe(),
         }

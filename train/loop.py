@@ -18,7 +18,7 @@ from train.evaluate import evaluate
 from train.job import Job
 from train.model.transformer import NUM_SUMS, LossTerms
 from train.recipe.balance import update_bias
-from train.recipe.schedule import StepPlan
+from train.recipe.recipe import StepPlan
 from train.track import metrics
 from train.track.metrics import StepReport, StepTimer
 from train.track.sinks import Tracker
@@ -61,14 +61,14 @@ class StepStats:
 
 
 def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) -> bool:
-    """Train until the schedule is done or a stop was asked for; True when it is done. Saved either way.
+    """Train until the recipe is done or a stop was asked for; True when it is done. Saved either way.
 
     Raises NotFiniteError; the last good checkpoint then stays as it is.
     """
-    config, schedule, timer = job.config, job.schedule, StepTimer()
+    config, recipe, timer = job.config, job.recipe, StepTimer()
     job.meet()
-    while job.step < schedule.num_steps:
-        plan = schedule.at(job.step)
+    while job.step < recipe.num_steps:
+        plan = recipe.at(job.step)
         job.watch.during = f"step {job.step + 1}"
         job.watch.do("start of the pipeline")
         tally = accumulate(job, plan, timer)
@@ -81,7 +81,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
         for model in job.models:
             update_bias(model, tally.load, plan.bias_update_rate)
         job.step += 1
-        last = job.step == schedule.num_steps
+        last = job.step == recipe.num_steps
         report = describe(job, plan, stats, update.grad_norm, timer.stop(), peak_flops_per_s)
         if job.step in config.profile.steps:
             job.write_timeline(len(list(job.micro_batches(plan))))
@@ -90,7 +90,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
             report = replace(report, valid_loss=finite_valid_loss(job))
             timer.stop()
         tracker.write(report)
-        if stats.stopping or config.checkpoint.due(job.step, schedule.num_steps):
+        if stats.stopping or config.checkpoint.due(job.step, recipe.num_steps):
             tracker.checkpoint()
             job.save()
         if stats.stopping and not last:
@@ -99,7 +99,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
     job.checkpoints.wait()
     if job.ema is not None:
         job.ema.wait()
-    return job.step == schedule.num_steps
+    return job.step == recipe.num_steps
 
 
 def accumulate(job: Job, plan: StepPlan, timer: StepTimer) -> Tally:
@@ -145,7 +145,7 @@ def reduce(job: Job, tally: Tally, stop: StopRequest) -> StepStats:
     tally.load = job.sum_counts(tally.load)
     job.meet()
     spread = [metrics.max_vio(tally.load), metrics.min_load(tally.load)] if tally.load.numel() else []
-    if spread and job.config.track.loads_due(job.step + 1, job.schedule.num_steps):
+    if spread and job.config.track.loads_due(job.step + 1, job.recipe.num_steps):
         spread.append(tally.load.double())
     rows, *balance = job.host.read("step", everyone, *spread)
     columns = list(zip(*rows, strict=True))[: NUM_SUMS + len(mine)]

@@ -65,7 +65,7 @@ def is_finished(config: RunConfig) -> bool:
     if not resolved.exists() or resolved.read_text() != compose.text(config):
         return False
     folder = config.checkpoint.folder(config.run.dir)
-    return step_folders.find_latest(folder) == step_folders.step_folder(folder, config.schedule().num_steps)
+    return step_folders.find_latest(folder) == step_folders.step_folder(folder, config.recipe().num_steps)
 
 
 def remembered(outcome: Outcome, config: RunConfig, keep_failed: bool, pruner: str) -> bool:

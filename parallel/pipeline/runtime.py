@@ -15,7 +15,7 @@ from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.segments import interleave
 
 
-class Stage(Protocol):
+class StageWork(Protocol):
     """A slice of the model at work. Forward and backward are generators that yield at every communication."""
 
     def forward(self, micro_batch: int, x: Tensor | None) -> Steps[Tensor | None]:
@@ -34,7 +34,7 @@ class Stage(Protocol):
 class Runtime:
     """One rank of a pipeline: its stages by number, and its links to the neighbours."""
 
-    def __init__(self, rank: int, stages: Mapping[int, Stage], links: Links, recorder: Recorder) -> None:
+    def __init__(self, rank: int, stages: Mapping[int, StageWork], links: Links, recorder: Recorder) -> None:
         self._rank, self._stages, self._links, self._recorder = rank, stages, links, recorder
 
     def run(self, schedule: Schedule, shape: tuple[int, ...]) -> None:

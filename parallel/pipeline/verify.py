@@ -13,7 +13,7 @@ from parallel.pipeline.simulate import simulate
 
 
 @dataclass(frozen=True)
-class Report:
+class Proof:
     """What a runtime must provide for a schedule.
 
     peak_chunks: per rank, most chunks whose activations are alive at once.
@@ -27,7 +27,7 @@ class Report:
     receive_slots: dict[Channel, int]
 
 
-def verify(schedule: Schedule) -> Report:
+def verify(schedule: Schedule) -> Proof:
     """Raises ScheduleError, naming rank and action, unless
 
     - each micro-batch has its F, B and W on every stage of its route once (forward-only: its F), and nothing else is;
@@ -41,7 +41,7 @@ def verify(schedule: Schedule) -> Report:
     _check_kinds_in_order(schedule)
     result = simulate(schedule)  # refuses a deadlock
     _check_first_in_first_out(schedule)
-    return Report(peak_chunks(schedule), result.peak_activations, result.receive_slots())
+    return Proof(peak_chunks(schedule), result.peak_activations, result.receive_slots())
 
 
 def _check_ranks(schedule: Schedule) -> None:

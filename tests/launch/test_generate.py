@@ -20,7 +20,7 @@ from train.checkpoint.state import TrainState
 from train.data.meta import TOKENIZER
 from train.data.prepare.all_sources import prepare_sources
 from train.data.tokenizer import TextStream, Tokenizer
-from train.generate import Record, generate
+from train.generate import Transcript, generate
 from train.run_folder import find_checkpoint
 
 
@@ -54,9 +54,9 @@ def test_a_run_goes_on_with_a_text(run: Path, capsys: pytest.CaptureFixture[str]
     prompt = tokenizer.encode(["import re"])[0].tolist()
     name = {"model": "master", "ema": "ema"}[weights]
     model = load_model(last_checkpoint(run), config.model, config.precision, torch.device("cpu"), name)
-    record = Record()
-    list(generate(model, prompt, 20, record, stop=tokenizer.eod))
-    text = tokenizer.decode([token for token in record.tokens if token != tokenizer.eod])
+    transcript = Transcript()
+    list(generate(model, prompt, 20, transcript, stop=tokenizer.eod))
+    text = tokenizer.decode([token for token in transcript.tokens if token != tokenizer.eod])
     assert body.startswith(f"import re{text}\n\nprompt ")
     for line in (r"plain +\d+ tokens, [\d.]+ tokens/s", r"speculative .* tokens per pass", r"drafts +depth 1: \d+ of"):
         assert re.search(f"^{line}", body, re.M)

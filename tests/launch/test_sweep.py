@@ -79,7 +79,7 @@ class FakeMachine:
             loss = '"NaN"' if ended.code else config.lr_scheduler.lr
             (folder / "metrics.jsonl").write_text("".join(ROW.format(step=step, loss=loss) for step in (1, 2, 3)))
             if ended.code == 0 and not ended.was_asked:
-                _checkpoint(folder, config.schedule().num_steps)
+                _checkpoint(folder, config.recipe().num_steps)
 
         return FakeJob(self, ended, self.polls.get(number, 1), finish)
 

@@ -13,7 +13,7 @@ from tests.train.model_cases import TINY, build, random_config, random_tokens
 from train.generate import (
     Choice,
     Chooser,
-    Record,
+    Transcript,
     _Chain,
     _verify,
     first_difference,
@@ -24,11 +24,11 @@ from train.generate import (
 from train.model.transformer import Transformer
 
 
-def run(model: Transformer, prompt: list[int], num_new: int, **ways) -> Record:
-    record = Record()
-    found = list(generate(model, prompt, num_new, record, **ways))
-    assert found == record.choices and record.num_prompt_tokens == len(prompt)
-    return record
+def run(model: Transformer, prompt: list[int], num_new: int, **ways) -> Transcript:
+    transcript = Transcript()
+    found = list(generate(model, prompt, num_new, transcript, **ways))
+    assert found == transcript.choices and transcript.num_prompt_tokens == len(prompt)
+    return transcript
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -36,11 +36,11 @@ def test_plain_text_is_the_forward_pass_again_and_again(seed: int) -> None:
     config = random_config(seed)
     model = build(config, seed=seed)
     prompt = random_tokens(config, 1, seed, seed)[0].tolist()
-    record = run(model, prompt, 12, chunk_tokens=1 + seed)
-    assert record.tokens == greedy_text(model, prompt, 12)
-    for choice in record.choices:
+    transcript = run(model, prompt, 12, chunk_tokens=1 + seed)
+    assert transcript.tokens == greedy_text(model, prompt, 12)
+    for choice in transcript.choices:
         assert choice.token == choice.best[0] and choice.gap >= 0
-    assert record.num_forwards == 11 and record.tokens_per_forward == 1
+    assert transcript.num_forwards == 11 and transcript.tokens_per_forward == 1
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -72,10 +72,10 @@ def test_drafts_that_hold_save_passes_and_change_nothing(noise: float, seed: int
         assert drafted.num_forwards == -(-40 // (depths + 1))
 
 
-def check_counts(record: Record) -> None:
+def check_counts(transcript: Transcript) -> None:
     """Each pass gives a token beside the drafts that held; a depth is tried where the one before held."""
-    assert len(record.choices) - 1 == record.num_forwards + sum(record.num_accepted)
-    for before, tried in zip(record.num_accepted, record.num_tried[1:], strict=False):
+    assert len(transcript.choices) - 1 == transcript.num_forwards + sum(transcript.num_accepted)
+    for before, tried in zip(transcript.num_accepted, transcript.num_tried[1:], strict=False):
         assert tried <= before
 
 
@@ -84,8 +84,8 @@ def test_some_drafts_hold_and_some_do_not() -> None:
     config = random_config(2, num_nextn_predict_layers=3, vocab_size=61, hidden_size=32)
     records = [run(agreeing_model(config, noise, 2), [3, 1, 4], 61, speculative=True) for noise in (0.05, 0.15)]
     for depth in range(3):
-        tried = sum(record.num_tried[depth] for record in records)
-        assert 0 < sum(record.num_accepted[depth] for record in records) < tried
+        tried = sum(transcript.num_tried[depth] for transcript in records)
+        assert 0 < sum(transcript.num_accepted[depth] for transcript in records) < tried
 
 
 @pytest.mark.parametrize("speculative", [False, True])
@@ -116,19 +116,20 @@ def test_a_refused_draft_is_replaced_so_that_nothing_shows() -> None:
     num_draws, chooser = 4000, Chooser(1.0, seed=3)
     wanted = torch.tensor([[0.5, 0.3, 0.15, 0.05], [0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.4, 0.1]], dtype=torch.float64)
     drafted = torch.tensor([[0.1, 0.3, 0.2, 0.4], [0.4, 0.3, 0.3, 0.0]], dtype=torch.float64)
-    logits, record, found = wanted.log(), Record(), []
+    logits, transcript, found = wanted.log(), Transcript(), []
     for _ in range(num_draws):
         chain = _Chain([chooser.draw(weights) for weights in drafted], list(drafted))
-        found.append([choice.token for choice in _verify(chooser, chain, logits, record)])
+        found.append([choice.token for choice in _verify(chooser, chain, logits, transcript)])
     for place in range(3):
         tokens = Counter(each[place] for each in found if len(each) > place)
         total = sum(tokens.values())
         assert total > 1000
         assert is_plausible([(tokens[token], total * float(wanted[place, token])) for token in range(4)])
     # A draft holds with probability Σ min(p, q).
-    for depth, tried in enumerate(record.num_tried):
+    for depth, tried in enumerate(transcript.num_tried):
         due = tried * float(torch.minimum(wanted[depth], drafted[depth]).sum())
-        assert is_plausible([(record.num_accepted[depth], due), (tried - record.num_accepted[depth], tried - due)])
+        held = transcript.num_accepted[depth]
+        assert is_plausible([(held, due), (tried - held, tried - due)])
 
 
 @pytest.mark.parametrize(("temperature", "top_p", "speculative"), [(0.8, 0.9, False), (0.4, 1.0, True)])
@@ -146,7 +147,7 @@ def test_sampled_texts_have_the_distribution(temperature: float, top_p: float, s
         due = {(*text, token): n * p for text, n in due.items() for token, p in enumerate(next_token([2, *text]))}
     ways = {"chooser": Chooser(temperature, top_p, seed=1), "speculative": speculative}
     records = [run(model, [2], 3, **ways) for _ in range(num_draws)]
-    found = Counter(tuple(record.tokens) for record in records)
+    found = Counter(tuple(transcript.tokens) for transcript in records)
     assert all(due[text] > 0 for text in found)
     often = [text for text, n in due.items() if n >= 5]
     pairs = [(found[text], due[text]) for text in often]
@@ -192,14 +193,14 @@ def test_near_ties_are_found() -> None:
     assert is_near_tie(gap(0.0), torch.float64) and not is_near_tie(gap(1e-6), torch.float64)
     assert is_near_tie(gap(1e-6), torch.float32) and not is_near_tie(gap(1e-3), torch.float32)
     assert is_near_tie(gap(0.0625), torch.bfloat16) and not is_near_tie(gap(3.0), torch.bfloat16)
-    record = Record(choices=[gap(1.0), gap(1e-7), gap(0.0)])
-    assert first_near_tie(record, torch.float32) == 1
-    assert first_near_tie(Record(choices=[gap(1.0)]), torch.float32) is None
+    transcript = Transcript(choices=[gap(1.0), gap(1e-7), gap(0.0)])
+    assert first_near_tie(transcript, torch.float32) == 1
+    assert first_near_tie(Transcript(choices=[gap(1.0)]), torch.float32) is None
 
 
 def test_differences_are_found() -> None:
-    def text(*tokens: int) -> Record:
-        return Record(choices=[Choice(token, (token, 0), (1.0, 0.0)) for token in tokens])
+    def text(*tokens: int) -> Transcript:
+        return Transcript(choices=[Choice(token, (token, 0), (1.0, 0.0)) for token in tokens])
 
     assert first_difference(text(1, 2), text(1, 2)) is None
     assert first_difference(text(1, 2, 3), text(1, 4, 3)) == 1

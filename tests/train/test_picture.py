@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from launch import schedule as launch_schedule
 from tests.train.test_metrics import report
 from tests.train.test_schedule import V3_LR, V3_MOE, V3_MTP, V3_TRAIN, tiny
-from train.recipe.schedule import BatchRampConfig, LrPhaseConfig, LrSchedulerConfig, Schedule
+from train.recipe.recipe import BatchRampConfig, LrPhaseConfig, LrSchedulerConfig, Schedule
 from train.view import curves as picture
 from train.view.curves import draw_loss, short_rate, short_tokens, smooth
 

@@ -53,7 +53,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowChart:
     """A picture's words: names of the rows; per row one entry under each of `columns`, at its right."""
 
     title: str
@@ -72,7 +72,7 @@ class Swatch:
     colors: Sequence[Sequence[str]]
 
 
-def draw_rows(rows: Rows, bars: Sequence[Bar], key: Sequence[Swatch], out: Path) -> None:
+def draw_rows(rows: RowChart, bars: Sequence[Bar], key: Sequence[Swatch], out: Path) -> None:
     """Writes the PNG or SVG `out`, as wide as short bars need to show their text (within reason)."""
     stop = max((bar.stop for bar in bars), default=1.0)
     lengths = sorted(bar.stop - bar.start for bar in bars if bar.stop > bar.start) or [stop]
@@ -94,7 +94,7 @@ def draw_rows(rows: Rows, bars: Sequence[Bar], key: Sequence[Swatch], out: Path)
     save(figure, out)
 
 
-def _draw_frame(axes: Axes, rows: Rows, stop: float) -> None:
+def _draw_frame(axes: Axes, rows: RowChart, stop: float) -> None:
     axes.spines[:].set_visible(False)
     axes.tick_params(colors=INK, labelsize=9, length=0, pad=6)
     axes.set_yticks([row + 0.5 for row in range(len(rows.names))], rows.names)

@@ -14,7 +14,7 @@ from train.data.prepare.encoder import Encoder, Variations
 from train.data.tokenizer import Tokenizer
 
 
-class Recipe(NamedTuple):
+class Encoding(NamedTuple):
     """How documents become ids: all that a worker needs beside the blocks."""
 
     tokenizer: str  # path
@@ -29,14 +29,14 @@ class Recipe(NamedTuple):
 class Task(NamedTuple):
     """Blocks that one worker encodes in one go."""
 
-    recipe: Recipe
+    encoding: Encoding
     blocks: tuple[Block, ...]
 
 
 class Encoded(NamedTuple):
     """The documents of one task, in order.
 
-    ids: [sum(num_tokens)] of the recipe's dtype, each document followed by its end-of-document id.
+    ids: [sum(num_tokens)] of the encoding's dtype, each document followed by its end-of-document id.
     num_tokens: int64 [num_documents], the end included.
     num_bytes: int64 [num_documents], of the documents' texts.
     hashes: uint64 [num_documents], of the documents' texts.
@@ -63,12 +63,12 @@ def document_hash(data: bytes) -> int:
 
 def encode(task: Task) -> Encoded:
     """Parse and encode the documents of one task. Never raises for what the blocks hold."""
-    recipe = task.recipe
-    encoder = _encoder(recipe.tokenizer, recipe.tokenizer_digest, recipe.end_of_document, recipe.variations)
+    encoding = task.encoding
+    encoder = _encoder(encoding.tokenizer, encoding.tokenizer_digest, encoding.end_of_document, encoding.variations)
     kept: list[Document] = []
     troubles: list[Trouble] = []
     for block in task.blocks:
-        for found in documents(block, recipe.text_field, recipe.max_document_bytes):
+        for found in documents(block, encoding.text_field, encoding.max_document_bytes):
             if isinstance(found, Document):
                 kept.append(found)
             else:
@@ -78,7 +78,7 @@ def encode(task: Task) -> Encoded:
     ids_of_each = encoder.encode([document.text for document in kept], hashes)
     parts = [part for ids in ids_of_each for part in (ids, end)]
     return Encoded(
-        ids=(np.concatenate(parts) if parts else np.empty(0)).astype(recipe.dtype),
+        ids=(np.concatenate(parts) if parts else np.empty(0)).astype(encoding.dtype),
         num_tokens=np.array([len(ids) + 1 for ids in parts[::2]], dtype=np.int64),
         num_bytes=np.array([len(document.data) for document in kept], dtype=np.int64),
         hashes=np.array(hashes, dtype=np.uint64),

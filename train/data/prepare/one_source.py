@@ -22,7 +22,7 @@ import numpy as np
 from train.data.prepare import journal
 from train.data.read.blocks import Block, Position, Trouble
 from train.data.config import DataConfig
-from train.data.prepare.encode import Recipe, Task
+from train.data.prepare.encode import Encoding, Task
 from train.data.prepare.encoder import Variations
 from train.data.prepare.folder import PARTIAL, READY, alone_in, check_prepared, clear, given_tokenizer, refuse_strangers
 from train.data.prepare.journal import Progressed
@@ -180,13 +180,13 @@ class _Preparation:
     def _encode(self, since: Progressed, tokenizer: Tokenizer, writer: Writer) -> Progressed:
         """Encode and write all that lies behind `since`, and keep the journal."""
         troubles, config = self._troubles(since), self._config
-        recipe = Recipe(
+        encoding = Encoding(
             str(self._partial / TOKENIZER), tokenizer.digest, tokenizer.end_of_document, self._dtype,
             Variations(config.fim_rate, config.fim_tokens, config.split_merged_rate, config.seed),
             config.text_field, config.max_document_bytes,
         )  # fmt: skip
         total, saved_s = num_bytes_of(self._source), time.monotonic()
-        tasks = _tasks(walk(self._source, since.position), recipe)
+        tasks = _tasks(walk(self._source, since.position), encoding)
         with Progress("tokenising", total, self._say, since.disk_bytes) as progress:
             for encoded in encode_in_order(tasks, _num_workers(config, total)):
                 duplicates = writer.add(encoded)
@@ -262,7 +262,7 @@ class _Preparation:
         return meta
 
 
-def _tasks(blocks: Iterator[Block], recipe: Recipe) -> Iterator[Task]:
+def _tasks(blocks: Iterator[Block], encoding: Encoding) -> Iterator[Task]:
     """Blocks in groups of about `_TASK_BYTES`."""
     group: list[Block] = []
     weight = 0
@@ -270,10 +270,10 @@ def _tasks(blocks: Iterator[Block], recipe: Recipe) -> Iterator[Task]:
         group.append(block)
         weight += block.weight
         if weight >= _TASK_BYTES:
-            yield Task(recipe, tuple(group))
+            yield Task(encoding, tuple(group))
             group, weight = [], 0
     if group:
-        yield Task(recipe, tuple(group))
+        yield Task(encoding, tuple(group))
 
 
 def sample_text(config: DataConfig, num_bytes: int) -> Iterator[str]:

@@ -15,7 +15,7 @@ from train.data.config import DataConfig
 from train.data.meta import TOKENIZER, Meta
 from train.data.rows.epochs import Rows
 from train.data.rows.shares import Shares
-from train.data.rows.tokens import Document, Tokens
+from train.data.rows.tokens import DocumentSpan, Tokens
 
 
 class Stream(Protocol):
@@ -49,7 +49,7 @@ class Stream(Protocol):
         """How many tokens those rows have to predict."""
         ...
 
-    def documents(self, position: int) -> list[Document]:
+    def documents(self, position: int) -> list[DocumentSpan]:
         """The documents that the row at this position is cut from."""
         ...
 
@@ -127,7 +127,7 @@ class Blend:
         before, after = self._shares.counts(first), self._shares.counts(first + count)
         return sum(rows.num_targets(before[name], after[name] - before[name]) for name, rows in self.sources.items())
 
-    def documents(self, position: int) -> list[Document]:
+    def documents(self, position: int) -> list[DocumentSpan]:
         name, index = self._shares.at(position)
         return self.sources[name].documents(index)
 
@@ -175,7 +175,7 @@ def prepared_tokenizer(config: DataConfig) -> Path:
     return next(iter(config.sources.values())).folder / TOKENIZER
 
 
-def check_prepared(config: DataConfig, fingerprint: str) -> None:
+def check_same_tokens(config: DataConfig, fingerprint: str) -> None:
     """ValueError unless what lies prepared is what a run has read, whose state has this fingerprint of its data."""
     if prepared_fingerprint(config) not in fingerprint:
         raise ValueError(

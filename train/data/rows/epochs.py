@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from train.data.rows.permutation import Permutation
-from train.data.rows.tokens import Document, Tokens
+from train.data.rows.tokens import DocumentSpan, Tokens
 
 ORDERS = ("shuffled", "sequential")
 # Positions are permuted this many at a time and the last results kept: a micro-batch asks for only a few.
@@ -84,7 +84,7 @@ class Rows:
         places = np.arange(block * _BLOCK_ROWS, min((block + 1) * _BLOCK_ROWS, self.num_rows))
         return (Permutation(self.num_rows, self.seed, epoch)(places) if self.order == "shuffled" else places).tolist()
 
-    def documents(self, position: int) -> list[Document]:
+    def documents(self, position: int) -> list[DocumentSpan]:
         """The documents that the row at this position is cut from: to find the text behind a bad step."""
         start = self.indices(position, 1)[0] * self.seq_len
         return self.tokens.documents(start, start + self.seq_len + 1)

@@ -16,7 +16,7 @@ from train.data.read.streams import stamp
 _VERIFY_BYTES = 64 << 20
 
 
-class Document(NamedTuple):
+class DocumentSpan(NamedTuple):
     """One document: its place in a source file, tokens [first_token, stop_token) of its split, its end included.
 
     first_byte, stop_byte: of the file's uncompressed text; of the line that holds the document in JSON lines; rows,
@@ -124,7 +124,7 @@ class Tokens:
             low, high = np.where(before, middle + 1, low), np.where(open_ & ~before, middle, high)
         return low
 
-    def documents(self, start: int, stop: int) -> list[Document]:
+    def documents(self, start: int, stop: int) -> list[DocumentSpan]:
         """The documents that own the tokens [start, stop), in order. ValueError when they are not in the split."""
         if not 0 <= start < stop <= self.num_tokens:
             raise ValueError(f"tokens {start} to {stop} are not within the {self.num_tokens} of {self.split}")
@@ -136,5 +136,5 @@ class Tokens:
         for index in range(first, last + 1):
             end, file, first_byte, stop_byte = (int(value) for value in self._documents[index])
             begin = int(ends[index - 1]) if index else 0
-            found.append(Document(files[file], first_byte, stop_byte, begin, end))
+            found.append(DocumentSpan(files[file], first_byte, stop_byte, begin, end))
         return found

@@ -13,14 +13,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from train.recipe.schedule import (
+from train.recipe.recipe import (
     BatchRampConfig,
     LossWeightChange,
     LrPhaseConfig,
     LrSchedulerConfig,
     MoeConfig,
     MtpConfig,
-    Schedule,
+    Recipe,
     StepPlan,
     TrainConfig,
     batch_sizes,
@@ -50,14 +50,14 @@ V3_MTP = MtpConfig(0.3, [LossWeightChange(10 * T, 0.1)])
 
 
 @pytest.fixture(scope="module")
-def v3() -> Schedule:
-    return Schedule(V3_TRAIN, V3_LR, V3_MOE, V3_MTP)
+def v3() -> Recipe:
+    return Recipe(V3_TRAIN, V3_LR, V3_MOE, V3_MTP)
 
 
-def tiny(lr: LrSchedulerConfig | None = None, moe: Any = None, mtp: Any = None, **train: Any) -> Schedule:
+def tiny(lr: LrSchedulerConfig | None = None, moe: Any = None, mtp: Any = None, **train: Any) -> Recipe:
     """A run of 10-token sequences, 4 to a step: 40 tokens a step."""
     settings_ = {"seq_len": 10, "micro_batch_size": 1, "global_batch_size": 4, "max_steps": 20} | train
-    return Schedule(TrainConfig(**settings_), lr or LrSchedulerConfig(1.0), moe or MoeConfig(), mtp or MtpConfig())
+    return Recipe(TrainConfig(**settings_), lr or LrSchedulerConfig(1.0), moe or MoeConfig(), mtp or MtpConfig())
 
 
 # --- a twin that walks ---
@@ -157,7 +157,7 @@ def test_equals_a_twin_that_walks_every_step(
     recipe: tuple[TrainConfig, LrSchedulerConfig, MoeConfig, MtpConfig],
 ) -> None:
     try:
-        schedule = Schedule(*recipe)
+        schedule = Recipe(*recipe)
     except ValueError as error:
         # Random lengths may leave nothing for the last phase; that is refused, and the refusal is tested below.
         assume("would end at" not in str(error))
@@ -175,7 +175,7 @@ def test_equals_a_twin_that_walks_every_step(
 # --- published figures ---
 
 
-def test_v3_learning_rates(v3: Schedule) -> None:
+def test_v3_learning_rates(v3: Recipe) -> None:
     def lr_at(tokens: int) -> float:
         return v3.at(v3.step_at(tokens)).lr
 
@@ -188,7 +188,7 @@ def test_v3_learning_rates(v3: Schedule) -> None:
     assert v3.at(1998).lr < v3.at(1999).lr == v3.at(2000).lr == 2.2e-4
 
 
-def test_v3_batches(v3: Schedule) -> None:
+def test_v3_batches(v3: Recipe) -> None:
     assert v3.at(0).num_sequences == 3072
     assert v3.at(v3.step_at(234_500 * 10**6)).num_sequences == (3072 + 15360) // 2
     assert v3.at(v3.step_at(469 * B)).num_sequences == 15360
@@ -197,7 +197,7 @@ def test_v3_batches(v3: Schedule) -> None:
     assert len(batch_sizes(V3_TRAIN)) == 49
 
 
-def test_v3_bias_speed_and_mtp_weight(v3: Schedule) -> None:
+def test_v3_bias_speed_and_mtp_weight(v3: Recipe) -> None:
     for tokens, before, after in ((14_300 * B, 0.001, 0.0),):
         step = v3.step_at(tokens)
         assert (v3.at(step - 1).bias_update_rate, v3.at(step).bias_update_rate) == (before, after)
@@ -205,7 +205,7 @@ def test_v3_bias_speed_and_mtp_weight(v3: Schedule) -> None:
     assert (v3.at(step - 1).mtp_loss_weight, v3.at(step).mtp_loss_weight) == (0.3, 0.1)
 
 
-def test_v3_whole_run(v3: Schedule) -> None:
+def test_v3_whole_run(v3: Recipe) -> None:
     """All 243K steps tile the run, and the counts are those that the ramp's integral gives."""
     sequence, last = 0, None
     for step in range(v3.num_steps):

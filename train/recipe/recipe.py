@@ -263,7 +263,7 @@ def _until(phase: LrPhaseConfig, where: str, from_tokens: int, run_tokens: int, 
     return until
 
 
-class Schedule:
+class Recipe:
     """The whole recipe. Memory and construction grow with the number of batch sizes and phases, never with steps.
 
     Raises ValueError naming field, value and rule for anything illegal.

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from train.recipe.schedule import Schedule, StepPlan
+from train.recipe.recipe import Recipe, StepPlan
 from train.view.curves import COLORS, FAINT, headline, paper, save, short_rate, short_tokens
 
 NUM_POINTS = 1000
 
 
-def table(schedule: Schedule) -> str:
+def table(schedule: Recipe) -> str:
     """What begins where, as lines of text: tokens, the first step that it holds for, the event; then the run's end."""
     rows = [("tokens", "step", "from here on")]
     for tokens, event in schedule.borders():
@@ -24,7 +24,7 @@ def table(schedule: Schedule) -> str:
     return "\n".join(f"{tokens:>{widths[0]}}  {step:>{widths[1]}}  {event}" for tokens, step, event in rows)
 
 
-def _drawn_steps(schedule: Schedule) -> list[int]:
+def _drawn_steps(schedule: Recipe) -> list[int]:
     """Steps spread evenly over the run, and both sides of every border, so that no jump is drawn as a slope."""
     spread = np.linspace(0, schedule.num_steps - 1, NUM_POINTS).astype(int)
     warmed = schedule.lr_scheduler.warmup_steps - 1
@@ -33,7 +33,7 @@ def _drawn_steps(schedule: Schedule) -> list[int]:
     return sorted(step for step in steps if 0 <= step < schedule.num_steps)
 
 
-def draw(schedule: Schedule, out: Path) -> str:
+def draw(schedule: Recipe, out: Path) -> str:
     """Writes the PNG `out` with LR, batch size, bias speed and MTP weight over tokens; returns the table of borders."""
     plans = [schedule.at(step) for step in _drawn_steps(schedule)]
     # Every curve is what the step that starts here does; the end of the last step closes the picture.
