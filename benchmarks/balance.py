@@ -44,8 +44,9 @@ from train.model.loss import LossTerms
 from train.model.transformer import Transformer
 from train.precision.grads import attach_main_grads
 from train.precision.linear import TorchEngine
+from train.recipe.adamw import AdamW
 from train.recipe.balance import update_bias
-from train.recipe.optim import adamw_factory, decays
+from train.recipe.optimizer import decays
 from train.view.curves import COLORS, INK, headline, paper, save, smooth
 
 DEFAULTS = {
@@ -107,7 +108,7 @@ class Training:
             {"params": [p for p in params if decays(p.shape) is decay], "weight_decay": weight_decay}
             for decay, weight_decay in ((True, config.optimizer.weight_decay), (False, 0.0))
         ]
-        self.params, self.optimizer = params, adamw_factory(config.optimizer)(groups)
+        self.params, self.optimizer = params, AdamW(config.optimizer).make(groups)
         folder, seq_len = config.data.folder, config.train.seq_len
         self.train_rows = Rows(Tokens.open(folder, "train"), seq_len, config.train.seed)
         self.valid_rows = Rows(Tokens.open(folder, "valid"), seq_len, order="sequential")

@@ -49,7 +49,7 @@ from train.model.transformer import Transformer
 from train.precision.grads import attach_main_grads
 from train.precision.recipe import PrecisionConfig, build_engines
 from train.precision.reference import QuantisedWeights
-from train.recipe.optim import OptimConfig, adamw_factory, decays
+from train.recipe.optimizer import OptimizerConfig, rules
 from train.settings import group
 
 DEFAULTS = {
@@ -144,15 +144,13 @@ def ours(config: ModelConfig, clip: float, precision: str = "fp32", compile: boo
     with torch.device("meta"):
         model = Transformer(config, dispatch, engines, kernels=Kernels(compile=compile))
     init_weights(model, 0, DTYPES[precision], "cpu")
-    params = [(info, param, decays(param.shape)) for info, param in held([model])]
-    factory = adamw_factory(OptimConfig())
+    rule = rules(OptimizerConfig(weight_decay=WEIGHT_DECAY))
+    params = [(info, param, *rule(info.name, info.global_shape)) for info, param in held([model])]
     optimizer = build(
         "native",
         params,
         ReplicaGroups(),
-        factory,
         clip_grad_norm=clip,
-        weight_decay=WEIGHT_DECAY,
         on_new_weights=weights.changed,
     )
     attach_main_grads(model)

@@ -114,39 +114,53 @@ def exchange_counts(counts: Tensor, group: dist.ProcessGroup) -> Handle:
     return exchange(counts, ones, ones, group)
 
 
-def reduce_scatter(flat: Tensor, group: dist.ProcessGroup) -> Handle:
-    """Sum `flat` [n] over the group; the handle's result, [n / group size], is this rank's piece of the sum.
+def reduce_scatter(flat: Tensor, group: dist.ProcessGroup, numels: Sequence[int] | None = None) -> Handle:
+    """Sum `flat` [n] over the group; the handle's result, 1-D, is this rank's piece of the sum.
+
+    numels: elements of each rank's piece, in rank order; None for equal ones.
 
     Each rank receives all pieces of its own part and adds them in rank order (bf16: in fp32, rounded once), so the sum
-    depends on nothing but the values. Raises ValueError when the group's size does not divide n.
+    depends on nothing but the values. Raises ValueError unless the pieces are exactly `flat`.
     """
     size, me = dist.get_world_size(group), dist.get_rank(group)
-    if flat.dim() != 1 or flat.numel() % size:
-        raise ValueError(f"reduce_scatter of {tuple(flat.shape)}: {size} ranks must divide a one-dimensional tensor")
+    sizes = [flat.numel() // size] * size if numels is None else list(numels)
+    if flat.dim() != 1 or len(sizes) != size or sum(sizes) != flat.numel():
+        raise ValueError(f"reduce_scatter of {tuple(flat.shape)} over {size} ranks cannot give pieces of {sizes}")
     flat = flat.contiguous()
+    own = flat.split(sizes)
     if not _is_gloo(group):
-        piece = flat.new_empty(flat.numel() // size)
-        work = dist.reduce_scatter_single(piece, flat, group=group, async_op=True)
+        piece = flat.new_empty(sizes[me])
+        if len(set(sizes)) == 1:
+            work = dist.reduce_scatter_single(piece, flat, group=group, async_op=True)
+        else:
+            work = dist.reduce_scatter(piece, list(own), group=group, async_op=True)
         return Handle([work], (flat, piece), lambda: piece)
-    own = flat.view(size, -1)
-    parts = torch.empty_like(own)
-    works, peers = _post(parts.unbind(), own.unbind(), group)
+    parts = flat.new_empty(size, sizes[me])
+    works, peers = _post(parts.unbind(), own, group)
     parts[me].copy_(own[me])
     return Handle(works, (flat, parts), lambda: _sum_in_order(parts), peers)
 
 
-def all_gather(shard: Tensor, group: dist.ProcessGroup, out: Tensor | None = None) -> Handle:
-    """The handle's result, [group size * n, ...], holds every rank's `shard` [n, ...] in rank order.
+def all_gather(
+    shard: Tensor, group: dist.ProcessGroup, out: Tensor | None = None, numels: Sequence[int] | None = None
+) -> Handle:
+    """The handle's result, [sum(numels), ...], holds every rank's `shard` [n, ...] in rank order.
 
     It is `out` where one is given; `shard` may be this rank's part of it.
+
+    numels: rows of each rank's shard, in rank order; None: all have as many as this rank's.
     """
     size, me = dist.get_world_size(group), dist.get_rank(group)
     shard = shard.contiguous()
-    gathered = shard.new_empty((size * shard.shape[0], *shard.shape[1:])) if out is None else out
+    sizes = [shard.shape[0]] * size if numels is None else list(numels)
+    gathered = shard.new_empty((sum(sizes), *shard.shape[1:])) if out is None else out
+    parts = gathered.split(sizes)
     if not _is_gloo(group):
-        work = dist.all_gather_single(gathered, shard, group=group, async_op=True)
+        if len(set(sizes)) == 1:
+            work = dist.all_gather_single(gathered, shard, group=group, async_op=True)
+        else:
+            work = dist.all_gather(list(parts), shard, group=group, async_op=True)
         return Handle([work], (shard, gathered), lambda: gathered)
-    parts = gathered.split([shard.shape[0]] * size)
     works, peers = _post(parts, [shard] * size, group)
     if parts[me].data_ptr() != shard.data_ptr():
         parts[me].copy_(shard)

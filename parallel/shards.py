@@ -1,9 +1,9 @@
 """Which flat range of which global tensor a rank holds: pure arithmetic, no communication.
 
-A rank's parameters of one kind lie end to end in a flat buffer (`FlatLayout`), the buffer is cut into equal shards, one
-per replica, and a shard cuts through parameters wherever it falls. Everything that outlives a topology (masters,
-moments) is therefore named by (global tensor, flat offset in it): `Piece`. Any other topology, engine or schedule can
-read those, because flat ranges of global tensors mean the same everywhere.
+A rank's parameters of one kind lie end to end in a flat buffer (`FlatLayout`), and the buffer is cut into shards, one
+per replica: equal ones that cut through parameters wherever they fall, or ones of whole matrices. Everything that
+outlives a topology (masters, moments) is therefore named by (global tensor, flat offset in it): `Piece`. Any other
+topology, engine or schedule can read those, because flat ranges of global tensors mean the same everywhere.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from torch import Tensor
 
@@ -26,12 +27,15 @@ class ParamInfo:
             parameter is one contiguous range of it.
         replicas: which ranks hold the same: "dense", "expert" (ranks of an expert group hold different experts) or
             "embedding" (the stages at both ends of a pipeline may share it).
+        matrix: (rows, columns) of the matrices that the parameter is a stack of, one after the other; None for a
+            vector. An optimizer that looks at whole matrices looks at these.
     """
 
     name: str
     global_shape: tuple[int, ...]
     local_offset: int = 0
     replicas: str = "dense"
+    matrix: tuple[int, int] | None = None
 
     @property
     def global_numel(self) -> int:
@@ -61,35 +65,84 @@ def stacked_experts(name: str, local_shape: Sequence[int], num_experts: int, fir
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """Tensors end to end in a flat buffer of `numel` elements that is cut into `num_shards` equal shards.
+    """Tensors end to end in a flat buffer that is cut into shards.
 
-    `starts[i]` and `numels[i]` are the place and the size (elements) of tensor i; what lies between and after them is
-    padding.
+    Attributes:
+        starts, numels: place and size (elements) of each tensor; what lies between and after them is padding.
+        bounds: where each shard begins, and where the last one ends.
     """
 
     starts: tuple[int, ...]
     numels: tuple[int, ...]
-    numel: int
-    num_shards: int
+    bounds: tuple[int, ...]
 
     @property
-    def shard_numel(self) -> int:
-        return self.numel // self.num_shards
+    def numel(self) -> int:
+        return self.bounds[-1]
+
+    @property
+    def shard_numels(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in pairwise(self.bounds))
 
     def shard_slice(self, shard: int) -> slice:
         """The range of the flat buffer that shard number `shard` covers."""
-        return slice(shard * self.shard_numel, (shard + 1) * self.shard_numel)
+        return slice(self.bounds[shard], self.bounds[shard + 1])
 
 
 def lay_out(numels: Sequence[int], num_shards: int, align: int = 1, align_shard: int = 1) -> FlatLayout:
-    """Place tensors of `numels` elements in order at multiples of `align`, shards at multiples of `align_shard`."""
+    """Tensors of `numels` elements in order at multiples of `align`; equal shards, of multiples of `align_shard`."""
+    starts, end = _starts(numels, align)
+    step = num_shards * align_shard
+    shard_numel = -(-end // step) * align_shard
+    return FlatLayout(starts, tuple(numels), tuple(shard_numel * shard for shard in range(num_shards + 1)))
+
+
+def lay_out_whole(
+    numels: Sequence[int], num_matrices: Sequence[int], costs: Sequence[float], num_shards: int, align: int = 1
+) -> FlatLayout:
+    """Tensors in order at multiples of `align`; shards of whole matrices, the dearest of them as cheap as can be.
+
+    Args:
+        numels: elements of each tensor.
+        num_matrices: of how many equal matrices, one after the other, each tensor consists.
+        costs: what one matrix of each tensor costs its owner.
+    """
+    starts, end = _starts(numels, align)
+    matrices = [
+        (start + number * (numel // count), cost)
+        for start, numel, count, cost in zip(starts, numels, num_matrices, costs, strict=True)
+        for number in range(count)
+    ]
+    low, high = max(costs), list(accumulate(cost for _, cost in matrices))[-1]
+    if len(_fill(matrices, low)) <= num_shards:
+        high = low
+    # The smallest capacity that needs no more shards than there are: of two neighbouring floats the upper one.
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (low, middle) if len(_fill(matrices, middle)) <= num_shards else (middle, high)
+    firsts = _fill(matrices, high)
+    bounds = [0, *firsts[1:], *[end] * (num_shards - len(firsts)), end]
+    return FlatLayout(starts, tuple(numels), tuple(bounds))
+
+
+def _starts(numels: Sequence[int], align: int) -> tuple[tuple[int, ...], int]:
+    """Where tensors start when each starts at the next multiple of `align`, and where the last one ends."""
     starts, end = [], 0
     for numel in numels:
-        start = -(-end // align) * align
-        starts.append(start)
-        end = start + numel
-    step = num_shards * align_shard
-    return FlatLayout(tuple(starts), tuple(numels), -(-end // step) * step, num_shards)
+        starts.append(-(-end // align) * align)
+        end = starts[-1] + numel
+    return tuple(starts), end
+
+
+def _fill(matrices: Sequence[tuple[int, float]], capacity: float) -> list[int]:
+    """Where each shard's first matrix starts if shards take matrices (start, cost) in order, each up to `capacity`."""
+    firsts: list[int] = []
+    load = math.inf
+    for start, cost in matrices:
+        if load + cost > capacity:
+            firsts.append(start)
+            load = 0.0
+        load += cost
+    return firsts
 
 
 @dataclass(frozen=True)
@@ -118,7 +171,7 @@ def shard_pieces(infos: Sequence[ParamInfo], layout: FlatLayout, shard: int, val
 
     Args:
         infos: one per tensor of the layout.
-        values: what shard number `shard` holds, 1-D with `layout.shard_numel` elements.
+        values: what shard number `shard` holds, 1-D with `layout.shard_numels[shard]` elements.
 
     Returns: parameter name to pieces, which are views into `values`: writing to them writes to the shard. A parameter
         of which the shard holds nothing is absent.

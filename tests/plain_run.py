@@ -24,7 +24,7 @@ from train.model.config import ModelConfig
 from train.model.init import init_weights
 from train.model.transformer import Transformer
 from train.precision.linear import TorchEngine
-from train.recipe.optim import OptimConfig
+from train.recipe.optimizer import OptimizerConfig
 from train.recipe.recipe import StepPlan
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -268,7 +268,7 @@ class PlainModel:
 class PlainAdamW:
     """AdamW (arXiv 1711.05101, Algorithm 2), tensor by tensor; its moments are rounded to `dtype` after every step."""
 
-    def __init__(self, params: list[Tensor], config: OptimConfig, dtype: torch.dtype) -> None:
+    def __init__(self, params: list[Tensor], config: OptimizerConfig, dtype: torch.dtype) -> None:
         self.params, self.config, self.dtype, self.step_count = params, config, dtype, 0
         self.moments = [[torch.zeros_like(p, dtype=dtype) for _ in range(2)] for p in params]
 

@@ -14,7 +14,7 @@ from train.compose import compose
 from train.flops import parameter_counts
 from train.job import held
 from train.precision.linear import TorchEngine
-from train.recipe.optim import adamw_factory, decays
+from train.recipe.optimizer import rules
 
 DP, EP = 4, 2
 
@@ -25,9 +25,10 @@ def weigh(settings: list[str]) -> int:
     groups = process.start(config.parallel)
     dispatch = build_dispatch(config.model.n_routed_experts, groups)
     models = [stage.model for stage in build_stages(config, dispatch, groups, TorchEngine()).values()]
-    params = [(info, param, decays(param.shape)) for info, param in held(models)]
+    rule = rules(config.optimizer)
+    params = [(info, param, *rule(info.name, info.global_shape)) for info, param in held(models)]
     replicas = ReplicaGroups(groups.dense, groups.expert, groups.embedding, groups.world)
-    optimizer = build(config.zero.engine, params, replicas, adamw_factory(config.optimizer))
+    optimizer = build(config.zero.engine, params, replicas)
     process.stop(groups)
     return optimizer.state_bytes()
 

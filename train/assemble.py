@@ -45,7 +45,7 @@ from train.precision.recipe import (
 )
 from train.precision.transformer_engine import TransformerEngine
 from train.recipe.ema import Ema
-from train.recipe.optim import adamw_factory, decays
+from train.recipe.optimizer import rules as update_rules
 from train.split import split
 from train.stage import Stage, WeightGradients
 
@@ -99,13 +99,12 @@ def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engi
     if isinstance(weights, TransformerEngine):
         for model in models:
             check_widths(model, config.precision)
+    rule = update_rules(config.optimizer)
     optimizer = build_optimizer(
         config.zero.engine,
-        [(info, param, decays(param.shape)) for info, param in held(models)],
+        [(info, param, *rule(info.name, info.global_shape)) for info, param in held(models)],
         ReplicaGroups(groups.dense, groups.expert, groups.embedding, groups.world),
-        adamw_factory(config.optimizer),
         clip_grad_norm=config.optimizer.clip_grad_norm,
-        weight_decay=config.optimizer.weight_decay,
         host=groups.host,
         watch=groups.watch,
         on_new_weights=weights.changed,

@@ -16,7 +16,7 @@ from train.data.config import DataConfig
 from train.model.config import ModelConfig, given
 from train.model.recompute import RecomputeConfig
 from train.precision.recipe import PrecisionConfig
-from train.recipe.optim import OptimConfig
+from train.recipe.optimizer import OptimizerConfig
 from train.recipe.recipe import LrSchedulerConfig, MoeConfig, MtpConfig, Recipe, TrainConfig, batch_sizes
 from train.split import split
 from train.track.config import TrackConfig
@@ -126,7 +126,7 @@ class RunConfig:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    optimizer: OptimConfig = field(default_factory=OptimConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lr_scheduler: LrSchedulerConfig = field(default_factory=LrSchedulerConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from parallel.pipeline.schedule import Schedule
 from parallel.process import Groups
 from parallel.shards import ParamInfo, Piece, stacked_experts
 from parallel.watch import Need, Watch
-from parallel.zero.optimizer import MOMENTS, StepResult, ZeroOptimizer
+from parallel.zero.optimizer import MASTER, StepResult, ZeroOptimizer
 from train import compose
 from train.checkpoint import flat
 from train.checkpoint.saver import Checkpoints
@@ -218,7 +218,7 @@ class Job:
         config = self.config
         recipe = {
             **json.loads(self.recipe.fingerprint()),
-            "optimizer": asdict(config.optimizer),
+            "optimizer": config.optimizer.recipe(),
             **config.precision.recipe(),
         }
         if config.checkpoint.init_from is not None:
@@ -241,11 +241,10 @@ class Job:
         moving average, which is a state like any other.
         """
         pieces: dict[str, Sequence[flat.Piece]] = {**self.optimizer.state()}
-        kinds = ["master", *MOMENTS]
+        sizes = self.optimizer.state_sizes()
         if self.ema is not None:
             pieces |= self.ema.state()
-            kinds.append("ema")
-        sizes = {f"{kind}.{info.name}": info.global_numel for info in self._infos() for kind in kinds}
+            sizes |= self.ema.sizes(sizes)
         for model in self.models:
             for name, bias in model.named_buffers():
                 pieces[name] = [Piece(0, bias)]
@@ -259,17 +258,14 @@ class Job:
         """
         self.checkpoints.check(folder, lambda saved: check_weights_fit(self.config.model, saved, folder))
         pieces, sizes = self.pieces()
-        fresh = tuple(f"{kind}." for kind in (*MOMENTS, "ema"))
-        self.checkpoints.load(
-            folder, {name: parts for name, parts in pieces.items() if not name.startswith(fresh)}, sizes
-        )
+        fresh = {name for name in self.optimizer.state_sizes() if not name.startswith(f"{MASTER}.")}
+        if self.ema is not None:
+            fresh |= self.ema.state().keys()
+        self.checkpoints.load(folder, {name: parts for name, parts in pieces.items() if name not in fresh}, sizes)
         self.optimizer.load_finished(num_steps=0)
         if self.ema is not None:
             self.ema = Ema(self.optimizer.state(), self.config.optimizer.ema_decay)
         log.info("starts from the weights of %s", folder)
-
-    def _infos(self) -> list[ParamInfo]:
-        return [info for info, _ in held(self.models)]
 
     def save(self) -> None:
         """Take a checkpoint of the finished step; returns when it is copied."""
@@ -303,6 +299,7 @@ def held(models: Iterable[Transformer]) -> list[tuple[ParamInfo, nn.Parameter]]:
                 info = stacked_experts(name, shape, model.config.n_routed_experts, model.first_expert)
             else:
                 info = ParamInfo(name, shape, replicas="embedding" if name == EMBEDDING else "dense")
+            info = replace(info, matrix=model.matrix_shape(name))
             # Slices that share the embedding hold the same tensor.
             found.setdefault(name, (info, param))
     return list(found.values())

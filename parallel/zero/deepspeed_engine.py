@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -30,15 +29,21 @@ _INSTALL = f"pip install deepspeed=={VERSION}, or set zero.engine=native"
 class DeepSpeedEngine:
     """Drives a `BF16_Optimizer`. Satisfies `zero.optimizer.Engine`; holds bf16 and fp32 parameters."""
 
-    def __init__(
-        self, sets: list[ParamSet], make_adamw: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], watch: Watch
-    ) -> None:
+    def __init__(self, sets: list[ParamSet], watch: Watch) -> None:
         if any(each.dtype == torch.float64 for each in sets):
             raise ValueError("zero.engine=deepspeed cannot hold precision=fp64; use zero.engine=native")
+        inners = {each.inner.name: each.inner for each in sets}
+        if len(inners) > 1 or any(inner.whole_matrices for inner in inners.values()):
+            raise ValueError(
+                "zero.engine=deepspeed has one optimizer for all parameters, on shards that cut through matrices, and "
+                f"cannot hold {' beside '.join(inners)}; use zero.engine=native"
+            )
         deepspeed = _start(sets[0].params[0].device.type)
         process_groups = [_process_group(each.group) for each in sets]
-        inner = make_adamw([{"params": list(each.params), "weight_decay": each.weight_decay} for each in sets])
-        self._zero = _build(inner, sets, process_groups, watch)
+        optimizer = sets[0].inner.make(
+            [{"params": list(each.params), "weight_decay": each.weight_decay} for each in sets]
+        )
+        self._zero = _build(optimizer, sets, process_groups, watch)
         self.layouts = [
             # DeepSpeed puts parameters end to end and pads the end to twice the number of shards.
             lay_out(each.numels, each.num_shards, align_shard=self._zero.nccl_start_alignment_factor)
@@ -48,7 +53,11 @@ class DeepSpeedEngine:
         assert sizes == [layout.numel for layout in self.layouts], (deepspeed.__version__, sizes, self.layouts)
         self.main_grads: list[Tensor] = self._zero.fp32_groups_gradients_flat
         self.masters: list[Tensor] = self._zero.fp32_groups_flat_partition
-        self.optimizer = inner
+        self.optimizers = [optimizer]
+
+    def state_of(self, index: int) -> dict[str, Any]:
+        """What the inner optimizer keeps of the master of set number `index`."""
+        return self.optimizers[0].state[self.masters[index]]
 
     def update(self, grads: list[Tensor]) -> None:
         """Hand the reduced gradient shards to DeepSpeed, which steps on its masters and gathers the weights."""
@@ -96,7 +105,7 @@ def _process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def _build(
-    inner: torch.optim.Optimizer, sets: list[ParamSet], process_groups: list[dist.ProcessGroup], watch: Watch
+    optimizer: torch.optim.Optimizer, sets: list[ParamSet], process_groups: list[dist.ProcessGroup], watch: Watch
 ) -> Any:
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils.timer import NoopTimer
@@ -128,7 +137,7 @@ def _build(
     report, bf16_optimizer.see_memory_usage = bf16_optimizer.see_memory_usage, lambda *_, **__: None
     try:
         return Sharded(
-            inner,
+            optimizer,
             {param: info.name for each in sets for info, param in zip(each.infos, each.params, strict=True)},
             # Without immediate updates it installs no hooks: gradients arrive in `main_grad` alone.
             SimpleNamespace(enabled=True, immediate_grad_update=False),

@@ -1,4 +1,4 @@
-"""The native engine: flat weights, masters in shards, any torch optimizer on the shards, all-gather.
+"""The native engine: flat weights, masters in shards, inner optimizers on the shards, all-gather.
 
 Works in every precision. Masters of bf16 weights are fp32 copies of the shard. Weights that are fp32 or fp64 already
 are their own masters: the optimizer steps on the shard of the flat weights itself, and nothing is held twice.
@@ -6,7 +6,6 @@ are their own masters: the optimizer steps on the shard of the flat weights itse
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from parallel.collectives import all_gather
-from parallel.shards import FlatLayout, lay_out
+from parallel.shards import FlatLayout, lay_out, lay_out_whole
 from parallel.watch import Need, Watch
-from parallel.zero.sets import ParamSet, views
+from parallel.zero.sets import ParamSet, matrices, views
 
 # Elements. Operands that start on a cache line (and on the 16 bytes that GPU matrix kernels ask for) in bf16 too.
 _ALIGN = 32
@@ -25,11 +24,9 @@ _ALIGN = 32
 class NativeEngine:
     """Owns the flat weights, main gradients, masters and moments of this rank. Satisfies `zero.optimizer.Engine`."""
 
-    def __init__(
-        self, sets: list[ParamSet], make_adamw: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], watch: Watch
-    ) -> None:
+    def __init__(self, sets: list[ParamSet], watch: Watch) -> None:
         self._sets, self._watch = sets, watch
-        self.layouts = [lay_out(each.numels, each.num_shards, _ALIGN, _ALIGN) for each in sets]
+        self.layouts = [_lay_out(each) for each in sets]
         self._weights = [_flatten(each, layout) for each, layout in zip(sets, self.layouts, strict=True)]
         self._shards = [
             flat[layout.shard_slice(each.shard)]
@@ -42,19 +39,30 @@ class NativeEngine:
         self.masters = [
             nn.Parameter(shard.to(each.master_dtype)) for each, shard in zip(sets, self._shards, strict=True)
         ]
-        param_groups = [
-            {"params": [master], "weight_decay": each.weight_decay}
-            for each, master in zip(sets, self.masters, strict=True)
-        ]
-        # A rank may have nothing to optimize; torch's optimizers want a parameter all the same.
-        self.optimizer = make_adamw(param_groups or [{"params": [nn.Parameter(torch.empty(0))], "weight_decay": 0.0}])
+        # One optimizer of torch's for each inner one, over the sets that are its own.
+        inners = {each.inner.name: each.inner for each in sets}
+        self._by_inner = {name: inner.make(self._param_groups(name)) for name, inner in inners.items()}
+        self.optimizers = list(self._by_inner.values())
+
+    def _param_groups(self, inner: str) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = []
+        for each, layout, master in zip(self._sets, self.layouts, self.masters, strict=True):
+            if each.inner.name == inner:
+                whole = {"matrices": [matrices(each, layout)]} if each.inner.whole_matrices else {}
+                groups.append({"params": [master], "weight_decay": each.weight_decay, **whole})
+        return groups
+
+    def state_of(self, index: int) -> dict[str, Any]:
+        """What the inner optimizer keeps of the master of set number `index`."""
+        return self._by_inner[self._sets[index].inner.name].state[self.masters[index]]
 
     @torch.no_grad()
     def update(self, grads: list[Tensor]) -> None:
         """Step on the reduced gradient shards, then publish the new weights to all replicas."""
         for master, grad in zip(self.masters, grads, strict=True):
             master.grad = grad
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         for master in self.masters:
             master.grad = None
         self.publish()
@@ -63,14 +71,27 @@ class NativeEngine:
     def publish(self) -> None:
         """Masters to weights, and every replica's shard to all of them."""
         pending = []
-        for each, shard, master, flat in zip(self._sets, self._shards, self.masters, self._weights, strict=True):
+        for each, layout, shard, master, flat in zip(
+            self._sets, self.layouts, self._shards, self.masters, self._weights, strict=True
+        ):
             if shard.dtype != master.dtype:
                 shard.copy_(master)
             if each.group is not None and each.num_shards > 1:
                 weights = Need("optimizer", "the weights from {peers}", each.group)
-                pending.append(self._watch.launch(weights, partial(all_gather, shard, each.group, out=flat)))
+                gather = partial(all_gather, shard, each.group, flat, layout.shard_numels)
+                pending.append(self._watch.launch(weights, gather))
         for handle in pending:
             handle.wait()
+
+
+def _lay_out(each: ParamSet) -> FlatLayout:
+    """Equal shards; where the inner optimizer looks at whole matrices, shards of those at equal cost."""
+    if not each.inner.whole_matrices:
+        return lay_out(each.numels, each.num_shards, _ALIGN, _ALIGN)
+    shapes = each.matrix_shapes
+    num_matrices = [numel // (rows * columns) for numel, (rows, columns) in zip(each.numels, shapes, strict=True)]
+    costs = [each.inner.cost(rows, columns) for rows, columns in shapes]
+    return lay_out_whole(each.numels, num_matrices, costs, each.num_shards, _ALIGN)
 
 
 @torch.no_grad()

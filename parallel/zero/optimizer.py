@@ -1,4 +1,4 @@
-"""ZeRO-1 behind one interface: reduce-scatter, global norm and clipping here; masters, AdamW, all-gather in an engine.
+"""ZeRO-1 behind one interface: reduce-scatter, norm and clipping here; masters, updates and all-gather in an engine.
 
 Gradients are plain sums: losses are divided by the step's global counts beforehand, so nothing is averaged here.
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5 (P_os), with
@@ -21,12 +21,13 @@ from parallel.host import Host
 from parallel.shards import FlatLayout, ParamInfo, Piece, shard_pieces
 from parallel.watch import Need, Watch, Watched
 from parallel.zero.deepspeed_engine import DeepSpeedEngine
+from parallel.zero.inner import InnerOptimizer
 from parallel.zero.native import NativeEngine
 from parallel.zero.norm import global_norm
 from parallel.zero.sets import ParamSet, ReplicaGroups, split_sets, views
 
-MakeAdamW = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# The name of the weights in full precision among the states of a parameter; the inner optimizer names the others.
+MASTER = "master"
 
 
 class Engine(Protocol):
@@ -35,7 +36,9 @@ class Engine(Protocol):
     layouts: list[FlatLayout]
     main_grads: list[Tensor]  # flat accumulators, whole
     masters: list[Any]  # 1-D, the shard that this rank owns
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
+
+    def state_of(self, index: int) -> dict[str, Any]: ...
 
     def update(self, grads: list[Tensor]) -> None: ...
 
@@ -92,8 +95,7 @@ class ZeroOptimizer:
         if factor < 1:
             for grad in grads:
                 grad.mul_(factor)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+        self._set_lr(lr)
         self._engine.update(grads)
         self._on_new_weights()
         self.num_steps += 1
@@ -102,73 +104,89 @@ class ZeroOptimizer:
     def _reduce(self) -> list[Tensor]:
         """This rank's shard of each set's gradient, summed over the replicas; in a world of one the buffer itself."""
         pending = [
-            flat if each.group is None or each.num_shards == 1 else self._reduce_scatter(flat, each.group)
-            for each, flat in zip(self._sets, self._engine.main_grads, strict=True)
+            flat
+            if each.group is None or each.num_shards == 1
+            else self._reduce_scatter(flat, each.group, layout.shard_numels)
+            for each, layout, flat in zip(self._sets, self._engine.layouts, self._engine.main_grads, strict=True)
         ]
         return [handle if isinstance(handle, Tensor) else handle.wait() for handle in pending]
 
-    def _reduce_scatter(self, flat: Tensor, group: dist.ProcessGroup) -> Watched[Tensor]:
+    def _reduce_scatter(self, flat: Tensor, group: dist.ProcessGroup, numels: Sequence[int]) -> Watched[Tensor]:
         gradients = Need("optimizer", "the gradients from {peers}", group)
-        return self._watch.launch(gradients, lambda: reduce_scatter(flat, group))
+        return self._watch.launch(gradients, lambda: reduce_scatter(flat, group, numels))
 
-    def _moments(self, index: int) -> dict[str, Tensor]:
-        return self._engine.optimizer.state[self._engine.masters[index]]
+    def _set_lr(self, lr: float) -> None:
+        for optimizer in self._engine.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    def _values(self, index: int) -> dict[str, Tensor]:
+        """The master of a set and what is kept of each of its elements, by name."""
+        each, kept = self._sets[index], self._engine.state_of(index)
+        return {MASTER: self._engine.masters[index].detach(), **{name: kept[name] for name in each.inner.state_names}}
 
     @torch.no_grad()
     def _create_state(self) -> None:
-        """Make the moments exist (as zeros) before the first step, so that a checkpoint can be read into them.
+        """Make the inner optimizers' state exist, as zeros, before the first step: a checkpoint can be read into it.
 
-        A step with a learning rate of zero leaves masters as they are, whatever the optimizer's class.
+        A step with a learning rate of zero leaves masters as they are, whatever the optimizer is.
         """
-        optimizer = self._engine.optimizer
         for each, layout, flat, master in zip(
             self._sets, self._engine.layouts, self._engine.main_grads, self._engine.masters, strict=True
         ):
             master.grad = flat[layout.shard_slice(each.shard)]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-        optimizer.step()
-        for index, master in enumerate(self._engine.masters):
+        self._set_lr(0.0)
+        for optimizer in self._engine.optimizers:
+            optimizer.step()
+        for index, (each, master) in enumerate(zip(self._sets, self._engine.masters, strict=True)):
             master.grad = None
-            for value in self._moments(index).values():
-                value.zero_()
+            for name in each.inner.state_names:
+                self._engine.state_of(index)[name].zero_()
+            each.inner.set_num_updates(self._engine.state_of(index), 0)
 
     def state(self) -> dict[str, list[Piece]]:
-        """All state of this rank as ranges of global tensors, keyed "master.NAME", "exp_avg.NAME", "exp_avg_sq.NAME".
+        """All state of this rank as ranges of global tensors, keyed "master.NAME" and "STATE.NAME" for each state that
+        the parameter's inner optimizer keeps.
 
         Tensors are views: writing them loads them (then call `load_finished`). Names of which this rank holds nothing
         are absent. The other ranks of the replica group hold the other ranges.
         """
         state = {}
         for index, (each, layout) in enumerate(zip(self._sets, self._engine.layouts, strict=True)):
-            moments = self._moments(index)
-            values = {"master": self._engine.masters[index].detach(), **{key: moments[key] for key in MOMENTS}}
-            for key, value in values.items():
+            for key, value in self._values(index).items():
                 for name, pieces in shard_pieces(each.infos, layout, each.shard, value).items():
                     state[f"{key}.{name}"] = pieces
         return state
+
+    def state_sizes(self) -> dict[str, int]:
+        """Elements of the global tensor of every state of this rank's parameters, of which it may hold no range."""
+        return {
+            f"{key}.{info.name}": info.global_numel
+            for each in self._sets
+            for info in each.infos
+            for key in (MASTER, *each.inner.state_names)
+        }
 
     @torch.no_grad()
     def load_finished(self, num_steps: int) -> None:
         """To be called on all ranks once the pieces of `state` are written: masters to weights, on all replicas.
 
         Args:
-            num_steps: optimizer steps taken so far (Adam's bias correction).
+            num_steps: optimizer steps taken so far.
         """
         self.num_steps = num_steps
-        for index in range(len(self._sets)):
-            self._moments(index)["step"].fill_(num_steps)
+        for index, each in enumerate(self._sets):
+            each.inner.set_num_updates(self._engine.state_of(index), num_steps)
         self._engine.publish()
         self._on_new_weights()
 
     def state_bytes(self) -> int:
-        """Bytes of masters and moments on this rank (weights that are their own masters count as masters)."""
-        tensors = list(self._engine.masters)
-        tensors += [self._moments(index)[key] for index in range(len(self._sets)) for key in MOMENTS]
+        """Bytes of masters and optimizer state on this rank (weights that are their own masters count as masters)."""
+        tensors = [tensor for index in range(len(self._sets)) for tensor in self._values(index).values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-_ENGINES: dict[str, Callable[[list[ParamSet], MakeAdamW, Watch], Engine]] = {
+_ENGINES: dict[str, Callable[[list[ParamSet], Watch], Engine]] = {
     "native": NativeEngine,
     "deepspeed": DeepSpeedEngine,
 }
@@ -176,12 +194,10 @@ _ENGINES: dict[str, Callable[[list[ParamSet], MakeAdamW, Watch], Engine]] = {
 
 def build(
     engine: str,
-    params: Sequence[tuple[ParamInfo, nn.Parameter, bool]],
+    params: Sequence[tuple[ParamInfo, nn.Parameter, InnerOptimizer, float]],
     groups: ReplicaGroups,
-    make_adamw: MakeAdamW,
     *,
     clip_grad_norm: float = 1.0,
-    weight_decay: float = 0.1,
     host: Host | None = None,
     watch: Watch | None = None,
     on_new_weights: Callable[[], None] = lambda: None,
@@ -190,13 +206,10 @@ def build(
 
     Args:
         engine: "native" or "deepspeed".
-        params: (place in the global tensor, local parameter with its initial values, whether it decays), in an order
-            that is the same on all replicas. `main_grad` is fp32, and fp64 for an fp64 parameter. A rank whose pipeline
-            stages hold no layer has none; it still takes part in the norm.
-        make_adamw: makes the inner optimizer from torch's `param_groups`; its state must be "step", "exp_avg" and
-            "exp_avg_sq". The learning rate is set at each step.
+        params: (place in the global tensor, local parameter with its initial values, what updates it, its weight
+            decay), in an order that is the same on all replicas. `main_grad` is fp32, and fp64 for an fp64 parameter. A
+            rank whose pipeline stages hold no layer has none; it still takes part in the norm.
         clip_grad_norm: largest global norm; 0 for no clipping.
-        weight_decay: decay of those that decay.
         host: where the norm is read; None for a CPU's.
         watch: through which this rank waits for others.
         on_new_weights: called after every change of the weights: a step, a checkpoint read.
@@ -205,9 +218,9 @@ def build(
     """
     if engine not in _ENGINES:
         raise ValueError(f"zero.engine={engine} is not one of {', '.join(_ENGINES)}")
-    sets = split_sets(params, groups, weight_decay)
+    sets = split_sets(params, groups)
     host, watch = host or Host(), watch or Watch()
     # Without parameters there is nothing for DeepSpeed to hold.
     make_engine = _ENGINES[engine] if sets else NativeEngine
-    zero = make_engine(sets, make_adamw, watch)
+    zero = make_engine(sets, watch)
     return ZeroOptimizer(zero, sets, groups, clip_grad_norm, host, watch, on_new_weights)

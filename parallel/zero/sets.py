@@ -1,4 +1,4 @@
-"""Parameters that are reduced and stepped together: one replica group, one decay class, one dtype."""
+"""Parameters that are reduced and stepped together: one replica group, inner optimizer, weight decay and dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.shards import FlatLayout, ParamInfo
+from parallel.shards import FlatLayout, ParamInfo, segments
+from parallel.zero.inner import InnerOptimizer
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
 
 @dataclass(frozen=True)
 class ParamSet:
-    """Parameters of one replica group, one decay class and one dtype, in the order of the model."""
+    """Parameters of one replica group, inner optimizer, weight decay and dtype, in the order of the model."""
 
     infos: tuple[ParamInfo, ...]
     params: tuple[nn.Parameter, ...]
     group: dist.ProcessGroup | None
+    inner: InnerOptimizer
     weight_decay: float
 
     @property
@@ -64,6 +66,13 @@ class ParamSet:
         return tuple(param.numel() for param in self.params)
 
     @property
+    def matrix_shapes(self) -> list[tuple[int, int]]:
+        """(rows, columns) of the matrices that each parameter is a stack of; all must be."""
+        shapes = [info.matrix for info in self.infos if info.matrix is not None]
+        assert len(shapes) == len(self.infos), f"{self.inner.name} updates matrices, and was given a vector"
+        return shapes
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.params[0].dtype
 
@@ -74,22 +83,35 @@ class ParamSet:
 
 
 def split_sets(
-    params: Sequence[tuple[ParamInfo, nn.Parameter, bool]], groups: ReplicaGroups, weight_decay: float
+    params: Sequence[tuple[ParamInfo, nn.Parameter, InnerOptimizer, float]], groups: ReplicaGroups
 ) -> list[ParamSet]:
-    """Sort (place, parameter, decays) into sets. The order of sets is the same on every rank of a replica group."""
-    kinds: dict[tuple[str, bool, str], list[tuple[ParamInfo, nn.Parameter]]] = {}
-    for info, param, decay in params:
+    """Sort (place, parameter, inner optimizer, weight decay) into sets: in one order on all replicas."""
+    kinds: dict[tuple[str, bool, float, str, str], list[tuple[ParamInfo, nn.Parameter, InnerOptimizer]]] = {}
+    for info, param, inner, weight_decay in params:
         if param.numel():
-            kinds.setdefault((info.replicas, not decay, str(param.dtype)), []).append((info, param))
+            key = (info.replicas, not weight_decay, weight_decay, str(param.dtype), inner.name)
+            kinds.setdefault(key, []).append((info, param, inner))
     return [
         ParamSet(
-            infos=tuple(info for info, _ in members),
-            params=tuple(param for _, param in members),
+            infos=tuple(info for info, _, _ in members),
+            params=tuple(param for _, param, _ in members),
             group=groups.of(replicas),
-            weight_decay=0.0 if no_decay else weight_decay,
+            inner=members[0][2],
+            weight_decay=weight_decay,
         )
-        for (replicas, no_decay, _), members in sorted(kinds.items(), key=lambda item: item[0])
+        for (replicas, _, weight_decay, _, _), members in sorted(kinds.items(), key=lambda item: item[0])
     ]
+
+
+def matrices(each: ParamSet, layout: FlatLayout) -> list[tuple[int, int, int]]:
+    """(start in this rank's shard, rows, columns) of every matrix that the shard holds, all of which are whole."""
+    found, shapes = [], each.matrix_shapes
+    for part in segments(layout, each.shard):
+        rows, columns = shapes[part.index]
+        starts = range(part.in_shard, part.in_shard + part.numel, rows * columns)
+        assert part.in_tensor % (rows * columns) == 0 and part.numel % (rows * columns) == 0, "a shard cuts a matrix"
+        found += [(start, rows, columns) for start in starts]
+    return found
 
 
 def views(flat: Tensor, layout: FlatLayout, params: Sequence[nn.Parameter]) -> list[Tensor]:

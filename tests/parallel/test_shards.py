@@ -51,7 +51,7 @@ def test_pieces_of_all_ranks_tile_every_global_tensor_once(
             placed = [place(shape, i, ep, rank % ep, num_local, expert) for i, shape in enumerate(members)]
             infos = [info for info, _ in placed]
             layout = lay_out([numel for _, numel in placed], num_shards, align, align_shard)
-            values = torch.ones(layout.shard_numel)
+            values = torch.ones(layout.shard_numels[shard])
             for name, pieces in shard_pieces(infos, layout, shard, values).items():
                 total = next(info.global_numel for info in infos if info.name == name)
                 for piece in pieces:
@@ -76,7 +76,7 @@ def test_layout_keeps_order_alignment_and_bounds(
     ends = [start + numel for start, numel in zip(layout.starts, numels, strict=True)]
     assert all(start % align == 0 for start in layout.starts)
     assert all(end <= start < end + align for end, start in zip([0, *ends[:-1]], layout.starts, strict=True))
-    assert layout.shard_numel * num_shards == layout.numel and layout.shard_numel % align_shard == 0
+    assert set(layout.shard_numels) == {layout.numel // num_shards} and layout.shard_numels[0] % align_shard == 0
     assert ends[-1] <= layout.numel < ends[-1] + num_shards * align_shard
 
 

@@ -13,7 +13,8 @@ from parallel.shards import ParamInfo, stacked_experts
 from parallel.zero.optimizer import build
 from tests.parallel.zero_world import make_groups
 from tests.spawn import Ranks
-from train.recipe.optim import OptimConfig, adamw_factory, decays
+from train.recipe.adamw import AdamW
+from train.recipe.optimizer import OptimizerConfig
 
 NUM_EXPERTS = 8
 DENSE = [(5003, 257), *[(257, 771), (257,), (83, 257), (83,), (1021, 83)] * 6]
@@ -23,16 +24,16 @@ EXPERTS = [(NUM_EXPERTS, 2 * 131, 257), (NUM_EXPERTS, 257, 131)] * 8
 def weigh(dp: int, ep: int, engine: str, dtype: torch.dtype, moments_dtype: str) -> tuple[int, float]:
     """On each rank: bytes of state, and elements of state by counting (held, divided by replicas)."""
     num_local = NUM_EXPERTS // ep
-    params = []
+    params, inner = [], AdamW(OptimizerConfig(moments_dtype=moments_dtype))
     for i, shape in enumerate(DENSE):
-        params.append((ParamInfo(f"dense.{i}", shape), nn.Parameter(torch.zeros(shape, dtype=dtype)), decays(shape)))
+        param = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        params.append((ParamInfo(f"dense.{i}", shape), param, inner, 0.1 if len(shape) > 1 else 0.0))
     for i, (_, *shape) in enumerate(EXPERTS):
         local = (num_local, *shape)
         info = stacked_experts(f"experts.{i}", local, NUM_EXPERTS, dist.get_rank() % ep * num_local)
-        params.append((info, nn.Parameter(torch.zeros(local, dtype=dtype)), True))
-    factory = adamw_factory(OptimConfig(moments_dtype=moments_dtype))
-    optimizer = build(engine, params, make_groups(dp, ep), factory)
-    held = sum(param.numel() / (dp // ep if info.replicas == "expert" else dp) for info, param, _ in params)
+        params.append((info, nn.Parameter(torch.zeros(local, dtype=dtype)), inner, 0.1))
+    optimizer = build(engine, params, make_groups(dp, ep))
+    held = sum(param.numel() / (dp // ep if info.replicas == "expert" else dp) for info, param, _, _ in params)
     return optimizer.state_bytes(), held
 
 

@@ -16,16 +16,16 @@ from parallel.zero.optimizer import ZeroOptimizer, build
 from parallel.zero.sets import ReplicaGroups
 from tests.parallel.zero_world import make_groups
 from tests.spawn import Ranks
-from train.recipe.optim import OptimConfig, adamw_factory
+from train.recipe.adamw import AdamW
+from train.recipe.optimizer import OptimizerConfig
 
 
 def make(replicas: str = "dense") -> ZeroOptimizer:
     param = torch.nn.Parameter(torch.ones(3, 5))
     return build(
         "deepspeed",
-        [(ParamInfo("w", (3, 5), replicas=replicas), param, True)],
+        [(ParamInfo("w", (3, 5), replicas=replicas), param, AdamW(OptimizerConfig()), 0.1)],
         ReplicaGroups(),
-        adamw_factory(OptimConfig()),
     )
 
 
@@ -80,8 +80,8 @@ def test_a_fresh_process_is_silent_compiles_nothing_and_keeps_no_groups(tmp_path
 def warnings_of_a_step() -> list[str]:
     """On each rank: what a step that gathers warns of."""
     param = torch.nn.Parameter(torch.ones(3, 5))
-    listed = [(ParamInfo("w", (3, 5)), param, True)]
-    optimizer = build("deepspeed", listed, make_groups(2, 1), adamw_factory(OptimConfig()))
+    listed = [(ParamInfo("w", (3, 5)), param, AdamW(OptimizerConfig()), 0.1)]
+    optimizer = build("deepspeed", listed, make_groups(2, 1))
     with warnings.catch_warnings(record=True) as seen:
         optimizer.step(1e-3)
     return [str(warning.message) for warning in seen]

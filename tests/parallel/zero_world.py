@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -16,9 +16,11 @@ from parallel.collectives import Handle, all_gather, reduce_scatter
 from parallel.shards import ParamInfo, Piece, stacked_experts
 from parallel.zero import norm
 from parallel.zero import optimizer as zero_optimizer
+from parallel.zero.inner import InnerOptimizer
 from parallel.zero.optimizer import StepResult, ZeroOptimizer, build
 from parallel.zero.sets import ReplicaGroups
-from train.recipe.optim import OptimConfig, adamw_factory
+from train.recipe.adamw import AdamW
+from train.recipe.optimizer import OptimizerConfig
 
 NUM_EXPERTS = 4
 NUM_SOURCES = 4  # what a gradient is summed over; spread over the ranks
@@ -130,14 +132,15 @@ class Local:
     def part(self, name: str, whole: Tensor) -> Tensor:
         return whole[self.first_expert :][: self.num_local] if SPECS[name].expert else whole
 
-    def listed(self) -> list[tuple[ParamInfo, nn.Parameter, bool]]:
+    def listed(self) -> list[tuple[ParamInfo, nn.Parameter, InnerOptimizer, float]]:
         infos = {
             name: stacked_experts(name, param.shape, NUM_EXPERTS, self.first_expert)
             if SPECS[name].expert
             else ParamInfo(name, tuple(param.shape))
             for name, param in self.params.items()
         }
-        return [(infos[name], param, SPECS[name].decay) for name, param in self.params.items()]
+        inner = AdamW(OptimizerConfig(moments_dtype=self.case.moments_dtype))
+        return [(infos[name], param, inner, 0.1 * SPECS[name].decay) for name, param in self.params.items()]
 
     def backward(self, step: int) -> None:
         """Add this rank's share to `main_grad`: own sources if dense, those of the whole expert group for experts."""
@@ -158,7 +161,7 @@ FAULTS = ("experts reduced over the dense group", "ep left out of the norm", "gr
 def broken(groups: ReplicaGroups, fault: str) -> Iterator[ReplicaGroups]:
     """The groups to build with; inside, the named fault is in force."""
 
-    def reduce_wrongly(flat: Tensor, group: dist.ProcessGroup) -> Handle:
+    def reduce_wrongly(flat: Tensor, group: dist.ProcessGroup, numels: Sequence[int]) -> Handle:
         if fault == "gradients averaged":
             return reduce_scatter(flat / dist.get_world_size(group), group)
         everyone = groups.dense if group is groups.expert else group
@@ -174,8 +177,7 @@ def broken(groups: ReplicaGroups, fault: str) -> Iterator[ReplicaGroups]:
 
 
 def make(case: Case, local: Local, groups: ReplicaGroups) -> ZeroOptimizer:
-    config = OptimConfig(moments_dtype=case.moments_dtype)
-    return build(case.engine, local.listed(), groups, adamw_factory(config), clip_grad_norm=CLIP, weight_decay=0.1)
+    return build(case.engine, local.listed(), groups, clip_grad_norm=CLIP)
 
 
 def load(optimizer: ZeroOptimizer, whole: dict[str, Tensor], num_steps: int) -> None:

@@ -27,7 +27,8 @@ from train.precision.linear import Engines, Linear, project, spans
 from train.precision.recipe import RECIPES, PrecisionConfig, build_engines
 from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
 from train.precision.tiles import restore_rows_e5m6
-from train.recipe.optim import OptimConfig, adamw_factory
+from train.recipe.adamw import AdamW
+from train.recipe.optimizer import OptimizerConfig
 from train.settings import group
 
 REPORTED = sorted({recipe for recipes in RECIPES.values() for recipe in recipes.values()}, key=repr)
@@ -221,9 +222,8 @@ def test_an_optimizer_step_and_a_load_reach_the_quantised_weights(engine: str, d
     del layer.weight.main_grad
     optimizer = build_optimizer(
         engine,
-        [(ParamInfo("weight", (N, K)), layer.weight, True)],
+        [(ParamInfo("weight", (N, K)), layer.weight, AdamW(OptimizerConfig()), 0.1)],
         ReplicaGroups(),
-        adamw_factory(OptimConfig()),
         on_new_weights=weights.changed,
     )
     x = torch.randn(T, K, dtype=dtype)

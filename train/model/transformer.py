@@ -205,6 +205,17 @@ class Transformer(nn.Module):
         """Whether the parameter of this name is stacked over routed experts."""
         return ".mlp.experts." in name
 
+    def matrix_shape(self, name: str) -> tuple[int, int] | None:
+        """(rows, columns) of the matrices that this parameter is a stack of, one after the other; None for a vector.
+
+        What is one matrix is a linear map of one input: each expert has its own, and gate and up are two.
+        """
+        shape = self.get_parameter(name).shape
+        if len(shape) < 2:
+            return None
+        rows, columns = shape[-2:]
+        return (rows // 2 if "gate_up_proj" in name else rows), columns
+
     def global_shape(self, name: str) -> torch.Size:
         """Shape of a parameter over all ranks: expert weights count all experts of the model."""
         shape = self.get_parameter(name).shape

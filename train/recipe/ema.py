@@ -8,6 +8,7 @@ everything that changes masters or reads averages.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,13 @@ class Ema:
         """Averages as ranges of global tensors, "ema.NAME": views, of which writing loads them. Waits."""
         self.wait()
         return {PREFIX + name.removeprefix(MASTER): parts for name, parts in self._averages.items()}
+
+    @staticmethod
+    def sizes(master_sizes: Mapping[str, int]) -> dict[str, int]:
+        """Elements of each average's global tensor, from those of all states, of which masters count."""
+        return {
+            PREFIX + name.removeprefix(MASTER): size for name, size in master_sizes.items() if name.startswith(MASTER)
+        }
 
     def _run(self, device: torch.device, ready: torch.cuda.Event | None) -> None:
         try:

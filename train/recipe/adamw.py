@@ -1,4 +1,4 @@
-"""AdamW: its settings, which parameters decay, and a variant that keeps its moments in bf16.
+"""AdamW as an inner optimizer of the sharded one, and a variant that keeps its moments in bf16.
 
 Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), Algorithm 2. DeepSeek-V3 technical
 report (arXiv 2412.19437): section 4.2 for the hyper-parameters, section 3.3.3 for moments in bf16.
@@ -6,7 +6,6 @@ report (arXiv 2412.19437): section 4.2 for the hyper-parameters, section 3.3.3 f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,58 +14,42 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from train.recipe.optimizer import OptimizerConfig, Rule, RuleOf, decays
+
 # Elements that are widened to the masters' dtype at a time: small enough for a CPU's cache, large for a GPU's kernels.
 _CHUNK_CPU = 1 << 16
 _CHUNK_GPU = 1 << 25
 
 
+def rules(config: OptimizerConfig) -> RuleOf:
+    """AdamW for every parameter; matrices decay, vectors do not."""
+    inner = AdamW(config)
+    return lambda name, shape: Rule(inner, config.weight_decay if decays(shape) else 0.0)
+
+
 @dataclass(frozen=True)
-class OptimConfig:
-    """The `optimizer` group of the config. The learning rate comes from the schedule at each step.
+class AdamW:
+    """AdamW with the moments `exp_avg` and `exp_avg_sq`, element by element, so that a shard may cut anywhere."""
 
-    Attributes:
-        clip_grad_norm: largest L2 norm of the whole model's gradient; 0 for no clipping.
-        moments_dtype: dtype in which exp_avg and exp_avg_sq are kept: "fp32" (fp64 in an fp64 run) or "bf16".
-        ema_decay: of the weights' moving average, which is kept in CPU memory and saved; 0 for none.
-    """
+    config: OptimizerConfig
+    name = "adamw"
+    state_names = ("exp_avg", "exp_avg_sq")
+    whole_matrices = False
 
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_grad_norm: float = 1.0
-    moments_dtype: str = "fp32"
-    ema_decay: float = 0.0
+    def make(self, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """An optimizer over torch's `param_groups` (dicts of "params" and "weight_decay"); the caller sets "lr"."""
+        betas = (self.config.beta1, self.config.beta2)
+        if self.config.moments_dtype == "bf16":
+            return Bf16MomentsAdamW(param_groups, betas=betas, eps=self.config.eps)
+        return torch.optim.AdamW(param_groups, lr=0.0, betas=betas, eps=self.config.eps, fused=True)
 
-    def check(self) -> None:
-        """Raises ValueError for a value out of range."""
-        for name in ("beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} is not in [0, 1)")
-        if not 0 < self.eps < math.inf:
-            raise ValueError(f"optimizer.eps={self.eps} is not above 0")
-        for name in ("weight_decay", "clip_grad_norm"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} is not 0 or above")
-        if self.moments_dtype not in ("fp32", "bf16"):
-            raise ValueError(f"optimizer.moments_dtype={self.moments_dtype} is not one of fp32, bf16")
+    def set_num_updates(self, state: dict[str, Any], num_updates: int) -> None:
+        """Bias correction goes by the number of updates."""
+        state["step"].fill_(num_updates)
 
-
-def decays(shape: torch.Size | tuple[int, ...]) -> bool:
-    """Whether a parameter decays: matrices do (embedding, head, router and stacked experts too), vectors do not."""
-    return len(shape) >= 2
-
-
-def adamw_factory(config: OptimConfig) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
-    """What makes an optimizer from `param_groups` (dicts of "params" and "weight_decay"); the caller sets "lr"."""
-
-    def make(param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        betas = (config.beta1, config.beta2)
-        if config.moments_dtype == "bf16":
-            return Bf16MomentsAdamW(param_groups, betas=betas, eps=config.eps)
-        return torch.optim.AdamW(param_groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
-
-    return make
+    def cost(self, rows: int, columns: int) -> float:
+        """As many operations as elements."""
+        return float(rows * columns)
 
 
 class Bf16MomentsAdamW(torch.optim.Optimizer):

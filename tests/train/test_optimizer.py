@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train.recipe import optim
-from train.recipe.optim import Bf16MomentsAdamW, OptimConfig, adamw_factory, decays
+from train.recipe import adamw
+from train.recipe.adamw import AdamW, Bf16MomentsAdamW
+from train.recipe.optimizer import OptimizerConfig, decays
 
-CONFIG = OptimConfig()
+CONFIG = OptimizerConfig()
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def plain_step(param: Tensor, grad: Tensor, moments: tuple[Tensor, Tensor], step
 def test_bf16_moments_equal_the_plain_twin(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, weight_decay: float
 ) -> None:
-    monkeypatch.setattr(optim, "_CHUNK_CPU", 1000)  # several chunks, the last one short
+    monkeypatch.setattr(adamw, "_CHUNK_CPU", 1000)  # several chunks, the last one short
     draw = torch.Generator().manual_seed(1)
     param = nn.Parameter(torch.randn(2917, generator=draw, dtype=dtype))
     twin = param.detach().clone()
@@ -86,7 +87,7 @@ def test_bf16_moments_stay_near_those_of_torch() -> None:
     start = torch.randn(4001, generator=draw)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     optimizers = [
-        adamw_factory(replace(CONFIG, moments_dtype=name))([{"params": [param], "weight_decay": 0.1}])
+        AdamW(replace(CONFIG, moments_dtype=name)).make([{"params": [param], "weight_decay": 0.1}])
         for name, param in (("bf16", ours), ("fp32", theirs))
     ]
     for _ in range(200):
@@ -99,9 +100,9 @@ def test_bf16_moments_stay_near_those_of_torch() -> None:
     assert (ours.detach() - theirs.detach()).norm() < 0.01 * moved.norm()
 
 
-def test_the_factory_makes_torch_s_fused_adamw() -> None:
+def test_it_makes_torch_s_fused_adamw() -> None:
     groups = [{"params": [nn.Parameter(torch.ones(3))], "weight_decay": 0.1}]
-    made = adamw_factory(replace(CONFIG, beta1=0.8, eps=1e-6))(groups)
+    made = AdamW(replace(CONFIG, beta1=0.8, eps=1e-6)).make(groups)
     assert type(made) is torch.optim.AdamW and made.defaults["fused"]
     assert (made.defaults["betas"], made.defaults["eps"]) == ((0.8, 0.95), 1e-6)
     assert made.param_groups[0]["weight_decay"] == 0.1
