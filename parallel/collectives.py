@@ -120,12 +120,14 @@ def reduce_scatter(flat: Tensor, group: dist.ProcessGroup, numels: Sequence[int]
     numels: elements of each rank's piece, in rank order; None for equal ones.
 
     Each rank receives all pieces of its own part and adds them in rank order (bf16: in fp32, rounded once), so the sum
-    depends on nothing but the values. Raises ValueError unless the pieces are exactly `flat`.
+    depends on nothing but the values. Raises ValueError when equal pieces are asked for and the group's size does not
+    divide n.
     """
     size, me = dist.get_world_size(group), dist.get_rank(group)
+    if numels is None and (flat.dim() != 1 or flat.numel() % size):
+        raise ValueError(f"reduce_scatter of {tuple(flat.shape)}: {size} ranks must divide a one-dimensional tensor")
     sizes = [flat.numel() // size] * size if numels is None else list(numels)
-    if flat.dim() != 1 or len(sizes) != size or sum(sizes) != flat.numel():
-        raise ValueError(f"reduce_scatter of {tuple(flat.shape)} over {size} ranks cannot give pieces of {sizes}")
+    assert len(sizes) == size and sum(sizes) == flat.numel(), (sizes, flat.shape)
     flat = flat.contiguous()
     own = flat.split(sizes)
     if not _is_gloo(group):

@@ -121,6 +121,23 @@ def test_waiting_for_a_rank_that_is_gone_raises(ranks: Ranks) -> None:
     assert "losed" in left[0] or "reset" in left[0], left[0]
 
 
+def uneven(numels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """On each rank: its piece of the sum of what all ranks have, and what all pieces make together."""
+    group, rank = dist.group.WORLD, dist.get_rank()
+    assert group is not None
+    flat = torch.arange(sum(numels), dtype=torch.float64) * (rank + 1) + rank
+    piece = reduce_scatter(flat, group, numels).wait()
+    return piece, all_gather(piece, group, torch.empty_like(flat), numels).wait()
+
+
+@pytest.mark.parametrize("numels", [[3, 0, 5], [0, 0, 4], [2, 2, 2], [1, 7, 2]], ids=str)
+def test_pieces_may_be_of_any_size(ranks: Ranks, numels: list[int]) -> None:
+    total = sum(torch.arange(sum(numels), dtype=torch.float64) * (rank + 1) + rank for rank in range(3))
+    found = ranks.run(uneven, numels, world_size=3)
+    for (piece, whole), expected in zip(found, torch.as_tensor(total).split(numels), strict=True):
+        assert torch.equal(piece, expected) and torch.equal(whole, torch.as_tensor(total))
+
+
 def refused() -> str:
     group = dist.group.WORLD
     assert group is not None
