@@ -34,7 +34,7 @@ from train.config import RunConfig
 from train.job import Job, held
 from train.precision import recipe
 from train.precision.linear import TorchEngine
-from train.recipe import optim
+from train.recipe import adamw
 from train.track.metrics import StepTimer
 
 SETTINGS = ["experiment=v3_h800_2048"]
@@ -124,7 +124,7 @@ def fake_job(rank: int) -> Iterator[Job]:
                 # What a GPU gets.
                 (recipe, "TorchEngine", lambda device: TorchEngine("cuda")),
                 (norm, "sum_of_squares", lambda shard: norm._wide_sum_of_squares(shard, norm._CHUNK_GPU)),
-                (optim, "_CHUNK_CPU", optim._CHUNK_GPU),
+                (adamw, "_CHUNK_CPU", adamw._CHUNK_GPU),
             ]:
                 stack.enter_context(mock.patch.object(where, name, what))
             stack.enter_context(FakeTensorMode())
