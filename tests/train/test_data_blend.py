@@ -21,7 +21,7 @@ from train.data.rows.epochs import Rows
 from train.data.rows.shares import Shares
 from train.data.rows.tokens import Tokens
 from train.job import Job
-from train.recipe.recipe import BatchRampConfig, LrSchedulerConfig, MoeConfig, MtpConfig, Schedule, TrainConfig
+from train.recipe.recipe import BatchRampConfig, LrSchedulerConfig, MoeConfig, MtpConfig, Recipe, TrainConfig
 
 WEIGHTS = st.lists(
     st.integers(1, 10**6).map(lambda n: n / 1000) | st.integers(1, 20).map(float), min_size=1, max_size=9
@@ -154,7 +154,7 @@ def test_a_batch_is_a_function_of_seed_and_step_under_any_topology(
     final = quantum * (per_rank + jumps)
     ramp = BatchRampConfig(quantum * per_rank, ramp_tokens, quantum) if jumps else BatchRampConfig()
     train = TrainConfig(seq_len, micro_batch, final, max_steps=61, seed=seed, batch_ramp=ramp)
-    schedule = Schedule(train, LrSchedulerConfig(), MoeConfig(), MtpConfig())
+    schedule = Recipe(train, LrSchedulerConfig(), MoeConfig(), MtpConfig())
     config = dataclasses.replace(blend if blended else blend.sources["web"], document_mask=mask)
     for step in steps:
         plan = schedule.at(step)

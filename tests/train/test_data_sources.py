@@ -74,7 +74,7 @@ def test_reading_goes_on_from_any_block(tmp_path: Path, seed: int, monkeypatch: 
     """The positions that the journal holds: whatever lies behind one is read as if nobody had stopped there."""
     random_ = random.Random(seed)
     for module in ("blocks", "tables"):
-        monkeypatch.setattr(f"train.data.{module}.BLOCK_BYTES", random_.randint(40, 400))
+        monkeypatch.setattr(f"train.data.read.{module}.BLOCK_BYTES", random_.randint(40, 400))
     write_mixture(tmp_path / "mixture", seed)
     config = config_of(tmp_path / "mixture", tmp_path / "tokens", max_document_bytes=random_.randint(64, 300))
     whole, done = read(config), 0

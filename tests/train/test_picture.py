@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from launch import schedule as launch_schedule
+from launch import recipe as launch_recipe
 from tests.train.test_metrics import report
-from tests.train.test_schedule import V3_LR, V3_MOE, V3_MTP, V3_TRAIN, tiny
-from train.recipe.recipe import BatchRampConfig, LrPhaseConfig, LrSchedulerConfig, Schedule
+from tests.train.test_recipe import V3_LR, V3_MOE, V3_MTP, V3_TRAIN, tiny
+from train.recipe.recipe import BatchRampConfig, LrPhaseConfig, LrSchedulerConfig, Recipe
 from train.view import curves as picture
 from train.view.curves import draw_loss, short_rate, short_tokens, smooth
 
@@ -31,7 +31,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
         save(figure, out)
 
     monkeypatch.setattr(picture, "save", keep)
-    monkeypatch.setattr(launch_schedule, "save", keep)
+    monkeypatch.setattr(launch_recipe, "save", keep)
     return figures
 
 
@@ -104,8 +104,8 @@ def test_short_forms() -> None:
 
 
 def test_v3_schedule_is_drawn_with_its_borders(drawn: list[Figure], tmp_path: Path) -> None:
-    schedule = Schedule(V3_TRAIN, V3_LR, V3_MOE, V3_MTP)
-    table = launch_schedule.draw(schedule, tmp_path / "v3.png")
+    schedule = Recipe(V3_TRAIN, V3_LR, V3_MOE, V3_MTP)
+    table = launch_recipe.draw(schedule, tmp_path / "v3.png")
     rows = [line.split(maxsplit=2) for line in table.splitlines()]
     assert ["10T", f"{schedule.step_at(10**13):,}", "LR cosine 0.00022 -> 2.2e-05"] in rows
     assert rows[-1] == ["14.8T", f"{schedule.num_steps:,}", "the run ends"]
@@ -123,4 +123,4 @@ def test_v3_schedule_is_drawn_with_its_borders(drawn: list[Figure], tmp_path: Pa
 def test_small_schedules_can_be_drawn(max_steps: int, tmp_path: Path) -> None:
     lr = LrSchedulerConfig(0.0, 5, [LrPhaseConfig("linear", end_lr=0.0)])
     schedule = tiny(lr, batch_ramp=BatchRampConfig(2, 200, 2), max_steps=max_steps)
-    assert launch_schedule.draw(schedule, tmp_path / "x.png").endswith("the run ends")
+    assert launch_recipe.draw(schedule, tmp_path / "x.png").endswith("the run ends")
