@@ -9,8 +9,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from launch.prepare import check_epochs_of, prepare_command, prepare_run
-from launch.ranks import POLL_S, Ended, Ranks, stop_signals
+from launch.ranks import POLITE, POLL_S, Ended, Ranks, forked, program, stop_signals
 from launch.sweep.run import sweep
+from launch.warm import may_fork, warm_up
 from train import compose, run_folder
 from train.config import RunConfig
 from train.data.config import DataConfig
@@ -34,6 +35,7 @@ def local(settings: Sequence[str]) -> int:
 def run(config: RunConfig) -> Ended:
     """One job: pp x dp processes on this machine that all read the same resolved config."""
     run_folder.refuse_if_in_use(Path(config.run.dir))
+    _warm_up(config)  # so that it imports beside the preparation
     prepare_run(config)
     job = LocalJob(config)
     try:
@@ -45,6 +47,14 @@ def run(config: RunConfig) -> Ended:
             return ended
     finally:
         job.kill()
+
+
+def _warm_up(config: RunConfig) -> bool:
+    """Whether ranks are forked here; then the process that they are forked from is on its way."""
+    if not may_fork(config.run.device):
+        return False
+    warm_up(POLITE)
+    return True
 
 
 class LocalJob:
@@ -61,8 +71,10 @@ class LocalJob:
         self._resolved.write(compose.text(config))
         self._resolved.flush()
         num_ranks, logs = config.parallel.pp * config.parallel.dp, Path(config.run.dir) / "logs"
-        command = [sys.executable, "-m", "train", "--config", self._resolved.name]
-        self._ranks = Ranks(command, num_ranks, logs, num_neighbours, taken_ports, console)
+        arguments = ["--config", self._resolved.name]
+        warm = _warm_up(config)
+        start = forked("train.__main__", arguments) if warm else program([sys.executable, "-m", "train", *arguments])
+        self._ranks = Ranks(start, num_ranks, logs, num_neighbours, taken_ports, console)
         self.port = self._ranks.port
 
     def poll(self) -> Ended | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import signal
@@ -10,13 +9,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import Protocol
 
+from launch.warm import ForkedRank, follow_into_death
 from parallel.watch import blamed
 
 # A worker saves after the step it is in; past this it is killed, and the launcher says so.
@@ -24,13 +24,19 @@ GRACE_S = 60.0
 # Ranks whose peer died fail by themselves within moments; a little patience finds the one that failed first.
 PATIENCE_S = 2.0
 POLL_S = 0.05
-# glibc hands every large block back to the kernel and faults it in again each step: 5 to 10 % of a small step.
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "67108864"}
+# What a rank's libraries read as they are loaded, where the environment does not say otherwise.
+POLITE = {
+    # glibc hands every large block back to the kernel and faults it in again each step: 5 to 10 % of a small step.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "67108864",
+    # Threads that spin at a barrier starve the other ranks of the same cores.
+    "OMP_WAIT_POLICY": "passive",
+}
 # With these codes the ranks end together, and their last words are a sentence for people (see train/__main__.py).
 EXPLAINED = (2, 3, 4)
 # With these a rank ends because of another one, for which it waited too long or which broke off: it says which.
 HUNG, LOST = 5, 6
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,55 @@ class Ended:
     was_asked: bool = False
 
 
+class Process(Protocol):
+    """A running rank: what is used of `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int | None: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+# (environment, its log, file for its standard output or None for this process's) -> the rank, started.
+Start = Callable[[Mapping[str, str], Path, Path | None], Process]
+
+
+def program(command: Sequence[str]) -> Start:
+    """Ranks as programs of their own."""
+
+    def start(environment: Mapping[str, str], log: Path, out: Path | None) -> Process:
+        with ExitStack() as files:
+            return subprocess.Popen(
+                list(command),
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=None if out is None else files.enter_context(out.open("ab")),
+                stderr=files.enter_context(log.open("ab")),
+                # A terminal's Ctrl-C reaches this process alone, which then asks the ranks to save.
+                start_new_session=True,
+                preexec_fn=follow_into_death if sys.platform == "linux" else None,
+            )
+
+    return start
+
+
+def forked(module: str, arguments: Sequence[str]) -> Start:
+    """Ranks that call `module.main(arguments)`, forked from the process of `launch.warm.warm_up`."""
+    return lambda environment, log, out: ForkedRank(module, arguments, environment, log, out)
+
+
 @dataclass
 class _Rank:
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
     log_start: int  # bytes that earlier jobs have written
 
@@ -57,7 +109,7 @@ def start_ranks(command: Sequence[str], num_ranks: int, logs: Path) -> Ended:
 
     The job's exit code is 0, or that of the rank that failed first, which the reason names.
     """
-    with stop_signals() as asked, Ranks(command, num_ranks, logs) as ranks:
+    with stop_signals() as asked, Ranks(program(command), num_ranks, logs) as ranks:
         while (ended := ranks.poll()) is None:
             if asked:
                 ranks.stop()
@@ -69,6 +121,7 @@ class Ranks:
     """The ranks of one running job; a context manager, whose end kills those that still live.
 
     Args:
+        start: starts one of them.
         num_neighbours: other jobs that run on this machine meanwhile and share its cores.
         taken_ports: ports that their ranks meet at, or will in a moment.
         console: file for what rank 0 prints; None: this process's standard output.
@@ -76,7 +129,7 @@ class Ranks:
 
     def __init__(
         self,
-        command: Sequence[str],
+        start: Start,
         num_ranks: int,
         logs: Path,
         num_neighbours: int = 0,
@@ -90,15 +143,15 @@ class Ranks:
         self._failed: list[int] = []  # in the order of their ends
         self._failed_at_s: float | None = None
         environment = _shared_environment(num_ranks, self.port, num_neighbours)
-        with ExitStack() as files:
-            out = None if console is None else files.enter_context(console.open("ab"))
-            try:
-                for rank in range(num_ranks):
-                    log = logs / f"rank_{rank}.log"
-                    self._ranks.append(_spawn(command, environment, rank, log, out, files))
-            except BaseException:
-                self.kill()
-                raise
+        try:
+            for rank in range(num_ranks):
+                log = logs / f"rank_{rank}.log"
+                log_start = log.stat().st_size if log.exists() else 0
+                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self._ranks.append(_Rank(start(own, log, console if rank == 0 else log), log, log_start))
+        except BaseException:
+            self.kill()
+            raise
 
     def __enter__(self) -> Ranks:
         return self
@@ -150,39 +203,7 @@ def _shared_environment(num_ranks: int, port: int, num_neighbours: int) -> dict[
         "MASTER_PORT": str(port),
     }
     num_threads = max(1, (os.cpu_count() or 1) // (num_ranks * (1 + num_neighbours)))
-    polite = {"OMP_NUM_THREADS": str(num_threads), **MALLOC}
-    if num_ranks > 1 or num_neighbours:
-        # Threads that spin at a barrier starve the other ranks of the same cores.
-        polite["OMP_WAIT_POLICY"] = "passive"
-    return {**polite, **os.environ, **shared}
-
-
-def _spawn(
-    command: Sequence[str],
-    environment: dict[str, str],
-    rank: int,
-    log: Path,
-    out: IO[bytes] | None,
-    files: ExitStack,
-) -> _Rank:
-    file = files.enter_context(log.open("ab"))
-    start = file.tell()  # before the rank has the file, too: what it writes moves this very place
-    process = subprocess.Popen(
-        list(command),
-        env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        stdin=subprocess.DEVNULL,
-        stdout=out if rank == 0 else file,
-        stderr=file,
-        # A terminal's Ctrl-C reaches this process alone, which then asks the ranks to save.
-        start_new_session=True,
-        preexec_fn=_follow_into_death if sys.platform == "linux" else None,
-    )
-    return _Rank(process, log, start)
-
-
-def _follow_into_death() -> None:
-    """In a rank, before its program: the kernel sends SIGTERM when the launcher dies. Else it would go on unwatched."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    return {"OMP_NUM_THREADS": str(num_threads), **POLITE, **os.environ, **shared}
 
 
 def _newly_failed(ranks: list[_Rank], known: list[int]) -> list[int]:
@@ -190,10 +211,17 @@ def _newly_failed(ranks: list[_Rank], known: list[int]) -> list[int]:
     found = [number for number, rank in enumerate(ranks) if number not in known and rank.process.poll()]
 
     def order(number: int) -> tuple[bool, bool]:
-        code = ranks[number].process.returncode
+        code = _code(ranks[number])
         return code > 0, code not in EXPLAINED
 
     return sorted(found, key=order)
+
+
+def _code(rank: _Rank) -> int:
+    """How a rank that has ended did so: its exit code, or the negative number of a signal."""
+    code = rank.process.returncode
+    assert code is not None
+    return code
 
 
 def _verdict(ranks: list[_Rank], failed: list[int], was_asked: bool) -> Ended:
@@ -201,7 +229,7 @@ def _verdict(ranks: list[_Rank], failed: list[int], was_asked: bool) -> Ended:
     first to complain waits for: the others are victims."""
     if not failed:
         return Ended(0, "", was_asked)
-    codes = {number: ranks[number].process.returncode for number in failed}
+    codes = {number: _code(ranks[number]) for number in failed}
     killed = [number for number, code in codes.items() if code == -signal.SIGKILL]
     own = [number for number, code in codes.items() if code not in (HUNG, LOST)]
     hung = [number for number, code in codes.items() if code == HUNG]

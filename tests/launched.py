@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,15 +51,20 @@ class Launched:
         return self.process.returncode, out, err
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks, by rank: the children of the command that have a RANK, as /proc shows them."""
+        """Process ids of the ranks, by rank, as /proc shows them: children of the command that have a RANK, or ranks
+        forked from a child of it, which carry theirs as a name."""
         found: dict[int, int] = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                settings = (entry / "environ").read_bytes().split(b"\0") if parent == self.process.pid else []
+                name, parent = _name_and_parent(entry)
+                if (forked := re.fullmatch(r"halocline-r(\d+)", name)) is not None:
+                    if _name_and_parent(Path(f"/proc/{parent}"))[1] == self.process.pid:
+                        found[int(forked[1])] = int(entry.name)
+                elif parent == self.process.pid:
+                    settings = (entry / "environ").read_bytes().split(b"\0")
+                    found |= {int(item[5:]): int(entry.name) for item in settings if item.startswith(b"RANK=")}
             except OSError:
                 continue  # it ended while we looked
-            found |= {int(item[5:]): int(entry.name) for item in settings if item.startswith(b"RANK=")}
         return [found[rank] for rank in sorted(found)]
 
     def strike(self, rank: int, number: int = signal.SIGKILL) -> None:
@@ -77,6 +83,12 @@ class Launched:
         while not happened() and self.process.poll() is None:
             assert time.monotonic() < end_s, "nothing happened"
             time.sleep(0.01)
+
+
+def _name_and_parent(process: Path) -> tuple[str, int]:
+    """What /proc/PID/stat says: `PID (NAME) STATE PARENT ...`."""
+    before, after = (process / "stat").read_text().rsplit(")", 1)
+    return before.split("(", 1)[1], int(after.split()[1])
 
 
 def local(settings: Sequence[str], run_dir: Path) -> Launched:

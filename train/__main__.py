@@ -19,12 +19,14 @@ import torch
 
 from train import compose, run_folder
 from train.assemble import PeerError, assemble, join
+from train.banner import banner
 from train.checkpoint.saver import CheckpointError
 from train.config import RunConfig
 from train.data.prepare.all_sources import prepare_sources
 from train.data.rows.blend import exposure_table
 from train.job import Job
 from train.loop import NotFiniteError, StopRequest, run
+from train.precision.recipe import choose_engine
 from train.track import metrics
 from train.track.console import ConsoleSink
 from train.track.metrics_file import JsonlSink, LoadsSink, read_metrics
@@ -103,7 +105,7 @@ def _train(job: Job, stop: StopRequest) -> None:
         _say_where(job, f"this run is done after step {job.step}")
         return
     if job.is_main:
-        log.info("what the run reads:\n%s", exposure_table(job.train_rows, job.config.num_sequences))
+        _introduce(job)
     tracker = _track(job)
     failed = True
     try:
@@ -112,6 +114,18 @@ def _train(job: Job, stop: StopRequest) -> None:
     finally:
         tracker.close(failed)
     _say_where(job, f"done after step {job.step}" if done else f"stopped and saved after step {job.step}")
+
+
+def _introduce(job: Job) -> None:
+    """Says on the console and in the log what is about to run."""
+    config, device = job.config, job.device
+    where = device.type if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
+    engines = choose_engine(config.precision, device) if config.precision.name == "fp8" else "torch"
+    exposures = job.train_rows.exposures(config.num_sequences)
+    text = banner(config, where, torch.get_num_threads(), engines, exposures, job.step)
+    log.info("what runs:\n%s", text)
+    log.info("what it reads:\n%s", exposure_table(job.train_rows, config.num_sequences))
+    print(text, flush=True)
 
 
 def _peak_flops_per_s(job: Job) -> float:

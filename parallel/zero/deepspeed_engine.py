@@ -8,6 +8,7 @@ record of ops that may be compiled, its communication backend (a wrapper of torc
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import warnings
@@ -107,8 +108,16 @@ def _process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 def _build(
     optimizer: torch.optim.Optimizer, sets: list[ParamSet], process_groups: list[dist.ProcessGroup], watch: Watch
 ) -> Any:
-    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime import bf16_optimizer, compiler
     from deepspeed.utils.timer import NoopTimer
+
+    # It imports a Muon to ask whether the inner optimizer is one, and that is compiled as it is imported, which loads
+    # all of inductor: one to two seconds on every rank, for what is never called here.
+    compile_at_import, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_at_import
 
     # Each set is gathered in its own group; of these the largest is named.
     widest = max(process_groups, key=dist.get_world_size)

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from train.track.metrics import StepReport
 
 
-def _short(count: float) -> str:
+def short(count: float) -> str:
+    """A count in three digits, as 491k or 14.8T."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g}{unit}"
@@ -60,7 +61,7 @@ class ConsoleSink:
         time_left = self._time_left(report)
         if self._bar is not None:
             valid = "" if report.valid_loss is None else f" valid {report.valid_loss:.3f}"
-            rate = f"{_short(report.tokens_per_s)} tokens/s"
+            rate = f"{short(report.tokens_per_s)} tokens/s"
             self._bar.n = min(report.consumed_tokens, self._total_tokens)
             if valid:
                 self._bar.write(f"step {report.step}: loss {report.loss:.4f}{valid}", file=self._stream)
@@ -82,7 +83,7 @@ class ConsoleSink:
         )
         parts = [
             f"step={report.step}/{self._total_steps}",
-            f"tokens={_short(report.consumed_tokens)}",
+            f"tokens={short(report.consumed_tokens)}",
             f"loss={report.loss:.4f}",
             *(f"{name}={value:{style}}" for name, value, style in optional if value is not None),
             f"grad_norm={report.grad_norm:.3f}",
