@@ -133,9 +133,7 @@ def run_in(
     exit_code: int | None = 0,
 ) -> Finished:
     """Train in `folder` on long-lived ranks, to the exit code that is expected (None: any)."""
-    codes = ranks.run(
-        train_main, [*settings, f"run.dir={folder}"], fault, world_size=world_size, with_group=False, timeout_s=300
-    )
+    codes = ranks.run(train_main, [*settings, f"run.dir={folder}"], fault, world_size=world_size, with_group=False)
     assert exit_code is None or codes == [exit_code] * world_size, codes
     path = folder / "metrics.jsonl"
     return Finished(folder, read_metrics(path) if path.exists() else [])

@@ -14,6 +14,7 @@ from benchmarks import balance, bubble, emulate, mtp, recompute, runtime, step
 from parallel.pipeline.registry import build
 from parallel.pipeline.simulate import simulate
 from tests.runs import SMALL, prepare_text
+from tests.spawn import STOP_S
 from train.compose import compose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=STOP_S)
 
 
 def test_step() -> None:

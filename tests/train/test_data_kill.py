@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.spawn import STOP_S
 from tests.train.data_texts import all_bytes, write_folder, write_mixture
 from train.data.config import DataConfig
 from train.data.prepare.encode import Encoded
@@ -78,7 +79,7 @@ def test_a_kill_before_any_change_of_the_disk_leaves_nothing_that_looks_whole(tm
     num_kills = 0
     for kill_at in range(1, 200, 3):  # over what the kills before have left
         child = start(source, folder, kill_at=kill_at)
-        _, errors = child.communicate(timeout=60)
+        _, errors = child.communicate(timeout=STOP_S)
         if child.returncode == 0:
             break
         assert child.returncode == -signal.SIGKILL, errors
@@ -118,7 +119,7 @@ def test_a_kill_at_any_moment_ends_the_workers_and_the_next_call_finishes(tmp_pa
         time.sleep(random.Random(seed).uniform(0, 0.8))
         child.kill()
         child.communicate()
-        until = time.monotonic() + 20
+        until = time.monotonic() + STOP_S
         while any(alive(pid) for pid in workers):
             assert time.monotonic() < until, "a worker outlived its parent"
             time.sleep(0.02)
@@ -126,7 +127,7 @@ def test_a_kill_at_any_moment_ends_the_workers_and_the_next_call_finishes(tmp_pa
             with pytest.raises(ValueError, match="holds no prepared tokens"):
                 Tokens.open(folder, "train")
     last = start(source, folder, workers=2)
-    assert last.communicate(timeout=60) and last.returncode == 0
+    assert last.communicate(timeout=STOP_S) and last.returncode == 0
     assert all_bytes(folder) == clean(source, tmp_path / "clean")
 
 
@@ -138,7 +139,7 @@ def test_killed_calls_go_on_where_they_were(tmp_path: Path) -> None:
     random_, num_kills = random.Random(3), 0
     while True:
         child = start(source, folder, workers=random_.choice([1, 1, 1, 2]), kill_at=random_.randint(15, 40))
-        _, errors = child.communicate(timeout=60)
+        _, errors = child.communicate(timeout=STOP_S)
         if child.returncode == 0:
             break
         assert child.returncode == -signal.SIGKILL, errors
@@ -270,7 +271,7 @@ def test_a_refused_preparation_goes_on_when_it_may_skip(tmp_path: Path, monkeypa
 def test_two_calls_at_once_prepare_once(tmp_path: Path) -> None:
     source, folder = write_folder(tmp_path / "text", 30, least_words=500, most_words=1000), tmp_path / "tokens"
     both = [start(source, folder) for _ in range(2)]
-    said = [child.communicate(timeout=60) for child in both]
+    said = [child.communicate(timeout=STOP_S) for child in both]
     assert [child.returncode for child in both] == [0, 0], said
     assert sum("trained a tokenizer" in out for out, _ in said) == 1
     assert sum("nothing to do" in out for out, _ in said) == 1
