@@ -8,6 +8,7 @@ A New Approach to Probabilistic Rounding Error Analysis (SIAM J. Sci. Comput. 41
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +30,23 @@ def likely_gamma(num_roundings: int, dtype: torch.dtype, failure: float) -> floa
     u = torch.finfo(dtype).eps / 2
     deviations = math.sqrt(2 * math.log(2 / failure))
     return math.expm1(deviations * math.sqrt(num_roundings) * u + num_roundings * u**2 / (1 - u))
+
+
+def is_plausible(counts: Sequence[int], probabilities: Sequence[float], failure: float) -> bool:
+    """Whether independent draws may have fallen so often into each of these classes, which hold all of them.
+
+    False for draws of these probabilities with a probability of at most `failure`. A share that is q in n draws where p
+    is due comes with exp(-n kl(q, p)) at most (Chernoff; kl is the divergence of a coin's sides), above or below.
+    """
+    num_draws = sum(counts)
+    limit = math.log(2 * len(counts) / failure)
+    return all(num_draws * _divergence(n / num_draws, p) <= limit for n, p in zip(counts, probabilities, strict=True))
+
+
+def _divergence(q: float, p: float) -> float:
+    """kl(q, p) of two coins."""
+    pairs = ((q, p), (1 - q, 1 - p))
+    return sum(0.0 if a == 0 else math.inf if b <= 0 else a * math.log(a / b) for a, b in pairs)
 
 
 def product_error(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
