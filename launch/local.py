@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.prepare import check_epochs_of, prepare_command, prepare_run
@@ -54,7 +54,6 @@ class LocalJob:
         self,
         config: RunConfig,
         num_neighbours: int = 0,
-        taken_ports: Collection[int] = (),
         console: Path | None = None,
     ) -> None:
         self._resolved = tempfile.NamedTemporaryFile("w", prefix="halocline-", suffix=".yaml")  # noqa: SIM115
@@ -62,8 +61,7 @@ class LocalJob:
         self._resolved.flush()
         num_ranks, logs = config.parallel.pp * config.parallel.dp, Path(config.run.dir) / "logs"
         command = [sys.executable, "-m", "train", "--config", self._resolved.name]
-        self._ranks = Ranks(command, num_ranks, logs, num_neighbours, taken_ports, console)
-        self.port = self._ranks.port
+        self._ranks = Ranks(command, num_ranks, logs, num_neighbours, console)
 
     def poll(self) -> Ended | None:
         """How it ended; None while it runs."""
@@ -99,5 +97,5 @@ class Machine:
         self.prepare(config)
         check_epochs_of(config)
         self._jobs = [job for job in self._jobs if job.poll() is None]
-        self._jobs.append(LocalJob(config, num_parallel - 1, [job.port for job in self._jobs], console))
+        self._jobs.append(LocalJob(config, num_parallel - 1, console))
         return self._jobs[-1]

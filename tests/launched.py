@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from launch.ranks import HeldPort
 from tests.runs import environment, train_main
-from tests.spawn import STOP_S, HeldPort
+from tests.spawn import STOP_S
 from train.track.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,38 +10,15 @@ import datetime
 import multiprocessing as mp
 import multiprocessing.connection
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+from launch.ranks import HeldPort
+
 # Nothing takes so long, however busy the machine is: past this it hangs.
 STOP_S = 600.0
-
-
-class HeldPort:
-    """A TCP port for others to meet at, held until the end of the context.
-
-    A port that is only looked up is anybody's again, and the system may hand it out before the ranks have started. One
-    that a socket has without listening at it is handed to nobody, and torch's store, which reuses addresses, may listen
-    there all the same.
-    """
-
-    def __init__(self) -> None:
-        self._socket = socket.socket()
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.bind(("127.0.0.1", 0))
-        self.number = int(self._socket.getsockname()[1])
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def __enter__(self) -> int:
-        return self.number
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def _serve(rank: int, pipe: multiprocessing.connection.Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from launch import ranks
-from launch.ranks import Ended, start_ranks
+from launch.ranks import Ended, HeldPort, start_ranks
 from tests.launch import events
 from tests.launch.events import STOP_S, has_been_seen_to_end
 
@@ -215,3 +216,15 @@ def test_a_rank_that_does_not_save_in_time_is_killed(tmp_path: Path, hold_time: 
     assert ended.was_asked and ended.code == 1
     assert "ranks 1 did not save and end within" in ended.reason
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_held_port_is_nobody_elses_and_a_store_may_listen_there() -> None:
+    with HeldPort() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with socket.socket() as store:
+            store.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            store.bind(("0.0.0.0", port))
+            store.listen()
+            with socket.create_connection(("127.0.0.1", port)):
+                pass

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from launch.ranks import HeldPort
 from parallel import process
 from parallel.mesh import KINDS, Mesh, ParallelConfig
-from tests.spawn import HeldPort, Ranks
+from tests.spawn import Ranks
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.ranks import HeldPort
 from parallel.shards import Piece
-from tests.spawn import STOP_S, HeldPort
+from tests.spawn import STOP_S
 from tests.train.checkpoint_cases import state
 from train.checkpoint import step_folders
 from train.checkpoint.config import CheckpointConfig
