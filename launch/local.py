@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from launch.prepare import check_epochs_of, prepare_command, prepare_run
@@ -64,7 +64,6 @@ class LocalJob:
         self,
         config: RunConfig,
         num_neighbours: int = 0,
-        taken_ports: Collection[int] = (),
         console: Path | None = None,
     ) -> None:
         self._resolved = tempfile.NamedTemporaryFile("w", prefix="halocline-", suffix=".yaml")  # noqa: SIM115
@@ -74,8 +73,7 @@ class LocalJob:
         arguments = ["--config", self._resolved.name]
         warm = _warm_up(config)
         start = forked("train.__main__", arguments) if warm else program([sys.executable, "-m", "train", *arguments])
-        self._ranks = Ranks(start, num_ranks, logs, num_neighbours, taken_ports, console)
-        self.port = self._ranks.port
+        self._ranks = Ranks(start, num_ranks, logs, num_neighbours, console)
 
     def poll(self) -> Ended | None:
         """How it ended; None while it runs."""
@@ -111,5 +109,5 @@ class Machine:
         self.prepare(config)
         check_epochs_of(config)
         self._jobs = [job for job in self._jobs if job.poll() is None]
-        self._jobs.append(LocalJob(config, num_parallel - 1, [job.port for job in self._jobs], console))
+        self._jobs.append(LocalJob(config, num_parallel - 1, console))
         return self._jobs[-1]

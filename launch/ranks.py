@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +123,6 @@ class Ranks:
     Args:
         start: starts one of them.
         num_neighbours: other jobs that run on this machine meanwhile and share its cores.
-        taken_ports: ports that their ranks meet at, or will in a moment.
         console: file for what rank 0 prints; None: this process's standard output.
     """
 
@@ -133,16 +132,15 @@ class Ranks:
         num_ranks: int,
         logs: Path,
         num_neighbours: int = 0,
-        taken_ports: Collection[int] = (),
         console: Path | None = None,
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
-        self.port = _free_port(taken_ports)
+        self._port = HeldPort()
         self._ranks: list[_Rank] = []
         self._asked_at_s: float | None = None
         self._failed: list[int] = []  # in the order of their ends
         self._failed_at_s: float | None = None
-        environment = _shared_environment(num_ranks, self.port, num_neighbours)
+        environment = _shared_environment(num_ranks, self._port.number, num_neighbours)
         try:
             for rank in range(num_ranks):
                 log = logs / f"rank_{rank}.log"
@@ -193,6 +191,7 @@ class Ranks:
             rank.process.kill()
         for rank in self._ranks:
             rank.process.wait()
+        self._port.close()
 
 
 def _shared_environment(num_ranks: int, port: int, num_neighbours: int) -> dict[str, str]:
@@ -295,10 +294,25 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _free_port(taken: Collection[int]) -> int:
-    while True:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = int(sock.getsockname()[1])
-        if port not in taken:
-            return port
+class HeldPort:
+    """A TCP port for ranks to meet at, held until it is closed. A context manager.
+
+    A port that was only looked up is anybody's again, and the system may hand it to another socket before the ranks
+    have started. One that a socket has without listening at it is handed to nobody, and torch's store, which reuses
+    addresses, may listen there all the same.
+    """
+
+    def __init__(self) -> None:
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("127.0.0.1", 0))
+        self.number = int(self._socket.getsockname()[1])
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> int:
+        return self.number
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

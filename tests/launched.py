@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from launch.ranks import HeldPort
 from tests.runs import environment, train_main
-from tests.spawn import free_port
+from tests.spawn import STOP_S
 from train.track.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT_S = 240.0
 
 
 class Launched:
@@ -47,7 +47,7 @@ class Launched:
 
     def finish(self) -> tuple[int, str, str]:
         """Exit code, standard output, standard error."""
-        out, err = self.process.communicate(timeout=LIMIT_S)
+        out, err = self.process.communicate(timeout=STOP_S)
         return self.process.returncode, out, err
 
     def ranks(self) -> list[int]:
@@ -79,7 +79,7 @@ class Launched:
 
     def wait_for(self, happened: Callable[[], bool]) -> None:
         """Return when it has happened, or the command has ended."""
-        end_s = time.monotonic() + LIMIT_S
+        end_s = time.monotonic() + STOP_S
         while not happened() and self.process.poll() is None:
             assert time.monotonic() < end_s, "nothing happened"
             time.sleep(0.01)
@@ -109,34 +109,36 @@ class Forked:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train.__main__", "torch._dynamo", "deepspeed"])
         arguments = [*settings, f"run.dir={run_dir}"]
-        port, log = free_port(), run_dir.with_suffix(".log")
+        log = run_dir.with_suffix(".log")
+        self._port = HeldPort()
         self.run_dir = run_dir
         self.processes = [
-            context.Process(target=_forked_rank, args=(rank, num_ranks, port, arguments, log), daemon=True)
+            context.Process(target=_forked_rank, args=(rank, num_ranks, self._port.number, arguments, log), daemon=True)
             for rank in range(num_ranks)
         ]
         for process in self.processes:
             process.start()
 
-    def codes(self) -> list[int | None]:
+    def codes(self, patience_s: float = 2.0) -> list[int | None]:
         """The exit codes of all ranks once they have ended; minus the signal's number for one ended by a signal.
 
-        When one has failed the others get a moment and are killed then, as launchers do: those that still wait for it
-        to join the job cannot know.
+        patience_s: when one has failed the others get so long and are killed then, as launchers do: those that still
+        wait for it to join the job cannot know. More where all have joined, and each is to end by itself.
         """
-        end_s = time.monotonic() + LIMIT_S
+        end_s = time.monotonic() + STOP_S
         while any(process.is_alive() for process in self.processes) and time.monotonic() < end_s:
             if any(process.exitcode for process in self.processes):
-                end_s = min(end_s, time.monotonic() + 2)
+                end_s = min(end_s, time.monotonic() + patience_s)
             time.sleep(0.01)
         for process in self.processes:
             process.kill()
             process.join()
+        self._port.close()
         return [process.exitcode for process in self.processes]
 
     def wait_for_step(self, step: int) -> None:
         """Return when `metrics.jsonl` has this step, or a rank has ended."""
-        end_s = time.monotonic() + LIMIT_S
+        end_s = time.monotonic() + STOP_S
         while last_step(self.run_dir) < step and all(process.is_alive() for process in self.processes):
             assert time.monotonic() < end_s, "nothing happened"
             time.sleep(0.005)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sysconfig
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.spawn import Ranks
+from tests.texts import write_library
 from train.checkpoint.config import CheckpointConfig
 from train.checkpoint.flat import FlatReader, tensors
 from train.checkpoint.saver import Checkpoints
@@ -50,8 +50,8 @@ DENSE = [
 
 
 def prepare_text(folder: Path) -> list[str]:
-    """Tokens of a little real text in `folder`, and the settings that use them."""
-    source = Path(sysconfig.get_paths()["stdlib"]) / "email"
+    """Tokens of a small library of files in `folder`, and the settings that use them."""
+    source = write_library(folder.with_name("library"))
     data = DataConfig(
         source=str(source),
         dir=str(folder),
@@ -133,9 +133,7 @@ def run_in(
     exit_code: int | None = 0,
 ) -> Finished:
     """Train in `folder` on long-lived ranks, to the exit code that is expected (None: any)."""
-    codes = ranks.run(
-        train_main, [*settings, f"run.dir={folder}"], fault, world_size=world_size, with_group=False, timeout_s=300
-    )
+    codes = ranks.run(train_main, [*settings, f"run.dir={folder}"], fault, world_size=world_size, with_group=False)
     assert exit_code is None or codes == [exit_code] * world_size, codes
     path = folder / "metrics.jsonl"
     return Finished(folder, read_metrics(path) if path.exists() else [])

@@ -10,18 +10,15 @@ import datetime
 import multiprocessing as mp
 import multiprocessing.connection
 import os
-import socket
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+from launch.ranks import HeldPort
 
-def free_port() -> int:
-    """A TCP port that the operating system has just called free."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+# Nothing takes so long, however busy the machine is: past this it hangs.
+STOP_S = 600.0
 
 
 def _serve(rank: int, pipe: multiprocessing.connection.Connection) -> None:
@@ -87,7 +84,7 @@ class Ranks:
         fn: Callable[..., Any],
         *args: Any,
         world_size: int = 4,
-        timeout_s: float = 120,
+        timeout_s: float = STOP_S,
         with_group: bool = True,
         **kwargs: Any,
     ) -> list[Any]:
@@ -98,22 +95,10 @@ class Ranks:
         """
         self._grow(world_size)
         pipes = [pipe for _, pipe in self._workers[:world_size]]
-        port = free_port()
-        for pipe in pipes:
-            pipe.send((fn, args, kwargs, world_size, port, timeout_s, with_group))
-        replies: dict[int, tuple[bool, Any]] = {}
-        deadline = time.monotonic() + timeout_s
-        while len(replies) < world_size and time.monotonic() < deadline:
-            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in replies]
-            for ready in multiprocessing.connection.wait(waiting, timeout=1):
-                rank = pipes.index(ready)
-                try:
-                    replies[rank] = ready.recv()
-                except (EOFError, ConnectionResetError):
-                    replies[rank] = (False, f"the process of rank {rank} died\n")
-            # A rank that failed leaves the others waiting in a collective: do not wait for all of them.
-            if any(not ok for ok, _ in replies.values()):
-                deadline = min(deadline, time.monotonic() + 5)
+        with HeldPort() as port:
+            for pipe in pipes:
+                pipe.send((fn, args, kwargs, world_size, port, timeout_s, with_group))
+            replies = self._replies(pipes, timeout_s)
         failures = {rank: text for rank, (ok, text) in replies.items() if not ok}
         missing = [rank for rank in range(world_size) if rank not in replies]
         if failures or missing:
@@ -121,6 +106,24 @@ class Ranks:
             texts = [f"--- rank {rank}\n{text}" for rank, text in sorted(failures.items())]
             raise RankError("\n".join([*texts, f"ranks without an answer: {missing}" if missing else ""]))
         return [replies[rank][1] for rank in range(world_size)]
+
+    @staticmethod
+    def _replies(pipes: list[multiprocessing.connection.Connection], timeout_s: float) -> dict[int, tuple[bool, Any]]:
+        """Whether each rank was well, and what it returned or its traceback; ranks that never answer are missing."""
+        replies: dict[int, tuple[bool, Any]] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(replies) < len(pipes) and time.monotonic() < deadline:
+            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in replies]
+            for ready in multiprocessing.connection.wait(waiting, timeout=1):
+                rank = pipes.index(ready)  # type: ignore[arg-type]
+                try:
+                    replies[rank] = ready.recv()  # type: ignore[union-attr]
+                except (EOFError, ConnectionResetError):
+                    replies[rank] = (False, f"the process of rank {rank} died\n")
+            # A rank that failed leaves the others waiting in a collective: do not wait for all of them.
+            if any(not ok for ok, _ in replies.values()):
+                deadline = min(deadline, time.monotonic() + 5)
+        return replies
 
     def close(self) -> None:
         """End all workers; the next `run` starts new ones."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import balance, bubble, emulate, mtp, recompute, runtime, step
+from benchmarks import balance, bubble, data, emulate, mtp, recompute, runtime, step
 from parallel.pipeline.registry import build
 from parallel.pipeline.simulate import simulate
 from tests.runs import SMALL, prepare_text
+from tests.spawn import STOP_S
 from train.compose import compose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=STOP_S)
 
 
 def test_step() -> None:
@@ -138,14 +140,16 @@ def test_balance_refuses(argument: str, sentence: str) -> None:
         balance.read([argument])
 
 
-def test_data(tmp_path: Path) -> None:
-    for number in range(40):
-        words = " ".join(f"word{(i * i + number) % 97} = {i % 13};" for i in range(3000))
+def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(20):
+        words = " ".join(f"word{(i * i + number) % 97} = {i % 13};" for i in range(1500))
         (tmp_path / f"{number}.txt").write_text(words)
-    result = run("data", "--source", str(tmp_path))
-    assert result.returncode == 0, result.stderr
-    assert "MB/s" in result.stdout
-    assert len(result.stdout.splitlines()) == 15  # two lines, two heads, five forms and six sizes of rows
+    monkeypatch.setattr(sys, "argv", ["data", "--source", str(tmp_path)])
+    monkeypatch.setattr(data, "rows_per_s", partial(data.rows_per_s, at_least_s=0.01))
+    data.main()
+    out = capsys.readouterr().out
+    assert "MB/s" in out
+    assert len(out.splitlines()) == 15  # two lines, two heads, five forms and six sizes of rows
 
 
 def table(output: str) -> dict[str, list[str]]:

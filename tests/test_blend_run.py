@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,10 @@ from tests.deviation import worst
 from tests.plain_run import plain_run
 from tests.runs import SMALL, run_in
 from tests.spawn import Ranks
+from tests.texts import write_library
 from train.compose import compose
 from train.data.prepare.all_sources import prepare_sources
 
-LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 RUN = (
     *("train.global_batch_size=8", "train.batch_ramp.start=4", "train.batch_ramp.tokens=200"),
     *("train.batch_ramp.quantum=4", "train.max_steps=4", "precision=fp64", "model.num_nextn_predict_layers=2"),
@@ -30,8 +29,10 @@ def blend_of(folder: Path, *sources: str) -> list[str]:
     ]
 
 
-def source(name: str, weight: float, settings: str = "") -> str:
-    return f"{{name:{name},weight:{weight},source:{LIBRARY / name},settings:{{suffixes:[.py]{settings}}}}}"
+def source(folder: Path, name: str, weight: float, settings: str = "") -> str:
+    """A library of its own for each name, beside the folder of the tokens."""
+    library = write_library(folder.with_name(name), seed=len(name), num_files=8)
+    return f"{{name:{name},weight:{weight},source:{library},settings:{{suffixes:[.py]{settings}}}}}"
 
 
 def last_words(folder: Path) -> str:
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(folder: Path) -> list[str]:
-    settings = blend_of(folder, source("json", 0.7), source("wsgiref", 0.3, ",fim_rate:0.5"))
+    settings = blend_of(folder, source(folder, "json", 0.7), source(folder, "wsgiref", 0.3, ",fim_rate:0.5"))
     prepare_sources(compose([*SMALL, *settings]).data, lambda line: None)
     return settings
 
@@ -77,7 +78,10 @@ def test_a_checkpoint_goes_on_with_its_own_blend_alone(
     run_in(ranks, tmp_path, [*whole, "train.max_steps=2", "checkpoint.interval=1"], 1)
     tokenizer = f"data.tokenizer={folder / 'tokenizer.json'}"
     others = {
-        "data.blend": [*blend_of(folder, source("json", 0.6), source("wsgiref", 0.4, ",fim_rate:0.5")), tokenizer],
+        "data.blend": [
+            *blend_of(folder, source(folder, "json", 0.6), source(folder, "wsgiref", 0.4, ",fim_rate:0.5")),
+            tokenizer,
+        ],
         "data.document_mask": [*text, "data.document_mask=false"],
     }
     for key, data in others.items():

@@ -15,7 +15,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "example.md"
 
 
 def test_the_example_does_what_it_shows(tmp_path: Path) -> None:
-    folder = run_page(PAGE, tmp_path, timeout_s=400)
+    folder = run_page(PAGE, tmp_path, timeout_s=1800)
     from transformers import AutoTokenizer
 
     best = folder / "runs" / "rates-sweep" / "lr_scheduler.lr=0.003"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -114,9 +115,7 @@ def names(folder: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("verb", ["export", pytest.param("import", marks=pytest.mark.slow)])
 def test_killed_midway_leaves_nothing_that_looks_whole(large: Path, tmp_path: Path, verb: str) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    draw = random.Random(seed)
+    draw = random.Random(int(os.environ["HALOCLINE_SEED"]))
     target = tmp_path / "target"
     if verb == "export":
         command = [verb, f"checkpoint={large}", f"to={target}", f"max_shard_bytes={SHARD_BYTES}", "tokenizer=none"]

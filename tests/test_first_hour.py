@@ -96,7 +96,7 @@ def run_page(page: Path, tmp_path: Path, timeout_s: int) -> Path:
 
 
 def test_the_pages_commands_do_what_it_shows(tmp_path: Path) -> None:
-    run_page(PAGE, tmp_path, timeout_s=800)
+    run_page(PAGE, tmp_path, timeout_s=1800)
 
 
 @pytest.mark.parametrize(

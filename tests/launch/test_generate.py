@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from launch.__main__ import main
 from tests.runs import SMALL, last_checkpoint, prepare_text, read_checkpoint, run_in
 from tests.spawn import Ranks
+from tests.texts import write_library
 from train import compose
 from train.assemble import load_model
 from train.checkpoint.state import TrainState
@@ -200,7 +200,9 @@ def test_half_a_character_is_shown_at_the_end(run: Path) -> None:
 
 
 def test_a_run_on_a_blend_finds_its_tokenizer(ranks: Ranks, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    library = Path(sysconfig.get_paths()["stdlib"])
+    library = tmp_path / "library"
+    for seed, name in enumerate(("json", "wsgiref", "email")):
+        write_library(library / name, seed, num_files=4)
     sources = ",".join(
         f"{{name:{name},weight:{weight},source:{library / name},settings:{{suffixes:[.py]}}}}"
         for name, weight in (("json", 0.7), ("wsgiref", 0.3))

@@ -19,7 +19,7 @@ from parallel.collectives import Steps, drive
 from parallel.expert.build import build
 from parallel.expert.dispatch import Dispatch
 from parallel.mesh import DISPATCHES, Mesh, ParallelConfig
-from tests.spawn import Ranks
+from tests.spawn import STOP_S, Ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +235,7 @@ def draw(config: ParallelConfig, seed: int, num_cases: int = 6) -> list[Case]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_mesh_agrees_with_the_loops(ranks: Ranks, world_size: int) -> None:
-    ranks.run(all_meshes, world_size, world_size=world_size, timeout_s=600)
+    ranks.run(all_meshes, world_size, world_size=world_size)
 
 
 def interleaved(config: ParallelConfig) -> None:
@@ -353,7 +353,7 @@ def test_the_kernel_counts_the_same_bytes_between_nodes(dispatch: str) -> None:
     if reason := emulate.able():
         pytest.skip(f"this machine cannot emulate a cluster: {reason}")
     with emulate.Lab(nodes=2) as lab:
-        result = lab.run([sys.executable, "-c", ACROSS.replace("{dispatch}", dispatch)], per_node=2, timeout_s=120)
+        result = lab.run([sys.executable, "-c", ACROSS.replace("{dispatch}", dispatch)], per_node=2, timeout_s=STOP_S)
     assert result.ok, result.outputs
     counted = int(result.outputs[0].split("sent")[1])
     # Headers and acknowledgements are 0.1 % of large packets, meeting at the start and the counts some kilobytes.

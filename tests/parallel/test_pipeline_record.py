@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -161,60 +163,124 @@ def test_a_recorded_run_is_its_schedule_and_its_metrics(
         assert [found["step"], *found["bubble"]] == pytest.approx([length, *idles])
 
 
-SLOW_S = 0.01
-SLOW_STAGE_S = 0.05
+SLOW_S = 0.02
+
+
+class Steps:
+    """Numbered steps that one rank takes, for another one to wait for; files in a folder, as ranks are processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.number = folder, 0
+
+    def take(self) -> None:
+        (self.folder / str(self.number)).touch()
+        self.number += 1
+
+    def wait_for_next(self) -> None:
+        while not (self.folder / str(self.number)).exists():
+            time.sleep(0.001)
+        self.number += 1
 
 
 @contextmanager
-def a_slow_stage() -> Iterator[None]:
-    """The second rank of the pipeline takes longer for each forward."""
-    from train.stage import Stage
+def waits_told(is_told: Callable[[Need], bool], steps: Steps) -> Iterator[None]:
+    """Rank 0 takes a step in each of its waits of one kind, after the wait has begun."""
+    original = Watch.wait
 
-    original = Stage.forward
+    def wait(self: Watch, need: Need, call: Callable[[], Any], peer: Any = None) -> Any:
+        def told() -> Any:
+            steps.take()
+            return call()
 
-    def forward(self: Any, micro_batch: int, x: Any) -> Any:
-        if x is not None:
-            time.sleep(SLOW_STAGE_S)
-        return (yield from original(self, micro_batch, x))
+        return original(self, need, told if is_told(need) else call, peer)
 
-    with mock.patch.object(Stage, "forward", forward):
+    with mock.patch.object(Watch, "wait", wait) if os.environ["RANK"] == "0" else nullcontext():
         yield
 
 
 @contextmanager
-def slow_rows() -> Iterator[None]:
-    """What rank 1 sends to experts leaves late."""
-    import os
+def a_slow_stage(folder: Path) -> Iterator[None]:
+    """The second rank of the pipeline takes longer for each forward: from when the first rank waits for what follows,
+    however late it comes to that. All ranks are on one machine, and their clocks are one."""
+    from train.stage import Stage
 
+    original, steps = Stage.forward, Steps(folder)
+
+    def forward(self: Any, micro_batch: int, x: Any) -> Any:
+        if x is not None and self.model.training:
+            steps.wait_for_next()
+            time.sleep(SLOW_S)
+        return (yield from original(self, micro_batch, x))
+
+    with (
+        waits_told(lambda need: need.kind == "input", steps),
+        mock.patch.object(Stage, "forward", forward),
+        mock.patch.object(Recorder, "meet", lambda self: None),
+    ):
+        yield
+
+
+class Undisturbed:
+    """A clock that stands still while this thread is kept from its processor, unless it waits for another rank."""
+
+    def __init__(self) -> None:
+        self._waited_s, self._waits_since_s = 0.0, None
+
+    def __call__(self) -> float:
+        now_s = 0.0 if self._waits_since_s is None else time.perf_counter() - self._waits_since_s
+        return time.thread_time() + self._waited_s + now_s
+
+    def wait(self, call: Callable[[], Any]) -> Any:
+        self._waits_since_s = time.perf_counter()
+        try:
+            return call()
+        finally:
+            self._waited_s += time.perf_counter() - self._waits_since_s
+            self._waits_since_s = None
+
+
+@contextmanager
+def slow_rows(folder: Path) -> Iterator[None]:
+    """What rank 1 sends to experts leaves late: from when rank 0 waits for it."""
     from parallel.expert.dispatch import Dispatch
 
-    original = Dispatch._transfer
+    original, wait, steps, clock = Dispatch._transfer, Watch.wait, Steps(folder), Undisturbed()
 
     def transfer(self: Any, *args: Any) -> Any:
         if os.environ["RANK"] == "1":
+            steps.wait_for_next()
             time.sleep(SLOW_S)
         return original(self, *args)
 
-    with mock.patch.object(Dispatch, "_transfer", transfer):
+    with (
+        mock.patch.object(Watch, "clock", staticmethod(clock)),
+        mock.patch.object(
+            Watch, "wait", lambda self, need, call, *peer: wait(self, need, partial(clock.wait, call), *peer)
+        ),
+        waits_told(lambda need: need.kind == "experts" and "numbers" not in need.text, steps),
+        mock.patch.object(Dispatch, "_transfer", transfer),
+    ):
         yield
 
 
 def test_a_slow_stage_shows_as_bubble_alone(ranks: Ranks, tmp_path: Path, text: list[str]) -> None:
     settings = [*SMALL, *text, *SHORT, "parallel.pp=2", "parallel.dp=1", "train.global_batch_size=8"]
-    rows = run_in(ranks, tmp_path, settings, 2, a_slow_stage).rows
+    (tmp_path / "steps").mkdir()
+    rows = run_in(ranks, tmp_path / "run", settings, 2, partial(a_slow_stage, tmp_path / "steps")).rows
     for row in rows:
-        # The first rank stands still through all but the first of 8 slow forwards, but for its own work of some 10 ms
-        # meanwhile: a third of them is a safe bound.
-        assert row["perf/bubble_s"] > 7 * SLOW_STAGE_S / 2 / 3
+        # The first rank stands still through all 8 slow forwards.
+        assert row["perf/bubble_s"] > 8 * SLOW_S / 2
         assert row["perf/exposed_comm_s"] == 0
         assert row["perf/bubble_s"] < row["perf/step_s"]
 
 
 def test_slow_rows_show_as_exposed_communication_alone(ranks: Ranks, tmp_path: Path, text: list[str]) -> None:
     settings = [*SMALL, *text, *SHORT, "parallel.dp=2", "parallel.ep=2", "parallel.dispatch=flat"]
-    rows = run_in(ranks, tmp_path, settings, 2, slow_rows).rows
+    (tmp_path / "steps").mkdir()
+    rows = run_in(ranks, tmp_path / "run", settings, 2, partial(slow_rows, tmp_path / "steps")).rows
     for row in rows:
-        # Rank 0 waits in each of 4 micro-batches and 3 MoE layers for rows there, back, and both once more backwards.
-        assert row["perf/exposed_comm_s"] > 4 * 3 * 4 * SLOW_S / 2
+        # Rank 0 waits in each of 4 micro-batches and 3 MoE layers for rows and weights there, rows back, their
+        # gradients, and the gradients of both.
+        assert row["perf/exposed_comm_s"] > 4 * 3 * 6 * SLOW_S / 2
         # On one rank there is nothing to wait for between two actions: what is left is the recorder's own.
         assert row["perf/bubble_s"] < row["perf/exposed_comm_s"] / 10

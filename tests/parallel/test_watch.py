@@ -13,7 +13,7 @@ import torch.distributed as dist
 from parallel.collectives import Handle, all_gather
 from parallel.pipeline.actions import Chunk, parse_action
 from parallel.watch import Need, PeerError, Watch, Watchdog, blamed
-from tests.spawn import Ranks
+from tests.spawn import STOP_S, Ranks
 
 ROWS = Need("experts", "rows of {what} from {peers}", None, Chunk("F", 2, 5))
 
@@ -164,7 +164,7 @@ def test_it_speaks_from_its_thread(three: Callable[..., Need]) -> None:
         heard.set()
 
     with Watchdog(here, 0.1, end):
-        assert here.wait(three(source=0), lambda: heard.wait(60))
+        assert here.wait(three(source=0), lambda: heard.wait(STOP_S))
     assert len(said) == 1 and said[0].endswith("for rows of F2.5 from rank 4")
     with Watchdog(here, 0.1, end):
         pass  # and ends with the rank

@@ -15,7 +15,7 @@ from parallel.shards import ParamInfo
 from parallel.zero.optimizer import ZeroOptimizer, build
 from parallel.zero.sets import ReplicaGroups
 from tests.parallel.zero_world import make_groups
-from tests.spawn import Ranks
+from tests.spawn import STOP_S, Ranks
 from train.recipe.adamw import AdamW
 from train.recipe.optimizer import OptimizerConfig
 
@@ -71,7 +71,7 @@ def test_a_fresh_process_is_silent_compiles_nothing_and_keeps_no_groups(tmp_path
         env=environment | {"TORCH_EXTENSIONS_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=STOP_S,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(tmp_path.iterdir()) == []

@@ -11,20 +11,42 @@ import torch.distributed as dist
 from parallel.host import Host
 from parallel.watch import Watch
 from parallel.zero.norm import global_norm, sum_of_squares
+from tests.bounds import gamma, likely_gamma
 from tests.spawn import Ranks
 
+SCALES = [1e-40, 1e-30, 1e-18, 1e-9, 1.0, 1e18, 1e30, 1e37]
+NUMELS = [1, 5, 4095, 4096, 12_289, 150_001]
+# A row of 4096 elements is summed in fp32, its root rounded; some forty rows are added in fp64.
+NUM_ROUNDINGS, NUM_ROWS = 4096 + 4, 40
 
-@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e-18, 1e-9, 1.0, 1e18, 1e30, 1e37])
-@pytest.mark.parametrize("numel", [1, 5, 4095, 4096, 12_289, 150_001])
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("numel", NUMELS)
 def test_equal_to_an_exact_sum(numel: int, scale: float) -> None:
+    """In any order of the sums, but for one run in a million: the tests of this file sum less than 1000 rows."""
     values = torch.randn(numel, generator=torch.Generator().manual_seed(numel), dtype=torch.float64) * scale
-    for dtype, tolerance in ((torch.float32, 3e-7), (torch.float64, 1e-13)):
+    for dtype in (torch.float32, torch.float64):
         rounded = values.to(dtype)
         exact = math.fsum(x * x for x in rounded.tolist())
         total = sum_of_squares(rounded)
         assert total.shape == (1,) and total.dtype == torch.float64
-        # A row is a sum in fp32 (2^-24 of rounding, in several lanes); rows err in both directions.
+        tolerance = likely_gamma(NUM_ROUNDINGS, torch.float32, failure=1e-9) if dtype == torch.float32 else 0.0
+        tolerance += gamma(numel + NUM_ROWS, torch.float64)
         assert total.item() == pytest.approx(exact, rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("numel", NUMELS)
+def test_squares_that_fp32_can_sum_lose_their_roots_rounding_alone(numel: int, scale: float) -> None:
+    """Whole numbers up to 15 times a power of two: any order of 4096 squares is exact, and a square of a rounded root
+    is off by two roundings."""
+    whole = torch.randint(-15, 16, (numel,), generator=torch.Generator().manual_seed(numel)).float()
+    whole[0] = 1.0
+    factor = 2.0 ** max(round(math.log2(scale)), -130)
+    for dtype, rounding in ((torch.float32, 2.0**-24), (torch.float64, 2.0**-53)):
+        exact = float(whole.double().square().sum()) * factor**2
+        total = sum_of_squares(whole.to(dtype) * factor)
+        assert total.item() == pytest.approx(exact, rel=2.01 * rounding + gamma(NUM_ROWS, torch.float64), abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

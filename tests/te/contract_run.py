@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.rounding import order_free_products
 from tests.runs import SMALL, prepare_text, read_checkpoint, run_in, train_main
 from tests.spawn import Ranks
 from tests.te import twin
@@ -53,7 +54,7 @@ def over_the_twin() -> Iterator[None]:
     """The same in a rank, a process without this one's plugin. It ends with these tests."""
     if "transformer_engine" not in sys.modules:
         twin.install()
-    with claimed():
+    with claimed(), order_free_products():
         yield
 
 

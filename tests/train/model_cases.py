@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.bounds import gamma
 from tests.reference import LocalDispatch
 from tests.train.disk_names import from_hf, to_hf
 from train.model.config import SCORING_FUNCS, TOPK_METHODS, ModelConfig
 from train.model.init import init_weights
 from train.model.kernels import Kernels
+from train.model.rope import _frequencies
 from train.model.router import BiasedRouter
 from train.model.transformer import Transformer
 from train.precision.grads import attach_main_grads
@@ -243,6 +245,15 @@ def llama(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype) -> 
     )
     disk = {name: tensor.detach().clone() for name, tensor in to_hf(state, config).items()}
     return LlamaForCausalLM.from_pretrained(None, config=theirs, state_dict=disk, dtype=dtype).train()
+
+
+def share_frequencies(oracle: Any, config: ModelConfig) -> None:
+    """Let the oracle rotate by our frequencies: YaRN's are blends, which both round to float32 in another order."""
+    ours, theirs = _frequencies(config, torch.device("cpu")), oracle.model.rotary_emb.inv_freq
+    unstretched = config.rope_theta ** -(torch.arange(0, config.rope_dim, 2).double() / config.rope_dim)
+    # A power, quotients, a product with a share of at most 1, a sum.
+    assert bool(((ours.double() - theirs).abs() <= 2 * gamma(8, torch.float32) * unstretched).all())
+    theirs.copy_(ours)
 
 
 def gradients_in_our_names(oracle: Any, config: ModelConfig) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.shards import Piece
-from tests.spawn import Ranks
+from tests.spawn import STOP_S, Ranks
 from tests.train.checkpoint_cases import (
     check_filled,
     empty_pieces,
@@ -87,7 +87,7 @@ class Gate:
         original = FlatWriter.write_data
 
         def held(writer: FlatWriter, *args: Any) -> Any:
-            assert self.open.wait(60)
+            assert self.open.wait(STOP_S)
             return original(writer, *args)
 
         patch.setattr(FlatWriter, "write_data", held)
@@ -125,7 +125,7 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path, monkeypatch: pytest.M
     assert second.is_alive()
     assert not list(tmp_path.glob("*00000002*"))
     gate.open.set()
-    second.join(60)
+    second.join(STOP_S)
     checkpoints.wait()
     assert {path.name for path in tmp_path.glob("step-*")} == {"step-00000001", "step-00000002"}
     load_case(checkpoints, tmp_path / "step-00000001", 0)

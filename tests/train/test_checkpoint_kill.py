@@ -21,8 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from launch.ranks import HeldPort
 from parallel.shards import Piece
-from tests.spawn import free_port
+from tests.spawn import STOP_S
 from tests.train.checkpoint_cases import state
 from train.checkpoint import step_folders
 from train.checkpoint.config import CheckpointConfig
@@ -138,22 +139,23 @@ def kill_ranks(folder: str, num_kills: int, world_size: int, seed: int) -> None:
     root = Path(folder)
     fork = mp.get_context("fork")
     for _ in range(num_kills):
-        before, port = latest_name(root), free_port()
-        job = [fork.Process(target=save_forever, args=(root, rank, world_size, port)) for rank in range(world_size)]
-        for process in job:
-            process.start()
-        deadline = time.monotonic() + 60
-        while latest_name(root) == before:
-            assert time.monotonic() < deadline and all(process.is_alive() for process in job), "no save came through"
-            time.sleep(0.002)
-        time.sleep(draw.random() * 0.1)
-        draw.shuffle(job)
-        assert all(process.is_alive() for process in job)
-        for process in job:
-            process.kill()
-            time.sleep(draw.choice((0, 0.02)))  # Time for the others to notice.
-        for process in job:
-            process.join()
+        before = latest_name(root)
+        with HeldPort() as port:
+            job = [fork.Process(target=save_forever, args=(root, rank, world_size, port)) for rank in range(world_size)]
+            for process in job:
+                process.start()
+            deadline = time.monotonic() + STOP_S
+            while latest_name(root) == before:
+                assert all(process.is_alive() for process in job) and time.monotonic() < deadline, "no save came"
+                time.sleep(0.002)
+            time.sleep(draw.random() * 0.1)
+            draw.shuffle(job)
+            assert all(process.is_alive() for process in job)
+            for process in job:
+                process.kill()
+                time.sleep(draw.choice((0, 0.02)))  # Time for the others to notice.
+            for process in job:
+                process.join()
         assert not step_folders.survey(root)[1]
         for path in step_folders.survey(root)[0]:
             step_folders.verify(path, step_folders.read_manifest(path), step_folders.read_manifest(path))
@@ -162,7 +164,7 @@ def kill_ranks(folder: str, num_kills: int, world_size: int, seed: int) -> None:
 
 def _in_a_process(call: str) -> str:
     code = f"import torch; torch.set_num_threads(1)\nfrom tests.train import test_checkpoint_kill as t\nt.{call}"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=110)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=STOP_S)
     assert ended.returncode == 0, ended.stderr[-4000:]
     return ended.stdout
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.bounds import is_plausible
 from tests.train.decode_cases import agreeing_model, greedy_text, head, main_states
 from tests.train.model_cases import TINY, build, random_config, random_tokens
 from train.generate import (
@@ -105,10 +106,8 @@ def test_a_limit_is_kept_whatever_the_drafts(num_new: int) -> None:
     assert len(run(model, [7, 8], num_new, speculative=True).tokens) == num_new
 
 
-def is_plausible(pairs: list[tuple[int, float]]) -> bool:
-    """Whether counts are as they are due: the sum of (counted - due)² / due is that of chi², which has as its mean the
-    number of pairs and twice that as its variance. Seven deviations above happen once in 10^6 or less."""
-    return sum((n - due) ** 2 / due for n, due in pairs) < len(pairs) + 7 * (2 * len(pairs)) ** 0.5
+# Of each comparison of counts here; there are less than ten.
+FAILURE = 1e-7
 
 
 def test_a_refused_draft_is_replaced_so_that_nothing_shows() -> None:
@@ -124,12 +123,12 @@ def test_a_refused_draft_is_replaced_so_that_nothing_shows() -> None:
         tokens = Counter(each[place] for each in found if len(each) > place)
         total = sum(tokens.values())
         assert total > 1000
-        assert is_plausible([(tokens[token], total * float(wanted[place, token])) for token in range(4)])
+        assert is_plausible([tokens[token] for token in range(4)], wanted[place].tolist(), FAILURE)
     # A draft holds with probability Σ min(p, q).
     for depth, tried in enumerate(transcript.num_tried):
-        due = tried * float(torch.minimum(wanted[depth], drafted[depth]).sum())
+        due = float(torch.minimum(wanted[depth], drafted[depth]).sum())
         held = transcript.num_accepted[depth]
-        assert is_plausible([(held, due), (tried - held, tried - due)])
+        assert is_plausible([held, tried - held], [due, 1 - due], FAILURE)
 
 
 @pytest.mark.parametrize(("temperature", "top_p", "speculative"), [(0.8, 0.9, False), (0.4, 1.0, True)])
@@ -142,18 +141,19 @@ def test_sampled_texts_have_the_distribution(temperature: float, top_p: float, s
     def next_token(text: list[int]) -> list[float]:
         return chooser.probabilities(head(model, main_states(model, text)[-1:]))[0].tolist()
 
-    due: dict[tuple[int, ...], float] = {(): num_draws}
+    due: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):
-        due = {(*text, token): n * p for text, n in due.items() for token, p in enumerate(next_token([2, *text]))}
+        due = {(*text, token): q * p for text, q in due.items() for token, p in enumerate(next_token([2, *text]))}
     ways = {"chooser": Chooser(temperature, top_p, seed=1), "speculative": speculative}
     records = [run(model, [2], 3, **ways) for _ in range(num_draws)]
     found = Counter(tuple(transcript.tokens) for transcript in records)
     assert all(due[text] > 0 for text in found)
-    often = [text for text, n in due.items() if n >= 5]
-    pairs = [(found[text], due[text]) for text in often]
-    pairs.append((num_draws - sum(n for n, _ in pairs), max(1e-9, num_draws - sum(n for _, n in pairs))))
+    often = [text for text, p in due.items() if num_draws * p >= 5]
+    counts, shares = [found[text] for text in often], [due[text] for text in often]
     assert len(often) > 5
-    assert is_plausible(pairs)
+    # What is rounding of the sum of all shares is no share of the rest.
+    rest = max(1e-12, 1 - sum(shares))
+    assert is_plausible([*counts, num_draws - sum(counts)], [*shares, rest], FAILURE)
     if speculative:  # some hold, some do not
         assert 0.1 < sum(r.num_accepted[0] for r in records) / sum(r.num_tried[0] for r in records) < 0.95
 

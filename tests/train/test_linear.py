@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.bounds import assert_within, product_error
 from train.precision.grads import attach_main_grads
 from train.precision.linear import Linear, TorchEngine
 
@@ -30,27 +31,29 @@ def test_grouped_products(device: str, dtype: torch.dtype) -> None:
     accumulator = torch.ones(weight.shape, dtype=wide)
     gemm.wgrad_(accumulator, dy, x)
     y, dx = gemm.fprop(x, weight), gemm.dgrad(dy, weight)
-    rounding = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     start = 0
     for e, num in enumerate(SPLITS):
         rows = slice(start, start + num)
         start += num
-        exact = x[rows].double(), dy[rows].double(), weight[e].double()
-        torch.testing.assert_close(y[rows].double(), exact[0] @ exact[2].T, rtol=rounding, atol=rounding)
-        torch.testing.assert_close(dx[rows].double(), exact[1] @ exact[2], rtol=rounding, atol=rounding)
-        # Accumulated in float32 without rounding the product to bfloat16 first.
-        expected = 1 + exact[1].T @ exact[0]
-        torch.testing.assert_close(accumulator[e].double(), expected, rtol=1e-5, atol=1e-5)
+        x_e, dy_e, weight_e = x[rows].double(), dy[rows].double(), weight[e].double()
+        # Summed in the wide type and rounded once.
+        for found, factors in ((y[rows], (x_e, weight_e.T)), (dx[rows], (dy_e, weight_e))):
+            assert_within(found, factors[0] @ factors[1], product_error(*factors, wide))
+        # Accumulated in it without rounding the product to bfloat16 first: one term more, the 1 that was there.
+        factors = torch.cat((torch.ones(24, 1), dy_e.T), 1), torch.cat((torch.ones(1, 16), x_e))
+        assert_within(accumulator[e], factors[0] @ factors[1], product_error(*factors, wide))
 
 
 def test_bfloat16_without_hardware_is_one_rounding_of_the_exact_product() -> None:
+    """Of whole numbers, whose sums float32 holds exactly in any order."""
     engine = TorchEngine()
     engine._widen = True
-    x, _, weight = operands(torch.bfloat16)
-    exact = x.double() @ weight[0].double().T
-    y = engine.fprop(x, weight[0])
+    draw = torch.Generator().manual_seed(0)
+    x, weight = (torch.randint(-255, 256, shape, generator=draw).bfloat16() for shape in ((9, 16), (24, 16)))
+    exact = x.double() @ weight.double().T
+    y = engine.fprop(x, weight)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, exact.float().bfloat16())
+    assert torch.equal(y, exact.float().bfloat16()) and not torch.equal(y.double(), exact)
 
 
 def test_a_weight_gradient_accumulates_in_main_grad_alone() -> None:

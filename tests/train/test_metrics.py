@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -107,18 +106,23 @@ def test_balance_measures_at_their_ends() -> None:
     assert (max_vio(worst), min_load(worst)) == (3, 0)
 
 
-def test_timer_counts_waits_inside_the_step() -> None:
+def test_timer_counts_waits_inside_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [100.0]
+
+    def work(time_s: float) -> None:
+        now_s[0] += time_s
+
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now_s[0])
     timer = StepTimer()
     with timer.waiting_for_data():
-        time.sleep(0.02)
-    time.sleep(0.01)
-    step_s, data_wait_s = timer.stop()
-    assert 0.02 <= data_wait_s <= step_s - 0.01
+        work(2)
+    work(1)
+    assert timer.stop() == (3, 2)
     with pytest.raises(KeyError), timer.waiting_for_data():
-        time.sleep(0.005)
+        work(0.5)
         raise KeyError
-    step_s, data_wait_s = timer.stop()
-    assert 0.005 <= data_wait_s <= step_s  # the failed wait counts, the first step does not
+    work(4)
+    assert timer.stop() == (4.5, 0.5)  # the failed wait counts, the first step does not
 
 
 def test_peak_memory_sees_what_was_held_and_not_the_parent() -> None:

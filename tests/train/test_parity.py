@@ -29,6 +29,7 @@ from tests.train.model_cases import (
     random_routing,
     random_tokens,
     random_v2_config,
+    share_frequencies,
     with_grouped_attention,
 )
 from train.compose import compose
@@ -43,10 +44,9 @@ NUM_SHAPES = 24
 TOLERANCE = 1e-5
 
 
-# With its float32 in float64 all of DeepSeek-V2's oracle is, but for the rotary tables, which both sides round alike.
+# With its float32 in float64 all of DeepSeek-V2's oracle is, but for the rotary tables, which both sides round alike
+# from the same frequencies.
 FP64 = 1e-11
-# YaRN's frequencies are blends whose float32 roundings (6e-8) differ; angles of up to some ten radians carry them on.
-WITH_YARN = 1e-6
 
 
 def in_float64(module: Any) -> Any:
@@ -86,6 +86,7 @@ def assert_parity(
     """Routes, logits, loss and the gradient of every parameter agree."""
     model = build(config, dtype, seed)
     oracle = hugging_face(config, model.state_dict(), dtype, attention)
+    share_frequencies(oracle, config)
     tokens = random_tokens(config, 2, seq_len, seed)
 
     routes, expected_routes = [], []
@@ -160,10 +161,8 @@ def test_a_long_sequence_in_many_groups(with_yarn: bool) -> None:
 
 @pytest.mark.parametrize("seed", range(NUM_SHAPES))
 def test_random_shapes_of_v2_agree_in_fp64(seed: int) -> None:
-    config = random_v2_config(seed)
-    tolerance = FP64 if config.rope_scaling is None else WITH_YARN
     with v2_in_float64():
-        assert_parity(config, torch.float64, seed, 5 + seed, tolerance, attention="sdpa")
+        assert_parity(random_v2_config(seed), torch.float64, seed, 5 + seed, FP64, attention="sdpa")
 
 
 @pytest.mark.parametrize("seed", range(0, NUM_SHAPES, 4))

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.__main__ import main
+from tests.spawn import STOP_S
 from tests.train.test_metrics import report
 from train import compose
 from train.track.config import TrackConfig
@@ -229,7 +230,7 @@ def test_a_browser_draws_it(tmp_path: Path) -> None:
     shot = tmp_path / "shot.png"
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--window-size=1000,900", f"--screenshot={shot}", (tmp_path / "report.html").as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=STOP_S)
     pixels = (matplotlib.image.imread(shot)[..., :3] * 255).round().astype(int)
     for name, color in {"training": (0x0A, 0x6C, 0x8F), "validation": (0xD9, 0x77, 0x2B)}.items():
         at = np.argwhere((abs(pixels - np.array(color)) < 12).all(axis=-1))
