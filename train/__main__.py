@@ -19,7 +19,7 @@ import torch
 
 from train import compose, run_folder
 from train.assemble import PeerError, assemble, join
-from train.checkpoint.saver import CheckpointError
+from train.checkpoint.agreement import CheckpointError
 from train.config import RunConfig
 from train.data.prepare.all_sources import prepare_sources
 from train.data.rows.blend import exposure_table

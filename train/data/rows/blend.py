@@ -38,7 +38,7 @@ class Stream(Protocol):
 
     @property
     def unigram_entropy_nats(self) -> float | None:
-        """Of the tokens' frequencies; None where they are of several sources."""
+        """Entropy of the tokens' frequencies, in nats per token; None where they are of several sources."""
         ...
 
     def rows(self, first: int, count: int) -> torch.Tensor:

@@ -53,7 +53,7 @@ class Tokens:
     def open(cls, folder: str | Path, split: str, verify: bool | None = None) -> Tokens:
         """Open `split` ("train" or "valid") of a folder that `prepare` has written.
 
-        verify: whether to compare all checksums; null does so for small data, and compares sizes for large.
+        verify: whether to compare all checksums; None does so for small data, and compares sizes for large.
         Raises ValueError, naming the file, when the folder is not whole or one of its files was cut or changed.
         """
         folder = Path(folder)
