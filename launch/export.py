@@ -31,7 +31,7 @@ from train.files import CRC32, FileRecord, check_contents, check_read_back, new_
 from train.hf import config as hf_config
 from train.hf import tokenizer as hf_tokenizer
 from train.hf.layout import DiskTensor, disk_tensors
-from train.hf.tensor_files import INDEX, Spec, read_specs, write_index, write_shard
+from train.hf.tensor_files import INDEX, Spec, all_finite, read_specs, write_index, write_shard
 from train.model.config import ModelConfig
 from train.precision.published import to_published
 from train.run_folder import find_checkpoint
@@ -172,7 +172,7 @@ def _values(reader: RangeReader, shard: Sequence[Item], kind: str, progress: Pro
         for rows, offset, numel in item.disk.bands():
             values = reader.read(_source_name(item.disk, kind), offset, numel)
             values = values.view(rows.stop - rows.start, *item.disk.shape[1:])
-            if not bool(values.isfinite().all()):
+            if not all_finite(values):
                 raise ValueError(f"{item.disk.entry.ours} holds infinities or NaN: it cannot be exported")
             if item.scales is None:
                 values = values.to(item.spec.dtype)

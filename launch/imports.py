@@ -27,7 +27,7 @@ from train.files import CRC32, check_read_back, new_folder, record_of, write_dur
 from train.hf import config as hf_config
 from train.hf import tokenizer as hf_tokenizer
 from train.hf.layout import DiskTensor, disk_tensors
-from train.hf.tensor_files import Spec, TensorFolder, some
+from train.hf.tensor_files import Spec, TensorFolder, all_finite, some
 from train.model.config import ModelConfig
 from train.precision.published import from_published
 from train.recipe.ema import MASTER
@@ -137,10 +137,11 @@ def _ranges(folder: TensorFolder, tensors: Sequence[DiskTensor]) -> Iterator[tup
                     values = values.float()
                 else:
                     values = from_published(values, scales[rows.start // 128 : -(-rows.stop // 128)])
-                if not bool(values.isfinite().all()):
+                if not all_finite(values):
                     raise ValueError(f"{disk.name} holds infinities or NaN: it cannot be imported")
-                yield _state_name(disk), offset, values.flatten()
                 progress.add(values.nbytes)
+                yield _state_name(disk), offset, values.flatten()
+                del values  # before the next band is made
 
 
 def _is_fp8(spec: Spec | None) -> bool:

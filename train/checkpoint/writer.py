@@ -132,6 +132,7 @@ def write_ranges(
             torch.save(values if whole else values.clone(), cast(IO[bytes], file))
             chunks[name].append(_chunk(offset, values))
             storage[MetadataIndex(name, [offset])] = _StorageInfo(_TENSORS, start, file.num_bytes - start)
+            del values  # before the next range is made
     metadata = Metadata(
         {
             name: TensorStorageMetadata(TensorProperties(torch.float32), torch.Size([sizes[name]]), parts)

@@ -30,7 +30,7 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LENGTH_BYTES = 8
 # What is read of a file counts as the process's memory until the library closes it; so many bytes at most.
-_MAX_MAPPED_BYTES = 1 << 24
+_MAX_MAPPED_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,11 @@ def _files(folder: Path) -> dict[Path, set[str]]:
     if outside := sorted(str(file) for file in found if file.parent != folder):
         raise ValueError(f"{index} names {outside[0]}, which is not a file of its folder")
     return dict(sorted(found.items()))
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no element is infinite or NaN, found without another tensor of their size."""
+    return all(bool(extreme.isfinite()) for extreme in values.aminmax())
 
 
 def some(names: Sequence[str]) -> str:
