@@ -39,6 +39,7 @@ from train.config import RunConfig
 from train.data.prepare.one_source import prepare
 from train.data.rows.epochs import Rows
 from train.data.rows.tokens import Tokens
+from train.files import replace_durably
 from train.model.init import init_weights
 from train.model.loss import LossTerms
 from train.model.transformer import Transformer
@@ -187,9 +188,7 @@ def finished(settings: Mapping[str, str], side: str, seed: int) -> Run:
     if not path.exists():
         run = train(config, f"{side}, seed {seed}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
-        aside.write_text(json.dumps(vars(run)))
-        aside.replace(path)
+        replace_durably(path, json.dumps(vars(run)).encode())
     return Run(**json.loads(path.read_text()))
 
 

@@ -43,6 +43,7 @@ from train.data.prepare.one_source import prepare
 from train.flops import parameter_counts
 from train.loop import NotFiniteError, StopRequest, run
 from train.precision.recipe import build_engines
+from train.resume import resume
 from train.track.metrics_file import JsonlSink, read_metrics
 from train.track.sinks import Tracker
 from train.view.curves import COLORS, FAINT, INK, headline, paper, save
@@ -182,7 +183,7 @@ def work(bench: Bench, side: str, seed: int) -> None:
     folder = Path(config.run.dir)
     with run_folder.opened(folder, 0, (ValueError, NotFiniteError)), join(config, _end) as groups:
         job = assemble(config, groups, engines)
-        job.resume()
+        resume(job)
         tracker = Tracker([JsonlSink(folder / "metrics.jsonl", job.step)])
         try:
             run(job, tracker, float("nan"), StopRequest())

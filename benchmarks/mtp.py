@@ -32,6 +32,7 @@ from launch.prepare import prepare_command
 from train import compose
 from train.assemble import load_model
 from train.data.rows.blend import open_stream
+from train.files import replace_durably
 from train.generate import Transcript, generate
 from train.model.decode import Decoder, Drafter
 from train.model.transformer import Transformer
@@ -91,9 +92,7 @@ def result(side: str, seed: int, steps: int, out: Path, more: list[str]) -> dict
     }
     if DEPTHS[side]:
         found |= drafts(folder)
-    aside = file.with_suffix(".part")
-    aside.write_text(json.dumps(found, indent=1))
-    aside.replace(file)
+    replace_durably(file, json.dumps(found, indent=1).encode())
     return found
 
 

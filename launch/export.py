@@ -20,18 +20,18 @@ from torch import Tensor
 
 from launch.settings import read_settings
 from train.checkpoint import step_folders
-from train.checkpoint.ranges import RangeReader
+from train.checkpoint.reader import RangeReader
 from train.checkpoint.saver import read_state
 from train.checkpoint.state import TrainState
-from train.checkpoint.step_folders import FileRecord
 from train.data.config import DataConfig
 from train.data.meta import TOKENIZER
 from train.data.prepare.progress import Progress
 from train.data.rows.blend import check_same_tokens, prepared_tokenizer
+from train.files import CRC32, FileRecord, check_contents, check_read_back, new_folder, write_durably
 from train.hf import config as hf_config
 from train.hf import tokenizer as hf_tokenizer
-from train.hf.layout import Disk, layout
-from train.hf.tensor_files import INDEX, Spec, read_specs, write_index, write_shard
+from train.hf.layout import DiskTensor, disk_tensors
+from train.hf.tensor_files import INDEX, Spec, all_finite, read_specs, write_index, write_shard
 from train.model.config import ModelConfig
 from train.precision.published import to_published
 from train.run_folder import find_checkpoint
@@ -54,7 +54,7 @@ DEFAULTS = {
 class Item:
     """A tensor to write, and the scales beside it where it is quantised."""
 
-    disk: Disk
+    disk: DiskTensor
     spec: Spec
     scales: Spec | None = None
 
@@ -80,17 +80,18 @@ def export(settings: Sequence[str]) -> int:
     model = section(ModelConfig, tree["model"], "model")
     hf_config.layout_of(model)  # refused before anything is written
     tokenizer = _tokenizer(given["tokenizer"], source, tree, state, model)
-    with step_folders.new_folder(target) as partial:
+    with new_folder(target) as partial:
         manifest = step_folders.read_manifest(source)
         with Progress("comparing checksums", _total_bytes(manifest), _say) as progress:
             for name, entry in manifest.items():
-                step_folders.verify(source, manifest, [name])
+                check_contents(source, manifest, [name])
                 progress.add(entry.num_bytes)
         files = write_model(source, partial, model, given["dtype"], WEIGHTS[given["weights"]], max_shard_bytes)
         eod = hf_tokenizer.write(tokenizer, partial, model.max_position_embeddings) if tokenizer else None
         (partial / hf_config.GENERATION_CONFIG).write_text(hf_config.generation_config_json(eod))
         # The file that makes it a model comes last.
-        step_folders.write_durably(partial / hf_config.CONFIG, hf_config.config_json(model, given["dtype"], eod))
+        text = hf_config.config_json(model, given["dtype"], eod)
+        write_durably(partial / hf_config.CONFIG, text.encode(), CRC32)
     num_bytes = sum(spec.num_bytes for specs in files.values() for spec in specs)
     print(
         f"{target}: {num_bytes / 1e9:.3f} GB in {len(files)} files, {given['dtype']}, from {source} "
@@ -125,7 +126,7 @@ def write_model(
 def plan(model: ModelConfig, dtype: str) -> list[Item]:
     """Every tensor to write, in order."""
     items = []
-    for disk in [*layout(model), *layout(model, copies=True)]:
+    for disk in [*disk_tensors(model), *disk_tensors(model, copies=True)]:
         if dtype == "fp8" and disk.is_linear:
             scales = Spec(disk.scale_name, torch.float32, disk.scale_shape)
             items.append(Item(disk, Spec(disk.name, torch.float8_e4m3fn, disk.shape), scales))
@@ -147,12 +148,12 @@ def cut(items: Sequence[Item], max_shard_bytes: int) -> Iterator[list[Item]]:
     yield shard
 
 
-def _source_name(disk: Disk, kind: str) -> str:
+def _source_name(disk: DiskTensor, kind: str) -> str:
     return disk.entry.ours if disk.is_bias else f"{kind}{disk.entry.ours}"
 
 
 def _check_source(reader: RangeReader, items: Sequence[Item], source: Path, kind: str) -> None:
-    known = reader.numels
+    known = {name: saved.numel for name, saved in reader.tensors.items()}
     if kind == WEIGHTS["ema"] and not any(name.startswith(kind) for name in known):
         raise ValueError(f"weights=ema: {source} holds no moving average, as optimizer.ema_decay was 0")
     ends: dict[str, int] = {}
@@ -171,7 +172,7 @@ def _values(reader: RangeReader, shard: Sequence[Item], kind: str, progress: Pro
         for rows, offset, numel in item.disk.bands():
             values = reader.read(_source_name(item.disk, kind), offset, numel)
             values = values.view(rows.stop - rows.start, *item.disk.shape[1:])
-            if not bool(values.isfinite().all()):
+            if not all_finite(values):
                 raise ValueError(f"{item.disk.entry.ours} holds infinities or NaN: it cannot be exported")
             if item.scales is None:
                 values = values.to(item.spec.dtype)
@@ -187,10 +188,8 @@ def _values(reader: RangeReader, shard: Sequence[Item], kind: str, progress: Pro
 
 def _read_back(path: Path, meant: FileRecord, specs: Sequence[Spec] | None = None) -> None:
     """OSError unless the disk has what was meant to be written, in tensors that a reader finds."""
-    found = step_folders.record(path)
-    if found != meant:
-        raise OSError(f"{path} reads back as {found}, {meant} were written")
-    if specs is not None and [spec for spec, _ in read_specs(path).values()] != list(specs):
+    check_read_back(path, meant)
+    if specs is not None and list(read_specs(path).values()) != list(specs):
         raise OSError(f"{path} does not read back as the tensors that were written")
 
 

@@ -20,7 +20,7 @@ import torch
 from launch.settings import read_settings
 from train import compose
 from train.assemble import DTYPES, load_model
-from train.checkpoint.flat import FlatReader, tensors
+from train.checkpoint.reader import RangeReader
 from train.checkpoint.saver import CONFIG_FILE, read_state
 from train.checkpoint.state import TrainState
 from train.config import RunConfig
@@ -227,7 +227,9 @@ def _fit(request: Request, config: RunConfig, tokenizer: Tokenizer) -> tuple[lis
 
 
 def _check_average(folder: Path) -> None:
-    if not any(name.startswith("ema.") for name in tensors(FlatReader(folder).read_metadata())):
+    with RangeReader(folder) as reader:
+        names = list(reader.tensors)
+    if not any(name.startswith("ema.") for name in names):
         raise ValueError(f"weights=ema: {folder} holds no moving average, as optimizer.ema_decay was 0 in the run")
 
 

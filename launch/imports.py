@@ -19,14 +19,15 @@ from torch import Tensor
 
 from launch.settings import read_settings
 from train.checkpoint import step_folders
-from train.checkpoint.ranges import write_ranges
 from train.checkpoint.saver import CONFIG_FILE, STATE_FILE
 from train.checkpoint.state import TrainState, capture_rng, fingerprint
+from train.checkpoint.writer import write_ranges
 from train.data.prepare.progress import Progress
+from train.files import CRC32, check_read_back, new_folder, record_of, write_durably
 from train.hf import config as hf_config
 from train.hf import tokenizer as hf_tokenizer
-from train.hf.layout import Disk, layout
-from train.hf.tensor_files import Spec, TensorFolder, some
+from train.hf.layout import DiskTensor, disk_tensors
+from train.hf.tensor_files import Spec, TensorFolder, all_finite, some
 from train.model.config import ModelConfig
 from train.precision.published import from_published
 from train.recipe.ema import MASTER
@@ -43,27 +44,28 @@ def import_model(settings: Sequence[str]) -> int:
     given = read_settings("import", settings, DEFAULTS)
     source, target = Path(given["from"]), Path(given["to"])
     model = hf_config.read_config(source)
-    with TensorFolder(source) as folder, step_folders.new_folder(target) as partial:
-        tensors, copies = layout(model), layout(model, copies=True)
+    with TensorFolder(source) as folder, new_folder(target) as partial:
+        tensors, copies = disk_tensors(model), disk_tensors(model, copies=True)
         check_tensors(folder.specs, tensors, copies, source)
         check_copies(folder, copies)
         records = write_ranges(partial, _sizes(tensors), _ranges(folder, tensors))
         files = {STATE_FILE: start_state(model).to_json(), CONFIG_FILE: yaml.safe_dump({"model": asdict(model)})}
         files[MODEL_FILE] = model_yaml(model, source)
         for name, text in files.items():
-            records[name] = step_folders.write_durably(partial / name, text)
+            records[name] = write_durably(partial / name, text.encode(), CRC32)
+        for name, meant in records.items():
+            check_read_back(partial / name, meant)
         carried = hf_tokenizer.carry(source, partial)
-        for name in [*records, *carried]:
-            found = step_folders.record(partial / name)
-            if records.setdefault(name, found) != found:
-                raise OSError(f"{name} reads back as {found}, {records[name]} were written")
+        records |= {name: record_of(partial / name, CRC32) for name in carried}
         step_folders.write_manifest(partial, records)
     print(files[MODEL_FILE])
     print(_next(target, carried))
     return 0
 
 
-def check_tensors(found: Mapping[str, Spec], tensors: Sequence[Disk], copies: Sequence[Disk], source: Path) -> None:
+def check_tensors(
+    found: Mapping[str, Spec], tensors: Sequence[DiskTensor], copies: Sequence[DiskTensor], source: Path
+) -> None:
     """ValueError, naming tensors, unless a folder holds exactly those of the model, in shapes and types that fit.
 
     Copies of embedding and head may be missing.
@@ -82,7 +84,7 @@ def check_tensors(found: Mapping[str, Spec], tensors: Sequence[Disk], copies: Se
             raise ValueError(f"{source}: {name} is quantised, which only projections are")
 
 
-def check_copies(folder: TensorFolder, copies: Sequence[Disk]) -> None:
+def check_copies(folder: TensorFolder, copies: Sequence[DiskTensor]) -> None:
     """ValueError when a copy of embedding or head differs from its original, which the model shares."""
     originals = {"embed_tokens.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
     for disk in copies:
@@ -94,7 +96,7 @@ def check_copies(folder: TensorFolder, copies: Sequence[Disk]) -> None:
 
 
 def start_state(model: ModelConfig) -> TrainState:
-    """Of a run that has not taken a step."""
+    """The small state of a run that has not taken a step."""
     return TrainState(
         step=0,
         consumed_tokens=0,
@@ -112,18 +114,18 @@ def model_yaml(model: ModelConfig, source: Path) -> str:
     return f"# From {source / hf_config.CONFIG}\n{yaml.safe_dump(asdict(model), sort_keys=False)}"
 
 
-def _sizes(tensors: Sequence[Disk]) -> dict[str, int]:
+def _sizes(tensors: Sequence[DiskTensor]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for disk in tensors:
         sizes[_state_name(disk)] = sizes.get(_state_name(disk), 0) + disk.numel
     return sizes
 
 
-def _state_name(disk: Disk) -> str:
+def _state_name(disk: DiskTensor) -> str:
     return disk.entry.ours if disk.is_bias else f"{MASTER}{disk.entry.ours}"
 
 
-def _ranges(folder: TensorFolder, tensors: Sequence[Disk]) -> Iterator[tuple[str, int, Tensor]]:
+def _ranges(folder: TensorFolder, tensors: Sequence[DiskTensor]) -> Iterator[tuple[str, int, Tensor]]:
     """Every weight in float32, band by band. ValueError, naming it, for one that is not finite."""
     total_bytes = sum(4 * disk.numel for disk in tensors)
     with Progress("importing", total_bytes, lambda line: print(line, flush=True)) as progress:
@@ -135,10 +137,11 @@ def _ranges(folder: TensorFolder, tensors: Sequence[Disk]) -> Iterator[tuple[str
                     values = values.float()
                 else:
                     values = from_published(values, scales[rows.start // 128 : -(-rows.stop // 128)])
-                if not bool(values.isfinite().all()):
+                if not all_finite(values):
                     raise ValueError(f"{disk.name} holds infinities or NaN: it cannot be imported")
-                yield _state_name(disk), offset, values.flatten()
                 progress.add(values.nbytes)
+                yield _state_name(disk), offset, values.flatten()
+                del values  # before the next band is made
 
 
 def _is_fp8(spec: Spec | None) -> bool:

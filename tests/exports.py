@@ -15,7 +15,8 @@ from launch.imports import start_state
 from tests.runs import read_checkpoint
 from tests.train.model_cases import build, random_config, random_dense_config, with_grouped_attention
 from train.checkpoint import step_folders
-from train.checkpoint.ranges import write_ranges
+from train.checkpoint.writer import write_ranges
+from train.files import CRC32, write_durably
 from train.hf.layout import shapes
 from train.model.config import ModelConfig
 from train.model.loss import LossTerms
@@ -36,7 +37,7 @@ def checkpoint_of(config: ModelConfig, folder: Path, seed: int = 0) -> Path:
     records = write_ranges(folder, sizes, ((name, 0, values(name)) for name in sizes))
     state = start_state(config)
     for name, text in (("state.json", state.to_json()), ("config.yaml", state.config)):
-        records[name] = step_folders.write_durably(folder / name, text)
+        records[name] = write_durably(folder / name, text.encode(), CRC32)
     step_folders.write_manifest(folder, records)
     return folder
 

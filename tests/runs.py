@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.spawn import Ranks
 from tests.texts import write_library
-from train.checkpoint.config import CheckpointConfig
-from train.checkpoint.flat import FlatReader, tensors
-from train.checkpoint.saver import Checkpoints
+from train.checkpoint.step_folders import read_manifest
 from train.data.config import DataConfig
 from train.data.prepare.one_source import prepare
+from train.files import check_contents
 from train.track.metrics_file import read_metrics
 
 # A DeepSeek-V3 in every part whose numbers a test can afford: 3 layers, 8 experts in 4 groups, one prediction depth.
@@ -112,15 +115,14 @@ def forget_after(folder: Path, step: int) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, flat, by its name."""
-    from parallel.shards import Piece
-
-    stored = tensors(FlatReader(path).read_metadata())
+    """Every tensor of a checkpoint, flat, by its name, as torch.distributed.checkpoint itself reads them."""
+    manifest = read_manifest(path)
+    check_contents(path, manifest)
+    reader = FileSystemReader(path)
+    stored = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
     whole = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
-    checkpoints = Checkpoints(path.parent, CheckpointConfig())
-    checkpoints.load(
-        path, {name: [Piece(0, value)] for name, value in whole.items()}, {k: v.numel() for k, v in whole.items()}
-    )
+    with warnings.catch_warnings(action="ignore"):  # that no process group is used
+        dcp.load(whole, storage_reader=reader, no_dist=True)
     return whole
 
 

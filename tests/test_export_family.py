@@ -26,7 +26,7 @@ from tests.train.disk_names import part
 from tests.train.model_cases import random_tokens
 from train.hf import config as hf_config
 from train.hf import names
-from train.hf.layout import Disk, layout, shapes
+from train.hf.layout import DiskTensor, disk_tensors, shapes
 from train.hf.tensor_files import TensorFolder
 from train.model.config import ModelConfig
 
@@ -130,7 +130,7 @@ def test_there_and_back(tmp_path: Path, family: str, dtype: str) -> None:
 def test_names_are_a_bijection_on_elements(family: str, seed: int) -> None:
     """Every element of ours lies in exactly one disk tensor, which is one contiguous range, and in one of its bands."""
     config = random_family(family, seed)
-    known, tensors = shapes(config), layout(config)
+    known, tensors = shapes(config), disk_tensors(config)
     assert len({disk.name for disk in tensors}) == len(tensors)
     covered: dict[str, list[tuple[int, int]]] = {name: [] for name in known}
     for disk in tensors:
@@ -148,7 +148,7 @@ def test_names_are_a_bijection_on_elements(family: str, seed: int) -> None:
 
 
 def test_bands_keep_blocks_whole() -> None:
-    disk = Disk(names.Entry("a", "a"), 7, (1000, 300))
+    disk = DiskTensor(names.Entry("a", "a"), 7, (1000, 300))
     rows = [band for band, _, _ in disk.bands(max_numel=100_000)]
     assert [band.start for band in rows] == [0, 256, 512, 768] and rows[-1].stop == 1000
 

@@ -25,8 +25,9 @@ from tests.launched import ROOT
 from tests.runs import environment
 from tests.train.model_cases import TINY
 from train.checkpoint import step_folders
-from train.checkpoint.ranges import RangeReader
-from train.hf.layout import layout, shapes
+from train.checkpoint.reader import RangeReader
+from train.files import FileRecord, aside, new_folder
+from train.hf.layout import disk_tensors, shapes
 from train.hf.tensor_files import INDEX, Spec, TensorFolder, write_shard
 from train.model.config import ModelConfig
 from train.precision.recipe import PrecisionConfig
@@ -122,7 +123,7 @@ def test_killed_midway_leaves_nothing_that_looks_whole(large: Path, tmp_path: Pa
     else:
         assert main(["export", f"checkpoint={large}", f"to={tmp_path / 'hf'}", "tokenizer=none"]) == 0
         command = [verb, f"from={tmp_path / 'hf'}", f"to={target}"]
-    partial = step_folders.aside(target, step_folders.PARTIAL)
+    partial = aside(target)
     early = []  # what was whole when it was killed
     for _ in range(NUM_KILLS):
         process = subprocess.Popen(
@@ -154,7 +155,7 @@ def test_killed_midway_leaves_nothing_that_looks_whole(large: Path, tmp_path: Pa
 
 
 def test_two_at_once_are_refused(tiny: Path, tmp_path: Path, capfd: Any) -> None:
-    with step_folders.new_folder(tmp_path / "hf"):
+    with new_folder(tmp_path / "hf"):
         assert main(["export", f"checkpoint={tiny}", f"to={tmp_path / 'hf'}", "tokenizer=none"]) == 2
     assert "is being written by another process" in capfd.readouterr().err
 
@@ -164,7 +165,7 @@ def test_a_failed_export_leaves_nothing(
 ) -> None:
     """A disk that keeps other bytes than it was given is found before anything looks whole."""
 
-    def write(path: Path, specs: list[Spec], ranges: Any) -> step_folders.FileRecord:
+    def write(path: Path, specs: list[Spec], ranges: Any) -> FileRecord:
         meant = write_shard(path, specs, ranges)
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
@@ -204,7 +205,7 @@ def test_fp8_is_what_others_read(exported: Path, tiny: Path, tmp_path: Path, mon
 
 def test_fp8_quantises_what_training_multiplies_in_fp8() -> None:
     training = group(PrecisionConfig, "precision", "fp8")
-    for disk in layout(TINY):
+    for disk in disk_tensors(TINY):
         module = disk.entry.ours.removesuffix(".weight").split(".")[-1]
         prefix = "experts." if ".experts." in disk.entry.ours else ""
         assert disk.is_linear == training.is_fp8(f"{prefix}{module}"), disk.name

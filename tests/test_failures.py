@@ -162,7 +162,7 @@ def test_weights_spoilt_by_the_last_update_are_not_saved(ranks: Ranks, tmp_path:
 @contextmanager
 def the_disk_is_full() -> Iterator[None]:
     """From the second checkpoint on, rank 1 cannot write its share."""
-    from train.checkpoint.flat import FlatWriter
+    from train.checkpoint.writer import FlatWriter
 
     original = FlatWriter.write_data
 

@@ -35,7 +35,7 @@ PURE = {
     *("parallel.pipeline", "parallel.pipeline.registry", "parallel.pipeline.placement", "parallel.pipeline.schedule"),
 }
 # What a rank holds, and what puts it together: here the run meets the ranks.
-MEETING = {"train/assemble.py", "train/job.py"}
+MEETING = {"train/assemble.py", "train/job.py", "train/resume.py"}
 # room of train -> the other rooms of train that its files may import. Files of `train/` itself may import all of them.
 ROOMS_BELOW = {
     "train/precision": (),

@@ -20,13 +20,14 @@ import torch
 from train import compose, run_folder
 from train.assemble import PeerError, assemble, join
 from train.banner import banner
-from train.checkpoint.saver import CheckpointError
+from train.checkpoint.agreement import CheckpointError
 from train.config import RunConfig
 from train.data.prepare.all_sources import prepare_sources
 from train.data.rows.blend import exposure_table
 from train.job import Job
 from train.loop import NotFiniteError, StopRequest, run
 from train.precision.recipe import choose_engine
+from train.resume import resume
 from train.track import metrics
 from train.track.console import ConsoleSink
 from train.track.metrics_file import JsonlSink, LoadsSink, read_metrics
@@ -98,7 +99,7 @@ def _end_hung(sentence: str) -> NoReturn:
 
 
 def _train(job: Job, stop: StopRequest) -> None:
-    resumed = job.resume()
+    resumed = resume(job)
     if resumed is not None:
         log.info("resumed from %s after step %d", resumed, job.step)
     if job.step >= job.recipe.num_steps:

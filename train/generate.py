@@ -52,12 +52,12 @@ class Transcript:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of the tokens behind the first, which the prompt's own pass predicts; nan without any."""
+        """Speed of decoding the tokens behind the first, which the prompt's own pass predicts; nan without any."""
         return (len(self.choices) - 1) / self.decode_s if self.decode_s else float("nan")
 
     @property
     def tokens_per_forward(self) -> float:
-        """The same per pass of the main model: 1 without drafts."""
+        """Tokens behind the first per pass of the main model: 1 without drafts, nan without any."""
         return (len(self.choices) - 1) / self.num_forwards if self.num_forwards else float("nan")
 
 

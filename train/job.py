@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +20,16 @@ from parallel.pipeline.record import Recorder, Times
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule
 from parallel.process import Groups
-from parallel.shards import ParamInfo, Piece, stacked_experts
+from parallel.shards import ParamInfo, stacked_experts
 from parallel.watch import Need, Watch
-from parallel.zero.optimizer import MASTER, StepResult, ZeroOptimizer
-from train import compose
-from train.checkpoint import flat
+from parallel.zero.optimizer import StepResult, ZeroOptimizer
 from train.checkpoint.saver import Checkpoints
-from train.checkpoint.state import TrainState, capture_rng, check_weights_fit, fingerprint, restore_rng
 from train.config import RunConfig
 from train.data.rows.blend import Stream
 from train.model.transformer import LossTerms, Transformer
 from train.recipe.ema import Ema
 from train.recipe.recipe import Recipe, StepPlan
 from train.stage import Stage
-
-log = logging.getLogger(__name__)
 
 EMBEDDING = "embed_tokens.weight"
 
@@ -198,95 +191,6 @@ class Job:
             schedule = self.config.schedule(num_micro_batches)
             timeline = Timeline(f"{self.config.run.name}, step {self.step}, {schedule.name}", schedule, pipelines)
             write_trace(timeline, self.folder / "traces" / f"step-{self.step:08d}.json")
-
-    def state(self) -> TrainState:
-        """The small state of a checkpoint taken now."""
-        tokens = self.recipe.tokens_before(self.step)
-        return TrainState(
-            step=self.step,
-            consumed_tokens=tokens,
-            consumed_sequences=tokens // self.config.train.seq_len,
-            num_optimizer_steps=self.optimizer.num_steps,
-            rng=capture_rng(),
-            wandb_id=self.wandb_id,
-            fingerprints=self._fingerprints(),
-            config=compose.text(self.config),
-        )
-
-    def _fingerprints(self) -> dict[str, str]:
-        """What makes the numbers of this run: never resumed under another model, data or recipe."""
-        config = self.config
-        recipe = {
-            **json.loads(self.recipe.fingerprint()),
-            "optimizer": config.optimizer.recipe(),
-            **config.precision.recipe(),
-        }
-        if config.checkpoint.init_from is not None:
-            recipe["init_from"] = config.checkpoint.init_from
-        tokens = {
-            "train": self.train_rows.fingerprint,
-            "source": config.data.name,
-            "document_mask": config.data.document_mask,
-        }
-        return {
-            "model": fingerprint({"model": asdict(config.model)}),
-            "data": fingerprint({"data": tokens}),
-            "recipe": fingerprint(recipe),
-        }
-
-    def pieces(self) -> tuple[flat.Pieces, dict[str, int]]:
-        """All large state of this rank as ranges of global tensors, and the sizes of those: what a checkpoint holds.
-
-        Weights are the masters rounded to the run's precision, so they are not stored a second time. Waits for the
-        moving average, which is a state like any other.
-        """
-        pieces: dict[str, Sequence[flat.Piece]] = {**self.optimizer.state()}
-        sizes = self.optimizer.state_sizes()
-        if self.ema is not None:
-            pieces |= self.ema.state()
-            sizes |= self.ema.sizes(sizes)
-        for model in self.models:
-            for name, bias in model.named_buffers():
-                pieces[name] = [Piece(0, bias)]
-                sizes[name] = bias.numel()
-        return pieces, sizes
-
-    def _begin_from(self, folder: Path) -> None:
-        """Take the weights and biases of a checkpoint; everything else begins anew.
-
-        Raises ValueError when it is damaged, or of a model that its weights do not fit.
-        """
-        self.checkpoints.check(folder, lambda saved: check_weights_fit(self.config.model, saved, folder))
-        pieces, sizes = self.pieces()
-        fresh = {name for name in self.optimizer.state_sizes() if not name.startswith(f"{MASTER}.")}
-        if self.ema is not None:
-            fresh |= self.ema.state().keys()
-        self.checkpoints.load(folder, {name: parts for name, parts in pieces.items() if name not in fresh}, sizes)
-        self.optimizer.load_finished(num_steps=0)
-        if self.ema is not None:
-            self.ema = Ema(self.optimizer.state(), self.config.optimizer.ema_decay)
-        log.info("starts from the weights of %s", folder)
-
-    def save(self) -> None:
-        """Take a checkpoint of the finished step; returns when it is copied."""
-        self.checkpoints.save(self.state(), *self.pieces())
-
-    def resume(self) -> Path | None:
-        """Go on from the checkpoint that `checkpoint.resume` allows; its folder, or None for a fresh start.
-
-        Raises ValueError when it is of another model, data or recipe, or damaged.
-        """
-        found = self.checkpoints.resume(self.state())
-        if found is None:
-            if self.config.checkpoint.init_from is not None:
-                self._begin_from(Path(self.config.checkpoint.init_from))
-            return None
-        folder, state = found
-        self.checkpoints.load(folder, *self.pieces())
-        self.optimizer.load_finished(state.num_optimizer_steps)
-        self.step, self.wandb_id = state.step, state.wandb_id
-        restore_rng(state.rng)
-        return folder
 
 
 def held(models: Iterable[Transformer]) -> list[tuple[ParamInfo, nn.Parameter]]:

@@ -19,6 +19,7 @@ from train.job import Job
 from train.model.transformer import NUM_SUMS, LossTerms
 from train.recipe.balance import update_bias
 from train.recipe.recipe import StepPlan
+from train.resume import save
 from train.track import metrics
 from train.track.metrics import StepReport, StepTimer
 from train.track.sinks import Tracker
@@ -92,7 +93,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
         tracker.write(report)
         if stats.stopping or config.checkpoint.due(job.step, recipe.num_steps):
             tracker.checkpoint()
-            job.save()
+            save(job)
         if stats.stopping and not last:
             log.info("asked to stop: saved after step %d", job.step)
             break

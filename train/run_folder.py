@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
 
 from train import compose
 from train.checkpoint import step_folders
 from train.checkpoint.saver import CONFIG_FILE
+from train.files import locked
 
 log = logging.getLogger("train")
 
@@ -32,9 +32,8 @@ def opened(folder: Path, rank: int, expected: tuple[type[Exception], ...]) -> It
 
     Raises ValueError, before a line is written, when another job is running there or the folder cannot be made.
     """
-    with _append(log_path(folder, rank)) as file:
-        if rank == 0:
-            _lock(file, folder)
+    path = log_path(folder, rank)
+    with _append(path) as file, locked(path, _in_use(folder)) if rank == 0 else nullcontext():
         handler = logging.StreamHandler(file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         # Libraries speak here from warnings on, our rooms from the start.
@@ -53,8 +52,8 @@ def refuse_if_in_use(folder: Path) -> None:
     """ValueError when a job is running in this folder. It may be started right afterwards: its rank 0 asks again."""
     path = log_path(folder, 0)
     if path.exists():
-        with path.open("a") as file:
-            _lock(file, folder)
+        with locked(path, _in_use(folder)):
+            pass
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -84,8 +83,5 @@ def _append(path: Path) -> IO[str]:
         raise ValueError(f"run.dir={folder} cannot be written: {error.strerror}, {error.filename}") from None
 
 
-def _lock(file: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"run.dir={folder} is in use by a running job: choose another run.dir") from None
+def _in_use(folder: Path) -> str:
+    return f"run.dir={folder} is in use by a running job: choose another run.dir"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -53,3 +54,20 @@ def unlocked(node: DictConfig) -> DictConfig:
         if isinstance(child, DictConfig) and not child._is_none():
             unlocked(child)
     return node
+
+
+def dotted(text: str) -> dict[str, Any]:
+    """Dotted key to value of a YAML (or JSON) mapping, in its order; empty for any other text."""
+
+    def walk(node: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, Mapping) and value:
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return dict(walk(tree, "")) if isinstance(tree, Mapping) else {}

@@ -15,6 +15,7 @@ from launch.sweep.search import Proposal, Result
 from train import compose
 from train.checkpoint import step_folders
 from train.config import RunConfig
+from train.files import replace_durably
 from train.track.metrics_file import read_metrics
 
 #: How a job ends: `failed` of its settings or of the machine, `diverged` of its numbers, `interrupted` by people.
@@ -97,8 +98,7 @@ def conclude(outcome: Outcome, config: RunConfig, ended: Ended, hopeless: str) -
         outcome.status = "interrupted" if ended.was_asked and not is_finished(config) else "finished"
     outcome.folder.mkdir(parents=True, exist_ok=True)
     note = {"status": outcome.status, "reason": outcome.reason, "config": compose.text(config)}
-    step_folders.write_durably(outcome.folder / f".{NOTE}", json.dumps(note, indent=1))
-    (outcome.folder / f".{NOTE}").replace(outcome.folder / NOTE)
+    replace_durably(outcome.folder / NOTE, json.dumps(note, indent=1).encode())
 
 
 def hopeless_since(mine: Mapping[int, float], ended: Iterable[Outcome], config: SweepConfig) -> tuple[int, str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import sys
 import time
@@ -22,6 +21,7 @@ from launch.sweep.search import Proposal, Search
 from train import compose, run_folder
 from train.compose import Swept
 from train.config import RunConfig
+from train.files import locked
 from train.view.report.page import write_report
 from train.view.report.runs import read_run
 
@@ -239,12 +239,7 @@ def _alone(root: Path) -> Iterator[None]:
     """ValueError when another sweep runs in this folder."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        file = (root / ".lock").open("a")
     except OSError as error:
         raise ValueError(f"{root} cannot be written: {error.strerror}") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{root} is in use by a running sweep: choose another run.dir") from None
+    with locked(root / ".lock", f"{root} is in use by a running sweep: choose another run.dir"):
         yield

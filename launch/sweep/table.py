@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch.sweep.config import SweepConfig
 from launch.sweep.jobs import STATUSES, Outcome
+from train.files import replacing
 
 MAX_REASON_LENGTH = 100  # on the terminal; the file has all of it
 LOSSES = ("train/loss", "valid/loss")
@@ -43,10 +44,8 @@ def write(outcomes: Sequence[Outcome], varied: Sequence[str], config: SweepConfi
         for outcome in ranked(outcomes, config)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    with aside.open("w", newline="") as file:
+    with replacing(path) as aside, aside.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
-    aside.replace(path)
     return [header, *rows]
 
 

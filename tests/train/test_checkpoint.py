@@ -29,9 +29,11 @@ from tests.train.checkpoint_cases import (
     state,
     truth,
 )
-from train.checkpoint import step_folders
-from train.checkpoint.flat import FlatReader, FlatWriter
-from train.checkpoint.saver import CheckpointError, Checkpoints, read_state
+from train.checkpoint import saver, step_folders
+from train.checkpoint.agreement import CheckpointError
+from train.checkpoint.reader import read_metadata
+from train.checkpoint.saver import Checkpoints, read_state
+from train.checkpoint.writer import FlatWriter
 
 NUM_CASES = 12
 
@@ -75,7 +77,7 @@ def test_what_all_ranks_hold_is_written_once(ranks: Ranks, tmp_path: Path) -> No
     ranks.run(_save_replicas, tmp_path, world_size=4)
     num_bytes = sum(path.stat().st_size for path in (tmp_path / "step-00000001").iterdir())
     assert 400_000 < num_bytes < 500_000
-    metadata = FlatReader(tmp_path / "step-00000001").read_metadata()
+    metadata = read_metadata(tmp_path / "step-00000001")
     assert len(metadata.state_dict_metadata["bias"].chunks) == 1
 
 
@@ -153,7 +155,7 @@ FAILURES: dict[str, tuple[int, Callable[[pytest.MonkeyPatch], None]]] = {
     "reading back": (3, lambda patch: _full_disk(patch, (FlatWriter, "read_back"))),
     "syncing": (1, lambda patch: _full_disk(patch, (os, "fsync"))),
     "renaming": (0, lambda patch: _full_disk(patch, (os, "rename"))),
-    "writing the state": (0, lambda patch: _full_disk(patch, (step_folders, "write_durably"))),
+    "writing the state": (0, lambda patch: _full_disk(patch, (saver, "write_durably"))),
 }
 
 
@@ -324,4 +326,4 @@ def test_other_tensors_are_refused_on_all_ranks(ranks: Ranks, tmp_path: Path, ch
 def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
     with pytest.raises(ValueError, match=r"(posix|os)\.system"):
-        FlatReader(tmp_path).read_metadata()
+        read_metadata(tmp_path)

@@ -48,7 +48,7 @@ def deadly(owner, name):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **keywords)
     setattr(owner, name, call)
-for owner, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (pathlib.Path, "replace"), (pathlib.Path, "mkdir"),
+for owner, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (os, "replace"), (pathlib.Path, "mkdir"),
                     (pathlib.Path, "unlink"), (Writer, "add"), (Writer, "counts"),
                     (train.data.tokenizer.Tokenizer, "save")):
     deadly(owner, name)

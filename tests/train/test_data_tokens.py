@@ -90,7 +90,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, fault: str, name: str
 
 def test_large_data_is_checked_by_size_unless_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
-    monkeypatch.setattr("train.data.meta.sha256_of", lambda path: asked.append(path) or "another")
+    monkeypatch.setattr("train.files.record_of", lambda path, algorithm: asked.append(path) or "another")
     with pytest.raises(ValueError, match="checksum"):
         Tokens.open(folder, "train")
     asked.clear()

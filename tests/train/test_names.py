@@ -21,7 +21,7 @@ from tests.train.model_cases import (
     with_grouped_attention,
 )
 from train.hf import names
-from train.hf.layout import layout
+from train.hf.layout import disk_tensors
 from train.model.config import ModelConfig
 
 
@@ -40,7 +40,7 @@ def test_every_element_has_exactly_one_place_on_disk(config: ModelConfig) -> Non
     for name, tensor in state.items():
         numbered[name] = torch.arange(start, start + tensor.numel()).view(tensor.shape)
         start += tensor.numel()
-    tensors = layout(config)
+    tensors = disk_tensors(config)
     parts = [part(disk.entry, numbered[disk.entry.ours]) for disk in tensors]
     assert [tuple(part.shape) for part in parts] == [disk.shape for disk in tensors]
     assert torch.equal(torch.cat([part.flatten() for part in parts]).sort()[0], torch.arange(start))
@@ -57,7 +57,7 @@ def test_there_and_back(config: ModelConfig) -> None:
 
 def test_the_names_of_the_released_checkpoint() -> None:
     """The index of the published weights lists these for the prediction layer, beside one set per expert."""
-    tensors = [*layout(V3), *layout(V3, copies=True)]
+    tensors = [*disk_tensors(V3), *disk_tensors(V3, copies=True)]
     theirs = {disk.name for disk in tensors}
     last = {name.removeprefix("model.layers.61.") for name in theirs if name.startswith("model.layers.61.")}
     own = {name for name in last if not name.startswith(("mlp.", "self_attn."))}

@@ -1,7 +1,8 @@
 """Checkpoints: saved in the background, published atomically, loaded under any other layout of ranks.
 
-Every state is a flat 1-D tensor named by its full name, and a rank owns ranges of it; torch.distributed.checkpoint
-writes and reads them (see train/checkpoint/flat.py), train/checkpoint/step_folders.py keeps the folders.
+Every state is a flat 1-D tensor named by its full name, and a rank owns ranges of it. torch.distributed.checkpoint
+writes them (train/checkpoint/writer.py), train/checkpoint/reader.py reads any of them, and
+train/checkpoint/step_folders.py keeps the folders.
 """
 
 from __future__ import annotations
@@ -11,39 +12,26 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from train.checkpoint import step_folders
+from train.checkpoint.agreement import Agreement, CheckpointError, reason_of
 from train.checkpoint.config import CheckpointConfig
-from train.checkpoint.flat import FlatReader, FlatSavePlanner, FlatWriter, Pieces, check_loadable, check_ranges, tensors
+from train.checkpoint.ranges import HostRange, Pieces, check_ranges
+from train.checkpoint.reader import RangeReader, read_metadata, saved_tensors
 from train.checkpoint.state import MAX_NAMED_DIFFERENCES, TrainState, differences
-from train.checkpoint.step_folders import FileRecord
+from train.checkpoint.writer import FlatSavePlanner, FlatWriter
+from train.files import CRC32, FileRecord, aside, check_contents, write_durably
 
 STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read. The same on every rank; older checkpoints are untouched."""
-
-
-@dataclass(frozen=True)
-class _Staged:
-    """A piece as it was when the save was asked for, in CPU memory."""
-
-    offset: int
-    tensor: Tensor
 
 
 class Checkpoints:
@@ -68,14 +56,13 @@ class Checkpoints:
         self.root = folder
         self._config = config
         self._group = group
-        self._rank = 0 if group is None else dist.get_rank(group)
-        self._world_size = 1 if group is None else dist.get_world_size(group)
+        self._ranks = Agreement(group)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._staged: dict[str, list[_Staged]] = {}
+        self._staged: dict[str, list[HostRange]] = {}
         if group is None:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        self._on_rank_0(self._make_ready)
+        self._ranks.on_first(self._make_ready)
 
     def save(self, state: TrainState, pieces: Pieces, sizes: Mapping[str, int]) -> None:
         """Take a checkpoint of `pieces` as they are now; returns when they are copied, before they are written.
@@ -119,12 +106,12 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest checkpoint that is complete, normally the one that the file `latest` names; None without any."""
         self.wait()
-        return self._on_rank_0(lambda: step_folders.find_latest(self.root))
+        return self._ranks.on_first(lambda: step_folders.find_latest(self.root))
 
     def resume(self, now: TrainState) -> tuple[Path, TrainState] | None:
         """`resume_decision` on the disk as rank 0 sees it, for all ranks."""
         self.wait()
-        return self._on_rank_0(lambda: resume_decision(self._config, self.root, now))
+        return self._ranks.on_first(lambda: resume_decision(self._config, self.root, now))
 
     def check(self, path: Path, check: Callable[[TrainState], None]) -> None:
         """`check` on the state of the checkpoint at `path` as rank 0 sees it; all ranks raise what it raises.
@@ -137,7 +124,7 @@ class Checkpoints:
             step_folders.check_complete(path)
             check(read_state(path))
 
-        self._on_rank_0(complete)
+        self._ranks.on_first(complete)
 
     def load(self, path: Path, pieces: Pieces, sizes: Mapping[str, int]) -> None:
         """Copy a checkpoint's values into `pieces`, in place, whatever layout it was saved under.
@@ -148,14 +135,15 @@ class Checkpoints:
         Raises ValueError for a missing or damaged file and for a name, size or kind of number that does not agree.
         """
         self.wait()
-        self._together(lambda: self._verify_share(path))
-        self._together(lambda: check_loadable(tensors(FlatReader(path).read_metadata()), pieces, sizes))
-        self._together(lambda: FlatReader(path).fill(pieces))
+        self._ranks.on_all(lambda: self._verify_share(path))
+        with RangeReader(path) as reader:
+            self._ranks.on_all(lambda: reader.check(pieces, sizes))
+            self._ranks.on_all(lambda: reader.fill(pieces))
 
     def _verify_share(self, path: Path) -> None:
         manifest = step_folders.read_manifest(path)
         by_size = sorted(manifest, key=lambda name: (-manifest[name].num_bytes, name))
-        step_folders.verify(path, manifest, by_size[self._rank :: self._world_size])
+        check_contents(path, manifest, by_size[self._ranks.rank :: self._ranks.world_size])
 
     def _make_ready(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -164,7 +152,7 @@ class Checkpoints:
     def _stage(self, pieces: Pieces) -> None:
         """Copy the pieces to CPU memory, which is kept and used again by the next save."""
         before = {(name, part.offset): part.tensor for name, parts in self._staged.items() for part in parts}
-        staged: dict[str, list[_Staged]] = {}
+        staged: dict[str, list[HostRange]] = {}
         for name, parts in pieces.items():
             staged[name] = []
             for part in parts:
@@ -173,7 +161,7 @@ class Checkpoints:
                 if home is None or home.shape != source.shape or home.dtype != source.dtype:
                     home = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
                 home.copy_(source, non_blocking=True)
-                staged[name].append(_Staged(part.offset, home))
+                staged[name].append(HostRange(part.offset, home))
         if any(part.tensor.is_cuda for parts in pieces.values() for part in parts):
             torch.cuda.synchronize()
         self._staged = staged
@@ -181,17 +169,17 @@ class Checkpoints:
     def _write(self, state: TrainState, sizes: dict[str, int], failed: Exception | None) -> None:
         """The background half of a save: every rank runs it, and all end it in the same way."""
         final = step_folders.step_folder(self.root, state.step)
-        partial = step_folders.aside(final, step_folders.PARTIAL)
+        partial = aside(final)
 
         def begin() -> None:
             if failed is not None:
                 raise failed
-            if self._rank == 0:
+            if self._ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
 
         try:
-            self._together(begin)
+            self._ranks.on_all(begin)
             writer = FlatWriter(partial)
             planner = FlatSavePlanner(self._staged, sizes)
             dcp.save(
@@ -201,20 +189,20 @@ class Checkpoints:
                 process_group=self._group,
                 no_dist=self._group is None,
             )
-            written = self._together(writer.read_back)
+            written = self._ranks.on_all(writer.read_back)
             records = {name: entry for files in written for name, entry in files.items()}
-            self._on_rank_0(lambda: self._publish(state, records, partial, final))
+            self._ranks.on_first(lambda: self._publish(state, records, partial, final))
         except BaseException as error:
-            if self._rank == 0:
+            if self._ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise self._not_written(state.step, error) from error
 
     def _publish(self, state: TrainState, records: dict[str, FileRecord], partial: Path, final: Path) -> None:
-        records[STATE_FILE] = step_folders.write_durably(partial / STATE_FILE, state.to_json())
-        records[CONFIG_FILE] = step_folders.write_durably(partial / CONFIG_FILE, state.config)
+        for name, text in ((STATE_FILE, state.to_json()), (CONFIG_FILE, state.config)):
+            records[name] = write_durably(partial / name, text.encode(), CRC32)
         step_folders.write_manifest(partial, records)
         step_folders.check_complete(partial)
-        tensors(FlatReader(partial).read_metadata())
+        saved_tensors(read_metadata(partial))
         step_folders.publish(partial, final)
         try:
             step_folders.prune(self.root, self._config.keep_latest_k)
@@ -223,63 +211,32 @@ class Checkpoints:
 
     def _not_written(self, step: int, error: BaseException) -> Exception:
         if isinstance(error, CheckpointException):
-            reasons = [f"rank {rank}: {_reason(cause)}" for rank, (cause, _) in sorted(error.failures.items())]
+            reasons = [f"rank {rank}: {reason_of(cause)}" for rank, (cause, _) in sorted(error.failures.items())]
         else:
-            reasons = [_reason(error)]
+            reasons = [reason_of(error)]
         return CheckpointError(
             f"the checkpoint of step {step} was not written to {self.root}: {'; '.join(reasons)}. "
             "Older checkpoints are untouched"
         )
 
-    def _on_rank_0(self, work: Callable[[], T]) -> T:
-        def only_there() -> list[T]:
-            return [work()] if self._rank == 0 else []
-
-        return self._together(only_there)[0][0]
-
-    def _together(self, work: Callable[[], T]) -> list[T]:
-        """Run `work` on every rank; each returns all results in rank order, or each raises the same failure."""
-        failure: tuple[bool, str] | None = None
-        result: list[T] = []
-        try:
-            result = [work()]
-        except Exception as error:
-            if self._world_size == 1:
-                raise
-            failure = isinstance(error, ValueError), _reason(error)
-        if self._group is None:
-            return result
-        mine = (failure, result)
-        everyone = [mine] * self._world_size
-        dist.all_gather_object(everyone, mine, group=self._group)
-        failures = {rank: found for rank, (found, _) in enumerate(everyone) if found is not None}
-        if not failures:
-            return [results[0] for _, results in everyone]
-        text = "; ".join(dict.fromkeys(reason for _, reason in failures.values()))
-        ranks = ", ".join(map(str, failures))
-        kind = ValueError if all(user for user, _ in failures.values()) else CheckpointError
-        raise kind(f"{text} (on rank {ranks})")
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error) or "no further words"
-    known = isinstance(error, (ValueError, CheckpointError))
-    return text if known else f"{type(error).__name__}: {text}"
-
 
 def read_state(path: Path) -> TrainState:
     """The small state of a complete checkpoint. ValueError, naming the file, when it is missing or damaged."""
     manifest = step_folders.read_manifest(path)
-    step_folders.verify(path, manifest, [STATE_FILE, CONFIG_FILE])
+    check_contents(path, manifest, [STATE_FILE, CONFIG_FILE])
     return TrainState.from_json((path / STATE_FILE).read_text(), (path / CONFIG_FILE).read_text())
 
 
 def read_pieces(path: Path, pieces: Pieces, sizes: Mapping[str, int]) -> None:
-    """`Checkpoints.load` for a process that is alone and only reads: nothing in or beside the folder is touched."""
+    """What `Checkpoints.load` does, for a process that is alone and only reads: nothing on the disk is touched.
+
+    Raises ValueError for a missing or damaged file and for a name, size or kind of number that does not agree.
+    """
     manifest = step_folders.read_manifest(path)
-    step_folders.verify(path, manifest, manifest)
-    check_loadable(tensors(FlatReader(path).read_metadata()), pieces, sizes)
-    FlatReader(path).fill(pieces)
+    check_contents(path, manifest)
+    with RangeReader(path) as reader:
+        reader.check(pieces, sizes)
+        reader.fill(pieces)
 
 
 def resume_decision(config: CheckpointConfig, root: Path, now: TrainState) -> tuple[Path, TrainState] | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import yaml
+
+from train.settings import dotted
 
 MAX_NAMED_DIFFERENCES = 8
 # The settings that a fingerprint is made from, by the names that people gave them.
@@ -89,8 +91,8 @@ _USE = ("initializer_range", "max_position_embeddings", "rope_scaling")
 
 def check_weights_fit(model: Any, saved: TrainState, folder: object) -> None:
     """ValueError, with both values, unless the weights of a checkpoint are those of such a model (a dataclass)."""
-    there = _flat(saved.config)
-    here = _flat(yaml.safe_dump({"model": dataclasses.asdict(model)}))
+    there = dotted(saved.config)
+    here = dotted(yaml.safe_dump({"model": dataclasses.asdict(model)}))
     used = tuple(f"model.{key}" for key in _USE)
     ours, theirs = (
         {key: value for key, value in each.items() if key.startswith("model.") and not key.startswith(used)}
@@ -107,7 +109,7 @@ def differences(now: TrainState, saved: TrainState) -> list[str]:
     The fingerprints decide whether they differ. Settings are named as in the resolved configs; where those agree (the
     text behind `data.source` has changed, say), as in the fingerprints.
     """
-    configs = _flat(now.config), _flat(saved.config)
+    configs = dotted(now.config), dotted(saved.config)
     found: list[str] = []
     for room in sorted({*now.fingerprints, *saved.fingerprints}):
         texts = now.fingerprints.get(room, ""), saved.fingerprints.get(room, "")
@@ -115,7 +117,7 @@ def differences(now: TrainState, saved: TrainState) -> list[str]:
             continue
         found += (
             _settings(room, *configs)
-            or _phrases(_flat(texts[0]), _flat(texts[1]), known=configs[0], room=room)
+            or _phrases(dotted(texts[0]), dotted(texts[1]), known=configs[0], room=room)
             or _phrases(*configs, known=configs[0], room=room)
             or [f"{room}: {texts[1]!r} != {texts[0]!r}"]
         )
@@ -142,20 +144,3 @@ def _phrases(now: dict[str, Any], saved: dict[str, Any], known: Mapping[str, Any
             name = key if key in known or key.startswith(f"{room}.") else f"{room}.{key}"
             phrases.append(f"{name} was {saved.get(key)} there and is {now.get(key)} here")
     return phrases
-
-
-def _flat(text: str) -> dict[str, Any]:
-    """Dotted key to value of a YAML (or JSON) mapping; empty for any other text."""
-
-    def walk(node: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in node.items():
-            if isinstance(value, Mapping) and value:
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return {}
-    return dict(walk(tree, "")) if isinstance(tree, Mapping) else {}

@@ -8,42 +8,34 @@ communicates.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
 import os
 import re
 import shutil
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from train.files import (
+    CRC32,
+    PARTIAL,
+    FileRecord,
+    aside,
+    check_sizes,
+    checksum_of,
+    replace_durably,
+    sync,
+    write_durably,
+)
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
-PARTIAL, REPLACED, DELETED = ".partial", ".replaced", ".deleted"
+REPLACED, DELETED = ".replaced", ".deleted"
 
 _STEP = re.compile(r"step-(\d{8,})")
-_BLOCK_BYTES = 1 << 22
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What the manifest knows of a file: its size and the CRC-32 of its content."""
-
-    num_bytes: int
-    crc32: int
-
-    def extended(self, data: bytes | memoryview) -> FileRecord:
-        """The record after `data` has been appended to the file."""
-        return FileRecord(self.num_bytes + memoryview(data).nbytes, zlib.crc32(data, self.crc32))
-
-    def __str__(self) -> str:
-        return f"{self.num_bytes} bytes with CRC-32 {self.crc32:08x}"
 
 
 def step_folder(root: Path, step: int) -> Path:
@@ -51,34 +43,11 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def aside(folder: Path, suffix: str) -> Path:
-    """A hidden neighbour of `folder`, which no reader takes for a checkpoint."""
-    return folder.with_name(f".{folder.name}{suffix}")
-
-
-def record(path: Path) -> FileRecord:
-    """Read a file once and describe it; OSError when it cannot be read."""
-    found = FileRecord(0, 0)
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            found = found.extended(block)
-    return found
-
-
-def write_durably(path: Path, text: str) -> FileRecord:
-    """Write a small text file, through to the disk; returns what the manifest should say of it."""
-    data = text.encode()
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileRecord(0, 0).extended(data)
-
-
 def write_manifest(folder: Path, files: Mapping[str, FileRecord]) -> None:
     """Write the done-marker of a folder whose files are all in place."""
-    body = {name: [entry.num_bytes, entry.crc32] for name, entry in sorted(files.items())}
-    write_durably(folder / MANIFEST, json.dumps({"files": body, "crc32": _body_crc(body)}, indent=1))
+    body = {name: [entry.num_bytes, int(entry.checksum, 16)] for name, entry in sorted(files.items())}
+    text = json.dumps({"files": body, "crc32": _body_crc(body)}, indent=1)
+    write_durably(folder / MANIFEST, text.encode(), CRC32)
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
@@ -94,29 +63,12 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         sound = False
     if not sound:
         raise ValueError(f"{path} is damaged: it does not agree with its own checksum")
-    return {name: FileRecord(*entry) for name, entry in body.items()}
-
-
-def verify(folder: Path, manifest: Mapping[str, FileRecord], names: Iterable[str]) -> None:
-    """Read these files whole. ValueError, naming the file, when one is not what the manifest recorded."""
-    for name in names:
-        try:
-            found = record(folder / name)
-        except FileNotFoundError:
-            raise ValueError(f"{folder / name} is missing") from None
-        if found != manifest[name]:
-            raise ValueError(f"{folder / name} is damaged: it has {found}, was saved with {manifest[name]}")
+    return {name: FileRecord(num_bytes, CRC32, f"{crc:08x}") for name, (num_bytes, crc) in body.items()}
 
 
 def check_complete(folder: Path) -> None:
-    """The cheap half of `verify`: marker, presence and sizes. ValueError in a sentence that names the file."""
-    for name, entry in read_manifest(folder).items():
-        try:
-            num_bytes = (folder / name).stat().st_size
-        except FileNotFoundError:
-            raise ValueError(f"{folder / name} is missing") from None
-        if num_bytes != entry.num_bytes:
-            raise ValueError(f"{folder / name} is damaged: it has {num_bytes} bytes, was saved with {entry.num_bytes}")
+    """Marker, presence and sizes, without reading the files. ValueError in a sentence that names the file."""
+    check_sizes(folder, read_manifest(folder))
 
 
 def survey(root: Path) -> tuple[list[Path], dict[Path, str]]:
@@ -154,15 +106,13 @@ def find_latest(root: Path) -> Path | None:
 def publish(partial: Path, final: Path) -> None:
     """Rename a whole folder into place, then let `latest` name it. At every moment a complete checkpoint is named."""
     root = final.parent
-    _sync(partial)
+    sync(partial)
     replaced = aside(final, REPLACED)
     if final.exists():
         os.rename(final, replaced)
     os.rename(partial, final)
-    _sync(root)
-    write_durably(root / f".{LATEST}", f"{final.name}\n")
-    os.replace(root / f".{LATEST}", root / LATEST)
-    _sync(root)
+    sync(root)
+    replace_durably(root / LATEST, f"{final.name}\n".encode())
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -193,49 +143,7 @@ def tidy(root: Path) -> None:
             os.rename(path, final)
         elif path.suffix in (PARTIAL, REPLACED, DELETED):
             shutil.rmtree(path, ignore_errors=True)
-    (root / f".{LATEST}").unlink(missing_ok=True)
-
-
-@contextmanager
-def new_folder(final: Path) -> Iterator[Path]:
-    """A hidden folder to fill, which is synced and renamed to `final` at the end of the block; removed if that fails.
-
-    What a killed process left of it is removed first. ValueError when `final` exists, when it cannot be written, or
-    when another process is filling it.
-    """
-    if final.exists():
-        raise ValueError(f"{final} exists already: remove it, or name another folder")
-    partial = aside(final, PARTIAL)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise ValueError(f"{final} cannot be written: {error.strerror}") from None
-    try:
-        _lock(handle, final)
-        for path in partial.iterdir():
-            path.unlink()
-        try:
-            yield partial
-            for path in [*partial.iterdir(), partial]:
-                _sync(path)
-            os.rename(partial, final)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise ValueError(f"{final} was not written: {error}") from error
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        _sync(final.absolute().parent)
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, final: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"{final} is being written by another process") from None
+    aside(root / LATEST).unlink(missing_ok=True)
 
 
 def _step_folders(root: Path) -> list[Path]:
@@ -256,17 +164,5 @@ def _named_by_latest(root: Path) -> Path | None:
     return root / name if _STEP.fullmatch(name) else None
 
 
-def _body_crc(body: Mapping[str, list[int]]) -> int:
-    return zlib.crc32(json.dumps(body, sort_keys=True).encode())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # Some network file systems order renames by themselves and refuse fsync of a folder.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
+def _body_crc(body: Mapping[str, Any]) -> int:
+    return int(checksum_of(body, CRC32), 16)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
 import platform
@@ -13,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from train.files import SHA256, checksum_of
 
 # 256 bytes and the token that ends a document: the smallest byte-level vocabulary.
 MIN_VOCAB_SIZE = 257
@@ -194,7 +194,7 @@ class DataConfig:
         """Where the prepared tokens live: `dir`, or the default place of these settings."""
         if self.dir is not None:
             return Path(self.dir)
-        digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()
+        digest = checksum_of(self.settings(), SHA256)
         return Path("data") / f"{self.name}-{digest[:8]}"
 
     @property

@@ -13,14 +13,23 @@ valid-...              the same for the validation split
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.data.read.trouble import Skipped
+from train.files import (
+    SHA256,
+    DamagedFileError,
+    FileRecord,
+    check_contents,
+    check_sizes,
+    checksum_of,
+    replace_durably,
+)
 
 META = "meta.json"
 TOKENIZER = "tokenizer.json"
@@ -30,19 +39,11 @@ _FORMAT = "halocline tokens 2"
 
 
 @dataclass(frozen=True)
-class FileSum:
-    """Size and SHA-256 of one file of the folder."""
-
-    num_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Split:
     """Counts of one split; `num_tokens` includes one end-of-document token per document.
 
     unigram_entropy_nats: entropy of the split's own token frequencies, in nats per token: the loss of the best model
-    that ignores context; null for a split without tokens.
+    that ignores context; None for a split without tokens.
     """
 
     num_documents: int
@@ -68,21 +69,20 @@ class Meta:
     skipped: dict[str, Skipped]
     notes: tuple[str, ...]
     report: dict[str, Any]
-    files: dict[str, FileSum]
+    files: dict[str, FileRecord]
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 that two folders share exactly when a run would read the same tokens from them."""
-        shards = {name: self.files[name].sha256 for split in self.splits.values() for name in split.shards}
-        return _digest([self.tokenizer_digest, self.eod, self.dtype, self.settings["shard_tokens"], shards])
+        shards = {name: self.files[name].checksum for split in self.splits.values() for name in split.shards}
+        parts = [self.tokenizer_digest, self.eod, self.dtype, self.settings["shard_tokens"], shards]
+        return checksum_of(parts, SHA256)
 
     def save(self, folder: Path, name: str = META) -> None:
-        """Write `meta.json` aside, flush it, rename it into place."""
-        body = dataclasses.asdict(self)
-        aside = folder / f"{META}.aside"
-        write_flushed(aside, json.dumps({"format": _FORMAT, "sha256": _digest(body), **body}, indent=1).encode())
-        aside.replace(folder / name)
-        flush_folder(folder)
+        """Write `meta.json`, whole or not at all; the disk has it when this returns."""
+        body = dataclasses.asdict(self) | {"files": {name: plain_record(each) for name, each in self.files.items()}}
+        text = json.dumps({"format": _FORMAT, "sha256": checksum_of(body, SHA256), **body}, indent=1)
+        replace_durably(folder / name, text.encode())
 
     @classmethod
     def load(cls, folder: Path, name: str = META) -> Meta:
@@ -98,7 +98,7 @@ class Meta:
             raise ValueError(f"{path} cannot be read: {error}") from None
         if not isinstance(body, dict) or body.pop("format", None) != _FORMAT:
             raise ValueError(f"{path} is not of the form `{_FORMAT}`: prepare the data again in another folder")
-        if body.pop("sha256", None) != _digest(body):
+        if body.pop("sha256", None) != checksum_of(body, SHA256):
             raise ValueError(f"{path} was changed after it was written: prepare the data again in another folder")
         body["splits"] = {
             name: Split(**{**split, "shards": tuple(split["shards"])}) for name, split in body["splits"].items()
@@ -106,65 +106,45 @@ class Meta:
         body["skipped"] = {
             name: Skipped(each["count"], tuple(each["examples"])) for name, each in body["skipped"].items()
         }
-        body["files"] = {name: FileSum(**each) for name, each in body["files"].items()}
+        body["files"] = {name: read_record(each) for name, each in body["files"].items()}
         body["notes"] = tuple(body["notes"])
         return cls(**body)
 
     def check_sizes(self, folder: Path) -> None:
         """ValueError, naming the file, when one is missing or of another size: cheap, for every opening."""
-        for name, expected in self.files.items():
-            try:
-                num_bytes = (folder / name).stat().st_size
-            except OSError as error:
-                raise ValueError(f"{folder / name} cannot be read: {error.strerror}") from None
-            if num_bytes != expected.num_bytes:
-                raise ValueError(
-                    f"{folder / name} has {num_bytes} bytes, not {expected.num_bytes}: it was cut or changed; "
-                    f"remove {folder} and prepare it again"
-                )
+        with _with_remedy(folder):
+            check_sizes(folder, self.files)
 
     def check_contents(self, folder: Path) -> None:
         """ValueError, naming the file, when the contents of one are not those that were written."""
         self.check_sizes(folder)
-        for name, expected in self.files.items():
-            if sha256_of(folder / name) != expected.sha256:
-                if name == TOKENIZER:
+        with _with_remedy(folder):
+            try:
+                check_contents(folder, self.files)
+            except DamagedFileError as error:
+                if error.path.name == TOKENIZER:
                     raise ValueError(
-                        f"{folder / name} is another tokenizer than the one that these tokens were made with; "
-                        f"remove {folder} and prepare it again"
-                    )
-                raise ValueError(
-                    f"{folder / name} does not have the checksum that {META} holds: it was changed; "
-                    f"remove {folder} and prepare it again"
-                )
+                        f"{error.path} is another tokenizer than the one that these tokens were made with"
+                    ) from None
+                raise ValueError(f"{error.path} does not have the checksum that {META} holds: it was changed") from None
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, read in pieces. ValueError when it cannot be read."""
+def plain_record(record: FileRecord) -> dict[str, Any]:
+    """A file's record as plain values, for a JSON file."""
+    return {"num_bytes": record.num_bytes, "sha256": record.checksum}
+
+
+def read_record(plain: Mapping[str, Any]) -> FileRecord:
+    """What `plain_record` was given."""
+    return FileRecord(plain["num_bytes"], SHA256, plain["sha256"])
+
+
+@contextmanager
+def _with_remedy(folder: Path) -> Iterator[None]:
+    """Say what helps against a damaged file, as one ValueError with what is wrong with it."""
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        yield
+    except ValueError as error:
+        raise ValueError(f"{error}; remove {folder} and prepare it again") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def write_flushed(path: Path, data: bytes) -> FileSum:
-    """Write a file and wait until the disk has it."""
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return FileSum(len(data), hashlib.sha256(data).hexdigest())
-
-
-def flush_folder(folder: Path) -> None:
-    """Wait until the disk has the folder's own entries: renames are not durable before."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _digest(body: Any) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        raise ValueError(f"{error.filename or folder} cannot be read: {error.strerror}") from None

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer as Backend
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from train.files import SHA256, write_durably
+from tokenizers import Tokenizer as Backend
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # What published tokenizers call the token that ends a document; the first that a tokenizer has is taken.
@@ -37,7 +39,7 @@ class Tokenizer:
     """
 
     def __init__(self, text: str, end_of_document: str | None = None) -> None:
-        """Build from the text of a `tokenizer.json`; `end_of_document` null looks for a known name.
+        """Build from the text of a `tokenizer.json`; `end_of_document` None looks for a known name.
 
         Raises ValueError when the text is no tokenizer or the end-of-document token is missing.
         """
@@ -93,8 +95,8 @@ class Tokenizer:
             raise ValueError(f"tokenizer {path} cannot be used: {error}") from None
 
     def save(self, path: Path) -> None:
-        """Write the text form, whose SHA-256 is `digest`."""
-        path.write_bytes(self.text.encode())
+        """Write the text form, whose SHA-256 is `digest`; the disk has it when this returns."""
+        write_durably(path, self.text.encode(), SHA256)
 
     def id_of(self, token: str) -> int | None:
         """The id of a token of this name, None where there is none."""

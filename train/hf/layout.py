@@ -36,8 +36,8 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class Disk:
-    """A disk tensor: its shape, and where in ours it starts (elements). It is one contiguous range of ours."""
+class DiskTensor:
+    """A tensor on disk: its shape, and where in ours it starts (elements). It is one contiguous range of ours."""
 
     entry: Entry
     offset: int
@@ -83,13 +83,13 @@ class Disk:
             yield rows, self.offset + first * width, (rows.stop - rows.start) * width
 
 
-def layout(config: ModelConfig, copies: bool = False) -> list[Disk]:
+def disk_tensors(config: ModelConfig, copies: bool = False) -> list[DiskTensor]:
     """All disk tensors of a model; with `copies` those of embedding and head beside prediction depths instead."""
     known = shapes(config)
     return [_place(entry, known[entry.ours]) for entry in (names.copies if copies else names.table)(config)]
 
 
-def _place(entry: Entry, shape: tuple[int, ...]) -> Disk:
+def _place(entry: Entry, shape: tuple[int, ...]) -> DiskTensor:
     offset = 0
     if entry.expert is not None:
         shape = shape[1:]
@@ -97,4 +97,4 @@ def _place(entry: Entry, shape: tuple[int, ...]) -> Disk:
     if entry.rows is not None:
         offset += entry.rows.start * math.prod(shape[1:])
         shape = (entry.rows.stop - entry.rows.start, *shape[1:])
-    return Disk(entry, offset, shape)
+    return DiskTensor(entry, offset, shape)

@@ -1,7 +1,7 @@
 """The one door to `safetensors`: shards written range by range, folders of shards read range by range.
 
-A file is the length of its header, the header (JSON: type, shape and place of each tensor) and the tensors' bytes
-without gaps. The library reads and judges headers; the bytes are moved here, because it wants whole tensors.
+The library reads. It writes whole tensors only, which need not fit into memory here, so files are written by hand: the
+length of the header, the header (JSON: type, shape and place of each tensor) and the tensors' bytes without gaps.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from train.checkpoint.flat import checksummed
-from train.checkpoint.ranges import read_exactly
-from train.checkpoint.step_folders import FileRecord
+from train.files import CRC32, FileRecord, SummedFile, write_durably
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {
@@ -31,6 +29,8 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LENGTH_BYTES = 8
+# What is read of a file counts as the process's memory until the library closes it; so many bytes at most.
+_MAX_MAPPED_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ def write_shard(path: Path, specs: Sequence[Spec], ranges: Iterable[Tensor]) -> 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH_BYTES)
     written = 0
-    with checksummed(path) as stream:
-        stream.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+    with SummedFile(path, CRC32) as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
         for values in ranges:
-            stream.write(memoryview(cast(Any, values.contiguous().flatten().view(torch.uint8).numpy())))
+            file.write(memoryview(cast(Any, values.contiguous().flatten().view(torch.uint8).numpy())))
             written += values.nbytes
     assert written == end, f"{path.name}: {written} bytes came, {end} were announced"
-    return stream.entry
+    return file.record
 
 
 def write_index(path: Path, files: Mapping[str, Sequence[Spec]]) -> FileRecord:
@@ -74,28 +74,21 @@ def write_index(path: Path, files: Mapping[str, Sequence[Spec]]) -> FileRecord:
         "metadata": {"total_size": sum(spec.num_bytes for specs in files.values() for spec in specs)},
         "weight_map": dict(sorted((spec.name, file) for file, specs in files.items() for spec in specs)),
     }
-    with checksummed(path) as stream:
-        stream.write(json.dumps(body, indent=2).encode() + b"\n")
-    return stream.entry
+    return write_durably(path, json.dumps(body, indent=2).encode() + b"\n", CRC32)
 
 
-def read_specs(path: Path) -> dict[str, tuple[Spec, int]]:
-    """Name to tensor, and where in the file it starts. ValueError for a file that is damaged, cut or of other types."""
+def read_specs(path: Path) -> dict[str, Spec]:
+    """Name to tensor, in the file's order. ValueError for a file that is damaged, cut or of other types."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             found = {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
-        with path.open("rb") as raw:
-            offset = _LENGTH_BYTES + int.from_bytes(raw.read(_LENGTH_BYTES), "little")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-    specs = {}
-    for name, (dtype, shape) in found.items():
+    for name, (dtype, _) in found.items():
         if dtype not in DTYPES:
             raise ValueError(f"{path}: {name} is of type {dtype}, not one of {', '.join(DTYPES)}")
-        specs[name] = Spec(name, DTYPES[dtype], shape), offset
-        offset += specs[name][0].num_bytes
-    return specs
+    return {name: Spec(name, DTYPES[dtype], shape) for name, (dtype, shape) in found.items()}
 
 
 class TensorFolder:
@@ -105,40 +98,42 @@ class TensorFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        self._open: dict[Path, IO[bytes]] = {}
-        self._places: dict[str, tuple[Path, Spec, int]] = {}
+        self.specs: dict[str, Spec] = {}
+        self._paths: dict[str, Path] = {}
+        self._open: tuple[Path, Any] | None = None
+        self._mapped_bytes = 0
         for file, promised in _files(path).items():
             specs = read_specs(file)
             if lacking := sorted(promised - set(specs)):
                 raise ValueError(f"{file} lacks {some(lacking)}, which {INDEX} promises in it")
-            for name, (spec, offset) in specs.items():
-                if name in self._places:
-                    raise ValueError(f"{name} lies in {self._places[name][0].name} and again in {file.name}")
-                self._places[name] = file, spec, offset
+            for name, spec in specs.items():
+                if name in self.specs:
+                    raise ValueError(f"{name} lies in {self._paths[name].name} and again in {file.name}")
+                self.specs[name], self._paths[name] = spec, file
 
     def __enter__(self) -> TensorFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            file.close()
-
-    @property
-    def specs(self) -> dict[str, Spec]:
-        return {name: spec for name, (_, spec, _) in self._places.items()}
+        self._close()
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """A tensor, or consecutive rows of it, in its type on disk."""
-        path, spec, offset = self._places[name]
-        shape = spec.shape
-        if rows is not None:
-            offset += rows.start * math.prod(shape[1:]) * spec.dtype.itemsize
-            shape = (rows.stop - rows.start, *shape[1:])
-        if path not in self._open:
-            self._open[path] = path.open("rb")
-        values = torch.empty(shape, dtype=spec.dtype)
-        read_exactly(self._open[path], offset, values.flatten())
+        """A tensor, or consecutive rows of it, in its type on disk: a view of the file, which is read on use."""
+        values = self._file(self._paths[name]).get_slice(name)[rows or slice(None)]
+        self._mapped_bytes += values.nbytes
         return values
+
+    def _file(self, path: Path) -> Any:
+        """The file opened by the library, which maps it into memory; anew when too much of it may have been touched."""
+        if self._open is None or self._open[0] != path or self._mapped_bytes > _MAX_MAPPED_BYTES:
+            self._close()
+            self._open = path, safe_open(path, framework="pt").__enter__()
+        return self._open[1]
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._open[1].__exit__(None, None, None)
+        self._open, self._mapped_bytes = None, 0
 
 
 def _files(folder: Path) -> dict[Path, set[str]]:
@@ -158,6 +153,11 @@ def _files(folder: Path) -> dict[Path, set[str]]:
     if outside := sorted(str(file) for file in found if file.parent != folder):
         raise ValueError(f"{index} names {outside[0]}, which is not a file of its folder")
     return dict(sorted(found.items()))
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no element is infinite or NaN, found without another tensor of their size."""
+    return all(bool(extreme.isfinite()) for extreme in values.aminmax())
 
 
 def some(names: Sequence[str]) -> str:

@@ -9,24 +9,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from train.checkpoint.flat import Pieces
+from train.checkpoint.ranges import HostRange, Pieces
 
 PREFIX, MASTER = "ema.", "master."
 # Elements at a time: fewer than torch spreads over several threads, which would take cores from the training itself.
 _CHUNK = 1 << 15
-
-
-@dataclass(frozen=True)
-class _Average:
-    """A range of a global tensor: `tensor` is 1-D, on the CPU, and starts at flat `offset`."""
-
-    offset: int
-    tensor: Tensor
 
 
 class Ema:
@@ -37,7 +28,7 @@ class Ema:
         self._weight = 1 - decay
         self._masters = {name: parts for name, parts in masters.items() if name.startswith(MASTER)}
         self._averages = {
-            name: [_Average(part.offset, part.tensor.detach().to("cpu", copy=True)) for part in parts]
+            name: [HostRange(part.offset, part.tensor.detach().to("cpu", copy=True)) for part in parts]
             for name, parts in self._masters.items()
         }
         self._thread: threading.Thread | None = None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from train.files import sync_handle
 from train.track.metrics import StepReport
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -80,7 +80,7 @@ class _StepLines:
 
     def checkpoint(self) -> None:
         """On the disk before the checkpoint is: a resumed run must find every step that its checkpoint holds."""
-        os.fsync(self._file.fileno())
+        sync_handle(self._file.fileno())
 
     def close(self, failed: bool) -> None:
         """Closes the file."""

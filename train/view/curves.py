@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from train.files import replacing
+
 Steps = Sequence[Mapping[str, float]]  # as read from metrics.jsonl
 
 INK, FAINT, GRID, ALARM = "#22303a", "#7b8893", "#e6eaed", "#c22f2f"
@@ -70,13 +72,12 @@ def save(figure: Figure, out: Path) -> None:
     An SVG where the name ends so, with its text as text; else a PNG. The same figure gives the same bytes.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.part")
-    if out.suffix == ".svg":
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "halocline"}):
-            figure.savefig(aside, format="svg", metadata={"Date": None})
-    else:
-        figure.savefig(aside, format="png")
-    aside.replace(out)
+    with replacing(out, durable=False) as aside:
+        if out.suffix == ".svg":
+            with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "halocline"}):
+                figure.savefig(aside, format="svg", metadata={"Date": None})
+        else:
+            figure.savefig(aside, format="png")
 
 
 def column(steps: Steps, name: str) -> np.ndarray:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from train.data.config import DataConfig
-from train.data.prepare.folder import given_tokenizer
-from train.data.meta import TOKENIZER, Meta, flush_folder, write_flushed
+from train.data.meta import TOKENIZER, Meta
+from train.data.prepare.folder import alone_in, given_tokenizer
 from train.data.prepare.one_source import prepare, sample_text
 from train.data.prepare.sample import SAMPLE_BYTES
 from train.data.tokenizer import Tokenizer
+from train.files import replace_durably
 
 _BLEND = "blend.json"
 
@@ -34,25 +34,24 @@ def prepare_sources(config: DataConfig, say: Callable[[str], None] = print) -> d
 
 
 def _train_tokenizer(config: DataConfig, say: Callable[[str], None]) -> None:
-    """Leave the blend's tokenizer in its folder, trained on each source by its weight, unless it is there.
-
-    Two processes at once would write the same bytes: each its own file, renamed into place.
-    """
-    folder, settings = config.folder, config.settings()
+    """Leave the blend's tokenizer in its folder, trained on each source by its weight, unless it is there."""
+    folder = config.folder
     record = folder / _BLEND
-    if record.exists():
-        _refuse_other(record, settings)
-        return
-    folder.mkdir(parents=True, exist_ok=True)
+    if not record.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder, say):
+            if not record.exists():  # unless the process that this one has waited for has done it
+                _write_tokenizer(config, folder, say)
+    _refuse_other(record, config.settings())
+
+
+def _write_tokenizer(config: DataConfig, folder: Path, say: Callable[[str], None]) -> None:
     special = config.fim_tokens if any(source.fim_rate for source in config.sources.values()) else ()
     tokenizer = Tokenizer.train(_sample(config), config.vocab_size, special)
     say(f"trained a tokenizer for the blend in {folder}: byte-level BPE with {tokenizer.vocab_size} tokens")
-    body = {"settings": settings, "tokenizer": tokenizer.digest}
-    for name, data in ((TOKENIZER, tokenizer.text.encode()), (_BLEND, json.dumps(body, indent=1).encode())):
-        aside = folder / f"{name}.{os.getpid()}"
-        write_flushed(aside, data)
-        aside.replace(folder / name)
-    flush_folder(folder)
+    body = {"settings": config.settings(), "tokenizer": tokenizer.digest}
+    replace_durably(folder / TOKENIZER, tokenizer.text.encode())
+    replace_durably(folder / _BLEND, json.dumps(body, indent=1).encode())
 
 
 def _sample(config: DataConfig) -> Iterator[str]:

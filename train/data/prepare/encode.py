@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from train.data.prepare.encoder import Encoder, Variations
 from train.data.read.blocks import Block, Position, Trouble
 from train.data.read.documents import Document, documents
-from train.data.prepare.encoder import Encoder, Variations
 from train.data.tokenizer import Tokenizer
 
 

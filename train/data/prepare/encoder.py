@@ -88,7 +88,7 @@ def fim_ids(tokenizer: Tokenizer, names: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def _merged_tokens(tokenizer: Tokenizer) -> dict[int, np.ndarray]:
-    """Of each token that joins punctuation and the line ends behind it: the ids of both parts."""
+    """Token id to the ids of its two parts, for every token that joins punctuation and the line ends behind it."""
     found = {}
     for id in range(tokenizer.vocab_size):
         text = tokenizer.decode([id])

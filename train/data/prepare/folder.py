@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from train.data.config import DATASETS, DataConfig
-from train.data.prepare.encoder import fim_ids
 from train.data.meta import FILES, META, SPLITS, TOKENIZER, Meta
+from train.data.prepare.encoder import fim_ids
 from train.data.prepare.report import REPORT
 from train.data.read.source import digest_of, num_bytes_of, open_source
-from train.data.tokenizer import Tokenizer
 from train.data.read.trouble import BAD
+from train.data.tokenizer import Tokenizer
+from train.files import aside, locked
 
 PARTIAL, LOCK = "partial", ".lock"
 READY = "meta.ready.json"  # all is written and described, and being moved into place
 
 
 def given_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """The tokenizer of `data.tokenizer`; null when one is to be trained. ValueError when it cannot be used."""
+    """The tokenizer of `data.tokenizer`; None when one is to be trained. ValueError when it cannot be used."""
     if config.tokenizer is None:
         if config.end_of_document is not None:
             raise ValueError(
@@ -81,21 +81,14 @@ def _check_refused(config: DataConfig, folder: Path, meta: Meta, remedy: str) ->
             )
 
 
-@contextmanager
-def alone_in(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+def alone_in(folder: Path, say: Callable[[str], None]) -> AbstractContextManager[None]:
     """Hold the folder's lock, waiting for another process that prepares there; a killed holder frees it."""
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"another process is preparing {folder}: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return locked(folder / LOCK, f"another process is preparing {folder}: waiting for it", wait=say)
 
 
 def refuse_strangers(folder: Path) -> None:
     """ValueError when the folder holds anything that no call of `prepare` has left."""
-    ours = {PARTIAL, LOCK, READY, TOKENIZER, FILES, REPORT, META, f"{META}.aside"}
+    ours = {PARTIAL, LOCK, READY, TOKENIZER, FILES, REPORT, META, aside(folder / READY).name}
     for path in sorted(folder.iterdir()):
         shard = path.suffix == ".bin" and path.name.startswith(tuple(f"{split}-" for split in SPLITS))
         if path.name not in ours and not shard:

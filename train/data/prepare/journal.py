@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from train.data.meta import SPLITS
 from train.data.read.blocks import Position
-from train.data.meta import SPLITS, flush_folder, write_flushed
 from train.data.read.trouble import Skipped
+from train.files import replace_durably
 
 JOURNAL = "journal.npz"
 
@@ -47,14 +48,11 @@ def save(progressed: Progressed, folder: Path) -> None:
     body = io.BytesIO()
     state = np.frombuffer(json.dumps(plain).encode(), dtype=np.uint8)
     np.savez(body, state=state, **progressed.counts)  # type: ignore[arg-type]
-    aside = folder / f"{JOURNAL}.aside"
-    write_flushed(aside, body.getvalue())
-    aside.replace(folder / JOURNAL)
-    flush_folder(folder)
+    replace_durably(folder / JOURNAL, body.getvalue())
 
 
 def load(folder: Path, identity: str) -> Progressed | None:
-    """The folder's journal; null when there is none, it is damaged, or it is of another preparation."""
+    """The folder's journal; None when there is none, it is damaged, or it is of another preparation."""
     try:
         with np.load(folder / JOURNAL) as arrays:  # its checksums tell damage
             plain = json.loads(arrays["state"].tobytes())

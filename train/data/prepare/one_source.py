@@ -9,7 +9,6 @@ those that were asked for.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,22 +18,23 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.prepare import journal
-from train.data.read.blocks import Block, Position, Trouble
 from train.data.config import DataConfig
+from train.data.meta import FILES, META, SPLITS, TOKENIZER, Meta, Split
+from train.data.prepare import journal
 from train.data.prepare.encode import Encoding, Task
 from train.data.prepare.encoder import Variations
 from train.data.prepare.folder import PARTIAL, READY, alone_in, check_prepared, clear, given_tokenizer, refuse_strangers
 from train.data.prepare.journal import Progressed
-from train.data.meta import FILES, META, SPLITS, TOKENIZER, FileSum, Meta, Split, flush_folder, write_flushed
 from train.data.prepare.progress import Progress
 from train.data.prepare.report import REPORT, report_of
 from train.data.prepare.sample import SAMPLE_BYTES, sample
-from train.data.read.source import Source, digest_of, num_bytes_of, open_source, walk
-from train.data.tokenizer import Tokenizer
-from train.data.read.trouble import BAD, Troubles
 from train.data.prepare.workers import encode_in_order
 from train.data.prepare.writer import HASHES, Writer
+from train.data.read.blocks import Block, Position, Trouble
+from train.data.read.source import Source, digest_of, num_bytes_of, open_source, walk
+from train.data.read.trouble import BAD, Troubles
+from train.data.tokenizer import Tokenizer
+from train.files import SHA256, FileRecord, checksum_of, sync, write_durably
 
 _TASK_BYTES = 1 << 20  # work handed to a worker at a time
 _JOURNAL_EVERY_S = 5.0  # what a kill can cost
@@ -79,7 +79,7 @@ class _Preparation:
         self._given, self._partial = tokenizer, folder / PARTIAL
         self._dtype = "<u2" if config.vocab_size <= 1 << 16 else "<u4"
         parts = [config.settings(), digest_of(source, times=True), tokenizer.digest if tokenizer else None]
-        self._identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        self._identity = checksum_of(parts, SHA256)
 
     def run(self) -> Meta:
         """Start, or go on, and finish."""
@@ -116,7 +116,7 @@ class _Preparation:
         return tokenizer
 
     def _since(self) -> tuple[Progressed, Tokenizer, Writer] | None:
-        """Where a killed call has stopped; null when there is nothing to go on from."""
+        """Where a killed call has stopped; None when there is nothing to go on from."""
         since = journal.load(self._partial, self._identity)
         if since is None or (self._config.on_bad_document == "refuse" and self._troubles(since).num_bad):
             return None
@@ -146,7 +146,7 @@ class _Preparation:
 
     def _write(
         self, since: Progressed, tokenizer: Tokenizer, writer: Writer
-    ) -> tuple[Progressed, dict[str, Split], dict[str, FileSum]]:
+    ) -> tuple[Progressed, dict[str, Split], dict[str, FileRecord]]:
         """Encode and write; when the hashes leave one split without a document, move the nearest one over and repeat."""
         config, said = self._config, self._source.said
         while True:
@@ -205,7 +205,7 @@ class _Preparation:
         return since
 
     def _describe(
-        self, end: Progressed, splits: dict[str, Split], files: dict[str, FileSum], tokenizer: Tokenizer
+        self, end: Progressed, splits: dict[str, Split], files: dict[str, FileRecord], tokenizer: Tokenizer
     ) -> Meta:
         """Write what goes beside the tokens, and say so where the next call finds it."""
         source, partial = self._source, self._partial
@@ -213,9 +213,9 @@ class _Preparation:
         names = ",\n".join(json.dumps(file.name) for file in source.files)
         files = {
             **files,
-            TOKENIZER: FileSum((partial / TOKENIZER).stat().st_size, tokenizer.digest),
-            FILES: write_flushed(partial / FILES, f"[\n{names}\n]\n".encode()),
-            REPORT: write_flushed(partial / REPORT, (json.dumps(report, indent=1) + "\n").encode()),
+            TOKENIZER: FileRecord((partial / TOKENIZER).stat().st_size, SHA256, tokenizer.digest),
+            FILES: write_durably(partial / FILES, f"[\n{names}\n]\n".encode(), SHA256),
+            REPORT: write_durably(partial / REPORT, (json.dumps(report, indent=1) + "\n").encode(), SHA256),
         }
         meta = Meta(
             settings=self._config.settings(),
@@ -236,7 +236,7 @@ class _Preparation:
         return meta
 
     def _described(self) -> Meta | None:
-        """What a call has left that was killed while it moved its files into place; null when there is none."""
+        """What a call has left that was killed while it moved its files into place; None when there is none."""
         try:
             meta = Meta.load(self._folder, READY)
         except ValueError:
@@ -256,9 +256,9 @@ class _Preparation:
             for name in (HASHES, journal.JOURNAL):
                 (self._partial / name).unlink(missing_ok=True)
             shutil.rmtree(self._partial)
-        flush_folder(self._folder)
+        sync(self._folder)
         (self._folder / READY).replace(self._folder / META)
-        flush_folder(self._folder)
+        sync(self._folder)
         return meta
 
 

@@ -1,68 +1,23 @@
 """Writes the encoded documents of each split into shards of a fixed number of tokens.
 
 What is written can be flushed at any document, described in a few numbers (`state`), and gone on with from there by
-another process (`restore`), whatever was written behind it before.
+another process, whatever was written behind it before.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import math
-import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from train.data.meta import SPLITS, Split, plain_record, read_record
 from train.data.prepare.encode import Encoded
-from train.data.meta import SPLITS, FileSum, Split, sha256_of
 from train.data.prepare.seen import Seen
+from train.files import SHA256, FileRecord, SummedFile, check_sizes
 
 HASHES = "hashes.bin"  # of the documents so far, for a call that goes on
-_READ_BYTES = 1 << 20
-
-
-class SummedFile:
-    """A file whose SHA-256 is taken while it is written and compared with the disk's when it is closed."""
-
-    def __init__(self, path: Path, num_bytes: int = 0) -> None:
-        """num_bytes: what to keep of a file that is there. OSError when it has fewer."""
-        self._path = path
-        self._digest = hashlib.sha256()
-        self._num_bytes = num_bytes
-        if not num_bytes:
-            self._stream: BinaryIO = path.open("wb")
-            return
-        self._stream = path.open("r+b")
-        self._stream.truncate(num_bytes) if path.stat().st_size > num_bytes else None
-        while part := self._stream.read(_READ_BYTES):
-            self._digest.update(part)
-        if self._stream.tell() != num_bytes:
-            raise OSError(f"{path} has {self._stream.tell()} bytes, not the {num_bytes} that were written")
-
-    @property
-    def num_bytes(self) -> int:
-        return self._num_bytes
-
-    def write(self, values: np.ndarray) -> None:
-        data = values.tobytes()
-        self._stream.write(data)
-        self._digest.update(data)
-        self._num_bytes += len(data)
-
-    def flush(self) -> None:
-        """Wait until the disk has what was written."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-
-    def close(self) -> FileSum:
-        """Flush to the disk, read back, compare. OSError when the file does not hold what was written."""
-        self.flush()
-        self._stream.close()
-        if sha256_of(self._path) != self._digest.hexdigest():
-            raise OSError(f"{self._path} does not read back as it was written")
-        return FileSum(self._num_bytes, self._digest.hexdigest())
 
 
 class SplitWriter:
@@ -77,26 +32,29 @@ class SplitWriter:
         state: dict[str, Any] | None = None,
         counts: np.ndarray | None = None,
     ) -> None:
-        """state, counts: what a writer before has given, to go on there. OSError when its files do not hold it."""
+        """state, counts: what a writer before has given, to go on there.
+
+        Raises OSError or ValueError when its files do not hold it.
+        """
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         state = state or {"num_documents": 0, "num_bytes": 0, "num_tokens": 0, "shards": [], "files": {}}
         self._num_documents, self._num_bytes = int(state["num_documents"]), int(state["num_bytes"])
         self._num_tokens = int(state["num_tokens"])
         self._shards: list[str] = list(state["shards"])
-        self.files = {name: FileSum(**each) for name, each in state["files"].items()}
+        self.files = {name: read_record(each) for name, each in state["files"].items()}
         self.counts = np.zeros(0, dtype=np.int64) if counts is None else counts
         self._shard: SummedFile | None = None
         if self._shards and self._shards[-1] not in self.files:
-            self._shard = SummedFile(folder / self._shards[-1], self._num_tokens % shard_tokens * dtype.itemsize)
-        for name, each in self.files.items():
-            if (folder / name).stat().st_size != each.num_bytes:
-                raise OSError(f"{folder / name} is not as it was written")
-        self._documents = SummedFile(folder / f"{split}-documents.bin", self._num_documents * 32)
+            self._shard = SummedFile(
+                folder / self._shards[-1], SHA256, self._num_tokens % shard_tokens * dtype.itemsize
+            )
+        check_sizes(folder, self.files)
+        self._documents = SummedFile(folder / f"{split}-documents.bin", SHA256, self._num_documents * 32)
 
     def add(self, ids: np.ndarray, num_tokens: np.ndarray, num_bytes: int, places: np.ndarray) -> None:
         """Append documents: their ids, the length of each, the bytes of all, and their places (see Encoded)."""
         ends = self._num_tokens + np.cumsum(num_tokens)
-        self._documents.write(np.column_stack([ends, places]).astype("<i8"))
+        self._documents.write(np.column_stack([ends, places]).astype("<i8").tobytes())
         counts = np.bincount(ids, minlength=len(self.counts))
         counts[: len(self.counts)] += self.counts
         self.counts = counts
@@ -106,8 +64,8 @@ class SplitWriter:
             room = self._shard_tokens - self._num_tokens % self._shard_tokens
             if self._shard is None:
                 self._shards.append(f"{self._split}-{len(self._shards):05d}.bin")
-                self._shard = SummedFile(self._folder / self._shards[-1])
-            self._shard.write(ids[:room].astype(self._dtype, copy=False))
+                self._shard = SummedFile(self._folder / self._shards[-1], SHA256)
+            self._shard.write(ids[:room].astype(self._dtype, copy=False).tobytes())
             self._num_tokens += len(ids[:room])
             if len(ids) >= room:
                 self._close_shard()
@@ -115,26 +73,26 @@ class SplitWriter:
 
     def _close_shard(self) -> None:
         if self._shard is not None:
-            self.files[self._shards[-1]] = self._shard.close()
+            self.files[self._shards[-1]] = self._shard.close_and_compare()
             self._shard = None
 
     def state(self) -> dict[str, Any]:
         """Flush to the disk, and say in plain values what a writer needs to go on from here, beside `counts`."""
         for file in (self._shard, self._documents):
             if file is not None:
-                file.flush()
+                file.sync()
         return {
             "num_documents": self._num_documents,
             "num_bytes": self._num_bytes,
             "num_tokens": self._num_tokens,
             "shards": list(self._shards),
-            "files": {name: dataclasses.asdict(each) for name, each in self.files.items()},
+            "files": {name: plain_record(each) for name, each in self.files.items()},
         }
 
     def close(self) -> Split:
         """Close the last files; `files` then holds the sums of all."""
         self._close_shard()
-        self.files[f"{self._split}-documents.bin"] = self._documents.close()
+        self.files[f"{self._split}-documents.bin"] = self._documents.close_and_compare()
         return Split(
             num_documents=self._num_documents,
             num_bytes=self._num_bytes,
@@ -160,7 +118,10 @@ class Writer:
         state: dict[str, Any] | None = None,
         counts: dict[str, np.ndarray] | None = None,
     ) -> None:
-        """state, counts: as of `SplitWriter`, of both splits. OSError when the files do not hold it."""
+        """state, counts: what a writer before has given, by split, to go on there.
+
+        Raises OSError or ValueError when its files do not hold it.
+        """
         self._threshold, self._deduplicate = np.uint64(threshold), deduplicate
         first: dict[str, Any] = {"least_hash": (1 << 64) - 1, "largest_hash": 0, "num_hashes": 0, "splits": {}}
         state, counts = state or first, counts or {}
@@ -171,7 +132,7 @@ class Writer:
             )
             for split in SPLITS
         }
-        self._hashes = SummedFile(folder / HASHES, state["num_hashes"] * 8)
+        self._hashes = SummedFile(folder / HASHES, SHA256, state["num_hashes"] * 8)
         self._seen = Seen()
         if state["num_hashes"]:
             self._seen.add(np.fromfile(folder / HASHES, dtype="<u8", count=state["num_hashes"]))
@@ -188,7 +149,7 @@ class Writer:
         self.least_hash = min(self.least_hash, int(encoded.hashes.min()))
         self.largest_hash = max(self.largest_hash, int(encoded.hashes.max()))
         new = self._seen.add(encoded.hashes)
-        self._hashes.write(encoded.hashes[new].astype("<u8"))
+        self._hashes.write(encoded.hashes[new].astype("<u8").tobytes())
         kept = new if self._deduplicate else np.ones(len(new), dtype=bool)
         validates = encoded.hashes < self._threshold
         for split, chosen in (("train", kept & ~validates), ("valid", kept & validates)):
@@ -200,7 +161,7 @@ class Writer:
 
     def state(self) -> dict[str, Any]:
         """Flush to the disk, and say in plain values what a writer needs to go on from here, beside `counts`."""
-        self._hashes.flush()
+        self._hashes.sync()
         return {
             "least_hash": self.least_hash,
             "largest_hash": self.largest_hash,
@@ -212,9 +173,9 @@ class Writer:
         """How often each token is in each split, int64 [largest id + 1]."""
         return {split: writer.counts for split, writer in self._splits.items()}
 
-    def close(self) -> tuple[dict[str, Split], dict[str, FileSum]]:
+    def close(self) -> tuple[dict[str, Split], dict[str, FileRecord]]:
         """Counts of each split and sums of all files."""
-        self._hashes.close()
+        self._hashes.close_and_compare()
         splits = {split: writer.close() for split, writer in self._splits.items()}
         return splits, {name: each for writer in self._splits.values() for name, each in writer.files.items()}
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.data.read.blocks import BLOCK_BYTES, ROWS, Block, Damaged, Position, Trouble
 from train.data.config import DataConfig
+from train.data.read.blocks import BLOCK_BYTES, ROWS, Block, Damaged, Position, Trouble
 
 if TYPE_CHECKING:
     import datasets

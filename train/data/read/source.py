@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from train.data.read.blocks import LINES, ROWS, TEXT, Block, Damaged, Position, Trouble, line_blocks, text_blocks
 from train.data.config import DATASETS, DataConfig
+from train.data.read.blocks import LINES, ROWS, TEXT, Block, Damaged, Position, Trouble, line_blocks, text_blocks
 from train.data.read.hub import DatasetRows, is_saved, load
 from train.data.read.streams import FileStream, form_of, split_name, stamp
 
@@ -111,7 +111,9 @@ class FileSource:
                 raise Damaged("unreadable", "Parquet has its own compression, and cannot be read through another")
             if stamp(path.stat()) != expected:
                 raise Damaged("changed", f"{path.stat().st_size} bytes, not {file.num_bytes}")
-            from train.data.read.tables import table_blocks  # pyarrow takes a second, which sources without tables need not
+            from train.data.read.tables import (
+                table_blocks,  # pyarrow takes a second, which sources without tables need not
+            )
 
             yield from table_blocks(path, file.num_bytes, at, self.config.text_field)
             return

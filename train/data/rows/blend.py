@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -38,7 +39,7 @@ class Stream(Protocol):
 
     @property
     def unigram_entropy_nats(self) -> float | None:
-        """Of the tokens' frequencies; None where they are of several sources."""
+        """Entropy of the tokens' frequencies, in nats per token; None where they are of several sources."""
         ...
 
     def rows(self, first: int, count: int) -> torch.Tensor:
@@ -98,13 +99,12 @@ class Blend:
 
     @property
     def num_rows(self) -> int:
-        low, high = 0, sum(rows.num_rows for rows in self.sources.values())
-        while low < high:
-            middle = (low + high + 1) // 2
-            counts = self._shares.counts(middle)
-            fits = all(counts[name] <= rows.num_rows for name, rows in self.sources.items())
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
+        def is_too_many(num_positions: int) -> bool:
+            counts = self._shares.counts(num_positions)
+            return any(counts[name] > rows.num_rows for name, rows in self.sources.items())
+
+        most = sum(rows.num_rows for rows in self.sources.values())
+        return bisect_left(range(1, most + 1), True, key=is_too_many)
 
     @property
     def fingerprint(self) -> str:

@@ -53,7 +53,7 @@ class Tokens:
     def open(cls, folder: str | Path, split: str, verify: bool | None = None) -> Tokens:
         """Open `split` ("train" or "valid") of a folder that `prepare` has written.
 
-        verify: whether to compare all checksums; null does so for small data, and compares sizes for large.
+        verify: whether to compare all checksums; None does so for small data, and compares sizes for large.
         Raises ValueError, naming the file, when the folder is not whole or one of its files was cut or changed.
         """
         folder = Path(folder)
@@ -116,13 +116,8 @@ class Tokens:
         return int((self._num_ends_before(stops) - self._num_ends_before(starts)).sum())
 
     def _num_ends_before(self, positions: np.ndarray) -> np.ndarray:
-        """Documents whose last token lies before each position: a binary search in the file, all at once."""
-        low, high = np.zeros_like(positions), np.full_like(positions, self.num_documents)
-        while (open_ := low < high).any():
-            middle = (low + high) // 2
-            before = open_ & (self._documents[np.minimum(middle, self.num_documents - 1), 0] <= positions)
-            low, high = np.where(before, middle + 1, low), np.where(open_ & ~before, middle, high)
-        return low
+        """Documents whose last token lies before each position."""
+        return np.searchsorted(self._documents[:, 0], positions, side="right")
 
     def documents(self, start: int, stop: int) -> list[DocumentSpan]:
         """The documents that own the tokens [start, stop), in order. ValueError when they are not in the split."""

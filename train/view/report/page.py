@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from train.files import replacing
 from train.view.curves import column, short_tokens
 from train.view.report import heatmap
 from train.view.report.chart import draw, ticks
@@ -26,9 +26,8 @@ _PLACES = ("run.name", "run.dir", "track.name", "track.group", "checkpoint.dir")
 def write_report(runs: Sequence[Run], out: Path, entropy: float | None = None) -> None:
     """Writes the page `out`, aside and then in place. `entropy`: of the validation text's unigrams, in nats."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.part")
-    aside.write_text(page(_told_apart(runs), entropy), encoding="utf-8")
-    os.replace(aside, out)
+    with replacing(out, durable=False) as aside:
+        aside.write_text(page(_told_apart(runs), entropy), encoding="utf-8")
 
 
 def page(runs: Sequence[Run], entropy: float | None = None) -> str:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from train.checkpoint import step_folders
+from train.settings import dotted
 from train.track.metrics_file import Loads, read_loads, read_metrics
 
 MAX_CHECKPOINTS = 50
@@ -61,7 +60,8 @@ def read_run(folder: Path) -> Run:
     if not path.exists():
         raise ValueError(f"{folder} is not the folder of a run: it has no metrics.jsonl")
     steps = read_metrics(path)
-    settings = flat_settings(folder / "config.yaml")
+    config = folder / "config.yaml"
+    settings = dotted(config.read_text(errors="replace")) if config.exists() else {}
     checkpoints = Path(settings.get("checkpoint.dir") or folder / "checkpoints")
     log = folder / "logs" / "rank_0.log"
     resumed = re.findall(r"resumed from .* after step (\d+)", log.read_text(errors="replace")) if log.exists() else []
@@ -85,25 +85,6 @@ def find_runs(folder: Path) -> list[Path]:
     if not jobs:
         raise ValueError(f"run={folder} is no folder of a run or of a sweep: there is no metrics.jsonl in it")
     return jobs
-
-
-def flat_settings(path: Path) -> dict[str, Any]:
-    """Dotted key to value of a YAML file; empty where there is none that can be read."""
-
-    def walk(node: dict[Any, Any], prefix: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in node.items():
-            if isinstance(value, dict) and value:
-                found |= walk(value, f"{prefix}{key}.")
-            else:
-                found[f"{prefix}{key}"] = value
-        return found
-
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError):
-        return {}
-    return walk(tree, "") if isinstance(tree, dict) else {}
 
 
 def _checkpoints(root: Path) -> list[tuple[str, int]]:

@@ -1,0 +1,123 @@
+"""What a rank's part of a run puts into checkpoints, and the ways in which a run begins.
+
+`resume` chooses among them: a run goes on from its own checkpoint, or takes the weights of another one, or starts with
+the initial weights it was assembled with. They differ in which states of a checkpoint they load, and in what becomes of
+the position, the optimizer's steps and the random numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from parallel.shards import Piece
+from parallel.zero.optimizer import MASTER
+from train import compose
+from train.checkpoint.ranges import FlatRange, Pieces
+from train.checkpoint.state import TrainState, capture_rng, check_weights_fit, fingerprint, restore_rng
+from train.job import Job
+from train.recipe.ema import Ema
+
+log = logging.getLogger(__name__)
+
+
+def save(job: Job) -> None:
+    """Take a checkpoint of the finished step; returns when it is copied."""
+    job.checkpoints.save(small_state(job), *pieces(job))
+
+
+def resume(job: Job) -> Path | None:
+    """Begin as `checkpoint.resume` and `checkpoint.init_from` say; the checkpoint that the run goes on from, or None.
+
+    Raises ValueError when a checkpoint is of another model, data or recipe, or damaged.
+    """
+    found = job.checkpoints.resume(small_state(job))
+    if found is not None:
+        _go_on(job, *found)
+        return found[0]
+    if job.config.checkpoint.init_from is not None:
+        _begin_with_weights(job, Path(job.config.checkpoint.init_from))
+    return None
+
+
+def small_state(job: Job) -> TrainState:
+    """Everything but the tensors of a checkpoint taken now."""
+    tokens = job.recipe.tokens_before(job.step)
+    return TrainState(
+        step=job.step,
+        consumed_tokens=tokens,
+        consumed_sequences=tokens // job.config.train.seq_len,
+        num_optimizer_steps=job.optimizer.num_steps,
+        rng=capture_rng(),
+        wandb_id=job.wandb_id,
+        fingerprints=fingerprints(job),
+        config=compose.text(job.config),
+    )
+
+
+def fingerprints(job: Job) -> dict[str, str]:
+    """What makes the numbers of a run: it is never resumed under another model, data or recipe."""
+    config = job.config
+    recipe = {
+        **json.loads(job.recipe.fingerprint()),
+        "optimizer": config.optimizer.recipe(),
+        **config.precision.recipe(),
+    }
+    if config.checkpoint.init_from is not None:
+        recipe["init_from"] = config.checkpoint.init_from
+    tokens = {
+        "train": job.train_rows.fingerprint,
+        "source": config.data.name,
+        "document_mask": config.data.document_mask,
+    }
+    return {
+        "model": fingerprint({"model": asdict(config.model)}),
+        "data": fingerprint({"data": tokens}),
+        "recipe": fingerprint(recipe),
+    }
+
+
+def pieces(job: Job) -> tuple[Pieces, dict[str, int]]:
+    """All large state of this rank as ranges of global tensors, and the sizes of those: what a checkpoint holds.
+
+    Weights are the masters rounded to the run's precision, so they are not stored a second time. Waits for the moving
+    average, which is a state like any other.
+    """
+    found: dict[str, Sequence[FlatRange]] = {**job.optimizer.state()}
+    sizes = job.optimizer.state_sizes()
+    if job.ema is not None:
+        found |= job.ema.state()
+        sizes |= job.ema.sizes(sizes)
+    for model in job.models:
+        for name, bias in model.named_buffers():
+            found[name] = [Piece(0, bias)]
+            sizes[name] = bias.numel()
+    return found, sizes
+
+
+def _go_on(job: Job, folder: Path, state: TrainState) -> None:
+    """Be where the run was when this checkpoint was taken: every state, the position and the random numbers."""
+    job.checkpoints.load(folder, *pieces(job))
+    job.optimizer.load_finished(state.num_optimizer_steps)
+    job.step, job.wandb_id = state.step, state.wandb_id
+    restore_rng(state.rng)
+
+
+def _begin_with_weights(job: Job, folder: Path) -> None:
+    """Take the weights and biases of a checkpoint; everything else begins anew.
+
+    Raises ValueError when it is damaged, or of a model that its weights do not fit.
+    """
+    job.checkpoints.check(folder, lambda saved: check_weights_fit(job.config.model, saved, folder))
+    everything, sizes = pieces(job)
+    anew = {name for name in job.optimizer.state_sizes() if not name.startswith(f"{MASTER}.")}
+    if job.ema is not None:
+        anew |= job.ema.state().keys()
+    job.checkpoints.load(folder, {name: parts for name, parts in everything.items() if name not in anew}, sizes)
+    job.optimizer.load_finished(num_steps=0)
+    if job.ema is not None:
+        job.ema = Ema(job.optimizer.state(), job.config.optimizer.ema_decay)
+    log.info("starts from the weights of %s", folder)
