@@ -30,8 +30,9 @@ from parallel.pipeline.segments import Segments
 from train.model.config import ModelConfig
 from train.model.init import init_weights
 from train.model.loss import LossTerms
+from train.model.parts import Parts
 from train.model.recompute import NODES, Recompute, RecomputeConfig
-from train.model.transformer import Parts, Transformer
+from train.model.transformer import Transformer
 from train.precision.grads import attach_main_grads
 from train.precision.linear import TorchEngine
 from train.settings import CONFIGS

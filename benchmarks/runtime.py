@@ -41,7 +41,8 @@ from train.config import RunConfig
 from train.model.init import init_weights
 from train.model.kernels import Kernels
 from train.model.loss import LossTerms
-from train.model.transformer import Parts, Transformer
+from train.model.parts import Parts
+from train.model.transformer import Transformer
 from train.precision.grads import Sink, attach_main_grads, run_now
 from train.precision.linear import TorchEngine
 from train.split import split

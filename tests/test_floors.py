@@ -39,14 +39,15 @@ MEETING = {"train/assemble.py", "train/job.py"}
 # room of train -> the other rooms of train that its files may import. Files of `train/` itself may import all of them.
 ROOMS_BELOW = {
     "train/precision": (),
-    "train/model": ("train/precision",),
+    "train/model": ("train/model/attention", "train/precision"),
+    "train/model/attention": ("train/model", "train/precision"),
     "train/data": ("train/data/read",),
     "train/data/read": ("train/data",),
     "train/data/prepare": ("train/data", "train/data/read"),
     "train/data/rows": ("train/data", "train/data/read"),
     "train/checkpoint": (),
     "train/recipe": ("train/model", "train/checkpoint"),
-    "train/hf": ("train/model", "train/precision", "train/data", "train/checkpoint"),
+    "train/hf": ("train/model", "train/model/attention", "train/precision", "train/data", "train/checkpoint"),
     "train/track": (),
     "train/view": ("train/track", "train/view/report"),
     "train/view/report": ("train/view", "train/track", "train/checkpoint"),

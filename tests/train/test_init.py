@@ -15,7 +15,8 @@ from tests.train.model_cases import TINY
 from train.assemble import init_masters
 from train.model.config import ModelConfig
 from train.model.init import init_weights
-from train.model.transformer import Parts, Transformer
+from train.model.parts import Parts
+from train.model.transformer import Transformer
 from train.precision.linear import TorchEngine
 
 

@@ -8,15 +8,8 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from tests import reference
-from train.model.kernels import (
-    Kernels,
-    join_heads,
-    rms_norm_forward,
-    rotate,
-    rotate_heads,
-    swiglu_backward,
-    swiglu_forward,
-)
+from train.model.attention.kernels import join_heads, rotate, rotate_heads
+from train.model.kernels import Kernels, rms_norm_forward, swiglu_backward, swiglu_forward
 from train.model.layers import Backend, Gemms, swiglu_mlp
 from train.model.loss import cross_entropy_sum
 from train.precision.linear import TorchEngine

@@ -146,7 +146,8 @@ def test_what_is_kept_between_forward_and_backward() -> None:
     # Tokens seen by main layers, and by the layer of each prediction depth.
     main, rest = num_sequences * seq_len, [num_sequences * (seq_len - k) for k in depths]
     per_layer = main * TINY.num_hidden_layers + sum(rest)
-    heads = TINY.num_attention_heads * (2 * TINY.qk_head_dim + max(TINY.qk_head_dim, TINY.v_head_dim))
+    of_keys = TINY.attention_sizes.qk_head_dim
+    heads = TINY.num_attention_heads * (2 * of_keys + max(of_keys, TINY.v_head_dim))
     assert after["none"] - after["up"] == width * per_layer * heads
     # Two norms of the hidden state and two latents per layer. A depth adds the joined pair, and the normed state that
     # it reads, of the model or of the depth before.

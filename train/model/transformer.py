@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from train.model.attention.rope import rotation_table
 from train.model.block import DenseBlock, MoEBlock
 from train.model.config import ModelConfig
 from train.model.kernels import Kernels
@@ -17,8 +17,8 @@ from train.model.loss import LossTerms, cross_entropy_sum
 from train.model.moe import Dispatch
 from train.model.mtp import MTPModule
 from train.model.packing import OneText, Packing, Places
+from train.model.parts import Parts
 from train.model.recompute import Recompute
-from train.model.rope import rotation_table
 from train.model.router import Router, RouterStats
 from train.model.tape import Inline, Steps, Tape, drive
 from train.precision.grads import Sink, run_now
@@ -43,20 +43,6 @@ class Output(NamedTuple):
     total: Tensor
     sums: Tensor
     load: Tensor
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Which parts of the model a process holds. Names do not change with the split."""
-
-    embedding: bool
-    layers: tuple[int, ...]
-    head: bool
-    mtp: bool
-
-    @staticmethod
-    def all(config: ModelConfig) -> Parts:
-        return Parts(True, tuple(range(config.num_hidden_layers)), True, config.num_nextn_predict_layers > 0)
 
 
 class Transformer(nn.Module):
