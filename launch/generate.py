@@ -38,7 +38,7 @@ from train.generate import (
     kept_per_token,
 )
 from train.model.transformer import Transformer
-from train.precision.recipe import PrecisionConfig
+from train.precision.config import PrecisionConfig
 from train.run_folder import find_checkpoint
 from train.settings import group
 

@@ -16,7 +16,7 @@ from train.data.config import DataConfig
 from train.model.attention.kinds import LatentSizes
 from train.model.config import ModelConfig, given
 from train.model.recompute import RecomputeConfig
-from train.precision.recipe import PrecisionConfig
+from train.precision.config import PrecisionConfig
 from train.recipe.optim import OptimConfig
 from train.recipe.recipe import LrSchedulerConfig, MoeConfig, MtpConfig, Recipe, TrainConfig, batch_sizes
 from train.split import split

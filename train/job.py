@@ -219,7 +219,7 @@ class Job:
         recipe = {
             **json.loads(self.recipe.fingerprint()),
             "optimizer": asdict(config.optimizer),
-            **config.precision.recipe(),
+            **config.precision.arithmetic(),
         }
         if config.checkpoint.init_from is not None:
             recipe["init_from"] = config.checkpoint.init_from

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,10 @@ from train.model.init import init_weights
 from train.model.kernels import Kernels
 from train.model.router import BiasedRouter
 from train.model.transformer import Transformer
+from train.precision.build import everywhere
+from train.precision.engine import Engine
 from train.precision.grads import attach_main_grads
-from train.precision.linear import Engines, TorchEngine
+from train.precision.torch_engine import TorchEngine
 
 TINY = ModelConfig(
     vocab_size=89,
@@ -173,12 +176,14 @@ def build(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     kernels: Kernels | None = None,
-    engines: Engines | None = None,
+    engines: Mapping[str, Engine] | None = None,
     **parts: Any,
 ) -> Transformer:
     """A model with all experts, seeded weights, router biases that matter, norms that are not one."""
     with torch.device("meta"):
-        model = Transformer(config, LocalDispatch(config.n_routed_experts), engines or TorchEngine(), kernels, **parts)
+        model = Transformer(
+            config, LocalDispatch(config.n_routed_experts), engines or everywhere(TorchEngine()), kernels, **parts
+        )
     init_weights(model, seed, dtype, "cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

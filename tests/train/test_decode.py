@@ -30,7 +30,8 @@ from train.model.config import ModelConfig
 from train.model.decode import Decoder, Drafter
 from train.model.packing import Places
 from train.model.transformer import Transformer
-from train.precision.linear import TorchEngine
+from train.precision.build import everywhere
+from train.precision.torch_engine import TorchEngine
 
 # float64 logits of size 1 to 10 through a few layers: sums are only associated differently.
 EXACT = 1e-10
@@ -155,7 +156,7 @@ def numbers_per_token(model: Transformer) -> tuple[int, int]:
 def test_published_numbers_per_token() -> None:
     """V3 keeps 576 numbers per layer and token, 70,272 bytes in bfloat16 (arXiv 2505.09343)."""
     with torch.device("meta"):
-        model = Transformer(V3, _NoExperts(), TorchEngine())
+        model = Transformer(V3, _NoExperts(), everywhere(TorchEngine()))
     kept = kept_per_token(V3)
     assert numbers_per_token(model) == (kept.main, kept.depths)
     assert kept.main == 576 * 61 and 2 * kept.main == 70_272

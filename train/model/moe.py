@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from train.model.config import ModelConfig, given
-from train.model.layers import Backend, FeedForward, Gemms, swiglu_mlp
+from train.model.layers import Backend, FeedForward
 from train.model.router import build_router
 from train.model.tape import Steps
+from train.precision.engine import Mlp
 
 
 class Dispatch(Protocol):
@@ -110,16 +111,16 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_local, 2 * inter, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_local, hidden, inter))
-        self.engines = [backend.engines.of(f"experts.{name}") for name in ("gate_up_proj", "down_proj")]
-        self.backend = backend
+        self.engines = [backend.engines[f"experts.{name}"] for name in ("gate_up_proj", "down_proj")]
+        self.kernels, self.sink = backend.kernels, backend.sink
 
     def forward(self, rows: Tensor, row_weights: Tensor, tokens_per_expert: list[int]) -> Tensor:
         """rows [R, d] sorted by expert, row_weights [R] -> weighted outputs [R, d].
 
         The weight is applied before the down projection, so that combining is a plain sum on any route.
         """
-        gemms = Gemms(*(engine.grouped(tokens_per_expert) for engine in self.engines))
-        return swiglu_mlp(rows, row_weights, self.gate_up_proj, self.down_proj, gemms, self.backend)
+        up, down = (engine.grouped(tokens_per_expert) for engine in self.engines)
+        return Mlp(self.gate_up_proj, self.down_proj, up, down, self.kernels, self.sink)(rows, row_weights)
 
 
 class MoE(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -21,8 +22,8 @@ from train.model.parts import Parts
 from train.model.recompute import Recompute
 from train.model.router import Router, RouterStats
 from train.model.tape import Inline, Steps, Tape, drive
+from train.precision.engine import Engine
 from train.precision.grads import Sink, run_now
-from train.precision.linear import Engines
 
 NUM_SUMS = 5
 
@@ -48,15 +49,15 @@ class Output(NamedTuple):
 class Transformer(nn.Module):
     """A model of DeepSeek's. Build it under `torch.device("meta")` and fill it with `init_weights`.
 
-    `dispatch` says which experts live here. `parts` defaults to everything; multi-token prediction shares embedding
-    and head, so a process that holds it needs both.
+    `dispatch` says which experts live here, `engines` who multiplies for each module (`precision.build`). `parts`
+    defaults to everything; multi-token prediction shares embedding and head, so a process that holds it needs both.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         dispatch: Dispatch,
-        engines: Engines,
+        engines: Mapping[str, Engine],
         kernels: Kernels | None = None,
         sink: Sink = run_now,
         parts: Parts | None = None,
