@@ -240,7 +240,7 @@ def _experts(dice: random.Random, ep: int, num_layers: int, fixed: dict[str, str
         "model.topk_group": kept,
         **_routing(dice, num_groups, kept),
         "model.num_experts_per_tok": dice.randint(1, min(6, kept * (num_experts // num_groups))),
-        "model.n_shared_experts": dice.choice([1, 1, 2]),
+        "model.n_shared_experts": dice.choice([1, 1, 2, 0, None]),
         "model.routed_scaling_factor": dice.choice([1.0, 2.5]),
         "model.norm_topk_prob": dice.random() < 0.8,
     }

@@ -225,8 +225,10 @@ class PlainModel:
         if c.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         weights = weights * c.routed_scaling_factor
-        shared = name + "shared_experts."
-        y = self._feed_forward(x, w[shared + "gate_up_proj.weight"], w[shared + "down_proj.weight"])
+        y = torch.zeros_like(x)
+        if c.n_shared_experts:
+            shared = name + "shared_experts."
+            y = self._feed_forward(x, w[shared + "gate_up_proj.weight"], w[shared + "down_proj.weight"])
         gate_up, down = w[name + "experts.gate_up_proj"], w[name + "experts.down_proj"]
         for e in range(c.n_routed_experts):
             token, slot = (chosen == e).nonzero(as_tuple=True)

@@ -34,6 +34,8 @@ PURE = {
     *("parallel.mesh", "parallel.expert.placement", "parallel", "parallel.expert"),
     *("parallel.pipeline", "parallel.pipeline.registry", "parallel.pipeline.placement", "parallel.pipeline.schedule"),
 }
+# What a config is checked by, and a model counted: torch is not reached from here.
+LIGHT = {"train.split", "train.flops", "train.model.config", "train.precision.config"}
 # What a rank holds, and what puts it together: here the run meets the ranks.
 MEETING = {"train/assemble.py", "train/job.py"}
 # room of train -> the other rooms of train that its files may import. Files of `train/` itself may import all of them.
@@ -121,6 +123,16 @@ def test_imports_go_down_only(path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(PURE))
 def test_pure_arithmetic_needs_no_torch(name: str) -> None:
     assert not any(module.split(".")[0] == "torch" for module in imports(MODULES[name]))
+
+
+@pytest.mark.parametrize("name", sorted(LIGHT))
+def test_a_model_is_checked_and_counted_without_torch(name: str) -> None:
+    waiting, reached = [name], set[str]()
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        waiting += [target for target in ours(MODULES[module]) if target not in reached]
+    assert not [m for m in sorted(reached) if any(each.split(".")[0] == "torch" for each in imports(MODULES[m]))]
 
 
 @pytest.mark.parametrize("library", sorted(DOORS))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -114,7 +116,7 @@ def random_config(seed: int, **fixed: Any) -> ModelConfig:
         qk_rope_head_dim=2 * draw.randint(1, 8),
         v_head_dim=draw.randint(3, 40),
         n_routed_experts=num_groups * group_size,
-        n_shared_experts=draw.randint(1, 2),
+        n_shared_experts=random.Random(f"shared {seed}").choice([draw.randint(1, 2), 0, None, 1, 2]),
         num_experts_per_tok=draw.randint(1, min(6, kept * group_size)),
         n_group=num_groups,
         topk_group=kept,
@@ -219,9 +221,10 @@ def hugging_face(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dty
     )
     scaling = dict(config.rope_scaling or {})
     scaling["rope_type"] = scaling.pop("type", "default")
-    ours_alone = ("rope_theta", "rope_scaling", "attention", "num_key_value_heads", "head_dim")
+    ours_alone = ("rope_theta", "rope_scaling", "attention", "num_key_value_heads", "head_dim", "n_shared_experts")
     theirs = of_config(
         **{key: value for key, value in vars(config).items() if key not in ours_alone},
+        n_shared_experts=config.n_shared_experts or 0,
         num_key_value_heads=config.num_attention_heads,
         rope_parameters={"rope_theta": config.rope_theta, **scaling},
         use_cache=False,
@@ -229,7 +232,16 @@ def hugging_face(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dty
         experts_implementation="eager",
     )
     disk = {name: tensor.detach().clone() for name, tensor in to_hf(state, config).items()}
-    return of_model.from_pretrained(None, config=theirs, state_dict=disk, dtype=dtype).train()
+    with no_shared_experts_are_matrices_without_elements():
+        return of_model.from_pretrained(None, config=theirs, state_dict=disk, dtype=dtype).train()
+
+
+@contextmanager
+def no_shared_experts_are_matrices_without_elements() -> Iterator[None]:
+    """In `transformers`' models, of which torch warns that there is nothing to initialise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        yield
 
 
 def llama(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype) -> Any:

@@ -233,7 +233,8 @@ def test_the_shapes_cover_what_they_claim() -> None:
     configs = [random_config(seed) for seed in range(NUM_SHAPES)]
     assert {config.rope_scaling is None for config in configs} == {True, False}
     assert {config.q_lora_rank is None for config in configs} == {True, False}
-    assert {config.n_shared_experts for config in configs} == {1, 2}
+    assert {config.n_shared_experts for config in configs} == {1, 2, 0, None}
+    assert {config.n_shared_experts for config in v2} == {1, 2, 0, None}
     assert {config.topk_group < config.n_group for config in configs} == {True, False}
     assert {config.norm_topk_prob for config in configs} == {True, False}
     assert any(config.v_head_dim > config.attention_sizes.qk_head_dim for config in configs)
