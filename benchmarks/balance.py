@@ -43,8 +43,9 @@ from train.files import replace_durably
 from train.model.init import init_weights
 from train.model.loss import LossTerms
 from train.model.transformer import Transformer
+from train.precision.build import everywhere
 from train.precision.grads import attach_main_grads
-from train.precision.linear import TorchEngine
+from train.precision.torch_engine import TorchEngine
 from train.recipe.adamw import AdamW
 from train.recipe.balance import update_bias
 from train.recipe.optimizer import decays
@@ -101,7 +102,9 @@ class Training:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.recipe = config, config.recipe()
         with torch.device("meta"):
-            self.model = Transformer(config.model, LocalDispatch(config.model.n_routed_experts), TorchEngine())
+            self.model = Transformer(
+                config.model, LocalDispatch(config.model.n_routed_experts), everywhere(TorchEngine())
+            )
         init_weights(self.model, config.train.seed, torch.float32, "cpu")
         attach_main_grads(self.model)
         params = list(self.model.parameters())

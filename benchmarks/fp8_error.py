@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from train.precision.blockwise import BLOCKS, E4M3, ROWS, TILE, Quantised, quantise
-from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
+from train.precision.config import Fp8
+from train.precision.reference import Fp8Engine, QuantisedWeights
 
 DEFAULTS = {"m": 256, "n": 512, "k": 4096, "seed": 0}
 KINDS = ("gaussian", "loud channels", "loud tokens", "student t(2)", "wide rows")

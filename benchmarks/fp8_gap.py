@@ -34,7 +34,7 @@ from typing import NoReturn
 import numpy as np
 import torch
 
-from benchmarks import _recipes
+from benchmarks import _engines
 from benchmarks._sides import Neighbours
 from train import compose, run_folder
 from train.assemble import assemble, join
@@ -42,7 +42,7 @@ from train.config import RunConfig
 from train.data.prepare.one_source import prepare
 from train.flops import parameter_counts
 from train.loop import NotFiniteError, StopRequest, run
-from train.precision.recipe import build_engines
+from train.precision.build import build_engines
 from train.resume import resume
 from train.track.metrics_file import JsonlSink, read_metrics
 from train.track.sinks import Tracker
@@ -61,14 +61,14 @@ DEFAULTS = {
     "sides": "",
 }
 # side -> (precision of everything but products, arithmetic of products)
-SIDES: dict[str, tuple[str, _recipes.MakeEngines]] = {
+SIDES: dict[str, tuple[str, _engines.MakeEngines]] = {
     "fp32": ("fp32", build_engines),
-    "reassociated": ("fp32", _recipes.reassociated),
+    "reassociated": ("fp32", _engines.reassociated),
     "fp8": ("fp8", build_engines),
-    "control": ("fp8", _recipes.instead(_recipes.UnscaledGradients)),
+    "control": ("fp8", _engines.instead(_engines.UnscaledGradients)),
     "bf16": ("bf16", build_engines),
-    "block_gradients": ("fp8", _recipes.instead(_recipes.BlockGradients)),
-    "per_tensor": ("fp8", _recipes.instead(_recipes.PerTensor)),
+    "block_gradients": ("fp8", _engines.instead(_engines.BlockGradients)),
+    "per_tensor": ("fp8", _engines.instead(_engines.PerTensor)),
 }
 EVERY_SEED = ("fp32", "reassociated", "fp8")
 GAP = {

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks._recipes import MakeEngines, partly
+from benchmarks._engines import MakeEngines, partly
 from benchmarks.fp8_error import table
 from train import compose
 from train.assemble import load_model
@@ -32,8 +32,9 @@ from train.config import RunConfig
 from train.data.rows.blend import open_stream
 from train.job import EMBEDDING
 from train.model.loss import LossTerms
+from train.precision.build import build_engines
+from train.precision.config import MODULE_KEYS, PrecisionConfig
 from train.precision.grads import attach_main_grads
-from train.precision.recipe import CHOICES, PrecisionConfig, build_engines
 
 MICRO_BATCH = 8
 
@@ -55,7 +56,7 @@ def kind(name: str) -> str:
         return "experts"
     if name == EMBEDDING or module == "gate":
         return module
-    return CHOICES.get(module, "norms")
+    return MODULE_KEYS.get(module, "norms")
 
 
 def step(

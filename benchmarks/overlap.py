@@ -63,8 +63,9 @@ from train.job import Job
 from train.loop import accumulate
 from train.model.loss import LossTerms
 from train.model.moe import Journey
+from train.model.parts import Parts
 from train.model.tape import Steps, Tape
-from train.model.transformer import Parts, Transformer
+from train.model.transformer import Transformer
 from train.precision.grads import Sink
 from train.stage import Stage, WeightGradients
 from train.track.metrics import StepTimer

@@ -30,10 +30,12 @@ from parallel.pipeline.segments import Segments
 from train.model.config import ModelConfig
 from train.model.init import init_weights
 from train.model.loss import LossTerms
+from train.model.parts import Parts
 from train.model.recompute import NODES, Recompute, RecomputeConfig
-from train.model.transformer import Parts, Transformer
+from train.model.transformer import Transformer
+from train.precision.build import everywhere
 from train.precision.grads import attach_main_grads
-from train.precision.linear import TorchEngine
+from train.precision.torch_engine import TorchEngine
 from train.settings import CONFIGS
 from train.stage import Stage, WeightGradients
 
@@ -55,7 +57,9 @@ def stage(config: ModelConfig, choice: RecomputeConfig, dtype: torch.dtype, part
     sink = WeightGradients()
     with torch.device("meta"):
         dispatch = LocalDispatch(config.n_routed_experts)
-        model = Transformer(config, dispatch, TorchEngine(), sink=sink, parts=parts, recompute=Recompute(choice))
+        model = Transformer(
+            config, dispatch, everywhere(TorchEngine()), sink=sink, parts=parts, recompute=Recompute(choice)
+        )
     init_weights(model, 0, dtype, "cpu")
     attach_main_grads(model)
     return Stage(model, sink, Segments)

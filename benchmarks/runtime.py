@@ -41,9 +41,11 @@ from train.config import RunConfig
 from train.model.init import init_weights
 from train.model.kernels import Kernels
 from train.model.loss import LossTerms
-from train.model.transformer import Parts, Transformer
+from train.model.parts import Parts
+from train.model.transformer import Transformer
+from train.precision.build import everywhere
 from train.precision.grads import Sink, attach_main_grads, run_now
-from train.precision.linear import TorchEngine
+from train.precision.torch_engine import TorchEngine
 from train.split import split
 from train.stage import Stage, WeightGradients
 
@@ -63,7 +65,7 @@ Step = Callable[[], object]
 def build_model(config: RunConfig, sink: Sink, parts: Parts) -> Transformer:
     dispatch = LocalDispatch(config.model.n_routed_experts)
     with torch.device("meta"):
-        model = Transformer(config.model, dispatch, TorchEngine(), Kernels(), sink, parts)
+        model = Transformer(config.model, dispatch, everywhere(TorchEngine()), Kernels(), sink, parts)
     init_weights(model, config.train.seed, torch.float32, torch.device("cpu"))
     return model
 

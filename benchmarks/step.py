@@ -46,8 +46,9 @@ from train.model.init import init_weights
 from train.model.kernels import Kernels
 from train.model.loss import LossTerms
 from train.model.transformer import Transformer
+from train.precision.build import build_engines
+from train.precision.config import PrecisionConfig
 from train.precision.grads import attach_main_grads
-from train.precision.recipe import PrecisionConfig, build_engines
 from train.precision.reference import QuantisedWeights
 from train.recipe.optimizer import OptimizerConfig, rules
 from train.settings import group

@@ -38,7 +38,7 @@ from train.generate import (
     kept_per_token,
 )
 from train.model.transformer import Transformer
-from train.precision.recipe import PrecisionConfig
+from train.precision.config import PrecisionConfig
 from train.run_folder import find_checkpoint
 from train.settings import group
 
@@ -152,7 +152,7 @@ def figures(request: Request, model: Transformer, tokenizer: Tokenizer, first: T
     if request.temperature == 0:
         lines += _ties(plain, dtype, tokenizer)
         lines += _comparison(first, plain, dtype, tokenizer) if request.speculative else []
-    return "\n".join([*lines, *_memory(kept_per_token(model), dtype)])
+    return "\n".join([*lines, *_memory(kept_per_token(model.config), dtype)])
 
 
 def _drafts(record: Transcript) -> list[str]:

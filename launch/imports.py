@@ -9,6 +9,7 @@ when a run starts. Like a checkpoint of a run, `to` is whole from its first mome
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -68,8 +69,10 @@ def check_tensors(
 ) -> None:
     """ValueError, naming tensors, unless a folder holds exactly those of the model, in shapes and types that fit.
 
-    Copies of embedding and head may be missing.
+    Copies of embedding and head may be missing, and tensors without elements are no matter: `transformers` writes such
+    for shared experts where there are none.
     """
+    found = {name: spec for name, spec in found.items() if math.prod(spec.shape)}
     known = {disk.name: disk for disk in [*tensors, *copies]}
     scales = {disk.scale_name: disk for disk in known.values() if _is_fp8(found.get(disk.name))}
     if missing := sorted(({disk.name for disk in tensors} | set(scales)) - set(found)):

@@ -17,7 +17,7 @@ from parallel.pipeline.registry import INTERLEAVED, NAMES
 from train.compose import compose
 from train.config import RunConfig
 from train.model.config import SCORING_FUNCS, TOPK_METHODS
-from train.precision.recipe import RECIPES
+from train.precision.config import KEYS
 
 VOCAB_SIZE = 300  # of the prepared text
 # Sequences times positions of a step: what the plain trainer does in a moment.
@@ -74,7 +74,7 @@ class Generator:
         dice = random.Random(f"fp8 {seed}/{index}")
         fixed = [f"model.hidden_size={dice.choice([24, 128, 130, 200, 257])}", "precision=fp8"]
         if dice.random() < 0.5:
-            fixed += [f"precision.modules.{key}={dice.choice(['fp8', 'bf16'])}" for key in RECIPES]
+            fixed += [f"precision.modules.{key}={dice.choice(['fp8', 'bf16'])}" for key in KEYS]
         return self.draw(seed, index, max_ranks, fixed)
 
     def move(self, composition: Composition, seed: int, index: int, max_ranks: int = 8) -> Composition:
@@ -240,7 +240,7 @@ def _experts(dice: random.Random, ep: int, num_layers: int, fixed: dict[str, str
         "model.topk_group": kept,
         **_routing(dice, num_groups, kept),
         "model.num_experts_per_tok": dice.randint(1, min(6, kept * (num_experts // num_groups))),
-        "model.n_shared_experts": dice.choice([1, 1, 2]),
+        "model.n_shared_experts": dice.choice([1, 1, 2, 0, None]),
         "model.routed_scaling_factor": dice.choice([1.0, 2.5]),
         "model.norm_topk_prob": dice.random() < 0.8,
     }

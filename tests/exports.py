@@ -13,7 +13,13 @@ from torch import Tensor
 from launch.__main__ import main
 from launch.imports import start_state
 from tests.runs import read_checkpoint
-from tests.train.model_cases import build, random_config, random_dense_config, with_grouped_attention
+from tests.train.model_cases import (
+    build,
+    no_shared_experts_are_matrices_without_elements,
+    random_config,
+    random_dense_config,
+    with_grouped_attention,
+)
 from train.checkpoint import step_folders
 from train.checkpoint.writer import write_ranges
 from train.files import CRC32, write_durably
@@ -79,7 +85,8 @@ def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **eager).eval()
+    with no_shared_experts_are_matrices_without_elements():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **eager).eval()
 
 
 FAMILIES = ("deepseek_v3", "deepseek_v2", "deepseek", "llama")
@@ -92,6 +99,7 @@ def random_family(layout: str, seed: int) -> ModelConfig:
     if layout == "llama":
         return random_dense_config(seed, num_nextn_predict_layers=num_depths)
     config = random_config(seed, num_nextn_predict_layers=num_depths)
+    config = replace(config, n_shared_experts=config.n_shared_experts or 0)  # as config.json has it
     if layout == "deepseek_v3":
         return config
     # A share of the hidden size for every head, as readers want it.

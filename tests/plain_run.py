@@ -23,7 +23,8 @@ from train.data.rows.blend import open_stream
 from train.model.config import ModelConfig
 from train.model.init import init_weights
 from train.model.transformer import Transformer
-from train.precision.linear import TorchEngine
+from train.precision.build import everywhere
+from train.precision.torch_engine import TorchEngine
 from train.recipe.optimizer import OptimizerConfig
 from train.recipe.recipe import StepPlan
 
@@ -224,8 +225,10 @@ class PlainModel:
         if c.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         weights = weights * c.routed_scaling_factor
-        shared = name + "shared_experts."
-        y = self._feed_forward(x, w[shared + "gate_up_proj.weight"], w[shared + "down_proj.weight"])
+        y = torch.zeros_like(x)
+        if c.n_shared_experts:
+            shared = name + "shared_experts."
+            y = self._feed_forward(x, w[shared + "gate_up_proj.weight"], w[shared + "down_proj.weight"])
         gate_up, down = w[name + "experts.gate_up_proj"], w[name + "experts.down_proj"]
         for e in range(c.n_routed_experts):
             token, slot = (chosen == e).nonzero(as_tuple=True)
@@ -369,7 +372,7 @@ def _moments_dtype(config: RunConfig) -> torch.dtype:
 def _initial(config: RunConfig) -> tuple[dict[str, Tensor], PlainModel]:
     dtype = DTYPES[config.precision.name]
     with torch.device("meta"):
-        model = Transformer(config.model, ReferenceDispatch(config.model.n_routed_experts), TorchEngine())
+        model = Transformer(config.model, ReferenceDispatch(config.model.n_routed_experts), everywhere(TorchEngine()))
     init_weights(model, config.train.seed, dtype, "cpu")
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     biases = torch.zeros(config.model.num_routers, config.model.n_routed_experts, dtype=dtype)

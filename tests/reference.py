@@ -125,8 +125,8 @@ def mtp_loss(model, hidden: Tensor, tokens: Tensor) -> Tensor:
     hidden [S, d]: the main model's state after its final norm. tokens: [S + 1]. Each depth's transformer block is the
     model's own (held against `transformers` elsewhere); joining, shifting, heads and losses are read from the report.
     """
+    from train.model.attention.rope import rotation_table
     from train.model.packing import OneText
-    from train.model.rope import rotation_table
     from train.model.tape import Inline, drive
 
     embedding, head = model.embed_tokens.weight, model.lm_head.weight

@@ -15,7 +15,8 @@ from train import compose
 from train.config import RunConfig
 from train.model.config import ModelConfig
 from train.model.transformer import Transformer
-from train.precision.linear import TorchEngine
+from train.precision.build import everywhere
+from train.precision.torch_engine import TorchEngine
 from train.settings import CONFIGS
 
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.glob("*/*.yaml"))
@@ -226,7 +227,7 @@ def test_the_published_sizes() -> None:
     """The released checkpoint: main model and router biases; the prediction module, less what it shares, apart."""
     config = compose.compose(["model=v3_671b"]).model
     with torch.device("meta"):
-        model = Transformer(config, AllExperts(config.n_routed_experts), TorchEngine(torch.device("meta")))
+        model = Transformer(config, AllExperts(config.n_routed_experts), everywhere(TorchEngine(torch.device("meta"))))
     names = dict(model.named_parameters())
     main = sum(param.numel() for name, param in names.items() if not name.startswith("mtp."))
     prediction = sum(param.numel() for name, param in names.items() if name.startswith("mtp."))

@@ -98,6 +98,13 @@ def test_what_failed_once(bench: Bench, world_size: int, settings: str) -> None:
     assert bench.judge(Composition(world_size, (*base, *given))).broken == []
 
 
+def test_experts_without_shared_ones_equal_one_plain_process(bench: Bench) -> None:
+    """Rows that go to other ranks' experts and back, with whole nodes computed again in the backward pass."""
+    place = ("parallel.dp=2", "parallel.ep=2", "parallel.dispatch=flat", "recompute.nodes=[attention,experts]")
+    routed = ("model.n_shared_experts=0", "model.num_nextn_predict_layers=1", "train.global_batch_size=4")
+    assert bench.judge(Composition(2, (*BASE, *place, *routed))).broken == []
+
+
 # --- deliberate faults, made inside the ranks ---
 
 

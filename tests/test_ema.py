@@ -16,7 +16,8 @@ from tests.spawn import Ranks
 from train.compose import compose
 from train.model.init import init_weights
 from train.model.transformer import Transformer
-from train.precision.linear import TorchEngine
+from train.precision.build import everywhere
+from train.precision.torch_engine import TorchEngine
 from train.recipe.ema import Ema
 
 DECAY = 0.75
@@ -45,7 +46,7 @@ def initial(settings: list[str]) -> dict[str, Tensor]:
     config = compose(settings)
     everything = SimpleNamespace(num_local_experts=config.model.n_routed_experts, first_expert=0)
     with torch.device("meta"):
-        model = Transformer(config.model, everything, TorchEngine())
+        model = Transformer(config.model, everything, everywhere(TorchEngine()))
     init_weights(model, config.train.seed, torch.float32, "cpu")
     return {name: parameter.detach().float().flatten() for name, parameter in model.named_parameters()}
 

@@ -71,7 +71,7 @@ def published_reading(folder: Path, tokens: Tensor) -> Tensor:
         return (gate * gate.sigmoid() * up) @ w[f"{name}.down_proj.weight"].T
 
     def experts(x: Tensor, name: str) -> Tensor:
-        out = mlp(x, f"{name}.shared_experts")
+        out = mlp(x, f"{name}.shared_experts") if body["n_shared_experts"] else torch.zeros_like(x)
         for row, scores in enumerate((x @ w[f"{name}.gate.weight"].T).softmax(-1)):
             best, which = scores.topk(body["num_experts_per_tok"])
             if body["norm_topk_prob"]:
@@ -175,6 +175,34 @@ def test_what_transformers_saves_is_read(tmp_path: Path) -> None:
             (tmp_path / "config.json").write_text(hf_config.config_json(config, "bf16", 5))
             AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
             assert hf_config.read_config(tmp_path / "saved") == config
+
+
+def test_no_shared_experts_are_written_as_0_and_read_as_0_or_null(tmp_path: Path) -> None:
+    """`transformers` multiplies by their number; the code published with DeepSeek's models has null for none."""
+    config = replace(random_family("deepseek_v3", 0), n_shared_experts=None)
+    body = json.loads(hf_config.config_json(config, "bf16", 5))
+    assert body["n_shared_experts"] == 0
+    for written in (0, None):
+        (tmp_path / "config.json").write_text(json.dumps(body | {"n_shared_experts": written}))
+        assert hf_config.read_config(tmp_path) == replace(config, n_shared_experts=written)
+    (tmp_path / "config.json").write_text(json.dumps({key: body[key] for key in body if key != "n_shared_experts"}))
+    with pytest.raises(ValueError, match="n_shared_experts missing"):
+        hf_config.read_config(tmp_path)
+
+
+def test_what_transformers_saves_without_shared_experts_is_imported(tmp_path: Path) -> None:
+    """Its files hold matrices without elements for them."""
+    config = replace(random_family("deepseek_v3", 2), n_shared_experts=0, num_nextn_predict_layers=0)
+    checkpoint = checkpoint_of(config, tmp_path / "checkpoint")
+    folder = export(checkpoint, tmp_path / "hf", "dtype=fp32", "tokenizer=none")
+    transformers_model(folder, torch.float32).save_pretrained(tmp_path / "saved")
+    with TensorFolder(tmp_path / "saved") as files:
+        assert any("shared_experts" in name for name in files.specs)
+    before, after = (
+        state_of(each, config) for each in (checkpoint, import_from(tmp_path / "saved", tmp_path / "back"))
+    )
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_models_that_no_layout_holds_are_refused() -> None:

@@ -30,7 +30,7 @@ from train.files import FileRecord, aside, new_folder
 from train.hf.layout import disk_tensors, shapes
 from train.hf.tensor_files import INDEX, Spec, TensorFolder, write_shard
 from train.model.config import ModelConfig
-from train.precision.recipe import PrecisionConfig
+from train.precision.config import PrecisionConfig
 from train.settings import group
 
 # Stacked experts of 34 MB in one piece, as a single process saves them; 31 M parameters in all.

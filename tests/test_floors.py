@@ -34,19 +34,22 @@ PURE = {
     *("parallel.mesh", "parallel.expert.placement", "parallel", "parallel.expert"),
     *("parallel.pipeline", "parallel.pipeline.registry", "parallel.pipeline.placement", "parallel.pipeline.schedule"),
 }
+# What a config is checked by, and a model counted: torch is not reached from here.
+LIGHT = {"train.split", "train.flops", "train.model.config", "train.precision.config"}
 # What a rank holds, and what puts it together: here the run meets the ranks.
 MEETING = {"train/assemble.py", "train/job.py", "train/resume.py"}
 # room of train -> the other rooms of train that its files may import. Files of `train/` itself may import all of them.
 ROOMS_BELOW = {
     "train/precision": (),
-    "train/model": ("train/precision",),
+    "train/model": ("train/model/attention", "train/precision"),
+    "train/model/attention": ("train/model", "train/precision"),
     "train/data": ("train/data/read",),
     "train/data/read": ("train/data",),
     "train/data/prepare": ("train/data", "train/data/read"),
     "train/data/rows": ("train/data", "train/data/read"),
     "train/checkpoint": (),
     "train/recipe": ("train/model", "train/checkpoint"),
-    "train/hf": ("train/model", "train/precision", "train/data", "train/checkpoint"),
+    "train/hf": ("train/model", "train/model/attention", "train/precision", "train/data", "train/checkpoint"),
     "train/track": (),
     "train/view": ("train/track", "train/view/report"),
     "train/view/report": ("train/view", "train/track", "train/checkpoint"),
@@ -120,6 +123,16 @@ def test_imports_go_down_only(path: Path) -> None:
 @pytest.mark.parametrize("name", sorted(PURE))
 def test_pure_arithmetic_needs_no_torch(name: str) -> None:
     assert not any(module.split(".")[0] == "torch" for module in imports(MODULES[name]))
+
+
+@pytest.mark.parametrize("name", sorted(LIGHT))
+def test_a_model_is_checked_and_counted_without_torch(name: str) -> None:
+    waiting, reached = [name], set[str]()
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        waiting += [target for target in ours(MODULES[module]) if target not in reached]
+    assert not [m for m in sorted(reached) if any(each.split(".")[0] == "torch" for each in imports(MODULES[m]))]
 
 
 @pytest.mark.parametrize("library", sorted(DOORS))

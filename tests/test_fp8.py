@@ -19,9 +19,8 @@ from tests.spawn import Ranks
 from train import __main__ as program
 from train.compose import load
 from train.job import Job
-from train.precision import linear, reference
-from train.precision.recipe import CHOICES, RECIPES, PrecisionConfig
-from train.precision.reference import Fp8
+from train.precision import reference, torch_engine
+from train.precision.config import FP8_MODULES, MODULE_KEYS, Fp8, PrecisionConfig
 from train.settings import group
 from train.track.metrics_file import read_metrics
 
@@ -40,7 +39,7 @@ class Watched:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        classes = [reference.Fp8Engine, reference.Fp8Groups, linear.TorchEngine, linear._LoopedGroups]
+        classes = [reference.Fp8Engine, reference.Fp8Groups, torch_engine.TorchEngine, torch_engine._LoopedGroups]
         patches = [
             mock.patch.object(kind, name, self._wrap(kind, name, place))
             for kind in classes
@@ -66,15 +65,15 @@ class Watched:
 
         def watched(engine: Any, *args: Tensor) -> Any:
             self.taken.setdefault((args[place].data_ptr(), name), set()).add(
-                f"fp8 {engine_recipe(engine)}" if kind in (reference.Fp8Engine, reference.Fp8Groups) else "torch"
+                f"fp8 {engine_fp8(engine)}" if kind in (reference.Fp8Engine, reference.Fp8Groups) else "torch"
             )
             return inner(engine, *args)
 
         return watched
 
 
-def engine_recipe(engine: Any) -> Any:
-    return engine._recipe if isinstance(engine, reference.Fp8Engine) else engine._engine._recipe
+def engine_fp8(engine: Any) -> Any:
+    return engine._fp8 if isinstance(engine, reference.Fp8Engine) else engine._engine._fp8
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +116,12 @@ def modules_multiplied_as_the_table_says(watched: Watched, folder: Path) -> set[
                     ("wgrad_", parameter.main_grad),  # type: ignore[attr-defined]
                 )
             ]
-            if module not in CHOICES:
+            if module not in MODULE_KEYS:
                 assert module in {"embed_tokens", "gate"} or parameter.ndim == 1, name
                 assert found == [set()] * 3, name
                 continue
-            key = CHOICES[module]
-            expected = {f"fp8 {RECIPES[key][module]}" if precision.modules[key] == "fp8" else "torch"}
+            key = MODULE_KEYS[module]
+            expected = {f"fp8 {FP8_MODULES[module]}" if precision.modules[key] == "fp8" else "torch"}
             # The head forms its weight gradient while the logits are at hand, and hands it on whole.
             assert found == [expected, expected, set() if module == "lm_head" else expected], name
             seen.add(module)
@@ -134,7 +133,7 @@ OF_GROUPED_ATTENTION = {"q_proj", "k_proj", "v_proj"}
 
 
 def test_every_matrix_is_multiplied_as_the_table_says(single: Finished, watched: Watched) -> None:
-    assert modules_multiplied_as_the_table_says(watched, single.folder) == set(CHOICES) - OF_GROUPED_ATTENTION
+    assert modules_multiplied_as_the_table_says(watched, single.folder) == set(MODULE_KEYS) - OF_GROUPED_ATTENTION
 
 
 # The report's, and its opposite.
@@ -147,7 +146,7 @@ def test_another_table_is_obeyed(tmp_path: Path, text: list[str], single: Finish
     watched = Watched()
     with watched.watching():
         assert train_main([*SMALL, *text, *STEPS, *table, f"run.dir={tmp_path}"]) == 0
-    assert modules_multiplied_as_the_table_says(watched, tmp_path) == set(CHOICES) - OF_GROUPED_ATTENTION
+    assert modules_multiplied_as_the_table_says(watched, tmp_path) == set(MODULE_KEYS) - OF_GROUPED_ATTENTION
     losses = [row["train/loss"] for row in read_metrics(tmp_path / "metrics.jsonl")]
     assert losses != [row["train/loss"] for row in single.rows]
     assert losses == pytest.approx([row["train/loss"] for row in single.rows], rel=1e-3)
@@ -172,15 +171,15 @@ def test_every_matrix_of_a_dense_model_too(tmp_path: Path, text: list[str]) -> N
 
 def test_the_table_is_the_reports() -> None:
     """Sections 3.3.1 and 3.3.3, and the types of the published weights; docs/fp8.md names every module."""
-    assert {module for module in CHOICES if not TABLE.is_fp8(module)} == {"eh_proj", "lm_head"}
-    special = {module: recipe for module, key in CHOICES.items() if (recipe := RECIPES[key][module]) != Fp8()}
+    assert {module for module in MODULE_KEYS if not TABLE.is_fp8(module)} == {"eh_proj", "lm_head"}
+    special = {module: fp8 for module, fp8 in FP8_MODULES.items() if fp8 != Fp8()}
     assert special == {
         "o_proj": Fp8(round_input=True, keep="e5m6"),
         "experts.gate_up_proj": Fp8(round_input=True),
         "experts.down_proj": Fp8(round_gradient=True),
     }
     page = (Path(__file__).resolve().parent.parent / "docs" / "fp8.md").read_text()
-    assert all(f"`{module}`" in page for module in CHOICES)
+    assert all(f"`{module}`" in page for module in MODULE_KEYS)
 
 
 def test_resumed_bit_for_bit(single: Finished, tmp_path: Path, text: list[str]) -> None:

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from benchmarks import fp8_noise
-from benchmarks._recipes import MakeEngines, partly
+from benchmarks._engines import MakeEngines, partly
 from tests.runs import SMALL, last_checkpoint, prepare_text, train_main
 from train import compose
 from train.checkpoint.saver import CONFIG_FILE
-from train.precision.recipe import PrecisionConfig, build_engines
+from train.precision.build import build_engines
+from train.precision.config import PrecisionConfig
 
 
 def trained(folder: Path, precision: str) -> Path:

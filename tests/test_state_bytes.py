@@ -13,7 +13,8 @@ from train.assemble import build_stages
 from train.compose import compose
 from train.flops import parameter_counts
 from train.job import held
-from train.precision.linear import TorchEngine
+from train.precision.build import everywhere
+from train.precision.torch_engine import TorchEngine
 from train.recipe.optimizer import rules
 
 DP, EP = 4, 2
@@ -24,7 +25,7 @@ def weigh(settings: list[str]) -> int:
     config = compose(settings)
     groups = process.start(config.parallel)
     dispatch = build_dispatch(config.model.n_routed_experts, groups)
-    models = [stage.model for stage in build_stages(config, dispatch, groups, TorchEngine()).values()]
+    models = [stage.model for stage in build_stages(config, dispatch, groups, everywhere(TorchEngine())).values()]
     rule = rules(config.optimizer)
     params = [(info, param, *rule(info.name, info.global_shape)) for info, param in held(models)]
     replicas = ReplicaGroups(groups.dense, groups.expert, groups.embedding, groups.world)

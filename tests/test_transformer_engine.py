@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from train.precision import recipe
-from train.precision.recipe import PrecisionConfig, check_widths, choose_engine, fp8_weights
+from train.precision import build
+from train.precision.build import check_widths, choose_engine, fp8_weights
+from train.precision.config import PrecisionConfig
 from train.precision.reference import QuantisedWeights
 from train.settings import group
 
@@ -41,7 +42,8 @@ def test_the_rest_of_the_package_does_not_import_it() -> None:
     code = (
         "import sys; sys.modules['transformer_engine'] = None\n"
         "import train.__main__, train.assemble, launch.__main__\n"
-        "from train.precision.recipe import PrecisionConfig, choose_engine\n"
+        "from train.precision.build import choose_engine\n"
+        "from train.precision.config import PrecisionConfig\n"
         "print(choose_engine(PrecisionConfig('fp8'), 'cpu'))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -68,7 +70,7 @@ def test_on_a_gpu_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_head_in_fp8_is_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "missing", lambda device: None)
+    monkeypatch.setattr(build, "missing", lambda device: None)
     head = replace(FP8, modules={**FP8.modules, "lm_head": "fp8"})
     assert choose_engine(FP8, "cuda") == "transformer_engine" and choose_engine(head, "cuda") == "reference"
     with pytest.raises(ValueError, match=r"precision.modules.lm_head=fp8 needs engine=reference"):

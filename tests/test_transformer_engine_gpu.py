@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tests.te import case
-from train.precision.recipe import PrecisionConfig, choose_engine
+from train.precision.build import choose_engine
+from train.precision.config import PrecisionConfig
 from train.precision.transformer_engine import missing
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -32,8 +32,8 @@ from train import assemble, loop
 from train.compose import compose
 from train.config import RunConfig
 from train.job import Job, held
-from train.precision import recipe
-from train.precision.linear import TorchEngine
+from train.precision import build
+from train.precision.torch_engine import TorchEngine
 from train.recipe import adamw
 from train.track.metrics import StepTimer
 
@@ -122,7 +122,7 @@ def fake_job(rank: int) -> Iterator[Job]:
                 (assemble, "open_stream", FakeStream),
                 (assemble, "Checkpoints", mock.MagicMock()),
                 # What a GPU gets.
-                (recipe, "TorchEngine", lambda device: TorchEngine("cuda")),
+                (build, "TorchEngine", lambda device: TorchEngine("cuda")),
                 (norm, "sum_of_squares", lambda shard: norm._wide_sum_of_squares(shard, norm._CHUNK_GPU)),
                 (adamw, "_CHUNK_CPU", adamw._CHUNK_GPU),
             ]:

@@ -26,7 +26,7 @@ from train.data.prepare.all_sources import prepare_sources
 from train.data.rows.blend import exposure_table
 from train.job import Job
 from train.loop import NotFiniteError, StopRequest, run
-from train.precision.recipe import choose_engine
+from train.precision.build import choose_engine
 from train.resume import resume
 from train.track import metrics
 from train.track.console import ConsoleSink

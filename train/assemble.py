@@ -33,17 +33,11 @@ from train.model.kernels import Kernels
 from train.model.packing import ByDocument, OneText, Packing
 from train.model.recompute import Recompute
 from train.model.transformer import Transformer
+from train.precision.build import build_engines, check_widths, choose_engine, fp8_weights, row_codec
+from train.precision.config import PrecisionConfig
+from train.precision.engine import Engine
 from train.precision.grads import attach_main_grads
-from train.precision.linear import Engines
-from train.precision.recipe import (
-    PrecisionConfig,
-    build_engines,
-    check_widths,
-    choose_engine,
-    fp8_weights,
-    row_codec,
-)
-from train.precision.transformer_engine import TransformerEngine
+from train.precision.transformer_engine import LibraryModules
 from train.recipe.ema import Ema
 from train.recipe.optimizer import rules as update_rules
 from train.split import split
@@ -51,6 +45,7 @@ from train.stage import Stage, WeightGradients
 
 __all__ = ["PeerError", "assemble", "join", "load_model"]
 
+MakeEngines = Callable[..., Mapping[str, Engine]]
 # After which process groups give up by themselves, at least; and how much earlier the watchdog speaks.
 GROUP_TIMEOUT_S, WATCHDOG_LEAD_S = 600.0, 120.0
 # Of weights and activations; fp8 is the format of products alone.
@@ -77,7 +72,7 @@ def join(config: RunConfig, end_hung: Callable[[str], object]) -> Iterator[Group
         process.stop(groups)
 
 
-def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engines] = build_engines) -> Job:
+def assemble(config: RunConfig, groups: Groups, make_engines: MakeEngines = build_engines) -> Job:
     """Build this rank's part of the run, with its initial weights.
 
     make_engines: other arithmetics of matrix products, for comparisons; takes what `build_engines` takes.
@@ -96,7 +91,7 @@ def assemble(config: RunConfig, groups: Groups, make_engines: Callable[..., Engi
     engines = make_engines(config.precision, groups.device, weights)
     stages = build_stages(config, dispatch, groups, engines, packing(config, train_rows.end_of_document, groups.device))
     models = [stage.model for stage in stages.values()]
-    if isinstance(weights, TransformerEngine):
+    if isinstance(weights, LibraryModules):
         for model in models:
             check_widths(model, config.precision)
     rule = update_rules(config.optimizer)
@@ -154,7 +149,7 @@ def packing(config: RunConfig, end_of_document: int, device: torch.device) -> Pa
 
 
 def build_stages(
-    config: RunConfig, dispatch: Dispatch, groups: Groups, engines: Engines, packing: Packing | None = None
+    config: RunConfig, dispatch: Dispatch, groups: Groups, engines: Mapping[str, Engine], packing: Packing | None = None
 ) -> dict[int, Stage]:
     """This rank's slices of the model: laid out without memory, then filled with (seed, name)'s values.
 
@@ -184,7 +179,7 @@ def load_model(
     precision: PrecisionConfig,
     device: torch.device,
     weights: str = "master",
-    make_engines: Callable[..., Engines] = build_engines,
+    make_engines: MakeEngines = build_engines,
 ) -> Transformer:
     """The whole model of a step folder in this process, whatever ranks saved it: for forward passes, without a run.
 
@@ -196,7 +191,7 @@ def load_model(
     engines = make_engines(precision, device, quantised)
     with torch.device("meta"):
         model = Transformer(config, LocalDispatch(config.n_routed_experts), engines)
-    if isinstance(quantised, TransformerEngine):
+    if isinstance(quantised, LibraryModules):
         check_widths(model, precision)
     materialise(model, dtype, device)
     named = {f"{weights}.{name}": parameter for name, parameter in model.named_parameters()}

@@ -13,9 +13,10 @@ from parallel.pipeline.placement import Placement
 from parallel.pipeline.schedule import Schedule
 from train.checkpoint.config import CheckpointConfig
 from train.data.config import DataConfig
+from train.model.attention.kinds import LatentSizes
 from train.model.config import ModelConfig, given
 from train.model.recompute import RecomputeConfig
-from train.precision.recipe import PrecisionConfig
+from train.precision.config import PrecisionConfig
 from train.recipe.optimizer import OptimizerConfig
 from train.recipe.recipe import LrSchedulerConfig, MoeConfig, MtpConfig, Recipe, TrainConfig, batch_sizes
 from train.split import split
@@ -243,10 +244,10 @@ class RunConfig:
 
     def _check_recompute(self) -> None:
         model = self.model
-        if self.recompute.mla_up_proj and model.attention != "mla":
+        if self.recompute.mla_up_proj and not isinstance(model.attention_sizes, LatentSizes):
             raise ValueError(
-                f"recompute.mla_up_proj=true needs model.attention=mla: model.attention={model.attention} projects "
-                "queries, keys and values straight from the layer's input"
+                f"recompute.mla_up_proj=true needs model.attention={LatentSizes.name}: "
+                f"model.attention={model.attention} projects queries, keys and values straight from the layer's input"
             )
         absent = {"attention", "experts"} if not model.num_routers else set()
         absent |= {"dense"} if model.n_routed_experts and not model.first_k_dense_replace else set()

@@ -25,38 +25,21 @@ class ParameterCounts:
     """Those that multiply a token in all prediction depths, without the shared head."""
 
 
-def _latent_attention(config: ModelConfig) -> int:
-    hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.q_lora_rank
-    kv_rank, queries = given(config.kv_lora_rank), heads * config.qk_head_dim
-    q = hidden * queries if rank is None else hidden * rank + rank + rank * queries
-    latent = hidden * (kv_rank + config.rope_dim) + kv_rank
-    kv = kv_rank * heads * (given(config.qk_nope_head_dim) + config.value_head_dim)
-    return q + latent + kv + heads * config.value_head_dim * hidden
-
-
-def _grouped_attention(config: ModelConfig) -> int:
-    num_heads = config.num_attention_heads + given(config.num_key_value_heads)
-    return 2 * num_heads * given(config.head_dim) * config.hidden_size
-
-
-_ATTENTION = {"mla": _latent_attention, "gqa": _grouped_attention}
-
-
-def _attention(config: ModelConfig) -> int:
-    return _ATTENTION[config.attention](config)
-
-
 def _dense_layer(config: ModelConfig) -> int:
     """A dense layer, its two norms included."""
-    return _attention(config) + 2 * config.hidden_size + 3 * config.hidden_size * config.intermediate_size
+    return (
+        config.attention_sizes.num_parameters
+        + 2 * config.hidden_size
+        + 3 * config.hidden_size * config.intermediate_size
+    )
 
 
 def _moe_layer(config: ModelConfig, num_routed: int) -> int:
     """An MoE layer with `num_routed` of its experts, its two norms included."""
-    expert = 3 * config.hidden_size * given(config.moe_intermediate_size)
     router = config.n_routed_experts * config.hidden_size
-    num_experts = num_routed + given(config.n_shared_experts)
-    return _attention(config) + 2 * config.hidden_size + router + num_experts * expert
+    width = num_routed * given(config.moe_intermediate_size) + config.shared_intermediate_size
+    experts = 3 * config.hidden_size * width
+    return config.attention_sizes.num_parameters + 2 * config.hidden_size + router + experts
 
 
 def _last_layer(config: ModelConfig, num_routed: int) -> int:
@@ -90,7 +73,7 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool 
     head count too.
     """
     counts = parameter_counts(config)
-    core = 2 * config.num_attention_heads * (config.qk_head_dim + config.value_head_dim) * seq_len
+    core = config.attention_sizes.core_flops(seq_len)
     weights, num_layers = counts.activated, config.num_hidden_layers
     if mtp:
         weights += counts.mtp_activated + config.num_nextn_predict_layers * counts.embedding
@@ -103,8 +86,9 @@ def forward_costs(config: ModelConfig, seq_len: int) -> tuple[list[float], float
 
     What follows is the output head, and for every prediction depth its projection, its layer and the head again.
     """
-    core = config.num_attention_heads * (config.qk_head_dim + config.value_head_dim) * seq_len / 2
-    dense = _attention(config) + 3 * config.hidden_size * config.intermediate_size + core
+    # A multiply-add is two operations, and a causal mask leaves half of them.
+    core = config.attention_sizes.core_flops(seq_len) / 4
+    dense = config.attention_sizes.num_parameters + 3 * config.hidden_size * config.intermediate_size + core
     last = _moe_layer(config, given(config.num_experts_per_tok)) + core if config.n_routed_experts else dense
     head = float(config.hidden_size * config.vocab_size)
     depth = 2 * config.hidden_size**2 + last + head

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from train.model.config import ModelConfig
 from train.model.decode import Decoder, Drafter
 from train.model.transformer import Transformer
 
@@ -227,21 +228,24 @@ def first_difference(one: Transcript, other: Transcript) -> int | None:
 
 @dataclass(frozen=True)
 class Kept:
-    """Numbers kept of one token by the caches of the main model and of its prediction depths, and what the main model's
-    would keep with other attentions of as many and as wide heads: by their names, the number."""
+    """Numbers that `generate` keeps of one token.
+
+    Attributes:
+        main: in the main model's caches.
+        depths: in those of all its prediction depths, where they draft.
+        others: in the main model's, had it another attention of as many and as wide heads; by its name.
+    """
 
     main: int
     depths: int
     others: dict[str, int]
 
 
-def kept_per_token(model: Transformer) -> Kept:
-    """What `generate` keeps of a token, asked of the caches themselves."""
-    config, decoder, drafter = model.config, Decoder(model, 1), Drafter(model, 1)
-    one_head = config.num_hidden_layers * (config.qk_head_dim + config.value_head_dim)
-    others = {"MHA": config.num_attention_heads * one_head}
-    if config.attention != "gqa":
-        num_groups = min(8, max(1, config.num_attention_heads // 2))
-        others[f"GQA of {num_groups}"] = num_groups * one_head
-    main = sum(cache.num_values for cache in decoder.caches)
-    return Kept(main, sum(depth.cache.num_values for depth in drafter.depths), others)
+def kept_per_token(config: ModelConfig) -> Kept:
+    """What the caches of a model keep of a token, in closed form."""
+    sizes, num_layers = config.attention_sizes, config.num_hidden_layers
+    return Kept(
+        main=num_layers * sizes.cache_width,
+        depths=config.num_nextn_predict_layers * sizes.cache_width,
+        others={name: num_layers * width for name, width in sizes.cache_widths_of_others.items()},
+    )

@@ -64,7 +64,7 @@ def fingerprints(job: Job) -> dict[str, str]:
     recipe = {
         **json.loads(job.recipe.fingerprint()),
         "optimizer": config.optimizer.recipe(),
-        **config.precision.recipe(),
+        **config.precision.arithmetic(),
     }
     if config.checkpoint.init_from is not None:
         recipe["init_from"] = config.checkpoint.init_from

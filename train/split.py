@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 
 from train.flops import forward_costs
 from train.model.config import ModelConfig
-from train.model.transformer import Parts
+from train.model.parts import Parts
 
 
 def split(config: ModelConfig, num_slices: int, seq_len: int, layers: Sequence[int] | None = None) -> list[Parts]:

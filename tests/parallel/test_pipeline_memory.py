@@ -28,8 +28,8 @@ from parallel.pipeline.simulate import simulate
 from parallel.watch import Watch
 from tests.train.model_cases import TINY, build, random_tokens
 from train.model.loss import LossTerms
+from train.model.parts import Parts
 from train.model.recompute import Recompute, RecomputeConfig
-from train.model.transformer import Parts
 from train.stage import Stage, WeightGradients
 
 SEQ_LEN = 7

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from train.model.kernels import Kernels
+from train.precision.config import Fp8
+from train.precision.engine import Mlp
 from train.precision.grads import main_grad
-from train.precision.reference import Fp8
-from train.precision.transformer_engine import TransformerEngine, TransformerEngineMaps
+from train.precision.transformer_engine import LibraryModules, TransformerEngine
 
 # Rows of four experts, one of which has none; tokens of a dense layer.
 SPLITS = [130, 0, 7, 256]
@@ -36,10 +37,10 @@ def _weight(seed: int, device: torch.device | str, *shape: int) -> nn.Parameter:
 def run(device: torch.device | str, power_of_two: bool) -> dict[str, Tensor]:
     """Two micro-batches through two layers that share an input, and through experts; both backward, then both W, the
     last one first. Results, gradients of inputs, `main_grad`, on the CPU."""
-    shared = TransformerEngine(power_of_two)
-    dense = TransformerEngineMaps(Fp8(), shared)
-    up = TransformerEngineMaps(Fp8(round_input=True), shared).grouped(SPLITS)
-    down = TransformerEngineMaps(Fp8(round_gradient=True), shared).grouped(SPLITS)
+    shared = LibraryModules(power_of_two)
+    dense = TransformerEngine(Fp8(), shared)
+    up = TransformerEngine(Fp8(round_input=True), shared).grouped(SPLITS)
+    down = TransformerEngine(Fp8(round_gradient=True), shared).grouped(SPLITS)
     weights = {
         "first": _weight(1, device, WIDTH, HIDDEN),
         "second": _weight(2, device, INTER, HIDDEN),
@@ -55,7 +56,7 @@ def run(device: torch.device | str, power_of_two: bool) -> dict[str, Tensor]:
         row_weights = _values(30 + number, sum(SPLITS), 1)[:, 0].float().abs().to(device).requires_grad_()
         outputs = [
             *dense.project(x, waiting[-1].append, weights["first"], weights["second"]),
-            up.mlp(down, rows, row_weights, weights["gate_up"], weights["down"], Kernels(), waiting[-1].append),
+            Mlp(weights["gate_up"], weights["down"], up, down, Kernels(), waiting[-1].append)(rows, row_weights),
         ]
         torch.autograd.backward(
             outputs, [_values(40 + number, *y.shape).to(device) for number, y in enumerate(outputs)]

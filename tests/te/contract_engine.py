@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from tests.te import case
 from tests.te.twin import LOG
 from train.model.kernels import Kernels
+from train.precision.config import Fp8
+from train.precision.engine import Mlp
 from train.precision.grads import main_grad, run_now
-from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
-from train.precision.transformer_engine import TransformerEngine, TransformerEngineMaps
+from train.precision.reference import Fp8Engine, QuantisedWeights
+from train.precision.transformer_engine import LibraryModules, TransformerEngine
 
 UP, DOWN = Fp8(round_input=True), Fp8(round_gradient=True)
 
@@ -73,12 +75,12 @@ def test_projections_are_the_reference_bit_for_bit(num_rows: int, k: int, n: int
     weights = [parameter(n, k, seed=seed), parameter(m, k, seed=seed + 1)]
     x, dy = values(2, num_rows, k, seed=seed + 2), [values(2, num_rows, w.shape[0], seed=seed + 3) for w in weights]
     results = []
-    for maps in (
-        TransformerEngineMaps(Fp8(), TransformerEngine(True)),
+    for engine in (
+        TransformerEngine(Fp8(), LibraryModules(True)),
         KeepsInput(Fp8(), QuantisedWeights(True), True),
     ):
         leaf = x.clone().requires_grad_()
-        outputs = maps.project(leaf, run_now, *weights)
+        outputs = engine.project(leaf, run_now, *weights)
         torch.autograd.backward(outputs, dy)
         assert leaf.grad is not None and all(weight.grad is None for weight in weights)
         results.append([*outputs, leaf.grad, *collected(weights)])
@@ -93,31 +95,31 @@ def test_experts_are_the_reference_bit_for_bit(splits: list[int], seed: int) -> 
     gate_up, down = parameter(len(splits), 96, 144, seed=seed), parameter(len(splits), 144, 48, seed=seed + 1)
     x, dy = values(sum(splits), 144, seed=seed + 2), values(sum(splits), 144, seed=seed + 3)
     row_weights = torch.rand(sum(splits), generator=torch.Generator().manual_seed(seed))
-    shared, quantised = TransformerEngine(True), QuantisedWeights(True)
+    shared, quantised = LibraryModules(True), QuantisedWeights(True)
     results = []
-    for up_maps, down_maps in (
-        (TransformerEngineMaps(UP, shared), TransformerEngineMaps(DOWN, shared)),
+    for first, second in (
+        (TransformerEngine(UP, shared), TransformerEngine(DOWN, shared)),
         (Fp8Engine(UP, quantised, True), Fp8Engine(DOWN, quantised, True)),
     ):
         leaves = x.clone().requires_grad_(), row_weights.clone().requires_grad_()
-        up, second = up_maps.grouped(splits), down_maps.grouped(splits)
-        y = up.mlp(second, *leaves, gate_up, down, Kernels(), run_now)
+        engines = first.grouped(splits), second.grouped(splits)
+        y = Mlp(gate_up, down, *engines, Kernels(), run_now)(*leaves)
         y.backward(dy)
         results.append([y, *(leaf.grad for leaf in leaves), *collected([gate_up, down])])
     same(*results)
 
 
-@pytest.mark.parametrize("recipe", [Fp8(), UP, DOWN], ids=str)
-def test_float32_scales_agree_to_a_few_roundings(recipe: Fp8) -> None:
+@pytest.mark.parametrize("fp8", [Fp8(), UP, DOWN], ids=str)
+def test_float32_scales_agree_to_a_few_roundings(fp8: Fp8) -> None:
     """Scales that are no powers of two: the library multiplies by 448 / amax, the reference divides by amax / 448. A
     value on a border of E4M3 may fall the other way, 1/8 of itself; so few do that the product moves by less than 1 %
     of what FP8 is from the truth (3.7 %)."""
     weight = parameter(256, 384)
     x, dy = values(64, 384, seed=1), values(64, 256, seed=2)
     results = []
-    for maps in (TransformerEngineMaps(recipe, TransformerEngine()), KeepsInput(recipe, QuantisedWeights())):
+    for engine in (TransformerEngine(fp8, LibraryModules()), KeepsInput(fp8, QuantisedWeights())):
         leaf = x.clone().requires_grad_()
-        (y,) = maps.project(leaf, run_now, weight)
+        (y,) = engine.project(leaf, run_now, weight)
         y.backward(dy)
         results.append([y, leaf.grad, *collected([weight])])
     for ours, theirs in zip(*results, strict=True):
@@ -142,8 +144,8 @@ def test_gradients_of_a_step_in_every_order(order: list[str], grouped: bool) -> 
     splits = [16, 0, 21]
     shape, num_rows = ((3, 64, 48), sum(splits)) if grouped else ((64, 48), 37)
     weight = parameter(*shape)
-    shared, quantised = TransformerEngine(True), QuantisedWeights(True)
-    ours: Any = TransformerEngineMaps(UP, shared)
+    shared, quantised = LibraryModules(True), QuantisedWeights(True)
+    ours: Any = TransformerEngine(UP, shared)
     theirs: Any = Fp8Engine(UP, quantised, True) if grouped else KeepsInput(UP, quantised, True)
     if grouped:
         ours, theirs = ours.grouped(splits), theirs.grouped(splits)
@@ -170,22 +172,22 @@ def test_gradients_of_a_step_in_every_order(order: list[str], grouped: bool) -> 
         collected([weight])
 
 
-def expected(maps: Any, weight: nn.Parameter, x: Tensor, dy: Tensor, before: Tensor) -> Tensor:
+def expected(engine: Any, weight: nn.Parameter, x: Tensor, dy: Tensor, before: Tensor) -> Tensor:
     """What the reference makes of the gradient so far and of one micro-batch more."""
     twin = nn.Parameter(weight.detach())
     twin.main_grad = before.clone()  # type: ignore[attr-defined]
-    maps.project(x.detach().requires_grad_(), run_now, twin)[0].backward(dy)
+    engine.project(x.detach().requires_grad_(), run_now, twin)[0].backward(dy)
     return main_grad(twin)
 
 
 def test_weights_are_quantised_when_they_change_and_only_then() -> None:
-    shared = TransformerEngine(True)
-    maps, weight, x = TransformerEngineMaps(Fp8(), shared), parameter(32, 48), values(16, 48, seed=1)
+    shared = LibraryModules(True)
+    engine, weight, x = TransformerEngine(Fp8(), shared), parameter(32, 48), values(16, 48, seed=1)
 
     def quantised(train: bool = True) -> int:
         LOG.take()
         with torch.set_grad_enabled(train):
-            (y,) = maps.project(x.clone().requires_grad_(train), run_now, weight)
+            (y,) = engine.project(x.clone().requires_grad_(train), run_now, weight)
         (reference,) = Fp8Engine(Fp8(), QuantisedWeights(True), True).project(x, run_now, weight)
         assert torch.equal(y, reference)
         return LOG.num_weights
@@ -200,16 +202,16 @@ def test_weights_are_quantised_when_they_change_and_only_then() -> None:
     # An optimizer that takes weights and gradients into buffers of its own.
     weight.data, weight.main_grad = torch.cat([weight.data.flatten()] * 2)[32 * 48 :].view(32, 48), torch.zeros(32, 48)
     assert [quantised(), quantised()] == [1, 0]
-    maps.project(x.clone().requires_grad_(), run_now, weight)[0].sum().backward()
+    engine.project(x.clone().requires_grad_(), run_now, weight)[0].sum().backward()
     assert main_grad(weight).abs().sum() > 0
 
 
 def test_gradients_reach_the_buffer_that_experts_have_now() -> None:
     weight, x = parameter(2, 32, 48), values(32, 48, seed=1)
-    maps = TransformerEngineMaps(UP, TransformerEngine(True)).grouped([16, 16])
-    maps.project(x.clone().requires_grad_(), run_now, weight)[0].sum().backward()
+    engine = TransformerEngine(UP, LibraryModules(True)).grouped([16, 16])
+    engine.project(x.clone().requires_grad_(), run_now, weight)[0].sum().backward()
     first, weight.main_grad = main_grad(weight), torch.zeros(2, 32, 48)
-    maps.project(x.clone().requires_grad_(), run_now, weight)[0].sum().backward()
+    engine.project(x.clone().requires_grad_(), run_now, weight)[0].sum().backward()
     assert torch.equal(first, main_grad(weight)) and first.abs().sum() > 0
 
 
@@ -217,8 +219,8 @@ def test_what_waits_for_a_weight_gradient_is_in_fp8() -> None:
     """One byte an element of x and of dy, and their scales: nothing of the graph, nothing in bfloat16."""
     weight, waiting = parameter(256, 384), list[Any]()
     x = values(128, 384, seed=1).requires_grad_()
-    maps = TransformerEngineMaps(Fp8(), TransformerEngine(True))
-    (y,) = maps.project(x, waiting.append, weight)
+    engine = TransformerEngine(Fp8(), LibraryModules(True))
+    (y,) = engine.project(x, waiting.append, weight)
     y.backward(values(128, 256, seed=2))
     (store,) = waiting[0].args
     operands, _ = store.context.queue[0]
@@ -230,12 +232,12 @@ def test_what_waits_for_a_weight_gradient_is_in_fp8() -> None:
 
 
 def test_modules_of_one_parameter_are_shared_and_belong_to_no_model() -> None:
-    shared = TransformerEngine(True)
+    shared = LibraryModules(True)
     weight = parameter(32, 48)
-    recipe = TransformerEngineMaps(Fp8(), shared).recipe
+    recipe = TransformerEngine(Fp8(), shared).recipe
     assert shared.module(weight, recipe) is shared.module(weight, recipe)
     module = shared.module(weight, recipe)._module
-    TransformerEngineMaps(Fp8(), shared).project(values(16, 48, seed=1), run_now, weight)
+    TransformerEngine(Fp8(), shared).project(values(16, 48, seed=1), run_now, weight)
     assert module.weight is weight
     assert [name for name, _ in module.named_parameters()] == ["weight"]
     assert all(value.numel() == 0 for name, value in module.state_dict().items() if name != "weight")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -21,11 +21,13 @@ from train.model.loss import LossTerms
 from train.model.recompute import Recompute, RecomputeConfig
 from train.model.tape import drive
 from train.model.transformer import Transformer
+from train.precision.build import build_engines, check_widths, matrices
+from train.precision.config import FP8_MODULES, Fp8, PrecisionConfig
+from train.precision.engine import Engine
 from train.precision.grads import main_grad
-from train.precision.linear import Engines, TorchEngine
-from train.precision.recipe import RECIPES, PrecisionConfig, Table, build_engines, check_widths, matrices
-from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
-from train.precision.transformer_engine import TransformerEngine
+from train.precision.reference import Fp8Engine, QuantisedWeights
+from train.precision.torch_engine import TorchEngine
+from train.precision.transformer_engine import LibraryModules
 from train.settings import group
 from train.stage import Stage, WeightGradients
 
@@ -66,28 +68,27 @@ class Step(NamedTuple):
     num_weights: int
 
 
-def twin_engines() -> Engines:
+def twin_engines() -> Mapping[str, Engine]:
     """The reference, whose columns are made from the input itself where the library makes them so."""
     quantised = QuantisedWeights(True)
 
     @cache  # layers that share an input share an engine
-    def engine(kind: type[Fp8Engine], recipe: Fp8) -> Fp8Engine:
-        return kind(recipe, quantised, True)
+    def engine(kind: type[Fp8Engine], fp8: Fp8) -> Fp8Engine:
+        return kind(fp8, quantised, True)
 
     table: dict[str, Any] = {}
-    for recipes in RECIPES.values():
-        for module, recipe in recipes.items():
-            kind = Fp8Engine if module in MLP else KeepsInput
-            table[module] = engine(kind, recipe) if FP8.is_fp8(module) else TorchEngine()
-    return Table(table)
+    for module, fp8 in FP8_MODULES.items():
+        kind = Fp8Engine if module in MLP else KeepsInput
+        table[module] = engine(kind, fp8) if FP8.is_fp8(module) else TorchEngine()
+    return table
 
 
-def library_engines(shared: TransformerEngine | None = None) -> Engines:
-    return build_engines(POWERS, "cpu", shared or TransformerEngine(True))
+def library_engines(shared: LibraryModules | None = None) -> Mapping[str, Engine]:
+    return build_engines(POWERS, "cpu", shared or LibraryModules(True))
 
 
 def step(
-    engines: Engines,
+    engines: Mapping[str, Engine],
     recompute: RecomputeConfig | None = None,
     loss_factor: float = 1.0,
     config: ModelConfig = CONFIG,
@@ -181,7 +182,7 @@ def test_float32_scales_are_the_reference_up_to_borders() -> None:
     quantiser behind it makes more of the difference, up to what FP8 itself is from the truth: so the two have to be
     nearer to each other than to bfloat16. Without experts, of which one such value can choose another."""
     dense = replace(CONFIG, first_k_dense_replace=2, num_nextn_predict_layers=0)
-    ours = step(build_engines(FP8, "cpu", TransformerEngine()), config=dense)
+    ours = step(build_engines(FP8, "cpu", LibraryModules()), config=dense)
     theirs = step(build_engines(FP8, "cpu", QuantisedWeights()), config=dense)
     truth = step(build_engines(PrecisionConfig("bf16"), "cpu", QuantisedWeights()), config=dense)
     for a, b in zip(ours.losses, theirs.losses, strict=True):

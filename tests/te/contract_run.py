@@ -18,7 +18,7 @@ from tests.runs import SMALL, prepare_text, read_checkpoint, run_in, train_main
 from tests.spawn import Ranks
 from tests.te import twin
 from tests.te.twin import LOG
-from train.precision import recipe
+from train.precision import build
 from train.track.metrics_file import read_metrics
 
 STEPS = [
@@ -39,7 +39,7 @@ class Run(NamedTuple):
 def claimed() -> Iterator[None]:
     """The run is on a CPU: the library can multiply there, because the twin can."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "missing", lambda device: None)
+        patch.setattr(build, "missing", lambda device: None)
         yield
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from train.model.rope import _frequencies
 
 from tests.bounds import gamma
 from tests.reference import LocalDispatch
@@ -15,11 +19,12 @@ from tests.train.disk_names import from_hf, to_hf
 from train.model.config import SCORING_FUNCS, TOPK_METHODS, ModelConfig
 from train.model.init import init_weights
 from train.model.kernels import Kernels
-from train.model.rope import _frequencies
 from train.model.router import BiasedRouter
 from train.model.transformer import Transformer
+from train.precision.build import everywhere
+from train.precision.engine import Engine
 from train.precision.grads import attach_main_grads
-from train.precision.linear import Engines, TorchEngine
+from train.precision.torch_engine import TorchEngine
 
 TINY = ModelConfig(
     vocab_size=89,
@@ -113,7 +118,7 @@ def random_config(seed: int, **fixed: Any) -> ModelConfig:
         qk_rope_head_dim=2 * draw.randint(1, 8),
         v_head_dim=draw.randint(3, 40),
         n_routed_experts=num_groups * group_size,
-        n_shared_experts=draw.randint(1, 2),
+        n_shared_experts=random.Random(f"shared {seed}").choice([draw.randint(1, 2), 0, None, 1, 2]),
         num_experts_per_tok=draw.randint(1, min(6, kept * group_size)),
         n_group=num_groups,
         topk_group=kept,
@@ -175,12 +180,14 @@ def build(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
     kernels: Kernels | None = None,
-    engines: Engines | None = None,
+    engines: Mapping[str, Engine] | None = None,
     **parts: Any,
 ) -> Transformer:
     """A model with all experts, seeded weights, router biases that matter, norms that are not one."""
     with torch.device("meta"):
-        model = Transformer(config, LocalDispatch(config.n_routed_experts), engines or TorchEngine(), kernels, **parts)
+        model = Transformer(
+            config, LocalDispatch(config.n_routed_experts), engines or everywhere(TorchEngine()), kernels, **parts
+        )
     init_weights(model, seed, dtype, "cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -216,9 +223,10 @@ def hugging_face(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dty
     )
     scaling = dict(config.rope_scaling or {})
     scaling["rope_type"] = scaling.pop("type", "default")
-    ours_alone = ("rope_theta", "rope_scaling", "attention", "num_key_value_heads", "head_dim")
+    ours_alone = ("rope_theta", "rope_scaling", "attention", "num_key_value_heads", "head_dim", "n_shared_experts")
     theirs = of_config(
         **{key: value for key, value in vars(config).items() if key not in ours_alone},
+        n_shared_experts=config.n_shared_experts or 0,
         num_key_value_heads=config.num_attention_heads,
         rope_parameters={"rope_theta": config.rope_theta, **scaling},
         use_cache=False,
@@ -226,7 +234,16 @@ def hugging_face(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dty
         experts_implementation="eager",
     )
     disk = {name: tensor.detach().clone() for name, tensor in to_hf(state, config).items()}
-    return of_model.from_pretrained(None, config=theirs, state_dict=disk, dtype=dtype).train()
+    with no_shared_experts_are_matrices_without_elements():
+        return of_model.from_pretrained(None, config=theirs, state_dict=disk, dtype=dtype).train()
+
+
+@contextmanager
+def no_shared_experts_are_matrices_without_elements() -> Iterator[None]:
+    """In `transformers`' models, of which torch warns that there is nothing to initialise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        yield
 
 
 def llama(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype) -> Any:

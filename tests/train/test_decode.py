@@ -24,12 +24,14 @@ from tests.train.model_cases import (
     with_grouped_attention,
 )
 from train.generate import kept_per_token
-from train.model.cache import LatentCache
+from train.model.attention.cache import Cache, LatentCache
+from train.model.attention.kernels import attend_causally
 from train.model.config import ModelConfig
 from train.model.decode import Decoder, Drafter
-from train.model.packing import Places, attend_causally
+from train.model.packing import Places
 from train.model.transformer import Transformer
-from train.precision.linear import TorchEngine
+from train.precision.build import everywhere
+from train.precision.torch_engine import TorchEngine
 
 # float64 logits of size 1 to 10 through a few layers: sums are only associated differently.
 EXACT = 1e-10
@@ -134,17 +136,29 @@ def test_the_cache_holds_latents_and_one_key_alone() -> None:
 
     with Sizes():
         decoder.read([5])
-    heads, key, value = TINY.num_attention_heads, TINY.qk_head_dim, TINY.v_head_dim
+    heads, key, value = TINY.num_attention_heads, TINY.attention_sizes.qk_head_dim, TINY.v_head_dim
     # Scores, [heads, tokens], and the experts' weights are views or smaller; keys or values of heads are not.
     assert made and not {heads * length * key, heads * length * value, heads * (length + 1) * key} & set(made)
     assert not {heads * (length + 1) * value, heads * (length + 1) * TINY.qk_nope_head_dim} & set(made)
 
 
+def numbers_per_token(model: Transformer) -> tuple[int, int]:
+    """What the tensors of the caches hold of a token: those of the main model, those of its prediction depths."""
+
+    def held(cache: Cache) -> int:
+        rows = [each for name, each in vars(cache).items() if isinstance(each, torch.Tensor) and name != "_like"]
+        return sum(each.numel() for each in rows) // cache.capacity
+
+    main, depths = Decoder(model, 3).caches, [depth.cache for depth in Drafter(model, 3).depths]
+    return sum(map(held, main)), sum(map(held, depths))
+
+
 def test_published_numbers_per_token() -> None:
     """V3 keeps 576 numbers per layer and token, 70,272 bytes in bfloat16 (arXiv 2505.09343)."""
     with torch.device("meta"):
-        model = Transformer(V3, _NoExperts(), TorchEngine())
-    kept = kept_per_token(model)
+        model = Transformer(V3, _NoExperts(), everywhere(TorchEngine()))
+    kept = kept_per_token(V3)
+    assert numbers_per_token(model) == (kept.main, kept.depths)
     assert kept.main == 576 * 61 and 2 * kept.main == 70_272
     assert kept.depths == 576
     assert kept.others == {"MHA": 61 * 128 * (192 + 128), "GQA of 8": 61 * 8 * (192 + 128)}
@@ -158,7 +172,8 @@ class _NoExperts:
 
 def test_a_grouped_cache_holds_the_groups_keys_and_values() -> None:
     config = with_grouped_attention(TINY, num_key_value_heads=1, head_dim=8)
-    kept = kept_per_token(build(config))
+    kept = kept_per_token(config)
+    assert numbers_per_token(build(config)) == (kept.main, kept.depths)
     assert kept.main == TINY.num_hidden_layers * 2 * 8
     assert kept.others == {"MHA": TINY.num_hidden_layers * TINY.num_attention_heads * 2 * 8}
 

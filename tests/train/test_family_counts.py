@@ -11,7 +11,8 @@ from tests.reference import LocalDispatch
 from train.compose import compose
 from train.flops import parameter_counts
 from train.model.transformer import Transformer
-from train.precision.linear import TorchEngine
+from train.precision.build import everywhere
+from train.precision.torch_engine import TorchEngine
 
 
 class Row(NamedTuple):
@@ -42,7 +43,7 @@ def test_counts_are_the_published_ones(row: Row) -> None:
     config = compose([f"model={row.model}", *without_bias(row.model)]).model
     counts = parameter_counts(config)
     with torch.device("meta"):
-        model = Transformer(config, LocalDispatch(config.n_routed_experts), TorchEngine())
+        model = Transformer(config, LocalDispatch(config.n_routed_experts), everywhere(TorchEngine()))
     held = {name: parameter.numel() for name, parameter in model.named_parameters() if not name.startswith("mtp.")}
     assert sum(held.values()) == counts.total == row.total
     assert counts.activated == row.activated

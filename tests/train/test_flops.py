@@ -12,12 +12,13 @@ from tests.train.model_cases import V3, random_config, random_dense_config
 from train.flops import forward_costs, parameter_counts, training_flops_per_token
 from train.model.config import ModelConfig
 from train.model.transformer import Transformer
-from train.precision.linear import TorchEngine
+from train.precision.build import everywhere
+from train.precision.torch_engine import TorchEngine
 
 
 def layout(config: ModelConfig) -> Transformer:
     with torch.device("meta"):
-        return Transformer(config, LocalDispatch(config.n_routed_experts), TorchEngine())
+        return Transformer(config, LocalDispatch(config.n_routed_experts), everywhere(TorchEngine()))
 
 
 def held(model: Transformer, prefix: str) -> int:

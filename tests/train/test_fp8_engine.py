@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,24 +18,27 @@ from parallel.zero.sets import ReplicaGroups
 from tests.bounds import assert_within, product_error
 from tests.train import model_cases
 from tests.train.test_fp8_tiles import matrix
-from train.model.layers import Backend, FeedForward, Gemms, swiglu_mlp
+from train.model.kernels import Kernels
+from train.model.layers import Backend, FeedForward
 from train.model.loss import LossTerms
 from train.model.transformer import Transformer
 from train.precision import reference
 from train.precision.blockwise import BLOCKS, COLUMNS, ROWS, dequantise, quantise
+from train.precision.build import build_engines
+from train.precision.config import FP8_MODULES, Fp8, PrecisionConfig
+from train.precision.engine import Engine, Mlp, spans
 from train.precision.grads import attach_main_grads, run_now
-from train.precision.linear import Engines, Linear, project, spans
-from train.precision.recipe import RECIPES, PrecisionConfig, build_engines
-from train.precision.reference import Fp8, Fp8Engine, QuantisedWeights
+from train.precision.linear import Linear, project
+from train.precision.reference import Fp8Engine, QuantisedWeights
 from train.precision.tiles import restore_rows_e5m6
 from train.recipe.adamw import AdamW
 from train.recipe.optimizer import OptimizerConfig
 from train.settings import group
 
-REPORTED = sorted({recipe for recipes in RECIPES.values() for recipe in recipes.values()}, key=repr)
+REPORTED = sorted(set(FP8_MODULES.values()), key=repr)
 
 
-def engines_of(precision: str, power_of_two: bool = False) -> Engines:
+def engines_of(precision: str, power_of_two: bool = False) -> Mapping[str, Engine]:
     config = group(PrecisionConfig, "precision", precision)
     config = replace(config, power_of_two_scales=power_of_two)
     return build_engines(config, "cpu", QuantisedWeights(power_of_two))
@@ -46,16 +49,14 @@ def twice(x: Tensor, tile: tuple[int, int], power_of_two: bool = False) -> Tenso
     return dequantise(quantise(x, tile, power_of_two), tile).double()
 
 
-def expected_operands(
-    recipe: Fp8, everywhere: bool, x: Tensor, dy: Tensor, weight: Tensor
-) -> list[tuple[Tensor, Tensor]]:
+def expected_operands(fp8: Fp8, everywhere: bool, x: Tensor, dy: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Factors of y, dx and dw in float64, as the report's framework defines them (sections 3.3.1 to 3.3.3)."""
-    round_x, round_dy = recipe.round_input or everywhere, recipe.round_gradient or everywhere
+    round_x, round_dy = fp8.round_input or everywhere, fp8.round_gradient or everywhere
     blocks = twice(weight, BLOCKS, everywhere)
     rows_x, rows_dy = twice(x, ROWS, round_x), twice(dy, ROWS, round_dy)
-    kept = rows_x if recipe.keep == "e4m3" else restore_rows_e5m6(reference.keep_rows_e5m6(x))
+    kept = rows_x if fp8.keep == "e4m3" else restore_rows_e5m6(reference.keep_rows_e5m6(x))
     columns_x = twice(kept.float(), COLUMNS, round_x)
-    columns_dy = twice(rows_dy.float() if recipe.round_gradient else dy, COLUMNS, round_dy)
+    columns_dy = twice(rows_dy.float() if fp8.round_gradient else dy, COLUMNS, round_dy)
     return [(rows_x, blocks.T), (rows_dy, blocks), (columns_dy.T, columns_x)]
 
 
@@ -142,7 +143,7 @@ T, K, N = 64, 384, 256
 )
 def test_bytes_kept_of_an_input(precision: str, module: str, bytes_each: float) -> None:
     table = engines_of(precision)
-    layers = [linear(K, N, table.of(module)) for _ in range(2)]
+    layers = [linear(K, N, table[module]) for _ in range(2)]
     x = torch.randn(T, K).bfloat16().requires_grad_()
     weights = [layer.weight for layer in layers]
     assert saved_bytes(lambda: layers[0](x), *weights) == T * K * bytes_each
@@ -161,7 +162,7 @@ def test_bytes_kept_of_an_mlp(precision: str, bytes_each: float) -> None:
 
 
 def test_a_shared_input_gives_the_sum_of_both_gradients() -> None:
-    engine = engines_of("fp8").of("q_a_proj")
+    engine = engines_of("fp8")["q_a_proj"]
     first, second = linear(K, N, engine), linear(K, 96, engine)
     x = torch.randn(2, T, K).bfloat16().requires_grad_()
     together = project(x, first, second)
@@ -184,7 +185,7 @@ def test_swiglu_is_recomputed_from_what_is_kept() -> None:
     for weight in (gate_up, down):
         weight.main_grad = torch.zeros_like(weight)
     x, dy = torch.randn(T, K).requires_grad_(), torch.randn(T, K)
-    swiglu_mlp(x, None, gate_up, down, Gemms(*engines), Backend(engines_of("fp32"))).backward(dy)
+    Mlp(gate_up, down, *engines, Kernels(), run_now)(x).backward(dy)
     h = (twice(x.detach(), ROWS) @ twice(gate_up.detach(), BLOCKS).T).float()
     rounded = twice(h, ROWS).float().requires_grad_()
     gate, up = rounded.chunk(2, -1)

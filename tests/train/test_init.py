@@ -15,8 +15,10 @@ from tests.train.model_cases import TINY
 from train.assemble import init_masters
 from train.model.config import ModelConfig
 from train.model.init import init_weights
-from train.model.transformer import Parts, Transformer
-from train.precision.linear import TorchEngine
+from train.model.parts import Parts
+from train.model.transformer import Transformer
+from train.precision.build import everywhere
+from train.precision.torch_engine import TorchEngine
 
 
 class _Slice(LocalDispatch):
@@ -33,7 +35,7 @@ def make(
     parts: Parts | None = None,
 ) -> Transformer:
     with torch.device("meta"):
-        model = Transformer(config, _Slice(*experts), TorchEngine(), parts=parts)
+        model = Transformer(config, _Slice(*experts), everywhere(TorchEngine()), parts=parts)
     init_weights(model, seed, dtype, "cpu")
     return model
 

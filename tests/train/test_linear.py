@@ -7,7 +7,8 @@ import torch
 
 from tests.bounds import assert_within, product_error
 from train.precision.grads import attach_main_grads
-from train.precision.linear import Linear, TorchEngine
+from train.precision.linear import Linear
+from train.precision.torch_engine import TorchEngine
 
 SPLITS = [3, 0, 5, 1, 0]
 

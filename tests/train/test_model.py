@@ -10,8 +10,9 @@ import torch
 from tests import reference
 from tests.train.model_cases import TINY, build, random_config, random_tokens
 from train.model.loss import LossTerms
+from train.model.parts import Parts
 from train.model.tape import Inline, drive
-from train.model.transformer import Parts, Transformer
+from train.model.transformer import Transformer
 
 TERMS = LossTerms(main=0.1, mtp=0.03, balance=0.01)
 

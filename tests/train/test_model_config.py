@@ -16,7 +16,7 @@ YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
     ("change", "sentence"),
     [
         ({"hidden_size": 0}, "model.hidden_size=0 must be positive"),
-        ({"n_shared_experts": 0}, "model.n_shared_experts=0 must be positive"),
+        ({"n_shared_experts": -1}, "model.n_shared_experts=-1 must not be negative"),
         ({"q_lora_rank": 0}, "model.q_lora_rank=0 must be positive or null"),
         ({"qk_rope_head_dim": 5}, "model.qk_rope_head_dim=5 must be even"),
         ({"first_k_dense_replace": 4}, "model.first_k_dense_replace=4 must lie in 0..model.num_hidden_layers=3"),
@@ -58,6 +58,7 @@ def test_refused(change: dict, sentence: str) -> None:
         ({"q_lora_rank": 8}, "model.q_lora_rank=8 must be null: model.attention=gqa does not have it"),
         ({"first_k_dense_replace": 1}, "model.first_k_dense_replace=1 leaves layers to the experts"),
         ({"topk_group": 1}, "model.topk_group=1 must be null: model.n_routed_experts=0 has no experts"),
+        ({"n_shared_experts": 0}, "model.n_shared_experts=0 must be null: model.n_routed_experts=0 has no experts"),
         ({"norm_topk_prob": False}, "model.norm_topk_prob=false must stay true: model.n_routed_experts=0 has no"),
         ({"routed_scaling_factor": 1.0}, "model.routed_scaling_factor=1.0 must stay 2.5"),
     ],
@@ -68,7 +69,8 @@ def test_refused_of_a_dense_model(change: dict, sentence: str) -> None:
 
 
 def test_legal_shapes_pass() -> None:
-    for config in (TINY, V3, replace(V3, rope_scaling=YARN), TINY_DENSE):
+    without_shared = (replace(TINY, n_shared_experts=0), replace(TINY, n_shared_experts=None))
+    for config in (TINY, V3, replace(V3, rope_scaling=YARN), TINY_DENSE, *without_shared):
         config.check()
     for seed in range(200):
         random_config(seed).check()
@@ -77,6 +79,6 @@ def test_legal_shapes_pass() -> None:
 
 def test_the_softmax_scale_of_the_extended_model() -> None:
     """sqrt(t) = 1.3689 at a factor of 40 (technical report, section 4.3)."""
-    assert V3.softmax_scale == pytest.approx(192**-0.5)
+    assert V3.attention_sizes.softmax_scale == pytest.approx(192**-0.5)
     extended = replace(V3, rope_scaling={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0})
-    assert extended.softmax_scale == pytest.approx(192**-0.5 * 1.3689**2, rel=1e-4)
+    assert extended.attention_sizes.softmax_scale == pytest.approx(192**-0.5 * 1.3689**2, rel=1e-4)

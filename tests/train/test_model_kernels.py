@@ -9,18 +9,14 @@ from torch.nn import functional as F
 
 from tests import reference
 from tests.bounds import assert_within, gamma
-from train.model.kernels import (
-    Kernels,
-    join_heads,
-    rms_norm_forward,
-    rotate,
-    rotate_heads,
-    swiglu_backward,
-    swiglu_forward,
-)
-from train.model.layers import Backend, Gemms, swiglu_mlp
+from train.model.attention.kernels import join_heads, rotate, rotate_heads
+from train.model.kernels import Kernels, rms_norm_forward, swiglu_backward, swiglu_forward
+from train.model.layers import Backend
 from train.model.loss import cross_entropy_sum
-from train.precision.linear import TorchEngine
+from train.precision.build import everywhere
+from train.precision.engine import Mlp
+from train.precision.grads import run_now
+from train.precision.torch_engine import TorchEngine
 
 
 @pytest.fixture(autouse=True)
@@ -82,13 +78,13 @@ def test_joined_heads(v_width: int) -> None:
 @pytest.mark.parametrize("splits", [None, [3, 0, 2]])
 def test_swiglu_mlp(splits: list[int] | None) -> None:
     engine = TorchEngine()
-    gemm = engine if splits is None else engine.grouped(splits)
+    products = engine if splits is None else engine.grouped(splits)
     lead = () if splits is None else (3,)
     gate_up, down = with_main_grad(*lead, 12, 4), with_main_grad(*lead, 4, 6)
     x, row_weights = random(5, 4), random(5)
 
     def apply(x: torch.Tensor, row_weights: torch.Tensor) -> torch.Tensor:
-        return swiglu_mlp(x, row_weights, gate_up, down, Gemms(gemm, gemm), Backend(engine))
+        return Mlp(gate_up, down, products, products, Kernels(), run_now)(x, row_weights)
 
     assert gradcheck(apply, (x, row_weights))
     groups = torch.zeros(5, dtype=torch.int64) if splits is None else torch.tensor([0, 0, 0, 2, 2])
@@ -112,7 +108,7 @@ def test_cross_entropy_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.model.loss._MIN_CHUNK_TOKENS", 3)
     monkeypatch.setattr("train.model.loss._CHUNK_LOGITS", 1)
     weight, labels = with_main_grad(11, 5), torch.randint(0, 11, (8,))
-    x, backend = random(8, 5), Backend(TorchEngine())
+    x, backend = random(8, 5), Backend(everywhere(TorchEngine()))
     assert gradcheck(lambda x: 0.3 * cross_entropy_sum(x, weight, labels, backend), (x,))
     weight.main_grad.zero_()
     (0.3 * cross_entropy_sum(x, weight, labels, backend)).backward()
@@ -127,7 +123,7 @@ def test_cross_entropy_of_extreme_logits() -> None:
     """A label whose probability underflows still has a finite loss."""
     weight = with_main_grad(3, 1)
     weight.data = torch.tensor([[1e5], [0.0], [-1e5]], dtype=torch.float64)
-    x, backend = torch.tensor([[1.0], [-1.0]], dtype=torch.float64), Backend(TorchEngine())
+    x, backend = torch.tensor([[1.0], [-1.0]], dtype=torch.float64), Backend(everywhere(TorchEngine()))
     loss = cross_entropy_sum(x.requires_grad_(), weight, torch.tensor([2, 2]), backend)
     assert loss.item() == 2e5
 

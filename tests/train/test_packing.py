@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from tests.train.model_cases import TINY, build, random_config
+from train.model.attention.kernels import attend_causally
 from train.model.config import ModelConfig
 from train.model.loss import LossTerms
-from train.model.packing import ByDocument, attend_causally
+from train.model.packing import ByDocument
 from train.model.recompute import NODES, Recompute, RecomputeConfig
 from train.model.transformer import Output, Transformer
 

@@ -33,9 +33,9 @@ from tests.train.model_cases import (
     with_grouped_attention,
 )
 from train.compose import compose
+from train.model.attention.rope import rotation_table
 from train.model.config import ModelConfig
 from train.model.loss import LossTerms
-from train.model.rope import rotation_table
 from train.model.tape import Inline, drive
 
 NUM_SHAPES = 24
@@ -217,7 +217,8 @@ def test_v2_takes_all_of_yarns_magnitude_into_the_scores() -> None:
     published = compose(["experiment=deepseek_v2"]).model
     long = replace(published, rope_scaling=yarn, max_position_embeddings=163_840)
     long.check()
-    assert long.softmax_scale / published.softmax_scale == pytest.approx((0.0707 * math.log(40) + 1) ** 2)
+    scales = [config.attention_sizes.softmax_scale for config in (long, published)]
+    assert scales[0] / scales[1] == pytest.approx((0.0707 * math.log(40) + 1) ** 2)
     table = rotation_table(long, 7, torch.device("cpu"), torch.float64)
     torch.testing.assert_close(table.abs(), torch.ones_like(table.abs()), rtol=1e-6, atol=0.0)
 
@@ -231,10 +232,11 @@ def test_the_shapes_cover_what_they_claim() -> None:
     configs = [random_config(seed) for seed in range(NUM_SHAPES)]
     assert {config.rope_scaling is None for config in configs} == {True, False}
     assert {config.q_lora_rank is None for config in configs} == {True, False}
-    assert {config.n_shared_experts for config in configs} == {1, 2}
+    assert {config.n_shared_experts for config in configs} == {1, 2, 0, None}
+    assert {config.n_shared_experts for config in v2} == {1, 2, 0, None}
     assert {config.topk_group < config.n_group for config in configs} == {True, False}
     assert {config.norm_topk_prob for config in configs} == {True, False}
-    assert any(config.v_head_dim > config.qk_head_dim for config in configs)
+    assert any(config.v_head_dim > config.attention_sizes.qk_head_dim for config in configs)
     assert any(config.first_k_dense_replace == config.num_hidden_layers for config in configs)
 
 

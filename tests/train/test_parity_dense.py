@@ -119,7 +119,7 @@ def test_the_shapes_cover_what_they_claim() -> None:
 
 def test_neighbours_are_not_the_pairs_of_a_grouped_head() -> None:
     """The same weights rotated as in latent attention give other logits: the comparison sees the layout."""
-    from train.model import kernels
+    from train.model.attention import kernels
 
     config = random_dense_config(1, head_dim=8)
     with norms_in_float64(), mock.patch.object(kernels, "rotate_halves", kernels.rotate), pytest.raises(AssertionError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -120,10 +121,10 @@ def test_backward_and_weight_gradients_still_come_apart(choice: RecomputeConfig)
     assert_same(plain, model)
 
 
-def kept(choice: RecomputeConfig, tokens: Tensor) -> tuple[int, int, int]:
+def kept(choice: RecomputeConfig, tokens: Tensor, config: Any = TINY) -> tuple[int, int, int]:
     """Bytes alive for one micro-batch after F, B and W, with the report and the loss terms left out."""
     sink = Deferred()
-    model, record = make(choice, sink=sink), Segments()
+    model, record = make(choice, config, sink=sink), Segments()
     found = []
     with Storages() as storages:
         drive(model.steps(tokens, None, TERMS, record))
@@ -146,7 +147,8 @@ def test_what_is_kept_between_forward_and_backward() -> None:
     # Tokens seen by main layers, and by the layer of each prediction depth.
     main, rest = num_sequences * seq_len, [num_sequences * (seq_len - k) for k in depths]
     per_layer = main * TINY.num_hidden_layers + sum(rest)
-    heads = TINY.num_attention_heads * (2 * TINY.qk_head_dim + max(TINY.qk_head_dim, TINY.v_head_dim))
+    of_keys = TINY.attention_sizes.qk_head_dim
+    heads = TINY.num_attention_heads * (2 * of_keys + max(of_keys, TINY.v_head_dim))
     assert after["none"] - after["up"] == width * per_layer * heads
     # Two norms of the hidden state and two latents per layer. A depth adds the joined pair, and the normed state that
     # it reads, of the model or of the depth before.
@@ -156,6 +158,14 @@ def test_what_is_kept_between_forward_and_backward() -> None:
     assert after["none"] - after["norm"] == width * (norms + joined + read)
     assert after["none"] - after["both"] == (after["none"] - after["up"]) + (after["none"] - after["norm"])
     assert after["whole"] < after["both"]
+
+
+def test_without_shared_experts_a_whole_node_keeps_the_received_rows_alone() -> None:
+    """Not this rank's own tokens as well, which only shared experts read."""
+    tokens = random_tokens(TINY, 2, 33)
+    found = [kept(WHOLE, tokens, replace(TINY, n_shared_experts=number))[0] for number in (1, 0, None)]
+    layers = [33] * TINY.num_moe_layers + [33 - k for k in range(1, TINY.num_nextn_predict_layers + 1)]
+    assert found[0] - found[1] == found[0] - found[2] == 2 * sum(layers) * TINY.hidden_size * 8
 
 
 @pytest.mark.parametrize("choice", [NONE, NORM, UP, BOTH, WHOLE], ids=["none", "norm", "up", "both", "whole"])

@@ -13,12 +13,13 @@ from train.model.config import SCORING_FUNCS, TOPK_METHODS
 from train.model.layers import Backend
 from train.model.router import SCORINGS, BiasedRouter, Router, build_router, largest
 from train.model.router import TOPK_METHODS as METHODS
+from train.precision.build import everywhere
 from train.precision.grads import attach_main_grads
-from train.precision.linear import TorchEngine
+from train.precision.torch_engine import TorchEngine
 
 
 def make(config=TINY, dtype: torch.dtype = torch.float64, seed: int = 0) -> Router:
-    router = build_router(config, Backend(TorchEngine())).to(dtype)
+    router = build_router(config, Backend(everywhere(TorchEngine()))).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     torch.nn.init.normal_(router.weight, generator=generator)
     if isinstance(router, BiasedRouter):

@@ -8,7 +8,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from train.model.config import ATTENTION_SIZES, EXPERT_CHOICES, EXPERT_SIZES, ModelConfig
+from train.model.attention.kinds import AttentionSizes, GroupedSizes, LatentSizes, absent_keys
+from train.model.config import EXPERT_CHOICES, EXPERT_SIZES, ModelConfig
 from train.settings import section
 
 CONFIG = "config.json"
@@ -30,7 +31,7 @@ class Layout:
 
     model_type: str
     architecture: str
-    attention: str
+    attention: type[AttentionSizes]
     has_experts: bool | None
     allowed: Mapping[str, tuple[Any, ...]]
     defaults: Mapping[str, Any]
@@ -38,12 +39,12 @@ class Layout:
 
     def holds(self, model: ModelConfig) -> bool:
         """Whether a reader of this layout computes what the model does."""
-        sizes = asdict(model)
+        sizes, attention = asdict(model), model.attention_sizes
         experts = model.n_routed_experts > 0
         return (
-            model.attention == self.attention
+            type(attention) is self.attention
             and self.has_experts in (None, experts)
-            and (self.free_head_dim or model.num_attention_heads * model.value_head_dim == model.hidden_size)
+            and (self.free_head_dim or model.num_attention_heads * attention.value_head_dim == model.hidden_size)
             and all(sizes[key] in values for key, values in self.allowed.items() if key in sizes and experts)
         )
 
@@ -55,7 +56,7 @@ LAYOUTS = (
     Layout(
         "deepseek_v3",
         "DeepseekV3ForCausalLM",
-        "mla",
+        LatentSizes,
         None,
         {**_EXPERTS, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
         {**_COMMON, "q_lora_rank": None},
@@ -63,7 +64,7 @@ LAYOUTS = (
     Layout(
         "deepseek_v2",
         "DeepseekV2ForCausalLM",
-        "mla",
+        LatentSizes,
         True,
         {
             **_EXPERTS,
@@ -77,13 +78,13 @@ LAYOUTS = (
     Layout(
         "deepseek",
         "DeepseekForCausalLM",
-        "gqa",
+        GroupedSizes,
         True,
         {**_EXPERTS, "scoring_func": ("softmax",), "topk_method": ("greedy",), "routed_scaling_factor": (1.0,)},
         {**_COMMON, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
         free_head_dim=False,
     ),
-    Layout("llama", "LlamaForCausalLM", "gqa", False, {**_EVERYWHERE, "mlp_bias": (False,)}, _COMMON),
+    Layout("llama", "LlamaForCausalLM", GroupedSizes, False, {**_EVERYWHERE, "mlp_bias": (False,)}, _COMMON),
 )
 # What readers of the layouts expect beside, and which changes nothing here.
 _BESIDE = {"attention_dropout": 0.0, "pretraining_tp": 1, "use_cache": True}
@@ -104,9 +105,10 @@ def config_json(model: ModelConfig, dtype: str, end_of_document: int | None) -> 
         "model_type": layout.model_type,
         **{key: values[0] for key, values in layout.allowed.items()},
         **_BESIDE,
-        "num_key_value_heads": model.num_attention_heads,
         "rope_scaling": None,
-        **({"q_lora_rank": None} if layout.attention == "mla" else {}),
+        # Also where there are none: readers have a default of their own. `transformers` multiplies by it: 0, not null.
+        **({"n_shared_experts": 0} if model.n_routed_experts else {}),
+        **model.attention_sizes.published,
         **sizes,
         "bos_token_id": None,
         "eos_token_id": end_of_document,
@@ -175,7 +177,9 @@ def _model(body: Any) -> ModelConfig:
     meant = {key: values[0] for key, values in layout.allowed.items() if key in names}
     given = {key: value for key, value in {**body, **_rope(body)}.items() if key in names and value is not None}
     sizes = {**layout.defaults, **meant, **given}
-    sizes |= _attention(layout, sizes)
+    if body.get("n_shared_experts", 0) is None:  # as the code published with DeepSeek's models says that there are none
+        sizes["n_shared_experts"] = None
+    sizes |= _attention(layout.attention, sizes)
     if layout.has_experts is False or not sizes.get("n_routed_experts"):
         sizes |= {"n_routed_experts": 0, "first_k_dense_replace": sizes.get("num_hidden_layers")}
         sizes |= dict.fromkeys(EXPERT_SIZES)
@@ -188,18 +192,9 @@ def _model(body: Any) -> ModelConfig:
     return model
 
 
-def _attention(layout: Layout, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes of the layout's attention that follow from others, and None for those of the other kind."""
-    heads = sizes.get("num_attention_heads")
-    if layout.attention == "mla":
-        if sizes.get("num_key_value_heads", heads) != heads:
-            raise ValueError(f"num_key_value_heads={sizes['num_key_value_heads']} must be num_attention_heads={heads}")
-        return {"attention": "mla", **dict.fromkeys(ATTENTION_SIZES["gqa"])}
-    found = {"attention": "gqa", "q_lora_rank": None, **dict.fromkeys(ATTENTION_SIZES["mla"])}
-    found["num_key_value_heads"] = sizes.get("num_key_value_heads", heads)
-    if isinstance(heads, int) and heads and isinstance(sizes.get("hidden_size"), int):
-        found["head_dim"] = sizes.get("head_dim", sizes["hidden_size"] // heads)
-    return found
+def _attention(kind: type[AttentionSizes], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of the layout's attention that follow from others, and None for those that other kinds have."""
+    return {"attention": kind.name, **dict.fromkeys(absent_keys(kind)), **kind.from_published(found)}
 
 
 def _rope(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from train.hf import names
 from train.hf.names import Entry
 from train.model.config import ModelConfig
 from train.model.transformer import Transformer
-from train.precision.linear import TorchEngine
+from train.precision.build import everywhere
+from train.precision.torch_engine import TorchEngine
 
 # Published weights are scaled in blocks of so many rows, so bands are multiples of them.
 BLOCK_ROWS = 128
@@ -31,7 +32,7 @@ class _AllExperts:
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter and router bias of the whole model with its shape; needs no memory."""
     with torch.device("meta"):
-        model = Transformer(config, cast(Any, _AllExperts(config.n_routed_experts)), TorchEngine())
+        model = Transformer(config, cast(Any, _AllExperts(config.n_routed_experts)), everywhere(TorchEngine()))
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 

@@ -49,7 +49,8 @@ def _mtp_prefixes(config: ModelConfig) -> list[str]:
 
 
 def _layer(config: ModelConfig, ours: str, theirs: str, is_moe: bool) -> Iterator[Entry]:
-    names = ["input_layernorm", "post_attention_layernorm", *(f"self_attn.{name}" for name in _attention(config))]
+    attention = (f"self_attn.{name}" for name in config.attention_sizes.modules)
+    names = ["input_layernorm", "post_attention_layernorm", *attention]
     for name in names + (["mlp.gate"] if is_moe else []):
         yield Entry(f"{ours}.{name}.weight", f"{theirs}.{name}.weight")
     if not is_moe:
@@ -58,20 +59,14 @@ def _layer(config: ModelConfig, ours: str, theirs: str, is_moe: bool) -> Iterato
     bias, inter = "mlp.gate.e_score_correction_bias", given(config.moe_intermediate_size)
     if config.has_router_bias:
         yield Entry(f"{ours}.{bias}", f"{theirs}.{bias}")
-    shared = "mlp.shared_experts"
-    yield from _feed_forward(f"{ours}.{shared}", f"{theirs}.{shared}", given(config.n_shared_experts) * inter)
+    if config.shared_intermediate_size:
+        shared = "mlp.shared_experts"
+        yield from _feed_forward(f"{ours}.{shared}", f"{theirs}.{shared}", config.shared_intermediate_size)
     for expert in range(config.n_routed_experts):
         prefix = f"{theirs}.mlp.experts.{expert}"
         yield Entry(f"{ours}.mlp.experts.gate_up_proj", f"{prefix}.gate_proj.weight", expert, slice(0, inter))
         yield Entry(f"{ours}.mlp.experts.gate_up_proj", f"{prefix}.up_proj.weight", expert, slice(inter, 2 * inter))
         yield Entry(f"{ours}.mlp.experts.down_proj", f"{prefix}.down_proj.weight", expert)
-
-
-def _attention(config: ModelConfig) -> list[str]:
-    if config.attention == "gqa":
-        return ["q_proj", "k_proj", "v_proj", "o_proj"]
-    queries = ["q_proj"] if config.q_lora_rank is None else ["q_a_proj", "q_a_layernorm", "q_b_proj"]
-    return ["kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj", *queries]
 
 
 def _feed_forward(ours: str, theirs: str, inter: int) -> Iterator[Entry]:

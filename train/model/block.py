@@ -6,18 +6,14 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from train.model.attention import LatentAttention
-from train.model.cache import Cache
+from train.model.attention.build import build_attention
+from train.model.attention.cache import Cache
 from train.model.config import ModelConfig
-from train.model.grouped_attention import GroupedAttention
 from train.model.layers import Backend, FeedForward, RMSNorm
-from train.model.moe import Dispatch, Journey, MoE
+from train.model.moe import Dispatch, Journey, build_moe
 from train.model.packing import Places
 from train.model.router import RouterStats
 from train.model.tape import Inline, Steps, Tape, drive
-
-# By the config's name for it: x [B, S, hidden] and the places of its positions -> [B, S, hidden].
-ATTENTION: dict[str, type[LatentAttention] | type[GroupedAttention]] = {"mla": LatentAttention, "gqa": GroupedAttention}
 
 
 class _Block(nn.Module):
@@ -26,7 +22,7 @@ class _Block(nn.Module):
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
-        self.self_attn = ATTENTION[config.attention](config, backend)
+        self.self_attn = build_attention(config.attention_sizes, backend)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, backend)
 
     def attend(self, x: Tensor, places: Places) -> Tensor:
@@ -34,7 +30,7 @@ class _Block(nn.Module):
         return x + self.self_attn(self.input_layernorm(x), places)
 
     def attend_cached(self, x: Tensor, table: Tensor, cache: Cache) -> Tensor:
-        """The same for tokens behind those of `cache`."""
+        """x [1, N, hidden] plus its attention, of tokens behind those of `cache`."""
         return x + self.self_attn.decode(self.input_layernorm(x), table, cache)
 
 
@@ -69,7 +65,7 @@ class MoEBlock(_Block):
 
     def __init__(self, config: ModelConfig, dispatch: Dispatch, backend: Backend) -> None:
         super().__init__(config, backend)
-        self.mlp = MoE(config, dispatch, backend)
+        self.mlp = build_moe(config, dispatch, backend)
         self.attention_node = backend.recompute.node("attention")
         self.experts_node = backend.recompute.node("experts")
 
@@ -99,14 +95,16 @@ class MoEBlock(_Block):
         journey = Journey(self.mlp.exchange, indices)
         rows, row_weights = yield from tape.communicate(journey.out, own, weights)
         compute = self.experts_node(partial(self.mlp.compute, tokens_per_expert=journey.tokens_per_expert))
-        rows, shared = tape.compute(compute, rows, row_weights, own)
+        rows, *shared = tape.compute(compute, rows, row_weights, *self.mlp.seen_by_shared_experts(own))
         (combined,) = yield from tape.communicate(journey.home, rows)
-        return tape.compute(self.aggregate, residual, shared, combined), RouterStats(*stats)
+        return tape.compute(self.aggregate, residual, *shared, combined), RouterStats(*stats)
 
     @staticmethod
-    def aggregate(residual: Tensor, shared: Tensor, combined: Tensor) -> Tensor:
-        """residual [B, S, hidden] + shared [T, hidden] + combined [T, hidden]."""
-        return residual + shared.view_as(residual) + combined.view_as(residual)
+    def aggregate(residual: Tensor, *parts: Tensor) -> Tensor:
+        """residual [B, S, hidden] + what shared experts (if there are any) and routed ones give, [T, hidden] each."""
+        for part in parts:
+            residual = residual + part.view_as(residual)
+        return residual
 
 
 def last_block(config: ModelConfig, dispatch: Dispatch, backend: Backend) -> DenseBlock | MoEBlock:

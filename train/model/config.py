@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
-_YARN_REQUIRED = ("factor", "original_max_position_embeddings")
-_YARN_OPTIONAL = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-
+from train.model.attention.kinds import ATTENTIONS, AttentionSizes, absent_keys
+from train.model.attention.yarn import check_yarn
+from train.model.rules import require, setting, shown
 
 SCORING_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
@@ -23,7 +23,8 @@ class ModelConfig:
     `n_routed_experts=0` all layers are dense, those of multi-token prediction too, and `first_k_dense_replace` is
     `num_hidden_layers`. `rope_scaling` is None, or YaRN's keys: `type` (or `rope_type`) = "yarn", `factor`,
     `original_max_position_embeddings`, and optionally `beta_fast` (32), `beta_slow` (1), `mscale`, `mscale_all_dim`.
-    `num_nextn_predict_layers` is the depth D of multi-token prediction.
+    `num_nextn_predict_layers` is the depth D of multi-token prediction. `n_shared_experts` is 0 or None where all
+    experts are routed.
 
     `scoring_func` is sigmoid or softmax. `topk_method`: noaux_tc selects by score + bias, a group counting as much as
     its two best experts; group_limited_greedy by score, a group counting as much as its best; greedy by score among
@@ -62,19 +63,10 @@ class ModelConfig:
     topk_method: str = "noaux_tc"
 
     @property
-    def rope_dim(self) -> int:
-        """Dimensions of a head that are rotated: all of them in grouped-query attention."""
-        return given(self.head_dim if self.attention == "gqa" else self.qk_rope_head_dim)
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Width of a head's queries and keys; in latent attention the part without position, then the rotated part."""
-        return self.rope_dim if self.attention == "gqa" else given(self.qk_nope_head_dim) + self.rope_dim
-
-    @property
-    def value_head_dim(self) -> int:
-        """Width of a head's values."""
-        return given(self.head_dim if self.attention == "gqa" else self.v_head_dim)
+    def attention_sizes(self) -> AttentionSizes:
+        """The attention of every layer, as its kind describes it."""
+        kind = ATTENTIONS[self.attention]
+        return kind(**{field.name: getattr(self, field.name) for field in fields(kind)})
 
     @property
     def num_moe_layers(self) -> int:
@@ -92,57 +84,38 @@ class ModelConfig:
         return self.topk_method == "noaux_tc"
 
     @property
-    def softmax_scale(self) -> float:
-        """1/sqrt(qk head), times YaRN's temperature (0.1 mscale_all_dim ln(factor) + 1)² where one is set.
-
-        Where all of a head is rotated, the temperature is in the rotation (`rope`), as in every Llama.
-        """
-        if self.attention == "gqa":
-            return self.qk_head_dim**-0.5
-        scaling = self.rope_scaling or {}
-        temperature = yarn_mscale(scaling.get("factor", 1.0), scaling.get("mscale_all_dim") or 0.0)
-        return self.qk_head_dim**-0.5 * temperature**2
+    def shared_intermediate_size(self) -> int:
+        """Width of an MoE layer's shared experts together, which are one MLP; 0 where there are none."""
+        return (self.n_shared_experts or 0) * given(self.moe_intermediate_size)
 
     def check(self) -> None:
         """Raise ValueError for the first rule broken, naming field, value and rule."""
         for field in _POSITIVE:
-            _require(getattr(self, field) > 0, f"{self._show(field)} must be positive")
-        _require(self.n_routed_experts >= 0, f"{self._show('n_routed_experts')} must not be negative")
-        _require(
+            require(getattr(self, field) > 0, f"{self._show(field)} must be positive")
+        require(self.n_routed_experts >= 0, f"{self._show('n_routed_experts')} must not be negative")
+        require(
             0 <= self.first_k_dense_replace <= self.num_hidden_layers,
             f"{self._show('first_k_dense_replace')} must lie in 0..{self._show('num_hidden_layers')}",
         )
-        _require(self.num_nextn_predict_layers >= 0, f"{self._show('num_nextn_predict_layers')} must not be negative")
+        require(self.num_nextn_predict_layers >= 0, f"{self._show('num_nextn_predict_layers')} must not be negative")
         self._check_attention()
         if self.n_routed_experts:
             self._check_routing()
         else:
             self._check_dense()
-        self._check_yarn()
+        check_yarn(self.rope_scaling, self.rope_theta)
 
     def _check_attention(self) -> None:
-        kind = self._show("attention")
-        _require(self.attention in ATTENTION_SIZES, f"{kind} is not one of {', '.join(ATTENTION_SIZES)}")
-        for owner, fields in ATTENTION_SIZES.items():
-            if owner == self.attention:
-                self._need(fields, kind)
-            else:
-                others = fields if self.attention == "mla" else (*fields, "q_lora_rank")
-                self._need_not(others, f"{kind} does not have it")
-        _require(
-            self.q_lora_rank is None or self.q_lora_rank > 0, f"{self._show('q_lora_rank')} must be positive or null"
-        )
-        rotated = "head_dim" if self.attention == "gqa" else "qk_rope_head_dim"
-        _require(self.rope_dim % 2 == 0, f"{self._show(rotated)} must be even: RoPE rotates pairs")
-        _require(
-            self.num_key_value_heads is None or self.num_attention_heads % self.num_key_value_heads == 0,
-            f"{self._show('num_key_value_heads')} does not divide {self._show('num_attention_heads')}",
-        )
+        require(self.attention in ATTENTIONS, f"{self._show('attention')} is not one of {', '.join(ATTENTIONS)}")
+        kind = ATTENTIONS[self.attention]
+        self._need_not(absent_keys(kind), f"{self._show('attention')} does not have it")
+        self._need(kind.needed_keys(), self._show("attention"))
+        self.attention_sizes.check()
 
     def _check_dense(self) -> None:
         """A model without experts has nothing of what describes them."""
         none = self._show("n_routed_experts")
-        _require(
+        require(
             self.first_k_dense_replace == self.num_hidden_layers,
             f"{self._show('first_k_dense_replace')} leaves layers to the experts, of which there are none with {none}: "
             f"it must be {self._show('num_hidden_layers')}",
@@ -150,63 +123,47 @@ class ModelConfig:
         self._need_not(EXPERT_SIZES, f"{none} has no experts")
         for field in EXPERT_CHOICES:
             default = type(self).__dataclass_fields__[field].default
-            _require(
+            require(
                 getattr(self, field) == default,
-                f"{self._show(field)} must stay {_shown(default)}: {none} has no experts to which it applies",
+                f"{self._show(field)} must stay {shown(default)}: {none} has no experts to which it applies",
             )
 
-    def _need(self, fields: tuple[str, ...], reason: str) -> None:
-        for field in fields:
+    def _need(self, keys: Iterable[str], reason: str) -> None:
+        for field in keys:
             value = getattr(self, field)
-            _require(value is not None and value > 0, f"{self._show(field)} must be positive: {reason} needs it")
+            require(value is not None and value > 0, f"{self._show(field)} must be positive: {reason} needs it")
 
-    def _need_not(self, fields: tuple[str, ...], reason: str) -> None:
-        for field in fields:
-            _require(getattr(self, field) is None, f"{self._show(field)} must be null: {reason}")
+    def _need_not(self, keys: Iterable[str], reason: str) -> None:
+        for field in keys:
+            require(getattr(self, field) is None, f"{self._show(field)} must be null: {reason}")
 
     def _check_routing(self) -> None:
-        self._need(EXPERT_SIZES, self._show("n_routed_experts"))
+        self._need([key for key in EXPERT_SIZES if key != "n_shared_experts"], self._show("n_routed_experts"))
+        require((self.n_shared_experts or 0) >= 0, f"{self._show('n_shared_experts')} must not be negative")
         experts, groups = self.n_routed_experts, given(self.n_group)
         kept, selected = given(self.topk_group), given(self.num_experts_per_tok)
         for field, known in (("scoring_func", SCORING_FUNCS), ("topk_method", TOPK_METHODS)):
-            _require(getattr(self, field) in known, f"{self._show(field)} is none of {', '.join(known)}")
-        _require(experts % groups == 0, f"{self._show('n_group')} does not divide {self._show('n_routed_experts')}")
-        _require(
+            require(getattr(self, field) in known, f"{self._show(field)} is none of {', '.join(known)}")
+        require(experts % groups == 0, f"{self._show('n_group')} does not divide {self._show('n_routed_experts')}")
+        require(
             experts // groups >= 2 or not self.has_router_bias,
             f"{self._show('n_group')} leaves {experts // groups} of {self._show('n_routed_experts')} a group: "
             "a group is scored by its two best experts",
         )
-        _require(kept <= groups, f"{self._show('topk_group')} exceeds {self._show('n_group')}")
-        _require(
+        require(kept <= groups, f"{self._show('topk_group')} exceeds {self._show('n_group')}")
+        require(
             self.topk_method != "greedy" or kept == groups,
             f"{self._show('topk_group')} differs from {self._show('n_group')}, but model.topk_method=greedy limits no "
             "groups",
         )
         reachable = kept * (experts // groups)
-        _require(
+        require(
             selected <= reachable,
             f"{self._show('num_experts_per_tok')} exceeds the {reachable} experts of {self._show('topk_group')} groups",
         )
 
-    def _check_yarn(self) -> None:
-        if self.rope_scaling is None:
-            return
-        scaling = dict(self.rope_scaling)
-        kinds = {scaling.pop(key) for key in ("type", "rope_type") if key in scaling}
-        _require(kinds == {"yarn"}, f"model.rope_scaling.type={sorted(map(str, kinds))} must be yarn")
-        unknown = sorted(set(scaling) - set(_YARN_REQUIRED) - set(_YARN_OPTIONAL))
-        _require(not unknown, f"model.rope_scaling has unknown keys {unknown}")
-        for key in _YARN_REQUIRED:
-            _require(key in scaling, f"model.rope_scaling.{key} is missing: yarn needs it")
-        for key, value in scaling.items():
-            _require(_is_number(value) and value > 0, f"model.rope_scaling.{key}={value} must be a positive number")
-        _require(scaling["factor"] >= 1, f"model.rope_scaling.factor={scaling['factor']} must be at least 1")
-        fast, slow = scaling.get("beta_fast", 32), scaling.get("beta_slow", 1)
-        _require(fast >= slow, f"model.rope_scaling.beta_fast={fast} must not be below beta_slow={slow}")
-        _require(self.rope_theta != 1, f"{self._show('rope_theta')} must differ from 1 under yarn")
-
-    def _show(self, field: str) -> str:
-        return f"model.{field}={_shown(getattr(self, field))}"
+    def _show(self, key: str) -> str:
+        return setting(self, key)
 
 
 _POSITIVE = (
@@ -221,12 +178,8 @@ _POSITIVE = (
     "rms_norm_eps",
     "rope_theta",
 )
-# Kinds of attention, and the sizes that each has and no other. (Latent attention may also have a `q_lora_rank`.)
-ATTENTION_SIZES = {
-    "mla": ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-    "gqa": ("num_key_value_heads", "head_dim"),
-}
-# What describes experts: sizes, None without any; choices, which then keep their defaults.
+# What describes experts: sizes, None in a model without any; choices, which keep their defaults there. A model with
+# routed experts has all of the sizes but for shared experts, of which there may be none (0 or None).
 EXPERT_SIZES = ("moe_intermediate_size", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group")
 EXPERT_CHOICES = ("routed_scaling_factor", "norm_topk_prob", "scoring_func", "topk_method")
 
@@ -235,24 +188,3 @@ def given(size: int | None) -> int:
     """A size that the checks have found to be there."""
     assert size is not None
     return size
-
-
-def _shown(value: Any) -> str:
-    """As in a config file."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention magnitude, sqrt(t) = 0.1 mscale ln(factor) + 1 (technical report, section 4.3)."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _require(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise ValueError(sentence)

@@ -12,10 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from train.model.attention.cache import Cache
+from train.model.attention.rope import rotation_table
 from train.model.block import DenseBlock, MoEBlock
-from train.model.cache import Cache
 from train.model.mtp import MTPModule
-from train.model.rope import rotation_table
 from train.model.transformer import Transformer
 from train.precision.grads import wide_dtype
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,23 +12,30 @@ from torch import Tensor, nn
 
 from train.model.kernels import Kernels
 from train.model.recompute import Recompute
+from train.precision.engine import Engine, Mlp
 from train.precision.grads import Sink, main_grad, run_now
-from train.precision.linear import Engines, Linear, Maps
+from train.precision.linear import Linear
 
 
 @dataclass(frozen=True)
 class Backend:
-    """How a model computes: the engines of its matrix products, its elementwise kernels, where weight gradients go, and
-    what its backward pass computes again."""
+    """How a model computes.
 
-    engines: Engines
+    Attributes:
+        engines: who multiplies, by module: the last part of its name, an expert's with "experts." before it.
+        kernels: what is computed element by element.
+        sink: where gradients of weights go.
+        recompute: what the backward pass computes again.
+    """
+
+    engines: Mapping[str, Engine]
     kernels: Kernels = field(default_factory=Kernels)
     sink: Sink = run_now
     recompute: Recompute = field(default_factory=Recompute)
 
     def linear(self, name: str, num_inputs: int, num_outputs: int) -> Linear:
-        """`name` is the module's own, by which its engine is found."""
-        return Linear(num_inputs, num_outputs, self.engines.of(name), self.sink)
+        """A linear layer whose engine is found by its module's `name`. KeyError for a name without one."""
+        return Linear(num_inputs, num_outputs, self.engines[name], self.sink)
 
 
 class RMSNorm(nn.Module):
@@ -75,25 +83,6 @@ class Embedding(nn.Module):
         return _EmbeddingFunction.apply(tokens, self.weight, self.sink)
 
 
-@dataclass(frozen=True)
-class Gemms:
-    """What multiplies in an MLP: with gate_up, then with down."""
-
-    up: Maps
-    down: Maps
-
-
-def swiglu_mlp(
-    x: Tensor, row_weights: Tensor | None, gate_up: Tensor, down: Tensor, gemms: Gemms, backend: Backend
-) -> Tensor:
-    """(row_weights silu(x gateᵀ) (x upᵀ)) downᵀ as one autograd node; dense or grouped by what the gemms are.
-
-    x [R, d], row_weights [R] or None, gate_up [(E,) 2f, d], down [(E,) d, f] -> [R, d]. Keeps x and the product with
-    gate_up as the gemms keep their inputs; the activation is recomputed in backward (technical report, 3.3.3).
-    """
-    return gemms.up.mlp(gemms.down, x, row_weights, gate_up, down, backend.kernels, backend.sink)
-
-
 class FeedForward(nn.Module):
     """The SwiGLU MLP of dense layers and shared experts: x [T, d] -> [T, d]."""
 
@@ -101,9 +90,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.gate_up_proj = backend.linear("gate_up_proj", hidden, 2 * inter)
         self.down_proj = backend.linear("down_proj", inter, hidden)
-        self.gemms = Gemms(self.gate_up_proj.engine, self.down_proj.engine)
-        self.backend = backend
+        self.kernels, self.sink = backend.kernels, backend.sink
 
     def forward(self, x: Tensor) -> Tensor:
-        weights = self.gate_up_proj.weight, self.down_proj.weight
-        return swiglu_mlp(x, None, *weights, self.gemms, self.backend)
+        up, down = self.gate_up_proj, self.down_proj
+        return Mlp(up.weight, down.weight, up.engine, down.engine, self.kernels, self.sink)(x)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from train.model.layers import Backend
+from train.precision.engine import products_of
 from train.precision.grads import main_grad, wide_dtype
 
 # The label of a position that predicts nothing.
@@ -56,18 +57,18 @@ def _targets(labels: Tensor) -> tuple[Tensor, Tensor]:
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, backend: Backend) -> Tensor:
-        engine, wide = backend.engines.gemm("lm_head"), wide_dtype(x.dtype)
+        head, wide = products_of(backend.engines["lm_head"]), wide_dtype(x.dtype)
         total = x.new_zeros((), dtype=wide)
         dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=wide)
         for rows in _chunks(len(x), len(weight)):
             target, counts = _targets(labels[rows, None])
-            d_logits, loss = _softmax_and_loss(engine.fprop(engine.operand(x[rows]), weight).to(wide), target, counts)
+            d_logits, loss = _softmax_and_loss(head.fprop(head.operand(x[rows]), weight).to(wide), target, counts)
             total += loss
             d_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
             d_logits = d_logits.to(x.dtype)
             # What does not count is left out of the narrow operands, not of the wide logits.
-            dx[rows] = engine.dgrad(d_logits, weight).mul_(counts)
-            engine.wgrad_(dweight, d_logits, x[rows] * counts)
+            dx[rows] = head.dgrad(d_logits, weight).mul_(counts)
+            head.wgrad_(dweight, d_logits, x[rows] * counts)
         ctx.save_for_backward(dx, dweight)
         ctx.weight, ctx.sink = weight, backend.sink
         return total
@@ -87,8 +88,8 @@ def cross_entropy_sum(x: Tensor, weight: Tensor, labels: Tensor, backend: Backen
     """
     if torch.is_grad_enabled():
         return _CrossEntropySum.apply(x, weight, labels, backend)
-    engine, total = backend.engines.gemm("lm_head"), x.new_zeros((), dtype=wide_dtype(x.dtype))
+    head, total = products_of(backend.engines["lm_head"]), x.new_zeros((), dtype=wide_dtype(x.dtype))
     for rows in _chunks(len(x), len(weight)):
-        logits = engine.fprop(engine.operand(x[rows]), weight).to(total.dtype)
+        logits = head.fprop(head.operand(x[rows]), weight).to(total.dtype)
         total += _softmax_and_loss(logits, *_targets(labels[rows, None]))[1]
     return total

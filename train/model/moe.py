@@ -1,4 +1,4 @@
-"""The mixture of experts as nodes: route | dispatch | compute | combine | aggregate.
+"""The mixture of experts as nodes: route | dispatch | compute | combine | aggregate. With or without shared experts.
 
 How tokens reach the ranks of their experts is not known here: a `Dispatch` is handed in. Letters: T tokens of this
 rank, K experts per token, R rows that this rank's experts received.
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from train.model.config import ModelConfig, given
-from train.model.layers import Backend, FeedForward, Gemms, swiglu_mlp
+from train.model.layers import Backend, FeedForward
 from train.model.router import build_router
 from train.model.tape import Steps
+from train.precision.engine import Mlp
 
 
 class Dispatch(Protocol):
@@ -110,20 +111,20 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_local, 2 * inter, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_local, hidden, inter))
-        self.engines = [backend.engines.of(f"experts.{name}") for name in ("gate_up_proj", "down_proj")]
-        self.backend = backend
+        self.engines = [backend.engines[f"experts.{name}"] for name in ("gate_up_proj", "down_proj")]
+        self.kernels, self.sink = backend.kernels, backend.sink
 
     def forward(self, rows: Tensor, row_weights: Tensor, tokens_per_expert: list[int]) -> Tensor:
         """rows [R, d] sorted by expert, row_weights [R] -> weighted outputs [R, d].
 
         The weight is applied before the down projection, so that combining is a plain sum on any route.
         """
-        gemms = Gemms(*(engine.grouped(tokens_per_expert) for engine in self.engines))
-        return swiglu_mlp(rows, row_weights, self.gate_up_proj, self.down_proj, gemms, self.backend)
+        up, down = (engine.grouped(tokens_per_expert) for engine in self.engines)
+        return Mlp(self.gate_up_proj, self.down_proj, up, down, self.kernels, self.sink)(rows, row_weights)
 
 
 class MoE(nn.Module):
-    """Routed experts beside shared experts that see every token (Eq. 12)."""
+    """Routed experts alone: Eq. 12 without its first sum."""
 
     def __init__(self, config: ModelConfig, dispatch: Dispatch, backend: Backend) -> None:
         super().__init__()
@@ -131,10 +132,36 @@ class MoE(nn.Module):
         self.exchange = dispatch
         self.gate = build_router(config, backend)
         self.experts = Experts(dispatch.num_local_experts, hidden, inter, backend)
-        self.shared_experts = FeedForward(hidden, given(config.n_shared_experts) * inter, backend)
+
+    def seen_by_shared_experts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What `compute` takes of this rank's own tokens x [T, d] beside the received rows: nothing."""
+        return ()
 
     def compute(
-        self, rows: Tensor, row_weights: Tensor, x: Tensor, tokens_per_expert: list[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Routed experts on the received rows [R, d], shared experts on this rank's own tokens x [T, d]."""
-        return self.experts(rows, row_weights, tokens_per_expert), self.shared_experts(x)
+        self, rows: Tensor, row_weights: Tensor, *own: Tensor, tokens_per_expert: list[int]
+    ) -> tuple[Tensor, ...]:
+        """The routed experts' outputs for the received rows [R, d]."""
+        return (self.experts(rows, row_weights, tokens_per_expert),)
+
+
+class SharedMoE(MoE):
+    """Routed experts beside shared experts that see every token (Eq. 12)."""
+
+    def __init__(self, config: ModelConfig, dispatch: Dispatch, backend: Backend) -> None:
+        super().__init__(config, dispatch, backend)
+        self.shared_experts = FeedForward(config.hidden_size, config.shared_intermediate_size, backend)
+
+    def seen_by_shared_experts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What `compute` takes of this rank's own tokens x [T, d] beside the received rows: all of them."""
+        return (x,)
+
+    def compute(
+        self, rows: Tensor, row_weights: Tensor, *own: Tensor, tokens_per_expert: list[int]
+    ) -> tuple[Tensor, ...]:
+        """The routed experts' outputs for the received rows [R, d], the shared experts' for own tokens [T, d]."""
+        return self.experts(rows, row_weights, tokens_per_expert), *(self.shared_experts(x) for x in own)
+
+
+def build_moe(config: ModelConfig, dispatch: Dispatch, backend: Backend) -> MoE:
+    """The experts of one layer as the config describes them."""
+    return (SharedMoE if config.shared_intermediate_size else MoE)(config, dispatch, backend)

@@ -8,7 +8,6 @@ depth that reads a token of the next document has no target there either, so not
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -17,10 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from train.model.attention.kernels import Attend, attend_causally, attend_masked, attend_one_by_one
 from train.model.loss import NO_TARGET
-
-# q [B, S, H, qk], k [B, S, G, qk], v [B, S, G, v], factor of the scores -> [B, S, H, v]; G divides H.
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,27 +113,6 @@ class ByDocument:
         dtype = torch.float64 if table.dtype == torch.complex128 else torch.float32
         hidden = torch.zeros(same.shape, dtype=dtype, device=same.device).masked_fill_(~same.tril_(), float("-inf"))
         return partial(attend_masked, hidden.unsqueeze(1))
-
-
-def attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Every position attends to all before it and to itself."""
-    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-    gqa = k.shape[1] != q.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa).transpose(1, 2)
-
-
-def attend_masked(hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """hidden [B, 1, S, S] is added to the scores: 0 or -inf."""
-    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-    gqa, hidden = k.shape[1] != q.shape[1], hidden.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=hidden, scale=scale, enable_gqa=gqa).transpose(1, 2)
-
-
-def attend_one_by_one(lengths: list[int], q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Documents of these lengths, row after row, each by itself."""
-    parts = zip(*(each.flatten(0, 1).unsqueeze(0).split(lengths, dim=1) for each in (q, k, v)), strict=True)
-    out = [attend_causally(*part, scale) for part in parts]  # type: ignore[call-arg]
-    return torch.cat(out, dim=1).squeeze(0).unflatten(0, q.shape[:2])
 
 
 def _begins(documents: Tensor) -> Tensor:

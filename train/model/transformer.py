@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from train.model.attention.rope import rotation_table
 from train.model.block import DenseBlock, MoEBlock
 from train.model.config import ModelConfig
 from train.model.kernels import Kernels
@@ -17,12 +18,12 @@ from train.model.loss import LossTerms, cross_entropy_sum
 from train.model.moe import Dispatch
 from train.model.mtp import MTPModule
 from train.model.packing import OneText, Packing, Places
+from train.model.parts import Parts
 from train.model.recompute import Recompute
-from train.model.rope import rotation_table
 from train.model.router import Router, RouterStats
 from train.model.tape import Inline, Steps, Tape, drive
+from train.precision.engine import Engine
 from train.precision.grads import Sink, run_now
-from train.precision.linear import Engines
 
 NUM_SUMS = 5
 
@@ -45,32 +46,18 @@ class Output(NamedTuple):
     load: Tensor
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Which parts of the model a process holds. Names do not change with the split."""
-
-    embedding: bool
-    layers: tuple[int, ...]
-    head: bool
-    mtp: bool
-
-    @staticmethod
-    def all(config: ModelConfig) -> Parts:
-        return Parts(True, tuple(range(config.num_hidden_layers)), True, config.num_nextn_predict_layers > 0)
-
-
 class Transformer(nn.Module):
     """A model of DeepSeek's. Build it under `torch.device("meta")` and fill it with `init_weights`.
 
-    `dispatch` says which experts live here. `parts` defaults to everything; multi-token prediction shares embedding
-    and head, so a process that holds it needs both.
+    `dispatch` says which experts live here, `engines` who multiplies for each module (`precision.build`). `parts`
+    defaults to everything; multi-token prediction shares embedding and head, so a process that holds it needs both.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         dispatch: Dispatch,
-        engines: Engines,
+        engines: Mapping[str, Engine],
         kernels: Kernels | None = None,
         sink: Sink = run_now,
         parts: Parts | None = None,

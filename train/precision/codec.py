@@ -2,7 +2,7 @@
 
 Technical report, section 3.3.3: dispatch, and the backward of combine, send E4M3 with power-of-two scales; combine, and
 the backward of dispatch, send bfloat16. The rounding belongs to the model, not to the way: the engines of the experts'
-first and last products round what arrives in the same tiles (`recipe`), and rounding what is rounded changes nothing.
+first and last products round what arrives in the same tiles (`config.FP8_MODULES`), and rounding twice changes nothing.
 So the numbers are the same whether rows travel as these bytes, as bfloat16 or not at all.
 """
 

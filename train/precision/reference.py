@@ -1,4 +1,4 @@
-"""The engine `fp8`: products with the numerics of FP8 hardware, on any device.
+"""The engine of fp8 on any device: products with the numerics of FP8 hardware.
 
 Operands are rounded to E4M3 by tile or block, dequantised, and multiplied in float32 by one ordinary product. Tensor
 cores that accumulate in few bits and are promoted every 128 elements, as the report has it, differ from that by far
@@ -8,12 +8,11 @@ have the type of the weights; gradients of weights stay float32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from train.precision.linear import Maps, Nodes, spans
+from train.precision.config import Fp8
+from train.precision.engine import Products, spans
 from train.precision.tiles import (
     Kept,
     keep_rows,
@@ -50,40 +49,23 @@ class QuantisedWeights:
         self._rounded.clear()
 
 
-@dataclass(frozen=True)
-class Fp8:
-    """How one kind of matrix is multiplied in FP8. The default is the report's for most.
-
-    Attributes:
-        round_input: the input's scales are powers of two.
-        round_gradient: the gradient's are too, and its columns are made from its quantised rows, as they are where the
-            rows have come from other ranks.
-        keep: the format in which the input is kept for the backward pass: "e4m3" or "e5m6".
-    """
-
-    round_input: bool = False
-    round_gradient: bool = False
-    keep: str = "e4m3"
-
-
-class Fp8Engine(Nodes):
+class Fp8Engine(Products):
     """Fprop and Dgrad on tiles of 1 x 128, Wgrad on tiles of 128 x 1 (tokens), weights in blocks of 128 x 128."""
 
-    def __init__(self, recipe: Fp8, weights: QuantisedWeights, power_of_two: bool = False) -> None:
-        """power_of_two: for all scales of inputs and gradients, whatever the recipe says."""
-        self._recipe, self._weights = recipe, weights
-        self._round_input = recipe.round_input or power_of_two
-        self._round_gradient = recipe.round_gradient or power_of_two
-        self.name = "fp8" if recipe.keep == "e4m3" else f"fp8, input kept in {recipe.keep}"
+    def __init__(self, fp8: Fp8, weights: QuantisedWeights, power_of_two: bool = False) -> None:
+        """power_of_two: for all scales of inputs and gradients, whatever `fp8` says."""
+        self._fp8, self._weights = fp8, weights
+        self._round_input = fp8.round_input or power_of_two
+        self._round_gradient = fp8.round_gradient or power_of_two
 
     def operand(self, x: Tensor) -> Tensor:
         return round_rows(x, self._round_input)
 
     def keep(self, x: Tensor) -> Kept:
-        return keep_rows(x, self._round_input) if self._recipe.keep == "e4m3" else keep_rows_e5m6(x)
+        return keep_rows(x, self._round_input) if self._fp8.keep == "e4m3" else keep_rows_e5m6(x)
 
     def restore(self, kept: Kept) -> Tensor:
-        return restore_rows(kept) if self._recipe.keep == "e4m3" else restore_rows_e5m6(kept)
+        return restore_rows(kept) if self._fp8.keep == "e4m3" else restore_rows_e5m6(kept)
 
     def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(operand, self._weights.of(weight).t()).to(weight.dtype)
@@ -98,24 +80,32 @@ class Fp8Engine(Nodes):
     def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
         self.add_product_(accumulator, self.received(dy), x)
 
-    def grouped(self, splits: list[int]) -> Maps:
+    def grouped(self, splits: list[int]) -> Products:
         return Fp8Groups(self, self._weights, splits)
 
     def received(self, dy: Tensor) -> Tensor:
         """The gradient dy [T, n] of which the weight gradient makes its columns."""
-        return round_rows(dy, self._round_gradient) if self._recipe.round_gradient else dy
+        return round_rows(dy, self._round_gradient) if self._fp8.round_gradient else dy
 
     def add_product_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
         """accumulator [n, k] += dyᵀ x, both in columns."""
         accumulator.addmm_(round_columns(dy, self._round_gradient).t(), round_columns(x, self._round_input))
 
 
-class Fp8Groups(Nodes):
+class Fp8Groups(Products):
     """Group by group; tiles of rows know nothing of groups, and no tile of tokens reaches from one into the next."""
 
     def __init__(self, engine: Fp8Engine, weights: QuantisedWeights, splits: list[int]) -> None:
         self._engine, self._weights, self._spans = engine, weights, spans(splits)
-        self.operand, self.keep, self.restore = engine.operand, engine.keep, engine.restore
+
+    def operand(self, x: Tensor) -> Tensor:
+        return self._engine.operand(x)
+
+    def keep(self, x: Tensor) -> Kept:
+        return self._engine.keep(x)
+
+    def restore(self, kept: Kept) -> Tensor:
+        return self._engine.restore(kept)
 
     def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
         return self._product(operand, self._weights.of(weight).transpose(1, 2)).to(weight.dtype)
@@ -133,3 +123,6 @@ class Fp8Groups(Nodes):
         dy = self._engine.received(dy)
         for e, where in self._spans:
             self._engine.add_product_(accumulator[e], dy[where], x[where])
+
+    def grouped(self, splits: list[int]) -> Products:
+        return self._engine.grouped(splits)

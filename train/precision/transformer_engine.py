@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from train.precision.config import Fp8
+from train.precision.engine import Activation, Engine, Mlp
 from train.precision.grads import Sink
-from train.precision.linear import Activation, Maps
-from train.precision.reference import Fp8
 from train.precision.tiles import keep_rows, restore_rows, round_rows
 
 # Rows of a group are padded to a multiple: they are the inner dim of the weight gradient's product.
 ROWS = 16
-# Widths of matrices have to be multiples by themselves (`recipe.check_widths`).
+# Widths of matrices have to be multiples by themselves (`build.check_widths`).
 WIDTH = 16
 CAPABILITY = (9, 0)
 
@@ -159,11 +159,11 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class TransformerEngine:
-    """What all engines of a run share: a module for every weight, and how often weights have changed."""
+class LibraryModules:
+    """What all engines of a run share: a library's module for every weight, and how often weights have changed."""
 
     def __init__(self, power_of_two: bool = False) -> None:
-        """power_of_two: for all scales, whatever a recipe says."""
+        """power_of_two: for all scales, whatever an engine's own `Fp8` says."""
         self.power_of_two, self.generation = power_of_two, 0
         self._modules: dict[int, _Module] = {}
 
@@ -179,69 +179,64 @@ class TransformerEngine:
         return found
 
 
-class TransformerEngineMaps:
-    """An engine of one recipe (see `linear.Engine`): inputs and gradients are kept as the library's columns in E4M3."""
+class TransformerEngine:
+    """An engine that multiplies in one way (`Engine`): keeps inputs and gradients as the library's columns in E4M3."""
 
-    def __init__(self, fp8: Fp8, shared: TransformerEngine) -> None:
-        self.fp8, self.shared = fp8, shared
-        self.recipe = _recipe(fp8, shared.power_of_two)
-        self.name = "transformer_engine"
+    def __init__(self, fp8: Fp8, modules: LibraryModules) -> None:
+        self.fp8, self.modules = fp8, modules
+        self.recipe = _recipe(fp8, modules.power_of_two)
 
     def project(self, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
         num_rows = rows.shape[0]
         rows = nn.functional.pad(rows, (0, 0, 0, _missing_rows(num_rows)))
-        outputs = [self.shared.module(weight, self.recipe)(rows, sink, self.shared.generation) for weight in weights]
+        outputs = [self.multiply(rows, sink, weight) for weight in weights]
         return tuple(y[:num_rows].view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
-    def mlp(
-        self,
-        down_maps: Any,
-        x: Tensor,
-        row_weights: Tensor | None,
-        gate_up: Tensor,
-        down: Tensor,
-        activation: Activation,
-        sink: Sink,
-    ) -> Tensor:
+    def mlp(self, mlp: Mlp, x: Tensor, row_weights: Tensor | None) -> Tensor:
+        down = mlp.down_engine
+        assert isinstance(down, TransformerEngine)
         num_rows = x.shape[0]
         extra = _missing_rows(num_rows)
         x = nn.functional.pad(x, (0, 0, 0, extra))
         row_weights = None if row_weights is None else nn.functional.pad(row_weights, (0, extra))
-        return _mlp(self, down_maps, x, row_weights, gate_up, down, activation, sink)[:num_rows]
+        return _padded_mlp(self, down, mlp, x, row_weights)[:num_rows]
 
-    def grouped(self, splits: list[int]) -> Maps:
-        return _GroupedMaps(self, splits)
+    def grouped(self, splits: list[int]) -> Engine:
+        return _Groups(self, splits)
+
+    def multiply(self, rows: Tensor, sink: Sink, weight: Tensor, *splits: Tensor, saves_input: bool = False) -> Tensor:
+        """rows [R, k], padded, by one weight; of stacked weights `splits` has the padded rows of each group.
+
+        saves_input: autograd keeps the rows themselves, not the library's columns of them.
+        """
+        module = self.modules.module(weight, self.recipe, saves_input)
+        return module(rows, sink, self.modules.generation, *splits)
 
 
-class _GroupedMaps:
-    """The same over stacked weights. Every group is padded with rows of zeros, which add nothing anywhere."""
+class _Groups:
+    """An engine for stacked weights. Every group is padded with rows of zeros, which add nothing anywhere."""
 
-    def __init__(self, engine: TransformerEngineMaps, splits: list[int]) -> None:
+    def __init__(self, engine: TransformerEngine, splits: list[int]) -> None:
         self.engine, self.splits = engine, splits
 
     def project(self, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
         padding = _Padding.of(self.splits, x.device)
         rows = _pad(_rounded(self.engine, x), padding)
-        module, shared = self.engine.shared.module, self.engine.shared
-        outputs = [module(w, self.engine.recipe)(rows, sink, shared.generation, padding.splits) for w in weights]
+        outputs = [self.engine.multiply(rows, sink, weight, padding.splits) for weight in weights]
         return tuple(y[padding.rows] for y in outputs)
 
-    def mlp(
-        self,
-        down_maps: _GroupedMaps,
-        x: Tensor,
-        row_weights: Tensor | None,
-        gate_up: Tensor,
-        down: Tensor,
-        activation: Activation,
-        sink: Sink,
-    ) -> Tensor:
+    def mlp(self, mlp: Mlp, x: Tensor, row_weights: Tensor | None) -> Tensor:
+        down = mlp.down_engine
+        assert isinstance(down, _Groups)
         padding = _Padding.of(self.splits, x.device)
         x = _pad(_rounded(self.engine, x), padding)
         row_weights = None if row_weights is None else _pad(row_weights, padding)
-        y = _mlp(self.engine, down_maps.engine, x, row_weights, gate_up, down, activation, sink, padding.splits)
-        return _rounded_gradient(down_maps.engine, y[padding.rows])
+        y = _padded_mlp(self.engine, down.engine, mlp, x, row_weights, padding.splits)
+        return _rounded_gradient(down.engine, y[padding.rows])
+
+    def grouped(self, splits: list[int]) -> Engine:
+        return self.engine.grouped(splits)
 
 
 def _missing_rows(num_rows: int) -> int:
@@ -282,28 +277,26 @@ def _pad(x: Tensor, padding: _Padding) -> Tensor:
     return x.new_zeros(padding.total, *x.shape[1:]).index_copy(0, padding.rows, x)
 
 
-def _mlp(
-    up_maps: TransformerEngineMaps,
-    down_maps: TransformerEngineMaps,
+def _padded_mlp(
+    up: TransformerEngine,
+    down: TransformerEngine,
+    mlp: Mlp,
     x: Tensor,
     row_weights: Tensor | None,
-    gate_up: Tensor,
-    down: Tensor,
-    activation: Activation,
-    sink: Sink,
     *splits: Tensor,
 ) -> Tensor:
     """The two maps and the activation, of which only the input is kept (technical report, section 3.3.3).
 
     The second map would keep its own input; what autograd is given in its place makes it again from the activation's.
     """
-    shared = up_maps.shared
-    up_module, down_module = shared.module(gate_up, up_maps.recipe), shared.module(down, down_maps.recipe, True)
-    h = up_module(x, sink, shared.generation, *splits)
-    round_input = down_maps.fp8.round_input or shared.power_of_two
-    a = _Activate.apply(h, row_weights, activation, round_input)
+    h = up.multiply(x, mlp.sink, mlp.gate_up, *splits)
+    a = _Activate.apply(h, row_weights, mlp.activation, down.fp8.round_input or down.modules.power_of_two)
+
+    def multiply(a: Tensor) -> Tensor:
+        return down.multiply(a, mlp.sink, mlp.down, *splits, saves_input=True)
+
     if not a.requires_grad:
-        return down_module(a, sink, shared.generation, *splits)
+        return multiply(a)
     place, node = a.data_ptr(), a.grad_fn
 
     def pack(saved: Tensor) -> Any:
@@ -313,7 +306,7 @@ def _mlp(
 
     a_shape = a.shape
     with saved_tensors_hooks(pack, _unpack):
-        return down_module(a, sink, shared.generation, *splits)
+        return multiply(a)
 
 
 def _unpack(packed: Any) -> Tensor:
@@ -357,7 +350,7 @@ class _Round(torch.autograd.Function):
         return dy if ctx.forward_rounds else round_rows(dy, True).to(dy.dtype), None
 
 
-def _rounded(engine: TransformerEngineMaps, x: Tensor) -> Tensor:
+def _rounded(engine: TransformerEngine, x: Tensor) -> Tensor:
     """x as dispatch brings it. The library makes rows and columns from the same x, so x itself has to be rounded.
 
     What has travelled as bytes is rounded already, and rounding it again changes nothing: so the numbers do not depend
@@ -366,6 +359,6 @@ def _rounded(engine: TransformerEngineMaps, x: Tensor) -> Tensor:
     return _Round.apply(x, True) if engine.fp8.round_input else x
 
 
-def _rounded_gradient(engine: TransformerEngineMaps, y: Tensor) -> Tensor:
+def _rounded_gradient(engine: TransformerEngine, y: Tensor) -> Tensor:
     """y, whose gradient is rounded as the backward of combine brings it."""
     return _Round.apply(y, False) if engine.fp8.round_gradient else y

@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from train.model.config import ModelConfig, yarn_mscale
+from train.model.attention.yarn import yarn_mscale
+from train.model.config import ModelConfig
 
 
 def rotation_table(config: ModelConfig, num_positions: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -30,7 +31,7 @@ def rotation_table(config: ModelConfig, num_positions: int, device: torch.device
 
 def _frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """Radians per position of each pair, float32 [rope_dim / 2]."""
-    dim = config.rope_dim
+    dim = config.attention_sizes.rope_dim
     wavelengths = config.rope_theta ** (torch.arange(0, dim, 2, device=device).float() / dim)
     if config.rope_scaling is None:
         return 1.0 / wavelengths
@@ -46,7 +47,7 @@ def _stretched_share(config: ModelConfig, device: torch.device) -> Tensor:
     """
     scaling = config.rope_scaling
     assert scaling is not None
-    dim, context = config.rope_dim, scaling["original_max_position_embeddings"]
+    dim, context = config.attention_sizes.rope_dim, scaling["original_max_position_embeddings"]
 
     def pair_turning(num_turns: float) -> float:
         return dim * math.log(context / (num_turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))

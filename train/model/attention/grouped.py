@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from train.model.cache import Cache, GroupedCache
-from train.model.config import ModelConfig, given
-from train.model.kernels import rotate_heads
+from train.model.attention.cache import Cache, GroupedCache
+from train.model.attention.kernels import rotate_heads
+from train.model.attention.kinds import GroupedSizes
 from train.model.layers import Backend
 from train.model.packing import Places
 from train.precision.linear import project
@@ -20,12 +20,11 @@ from train.precision.linear import project
 class GroupedAttention(nn.Module):
     """Causal self-attention of one layer: x [B, S, hidden] -> [B, S, hidden]."""
 
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+    def __init__(self, sizes: GroupedSizes, backend: Backend) -> None:
         super().__init__()
-        hidden, self.head_dim = config.hidden_size, given(config.head_dim)
-        query_width = config.num_attention_heads * self.head_dim
-        key_width = given(config.num_key_value_heads) * self.head_dim
-        self.softmax_scale = config.softmax_scale
+        hidden, self.head_dim = sizes.hidden_size, sizes.head_dim
+        query_width, key_width = sizes.num_attention_heads * self.head_dim, sizes.num_key_value_heads * self.head_dim
+        self.softmax_scale = sizes.softmax_scale
         self.q_proj = backend.linear("q_proj", hidden, query_width)
         self.k_proj = backend.linear("k_proj", hidden, key_width)
         self.v_proj = backend.linear("v_proj", hidden, key_width)

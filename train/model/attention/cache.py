@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from train.model.attention.kernels import attend_cached
 
 
-class Cache(ABC):
+class Cache:
     """Rows of one layer's tokens, in order of their positions, with room for `capacity` of them."""
 
     def __init__(self, capacity: int, like: Tensor) -> None:
         """like: a tensor of the type and on the device that rows have."""
         self.capacity, self.length, self._like = capacity, 0, like
-
-    @property
-    @abstractmethod
-    def num_values(self) -> int:
-        """Numbers that are kept of one token."""
 
     def rewind(self, length: int) -> None:
         """Forget all tokens but the first `length`."""
@@ -36,13 +30,6 @@ class Cache(ABC):
         self.length = stop
         return slice(start, stop)
 
-    def _visible(self, num_tokens: int) -> Tensor | None:
-        """Which of the L tokens each of the last `num_tokens` sees: bool [num_tokens, L]; None: one that sees all."""
-        if num_tokens == 1:
-            return None
-        everything = torch.ones(num_tokens, self.length, dtype=torch.bool, device=self._like.device)
-        return everything.tril(self.length - num_tokens)
-
 
 class LatentCache(Cache):
     """Multi-head latent attention: a token's normed latent, and the rotated key that all heads share.
@@ -54,10 +41,6 @@ class LatentCache(Cache):
         super().__init__(capacity, like)
         self._rank, self._kept = rank, self._rows(capacity, rank + rope)
 
-    @property
-    def num_values(self) -> int:
-        return self._kept.shape[1]
-
     def append(self, latent: Tensor, k_rope: Tensor) -> None:
         """latent [N, rank], k_rope [N, rope]."""
         rows = self._kept[self._grow(len(latent))]
@@ -67,11 +50,8 @@ class LatentCache(Cache):
     def attend(self, queries: Tensor, scale: float) -> Tensor:
         """queries [H, N, rank + rope] of the last N tokens, causal -> [H, N, rank]: latents, mixed for each head."""
         num_heads, num_tokens, _ = queries.shape
-        kept, mask = self._kept[: self.length], self._visible(num_tokens)
-        mask = None if mask is None else mask.repeat(num_heads, 1)
-        # As a batch of one: [1, 1, H N, ...] against [1, 1, L, ...].
-        rows = [each[None, None] for each in (queries.flatten(0, 1), kept, kept[:, : self._rank])]
-        mixed = F.scaled_dot_product_attention(rows[0], rows[1], rows[2], attn_mask=mask, scale=scale)
+        kept = self._kept[None, : self.length]
+        mixed = attend_cached(queries.flatten(0, 1)[None], kept, kept[..., : self._rank], num_tokens, scale)
         return mixed.view(num_heads, num_tokens, self._rank)
 
 
@@ -81,11 +61,6 @@ class GroupedCache(Cache):
     def __init__(self, capacity: int, num_heads: int, head_dim: int, like: Tensor) -> None:
         super().__init__(capacity, like)
         self._keys, self._values = (self._rows(num_heads, capacity, head_dim) for _ in range(2))
-
-    @property
-    def num_values(self) -> int:
-        num_heads, _, head_dim = self._keys.shape
-        return 2 * num_heads * head_dim
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Both [N, heads of keys, head_dim]."""
@@ -97,10 +72,5 @@ class GroupedCache(Cache):
         """queries [H, N, head_dim] of the last N tokens, causal -> the same shape."""
         num_heads, num_tokens, head_dim = queries.shape
         keys, values = self._keys[:, : self.length], self._values[:, : self.length]
-        mask, group_size = self._visible(num_tokens), num_heads // len(keys)
-        mask = None if mask is None else mask.repeat(group_size, 1)
-        # The queries of a group are rows of one product with its keys.
-        grouped = queries.reshape(len(keys), group_size * num_tokens, head_dim)
-        rows = [each[None] for each in (grouped, keys, values)]
-        mixed = F.scaled_dot_product_attention(rows[0], rows[1], rows[2], attn_mask=mask, scale=scale)
-        return mixed.reshape(num_heads, num_tokens, head_dim)
+        grouped = queries.reshape(len(keys), num_heads // len(keys) * num_tokens, head_dim)
+        return attend_cached(grouped, keys, values, num_tokens, scale).reshape(num_heads, num_tokens, head_dim)

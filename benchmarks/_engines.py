@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
 
 from train.precision.blockwise import E4M3, scales_of
-from train.precision.linear import Engines, Maps, TorchEngine
-from train.precision.recipe import CHOICES, RECIPES, PrecisionConfig, Table
-from train.precision.reference import Fp8, Fp8Engine, Fp8Groups, QuantisedWeights
+from train.precision.build import everywhere
+from train.precision.config import FP8_MODULES, MODULE_KEYS, Fp8, PrecisionConfig
+from train.precision.engine import Engine, Products
+from train.precision.reference import Fp8Engine, Fp8Groups, QuantisedWeights
 from train.precision.tiles import Kept, round_blocks, round_columns, round_to
+from train.precision.torch_engine import TorchEngine
 
-MakeEngines = Callable[[PrecisionConfig, torch.device | str, QuantisedWeights], Engines]
+MakeEngines = Callable[[PrecisionConfig, torch.device | str, QuantisedWeights], Mapping[str, Engine]]
 
 
 class Reassociated(TorchEngine):
@@ -54,9 +56,9 @@ class BlockGradients(_OtherGradients):
 class Partly(Fp8Engine):
     """FP8 in some of the three products; operands of the others as they are, multiplied in float32."""
 
-    def __init__(self, recipe: Fp8, weights: QuantisedWeights, products: Collection[str]) -> None:
+    def __init__(self, fp8: Fp8, weights: QuantisedWeights, products: Collection[str]) -> None:
         """products: of "fprop", "dgrad" and "wgrad"; what is kept for the last is kept whole where it is not there."""
-        super().__init__(recipe, weights)
+        super().__init__(fp8, weights)
         self._products = products
 
     def weight(self, product: str, weight: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ class Partly(Fp8Engine):
     def gradient_operand(self, dy: Tensor) -> Tensor:
         return super().gradient_operand(dy) if "dgrad" in self._products else dy.float()
 
-    def grouped(self, splits: list[int]) -> Maps:
+    def grouped(self, splits: list[int]) -> Products:
         return _PartlyGroups(self, self._weights, splits)
 
     def received(self, dy: Tensor) -> Tensor:
@@ -125,8 +127,8 @@ class _WholeWeights(QuantisedWeights):
 class PerTensor(_OtherGradients):
     """One scale per tensor for inputs, weights and gradients; of experts' matrices for each."""
 
-    def __init__(self, recipe: Fp8, _weights: QuantisedWeights) -> None:
-        super().__init__(recipe, _WholeWeights())
+    def __init__(self, fp8: Fp8, _weights: QuantisedWeights) -> None:
+        super().__init__(fp8, _WholeWeights())
 
     def operand(self, x: Tensor) -> Tensor:
         return round_whole(x)
@@ -145,31 +147,27 @@ class PerTensor(_OtherGradients):
 
 
 def partly(products: Collection[str]) -> MakeEngines:
-    """The table of FP8, each module by its own recipe, with FP8 in some of the three products alone."""
+    """The table of FP8, each module by its own scales and formats, with FP8 in some of the three products alone."""
 
-    def make(config: PrecisionConfig, device: torch.device | str, weights: QuantisedWeights) -> Engines:
+    def make(config: PrecisionConfig, device: torch.device | str, weights: QuantisedWeights) -> Mapping[str, Engine]:
         high = TorchEngine(device)
-        made = {recipe: Partly(recipe, weights, products) for each in RECIPES.values() for recipe in each.values()}
-        return Table(
-            {
-                module: made[recipe] if config.is_fp8(module) else high
-                for recipes in RECIPES.values()
-                for module, recipe in recipes.items()
-            }
-        )
+        made = {fp8: Partly(fp8, weights, products) for fp8 in FP8_MODULES.values()}
+        return {module: made[fp8] if config.is_fp8(module) else high for module, fp8 in FP8_MODULES.items()}
 
     return make
 
 
-def reassociated(_config: PrecisionConfig, device: torch.device | str, _weights: QuantisedWeights) -> Engines:
-    return Reassociated(device)
+def reassociated(
+    _config: PrecisionConfig, device: torch.device | str, _weights: QuantisedWeights
+) -> Mapping[str, Engine]:
+    return everywhere(Reassociated(device))
 
 
 def instead(kind: type[Fp8Engine]) -> MakeEngines:
     """The table of FP8 with another engine wherever it has one of FP8."""
 
-    def make(config: PrecisionConfig, device: torch.device | str, weights: QuantisedWeights) -> Engines:
+    def make(config: PrecisionConfig, device: torch.device | str, weights: QuantisedWeights) -> Mapping[str, Engine]:
         made, high = kind(Fp8(), weights), TorchEngine(device)
-        return Table({module: made if config.is_fp8(module) else high for module in CHOICES})
+        return {module: made if config.is_fp8(module) else high for module in MODULE_KEYS}
 
     return make

@@ -11,9 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from train.model.cache import Cache, LatentCache
-from train.model.config import ModelConfig, given
-from train.model.kernels import join_heads, rotate
+from train.model.attention.cache import Cache, LatentCache
+from train.model.attention.kernels import join_heads, rotate
+from train.model.attention.kinds import LatentSizes
 from train.model.layers import Backend, RMSNorm
 from train.model.packing import Places
 from train.precision.linear import project
@@ -25,28 +25,28 @@ LATENT_NORM_EPS = 1e-6
 class LatentAttention(nn.Module):
     """Causal self-attention of one layer: x [B, S, hidden] -> [B, S, hidden]."""
 
-    def __init__(self, config: ModelConfig, backend: Backend) -> None:
+    def __init__(self, sizes: LatentSizes, backend: Backend) -> None:
         super().__init__()
-        heads, hidden, rank = config.num_attention_heads, config.hidden_size, config.q_lora_rank
-        kv_rank, nope, v_head_dim = given(config.kv_lora_rank), given(config.qk_nope_head_dim), config.value_head_dim
+        heads, hidden = sizes.num_attention_heads, sizes.hidden_size
+        rank, kv_rank = sizes.q_lora_rank, sizes.kv_lora_rank
         self.num_heads = heads
-        self.latent_widths = [kv_rank, config.rope_dim]
-        self.v_head_dim = v_head_dim
+        self.latent_widths = [kv_rank, sizes.rope_dim]
+        self.v_head_dim = sizes.v_head_dim
         # Flash kernels want values as wide as keys; padding costs less than the kernel that takes any width.
-        self.v_width = max(v_head_dim, config.qk_head_dim)
-        self.softmax_scale = config.softmax_scale
+        self.v_width = max(sizes.v_head_dim, sizes.qk_head_dim)
+        self.softmax_scale = sizes.softmax_scale
         if rank is None:
-            self.q_proj = backend.linear("q_proj", hidden, heads * config.qk_head_dim)
+            self.q_proj = backend.linear("q_proj", hidden, heads * sizes.qk_head_dim)
             self.compress, self.expand_q = self._keep_input, self._from_input
         else:
             self.q_a_proj = backend.linear("q_a_proj", hidden, rank)
             self.q_a_layernorm = RMSNorm(rank, LATENT_NORM_EPS, backend)
-            self.q_b_proj = backend.linear("q_b_proj", rank, heads * config.qk_head_dim)
+            self.q_b_proj = backend.linear("q_b_proj", rank, heads * sizes.qk_head_dim)
             self.compress, self.expand_q = self._to_latents, self._from_latent
         self.kv_a_proj_with_mqa = backend.linear("kv_a_proj_with_mqa", hidden, sum(self.latent_widths))
         self.kv_a_layernorm = RMSNorm(kv_rank, LATENT_NORM_EPS, backend)
-        self.kv_b_proj = backend.linear("kv_b_proj", kv_rank, heads * (nope + v_head_dim))
-        self.o_proj = backend.linear("o_proj", heads * v_head_dim, hidden)
+        self.kv_b_proj = backend.linear("kv_b_proj", kv_rank, heads * (sizes.qk_nope_head_dim + sizes.v_head_dim))
+        self.o_proj = backend.linear("o_proj", heads * sizes.v_head_dim, hidden)
         self.offer = backend.recompute.offer("mla_up_proj")
 
     def _keep_input(self, x: Tensor) -> tuple[Tensor, Tensor]:

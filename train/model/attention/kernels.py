@@ -1,0 +1,137 @@
+"""Kernels of every kind of attention: its core, by torch's scaled dot product, and the rotating of heads.
+
+The core takes queries [B, S, H, qk], keys [B, S, G, qk] and values [B, S, G, v]; H / G heads of queries share a head of
+keys. Sums and products of the rotations are float32 for bfloat16 inputs and keep float32 and float64 as they are; they
+are written for few passes over memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# q [B, S, H, qk], k [B, S, G, qk], v [B, S, G, v], factor of the scores -> [B, S, H, v]; G divides H.
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Every position attends to all before it and to itself."""
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    gqa = k.shape[1] != q.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa).transpose(1, 2)
+
+
+def attend_masked(hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """hidden [B, 1, S, S] is added to the scores: 0 or -inf."""
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    gqa, hidden = k.shape[1] != q.shape[1], hidden.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=hidden, scale=scale, enable_gqa=gqa).transpose(1, 2)
+
+
+def attend_one_by_one(lengths: list[int], q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Documents of these lengths, row after row, each by itself."""
+    parts = zip(*(each.flatten(0, 1).unsqueeze(0).split(lengths, dim=1) for each in (q, k, v)), strict=True)
+    out = [attend_causally(*part, scale) for part in parts]  # type: ignore[call-arg]
+    return torch.cat(out, dim=1).squeeze(0).unflatten(0, q.shape[:2])
+
+
+def attend_cached(queries: Tensor, keys: Tensor, values: Tensor, num_tokens: int, scale: float) -> Tensor:
+    """The last `num_tokens` N of L tokens attend to all before them and to themselves.
+
+    queries [G, R N, qk]: for each head of keys the R heads that share it, token by token in each; keys [G, L, qk],
+    values [G, L, v] -> [G, R N, v]. The queries of a group are rows of one product with its keys.
+    """
+    num_seen, mask = keys.shape[1], None
+    if num_tokens > 1:  # a single one sees all
+        seen = torch.ones(num_tokens, num_seen, dtype=torch.bool, device=keys.device).tril(num_seen - num_tokens)
+        mask = seen.repeat(queries.shape[1] // num_tokens, 1)
+    return F.scaled_dot_product_attention(queries[None], keys[None], values[None], attn_mask=mask, scale=scale)[0]
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Multiply the adjacent pairs of x [..., d] by the complex table (broadcastable to [..., d / 2]).
+
+    Complex arithmetic is the only form of this that the CPU vectorises.
+    """
+    # Always a copy: a slice of one row counts as contiguous and may begin at an odd element, which no pair may.
+    pairs = x.to(table.real.dtype, memory_format=torch.contiguous_format, copy=True).unflatten(-1, (-1, 2))
+    return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2)
+
+
+class _JoinHeads(torch.autograd.Function):
+    """See `join_heads`."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: int) -> Any:
+        nope = q.shape[-1] - k_rope.shape[-1]
+        v_dim = kv.shape[-1] - nope
+        ctx.save_for_backward(table)
+        ctx.nope, ctx.v_dim = nope, v_dim
+        q_out, k_out, v_out = torch.empty_like(q), torch.empty_like(q), kv.new_empty(*kv.shape[:-1], v_width)
+        q_out[..., :nope].copy_(q[..., :nope])
+        q_out[..., nope:].copy_(rotate(q[..., nope:], table.unsqueeze(-2)))
+        k_out[..., :nope].copy_(kv[..., :nope])
+        k_out[..., nope:].copy_(rotate(k_rope, table).unsqueeze(2))
+        v_out[..., :v_dim].copy_(kv[..., nope:])
+        v_out[..., v_dim:].zero_()
+        return q_out, k_out, v_out
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Any:
+        (table,) = ctx.saved_tensors
+        nope, v_dim = ctx.nope, ctx.v_dim
+        inverse = table.conj().resolve_conj()
+        dq_in = torch.empty_like(dq, memory_format=torch.contiguous_format)
+        dq_in[..., :nope].copy_(dq[..., :nope])
+        dq_in[..., nope:].copy_(rotate(dq[..., nope:], inverse.unsqueeze(-2)))
+        dkv = dq.new_empty(*dq.shape[:-1], nope + v_dim)
+        dkv[..., :nope].copy_(dk[..., :nope])
+        dkv[..., nope:].copy_(dv[..., :v_dim])
+        dk_rope = rotate(dk[..., nope:].sum(2, dtype=table.real.dtype), inverse).to(dk.dtype)
+        return dq_in, dkv, dk_rope, None, None
+
+
+def join_heads(q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of every head, from what the projections give.
+
+    q [B, S, H, nope + rope], kv [B, S, H, nope + v], k_rope [B, S, rope] (shared by the heads), table [S, rope / 2] or
+    [B, S, rope / 2] -> q, k [B, S, H, nope + rope] with the rotary parts rotated, v [B, S, H, v_width] padded with
+    zeros.
+    """
+    return _JoinHeads.apply(q, kv, k_rope, table, v_width)
+
+
+def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
+    """Multiply the pairs (x[j], x[j + d/2]) of x [..., d] by the complex table (broadcastable to [..., d / 2])."""
+    cos, sin = table.real, table.imag
+    first, second = x.to(cos.dtype).chunk(2, -1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    low, high = out.chunk(2, -1)
+    low.copy_((first * cos).addcmul_(second, sin, value=-1))
+    high.copy_((second * cos).addcmul_(first, sin))
+    return out
+
+
+class _RotateHeads(torch.autograd.Function):
+    """See `rotate_heads`. Keeps the table alone."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, table: Tensor) -> Any:
+        ctx.save_for_backward(table)
+        by_head = table.unsqueeze(-2)
+        return rotate_halves(q, by_head), rotate_halves(k, by_head)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> Any:
+        (table,) = ctx.saved_tensors
+        inverse = table.conj().resolve_conj().unsqueeze(-2)
+        return rotate_halves(dq, inverse), rotate_halves(dk, inverse), None
+
+
+def rotate_heads(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the halves of every head of q [B, S, H, d] and k [B, S, G, d] by the table [S, d / 2] or [B, S, d / 2]."""
+    return _RotateHeads.apply(q, k, table)

@@ -1,0 +1,85 @@
+"""The engines of a run: of every module that multiplies, who does, by `precision` and by what the device can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from train.precision.codec import Fp8Rows
+from train.precision.config import FP8_MODULES, MODULE_KEYS, Fp8, PrecisionConfig
+from train.precision.engine import Engine
+from train.precision.reference import Fp8Engine, QuantisedWeights
+from train.precision.torch_engine import TorchEngine
+from train.precision.transformer_engine import WIDTH, LibraryModules, TransformerEngine, missing
+
+
+def everywhere(engine: Engine) -> Mapping[str, Engine]:
+    """One engine for every module of a model that multiplies."""
+    return dict.fromkeys(MODULE_KEYS, engine)
+
+
+def matrices(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """(module as in MODULE_KEYS, name, parameter) of every matrix of a model that an engine multiplies by."""
+    for name, parameter in model.named_parameters():
+        *parents, module = name.removesuffix(".weight").split(".")
+        module = f"experts.{module}" if "experts" in parents else module
+        if module in MODULE_KEYS:
+            yield module, name, parameter
+
+
+def choose_engine(config: PrecisionConfig, device: torch.device | str) -> str:
+    """Who multiplies in fp8: "reference" or "transformer_engine", which is taken for "auto" where it can be.
+
+    Raises ValueError where it is asked for and cannot be.
+    """
+    if config.engine == "reference":
+        return config.engine
+    reason = missing(device)
+    if reason is None and config.is_fp8("lm_head"):
+        reason = "the head makes its gradients itself, so precision.modules.lm_head=fp8 needs engine=reference"
+    if reason is not None and config.engine != "auto":
+        raise ValueError(f"precision.engine={config.engine} cannot multiply here: {reason}")
+    return "reference" if reason else "transformer_engine"
+
+
+def fp8_weights(config: PrecisionConfig, device: torch.device | str) -> QuantisedWeights | LibraryModules:
+    """What holds a run's quantised weights, and is told when weights have changed."""
+    if config.name == "fp8" and choose_engine(config, device) == "transformer_engine":
+        return LibraryModules(config.power_of_two_scales)
+    return QuantisedWeights(config.power_of_two_scales)
+
+
+def check_widths(model: nn.Module, config: PrecisionConfig) -> None:
+    """ValueError for a model with a matrix that Transformer Engine cannot multiply by; its memory is not looked at."""
+    for module, name, parameter in matrices(model):
+        if config.is_fp8(module) and any(size % WIDTH for size in parameter.shape[-2:]):
+            raise ValueError(
+                f"precision.engine=transformer_engine multiplies by matrices whose widths are multiples of {WIDTH}, "
+                f"not by {name} of shape {tuple(parameter.shape)}: use precision.engine=reference"
+            )
+
+
+def build_engines(
+    config: PrecisionConfig, device: torch.device | str, weights: QuantisedWeights | LibraryModules
+) -> Mapping[str, Engine]:
+    """What multiplies for each module (the last part of its name; an expert's with "experts." before it).
+
+    weights: those of `fp8_weights`, shared by all engines. Modules that multiply alike share an engine.
+    """
+    high = TorchEngine(device)
+    if config.name != "fp8":
+        return everywhere(high)
+    made: dict[Fp8, Engine] = {
+        fp8: TransformerEngine(fp8, weights)
+        if isinstance(weights, LibraryModules)
+        else Fp8Engine(fp8, weights, config.power_of_two_scales)
+        for fp8 in FP8_MODULES.values()
+    }
+    return {module: made[fp8] if config.is_fp8(module) else high for module, fp8 in FP8_MODULES.items()}
+
+
+def row_codec(config: PrecisionConfig, width: int) -> Fp8Rows | None:
+    """What rows of `width` elements are on their way to the experts; None for themselves."""
+    return Fp8Rows(width) if config.modules.get("experts") == "fp8" else None
