@@ -48,10 +48,13 @@ def wandb_history(folder: Path) -> list[tuple[int, dict[str, Any]]]:
     return found
 
 
+THIRD = {"moe/max_vio": 1 / 3}
+
+
 def offline(folder: Path, first: int, last: int, **where: Any) -> WandbSink:
     sink = WandbSink(TrackConfig(wandb="offline"), folder, {"train": {"seq_len": 8}}, **where)
     for step in range(first, last + 1):
-        sink.write(report(step, max_vio=1 / 3))
+        sink.write(report(step, **THIRD))
     sink.close(failed=False)
     return sink
 
@@ -70,10 +73,10 @@ def _no_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_wandb_files_equal_metrics_jsonl(tmp_path: Path) -> None:
     """A run of 30 steps, and a run that goes on from there: new steps only, each as in metrics.jsonl, under one id."""
     metrics = tmp_path / "metrics.jsonl"
-    write_steps(metrics, 1, 30, max_vio=1 / 3)
+    write_steps(metrics, 1, 30, **THIRD)
     first = offline(tmp_path, 1, 30)
     time.sleep(1.1)  # wandb names folders by the second
-    write_steps(metrics, 31, 40, finished_steps=30, max_vio=1 / 3)
+    write_steps(metrics, 31, 40, finished_steps=30, **THIRD)
     second = offline(tmp_path, 31, 40, finished_steps=30, run_id=first.run_id)
     assert first.run_id == second.run_id
     histories = [wandb_history(folder) for folder in runs_of(tmp_path)]
@@ -97,7 +100,7 @@ folder = Path(sys.argv[1])
 sinks = [WandbSink(TrackConfig(wandb="offline"), folder, {}, 0, "0a1b2c3d"), JsonlSink(folder / "metrics.jsonl")]
 tracker = Tracker(sinks)
 for step in range(1, 201):
-    tracker.write(report(step, max_vio=1 / 3))
+    tracker.write(report(step, **THIRD))
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -129,7 +132,7 @@ def test_wandb_gets_every_step_once_through_a_kill(checkpoint_step: int, killed_
     wandb = WandbSink(TrackConfig(wandb="offline"), folder, {}, checkpoint_step, "0a1b2c3d")
     tracker = Tracker([wandb, JsonlSink(folder / "metrics.jsonl", checkpoint_step)])
     for step in range(checkpoint_step + 1, 220):
-        tracker.write(report(step, max_vio=1 / 3))
+        tracker.write(report(step, **THIRD))
     tracker.close()
     assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == list(range(1, 220))
     steps = sorted(step for part in runs_of(folder) for step, _ in wandb_history(part))

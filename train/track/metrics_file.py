@@ -18,7 +18,7 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 def _encode(report: StepReport) -> bytes:
     """One line of strict JSON, which has no word for NaN and infinities: they become strings, as in protobuf's JSON."""
-    values: dict[str, Any] = dict(report.values())
+    values: dict[str, Any] = dict(report.values)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             values[name] = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

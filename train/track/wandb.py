@@ -133,7 +133,7 @@ class WandbSink:
     def write(self, report: StepReport) -> None:
         """Sends the step, unless wandb has it."""
         if self._run is not None:
-            self._try("take a step", lambda: self._log(report.values()))
+            self._try("take a step", lambda: self._log(dict(report.values)))
 
     def checkpoint(self) -> None:
         """Nothing: wandb writes as it goes."""
