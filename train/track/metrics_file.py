@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train.track.metrics import StepReport
+from train.track.sinks import say as say_to_people
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -90,7 +91,7 @@ class _StepLines:
 class JsonlSink(_StepLines):
     """One object per step in `metrics.jsonl`, from the step of the checkpoint on that the run goes on from."""
 
-    def __init__(self, path: Path, finished_steps: int = 0, say: Callable[[str], None] = print) -> None:
+    def __init__(self, path: Path, finished_steps: int = 0, say: Callable[[str], None] = say_to_people) -> None:
         super().__init__(path, finished_steps)
         last = self.last_step
         if last < finished_steps:
