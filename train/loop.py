@@ -37,6 +37,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
     while job.step < recipe.num_steps:
         plan = recipe.at(job.step)
         terms = loss_terms(job, plan)
+
         tally = accumulate(job, plan, terms, timer)
         update = job.update(plan.lr)
         totals = reduce(job, plan, tally, stop.asked)
@@ -45,6 +46,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
         for model in job.models:
             update_bias(model, tally.load, plan.bias_update_rate)
         job.step += 1
+
         last = job.step == recipe.num_steps
         values = totals.values | describe(job, plan, update.grad_norm, timer.stop(), peak_flops_per_s)
         if job.step in config.profile.steps:
@@ -55,6 +57,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
             check_validation(job, values)
             timer.stop()
         tracker.write(job.metrics.report(values, totals.loads))
+
         stopping = bool(totals.values["run/asked_to_stop"])
         if stopping or config.checkpoint.due(job.step, recipe.num_steps):
             tracker.checkpoint()
@@ -84,9 +87,9 @@ def loss_terms(job: Job, plan: StepPlan) -> LossTerms:
 
 def accumulate(job: Job, plan: StepPlan, terms: LossTerms, timer: StepTimer) -> Tally:
     """Forward and backward of this rank's micro-batches; gradients add up in `main_grad`."""
-    job.begin(f"step {plan.step + 1}")
+    job.begin(f"step {job.step + 1}")
     job.optimizer.zero_grad()
-    job.recorder.open(events=plan.step + 1 in job.config.profile.steps)
+    job.recorder.open(events=job.step + 1 in job.config.profile.steps)
     micro_batches = list(job.micro_batches(plan))
 
     def tokens(micro_batch: int) -> Tensor:

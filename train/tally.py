@@ -48,7 +48,7 @@ def reduce(job: Job, plan: StepPlan, tally: Tally, asked_to_stop: bool) -> Total
     tally.load = job.sum_counts(tally.load)
     job.meet()
     of_loads = gauges.of_loads(tally.load)
-    due = bool(of_loads) and job.config.track.loads_due(plan.step + 1, job.recipe.num_steps)
+    due = bool(of_loads) and job.config.track.loads_due(job.step + 1, job.recipe.num_steps)
     loads = [tally.load.double()] if due else []  # numbers of one read have one type
     rows, *read = job.host.read("step", everyone, *of_loads.values(), *loads)
     values = job.metrics.unpack(rows, counts(job, plan)) | job.bubble(rows) | dict(zip(of_loads, read, strict=False))
