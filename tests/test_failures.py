@@ -58,7 +58,7 @@ def a_sequence_spoils(what: str) -> Iterator[None]:
     def forward(self: Any, micro_batch: int, x: Any) -> Any:
         y = yield from original(self, micro_batch, x)
         if spoilt["now"] and what == "loss":
-            self.outcomes[micro_batch].metrics["train/loss"] = torch.tensor(torch.nan, dtype=torch.float64)
+            self.findings[micro_batch].metrics["train/loss"] = torch.tensor(torch.nan, dtype=torch.float64)
         if spoilt["now"] and what == "gradient":
             record = self._records[micro_batch]
             record._losses = [(number, factor * torch.inf) for number, factor in record._losses]

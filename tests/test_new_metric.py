@@ -27,10 +27,10 @@ def new_metrics() -> Iterator[None]:
     account, measured = Transformer._account, Job.measured
     routers = [Metric(f"moe/largest_load/router_{number}", "tokens", MAX) for number in range(4)]
 
-    def with_loads(self: Any, number: int, stats: Any, terms: Any, tape: Any, outcome: Any) -> None:
-        account(self, number, stats, terms, tape, outcome)
+    def with_loads(self: Any, number: int, stats: Any, terms: Any, tape: Any, findings: Any) -> None:
+        account(self, number, stats, terms, tape, findings)
         if stats is not None:
-            outcome.add({f"moe/largest_load/router_{number}": stats.load.max()})
+            findings.add({f"moe/largest_load/router_{number}": stats.load.max()})
 
     def with_ranks(self: Any) -> Any:
         odd = {"run/sum_of_ranks": self.groups.mesh.rank} if self.step % 2 else {}

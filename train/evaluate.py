@@ -32,9 +32,9 @@ def evaluate(job: Job) -> dict[str, float]:
     job.forward(tokens, per_rank)
     measured: dict[str, Tensor] = {}
     for stage in job.stages.values():
-        for micro_batch, outcome in sorted(stage.outcomes.items()):
-            if micro_batch < len(own) and "train/loss" in outcome.metrics:
-                job.metrics.add(measured, {"valid/loss": outcome.metrics["train/loss"]})
+        for micro_batch, findings in sorted(stage.findings.items()):
+            if micro_batch < len(own) and "train/loss" in findings.metrics:
+                job.metrics.add(measured, {"valid/loss": findings.metrics["train/loss"]})
     job.dispatch.take_internode_bytes()
     job.dispatch.take_node_visits()
     (rows,) = job.host.read("validation loss", job.gather(job.metrics.pack(measured, job.host.put)))

@@ -99,7 +99,7 @@ class Job:
         self.watch.do("start of the pipeline")
 
     def forward_backward(self, tokens: Callable[[int], Tensor], terms: LossTerms, num_micro_batches: int) -> None:
-        """All of a step's micro-batches through the pipeline; gradients add up in `main_grad`, outcomes in the stages.
+        """All of a step's micro-batches through the pipeline; gradients add up in `main_grad`, findings in the stages.
 
         tokens: micro-batch (0 to num_micro_batches - 1) to its rows [B, S + 1].
         """

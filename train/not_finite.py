@@ -67,8 +67,8 @@ def describe_sequence(job: Job, rank: int, position: int) -> dict[str, object]:
 def sequences_with_bad_losses(job: Job, plan: StepPlan) -> list[int]:
     """Those of this rank's sequences whose micro-batch had a loss that is not finite."""
     micro_batches = list(job.micro_batches(plan))
-    outcomes = [each for stage in job.stages.values() for each in sorted(stage.outcomes.items())]
-    losses = [(number, job.metrics.losses(outcome.metrics)) for number, outcome in outcomes]
+    seen = [each for stage in job.stages.values() for each in sorted(stage.findings.items())]
+    losses = [(number, job.metrics.losses(findings.metrics)) for number, findings in seen]
     measured = [(number, torch.stack(list(found.values())).isfinite().all()) for number, found in losses if found]
     if not measured:
         return []

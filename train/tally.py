@@ -29,12 +29,12 @@ class Totals:
 
 
 def tally_of(job: Job) -> Tally:
-    """The outcomes of this rank's micro-batches together, in the order of stages and micro-batches."""
+    """The findings of this rank's micro-batches together, in the order of stages and micro-batches."""
     tally = Tally({}, job.no_load())
     for stage in job.stages.values():
-        for _, outcome in sorted(stage.outcomes.items()):
-            job.metrics.add(tally.metrics, outcome.metrics)
-            tally.load += outcome.load
+        for _, findings in sorted(stage.findings.items()):
+            job.metrics.add(tally.metrics, findings.metrics)
+            tally.load += findings.load
     return tally
 
 

@@ -107,7 +107,7 @@ def step(
             drive(stage.backward(int(number), None))
         else:
             stage.weight_gradients(int(number))
-    losses = [stage.outcomes[number].metrics for number in range(NUM_MICRO_BATCHES)]
+    losses = [stage.findings[number].metrics for number in range(NUM_MICRO_BATCHES)]
     gradients = {name: main_grad(parameter).clone() for name, parameter in model.named_parameters()}
     assert all(parameter.grad is None for parameter in model.parameters())
     return Step(losses, gradients, LOG.num_weights)

@@ -22,7 +22,7 @@ def gradients(model: Transformer) -> dict[str, torch.Tensor]:
 
 def normed_states(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
     x = model.embed_tokens(tokens[:, :-1])
-    return model.norm(drive(model.run_layers(x, TERMS, Inline(), model.empty_outcome(x.device))))
+    return model.norm(drive(model.run_layers(x, TERMS, Inline(), model.empty_findings(x.device))))
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
@@ -59,8 +59,8 @@ def test_gradient_of_prediction_depths() -> None:
     model, twin = build(TINY), build(TINY)
     tokens = random_tokens(TINY, 1, 6)
     states = torch.randn(1, 6, TINY.hidden_size, dtype=torch.float64, requires_grad=True)
-    tape, outcome = Inline(), model.empty_outcome(states.device)
-    drive(model.predict_further(states, tokens, LossTerms(0.0, 1.0, 0.0), tape, outcome))
+    tape, findings = Inline(), model.empty_findings(states.device)
+    drive(model.predict_further(states, tokens, LossTerms(0.0, 1.0, 0.0), tape, findings))
     tape.total.backward()
     twin_states = states.detach().clone().requires_grad_()
     reference.mtp_loss(twin, twin_states[0], tokens[0]).backward()

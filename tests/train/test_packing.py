@@ -97,7 +97,7 @@ def test_logits_of_a_packed_row_are_those_of_its_documents() -> None:
         from train.model.tape import Inline, drive
 
         x = model.embed_tokens(tokens[:, :-1])
-        x = model.norm(drive(model.run_layers(x, TERMS, Inline(), model.empty_outcome(x.device), tokens)))
+        x = model.norm(drive(model.run_layers(x, TERMS, Inline(), model.empty_findings(x.device), tokens)))
         return x @ model.lm_head.weight.T
 
     each = [states(single, torch.cat([part, part[:1]]).unsqueeze(0)) for part in parts]

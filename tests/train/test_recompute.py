@@ -21,7 +21,7 @@ from train.model.loss import LossTerms
 from train.model.recompute import NODES, Recompute, RecomputeConfig
 from train.model.router import Router
 from train.model.tape import Inline
-from train.model.transformer import Outcome, Transformer
+from train.model.transformer import Findings, Transformer
 
 TERMS = LossTerms(main=0.1, mtp=0.03, balance=0.01)
 # Every set of choices.
@@ -61,17 +61,17 @@ def whole(model: Transformer, batches: list[Tensor]) -> list[Any]:
 
 def pieces(model: Transformer, batches: list[Tensor]) -> list[Any]:
     """In pieces; each backward in turns with the next forward."""
-    outcomes: list[Outcome] = []
+    found: list[Findings] = []
     before: Segments | None = None
     for tokens in batches:
         record = Segments()
         forward = model.steps(tokens, None, TERMS, record)
-        _, (_, outcome) = interleave(before.backward(None), forward) if before else (None, drive(forward))
-        outcomes.append(outcome)
+        _, (_, findings) = interleave(before.backward(None), forward) if before else (None, drive(forward))
+        found.append(findings)
         before = record
     assert before is not None
     drive(before.backward(None))
-    return [tuple(outcome) for outcome in outcomes]
+    return [tuple(each) for each in found]
 
 
 def assert_same(one: Transformer, two: Transformer) -> None:
@@ -169,9 +169,9 @@ def test_evaluation_keeps_nothing() -> None:
     tokens, model = random_tokens(TINY, 2, 33), make(BOTH).eval()
     expected = make(NONE)(tokens, TERMS).metrics
     with torch.no_grad(), Storages() as storages:
-        _, outcome = drive(model.steps(tokens, None, TERMS, Inline()))
-        assert same_bits(outcome.metrics, expected)
-        del outcome, _
+        _, findings = drive(model.steps(tokens, None, TERMS, Inline()))
+        assert same_bits(findings.metrics, expected)
+        del findings, _
         assert storages.num_bytes() == 0
 
 

@@ -17,7 +17,7 @@ OFFLINE = "offline-"
 
 
 @dataclass(frozen=True)
-class Kept:
+class Notes:
     """What `steps.json` says: folders of starts that ended well, and the last step in them, from 1 on without a gap."""
 
     last_step: int = 0
@@ -29,7 +29,7 @@ class WandbFolders:
 
     def __init__(self, run_dir: Path, run_id: str) -> None:
         self._root, self._run_id = run_dir / "wandb", run_id
-        self._notes = self._root / "steps.json"
+        self._path = self._root / "steps.json"
 
     def starts(self) -> set[Path]:
         """A folder per start of the run that has not been set aside."""
@@ -37,7 +37,7 @@ class WandbFolders:
 
     def torn(self) -> set[Path]:
         """Those of offline starts that did not end well."""
-        kept = self._kept().folders
+        kept = self._read().folders
         return {path for path in self.starts() if path.name.startswith(OFFLINE) and path.name not in kept}
 
     def unsent(self) -> set[Path]:
@@ -46,7 +46,7 @@ class WandbFolders:
 
     def last_step(self, finished_steps: int) -> int:
         """The last step that wandb has, here or on its server, for an offline start of a run after `finished_steps`."""
-        kept = self._kept()
+        kept = self._read()
         last = kept.last_step
         for path in self.starts():
             if path.name in kept.folders:
@@ -57,10 +57,10 @@ class WandbFolders:
 
     def note(self, last_step: int) -> None:
         """A start has ended well: all steps up to this one are in the folders that there are."""
-        kept = Kept(last_step, sorted(path.name for path in self.starts()))
-        aside = self._notes.with_suffix(".part")
+        kept = Notes(last_step, sorted(path.name for path in self.starts()))
+        aside = self._path.with_suffix(".part")
         aside.write_text(json.dumps(asdict(kept)) + "\n")
-        aside.replace(self._notes)
+        aside.replace(self._path)
 
     def set_aside(self, folders: Iterable[Path]) -> None:
         """Move folders into `replaced/`: their steps lie elsewhere now, wandb's measurements of the machine do not."""
@@ -69,11 +69,11 @@ class WandbFolders:
             replaced.mkdir(exist_ok=True)
             path.rename(replaced / path.name)
 
-    def _kept(self) -> Kept:
+    def _read(self) -> Notes:
         try:
-            return Kept(**json.loads(self._notes.read_text()))
+            return Notes(**json.loads(self._path.read_text()))
         except (OSError, ValueError, TypeError):
-            return Kept()
+            return Notes()
 
 
 def sent_step(folder: Path) -> int:
