@@ -135,7 +135,7 @@ class Training:
             p.main_grad.zero_()  # type: ignore[attr-defined]
             p.grad = None
         update_bias(self.model, output.load, plan.bias_update_rate)
-        return float(output.sums[0]) / num_tokens, max_vio(output.load)
+        return float(output.metrics["train/loss"]) / num_tokens, max_vio(output.load)
 
     @torch.no_grad()
     def valid_loss(self) -> float:
@@ -144,7 +144,7 @@ class Training:
         self.model.eval()
         for first in range(0, count, 16):
             rows = self.valid_rows.rows(first, min(16, count - first))
-            total += float(self.model(rows, LossTerms(1.0, 0.0, 0.0)).sums[0])
+            total += float(self.model(rows, LossTerms(1.0, 0.0, 0.0)).metrics["train/loss"])
         self.model.train()
         return total / (count * self.config.train.seq_len)
 

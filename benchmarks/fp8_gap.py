@@ -41,7 +41,8 @@ from train.assemble import assemble, join
 from train.config import RunConfig
 from train.data.prepare.one_source import prepare
 from train.flops import parameter_counts
-from train.loop import NotFiniteError, StopRequest, run
+from train.loop import StopRequest, run
+from train.not_finite import NotFiniteError
 from train.precision.build import build_engines
 from train.resume import resume
 from train.track.metrics_file import JsonlSink, read_metrics

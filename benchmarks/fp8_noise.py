@@ -72,7 +72,7 @@ def step(
     for batch in batches:
         output = model(batch, terms)
         output.total.backward()
-        loss += float(output.sums[0]) / num_targets
+        loss += float(output.metrics["train/loss"]) / num_targets
     return loss, {name: parameter.main_grad for name, parameter in model.named_parameters()}
 
 

@@ -60,7 +60,7 @@ from train.assemble import assemble
 from train.compose import compose
 from train.data.prepare.one_source import prepare
 from train.job import Job
-from train.loop import accumulate
+from train.loop import accumulate, loss_terms
 from train.model.loss import LossTerms
 from train.model.moe import Journey
 from train.model.parts import Parts
@@ -68,7 +68,7 @@ from train.model.tape import Steps, Tape
 from train.model.transformer import Transformer
 from train.precision.grads import Sink
 from train.stage import Stage, WeightGradients
-from train.track.metrics import StepTimer
+from train.track.gauges import StepTimer
 
 DEFAULTS = {
     "rate": "100mbit",
@@ -266,7 +266,7 @@ def train_step(job: Job, pairs: bool) -> None:
     """Forward, backward and update of the first step."""
     job.config = replace(job.config, pipeline=replace(job.config.pipeline, pairs=pairs))
     plan = job.recipe.at(0)
-    accumulate(job, plan, StepTimer())
+    accumulate(job, plan, loss_terms(job, plan), StepTimer())
     job.optimizer.step(plan.lr)
 
 

@@ -72,7 +72,7 @@ def layer_bytes(config: ModelConfig, choice: RecomputeConfig, dtype: torch.dtype
     side.begin(lambda _: torch.empty(0), LossTerms(1.0, 0.0, 1.0))
     with Storages() as storages:
         drive(side.forward(0, torch.randn(1, seq_len, config.hidden_size, dtype=dtype)))
-        side.reports.clear()
+        side.findings.clear()
         after_f = storages.num_bytes()
         drive(side.backward(0, torch.randn(1, seq_len, config.hidden_size, dtype=dtype)))
         after_b = storages.num_bytes()

@@ -76,7 +76,7 @@ def logits(config: ModelConfig, state: dict[str, Tensor], tokens: Tensor, dtype:
     with torch.no_grad():
         x = model.embed_tokens(tokens)
         terms = LossTerms(0, 0, 0)
-        x = drive(model.run_layers(x, terms, Inline(), model.empty_report(x.device)))
+        x = drive(model.run_layers(x, terms, Inline(), model.empty_findings(x.device)))
         return model.lm_head(model.norm(x))
 
 

@@ -58,7 +58,7 @@ def a_sequence_spoils(what: str) -> Iterator[None]:
     def forward(self: Any, micro_batch: int, x: Any) -> Any:
         y = yield from original(self, micro_batch, x)
         if spoilt["now"] and what == "loss":
-            self.reports[micro_batch].sums[0] = torch.nan
+            self.findings[micro_batch].metrics["train/loss"] = torch.tensor(torch.nan, dtype=torch.float64)
         if spoilt["now"] and what == "gradient":
             record = self._records[micro_batch]
             record._losses = [(number, factor * torch.inf) for number, factor in record._losses]
@@ -99,9 +99,9 @@ def test_one_bad_sequence_stops_all_ranks_and_is_named(
 @contextmanager
 def an_expert_overflows() -> Iterator[None]:
     """In the bad step the weight gradient of rank 1's experts is not finite, and no other gradient is."""
-    from train import loop
+    from train import loop, not_finite
 
-    original = loop.sequences_with_bad_gradients, loop.accumulate, loop.bad_gradients
+    original = loop.accumulate, not_finite.bad_gradients
 
     def spoil(job: Any) -> None:
         if job.groups.mesh.rank == 1 and job.step == BAD_STEP - 1:
@@ -109,16 +109,16 @@ def an_expert_overflows() -> Iterator[None]:
             param = next(p for name, p in model.named_parameters() if model.is_expert(name))
             param.main_grad.view(-1)[0] = torch.inf
 
-    def accumulate(job: Any, plan: Any, timer: Any) -> Any:
-        tally = original[1](job, plan, timer)
+    def accumulate(job: Any, *rest: Any) -> Any:
+        tally = original[0](job, *rest)
         spoil(job)
         return tally
 
     def bad(job: Any) -> Any:
         spoil(job)
-        return original[2](job)
+        return original[1](job)
 
-    with mock.patch.object(loop, "accumulate", accumulate), mock.patch.object(loop, "bad_gradients", bad):
+    with mock.patch.object(loop, "accumulate", accumulate), mock.patch.object(not_finite, "bad_gradients", bad):
         yield
 
 
@@ -145,7 +145,7 @@ def test_a_learning_rate_that_diverges(ranks: Ranks, tmp_path: Path, text: list[
 
 @contextmanager
 def valid_loss_is_nan() -> Iterator[None]:
-    with mock.patch("train.loop.evaluate", lambda job: float("nan")):
+    with mock.patch("train.loop.evaluate", lambda job: {"valid/loss": float("nan")}):
         yield
 
 

@@ -266,7 +266,7 @@ def bias_moved_per_micro_batch() -> Iterator[None]:
     def forward(self: Any, micro_batch: int, x: Any) -> Any:
         y = yield from original(self, micro_batch, x)
         if self.model.training:
-            update_bias(self.model, self.reports[micro_batch].load, 0.001)
+            update_bias(self.model, self.findings[micro_batch].load, 0.001)
         return y
 
     with mock.patch.object(Stage, "forward", forward):

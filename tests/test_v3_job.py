@@ -35,7 +35,8 @@ from train.job import Job, held
 from train.precision import build
 from train.precision.torch_engine import TorchEngine
 from train.recipe import adamw
-from train.track.metrics import StepTimer
+from train.track.gauges import StepTimer
+from train.track.metrics import METRICS
 
 SETTINGS = ["experiment=v3_h800_2048"]
 WORLD_SIZE, DP, EP, NODES_PER_EP_GROUP, LOCAL_EXPERTS = 2048, 128, 64, 8, 4
@@ -50,8 +51,6 @@ ANSWERS: dict[str, list[Any]] = {
     # To each rank of the node and from it: by source node, then by local expert.
     "node counts": [[[512] * 8 + [1024] * 4] * 8] * 2,
     "gradient norm": [[1.0] * WORLD_SIZE],
-    # The first step also reads the loads of all routers, which it records.
-    "step": [[[1.0] * 15] * WORLD_SIZE, 1.0, 1.0, [[1] * 256] * 59],
 }
 
 
@@ -60,9 +59,16 @@ class EvenRouting(Host):
 
     def start(self, name: str, source: Source) -> Any:
         self.num_reads[name] += 1
-        answer = ANSWERS[name]
-        assert [tuple(tensor.shape) for tensor in source()] == [shape(numbers) for numbers in answer]
+        shapes = [tuple(tensor.shape) for tensor in source()]
+        answer = self.step(*shapes) if name == "step" else ANSWERS[name]
+        assert shapes == [shape(numbers) for numbers in answer]
         return mock.Mock(wait=lambda: answer)
+
+    @staticmethod
+    def step(ranks: tuple[int, ...], *_: tuple[int, ...]) -> list[Any]:
+        """Every rank's vector of metrics, two measures of the loads, and the loads, which the first step records."""
+        _, width = ranks
+        return [[[1.0] * width] * WORLD_SIZE, 1.0, 1.0, [[1] * 256] * 59]
 
 
 def shape(numbers: Any) -> tuple[int, ...]:
@@ -201,11 +207,13 @@ def trace(job: Job, num_micro_batches: int) -> None:
 
     with Copies() as copies:
         with mock.patch.object(dist, "isend", note):
-            tally = loop.accumulate(job, plan, StepTimer())
+            tally = loop.accumulate(job, plan, loop.loss_terms(job, plan), StepTimer())
         forwards = moe_forwards(job, schedule)
         assert job.dispatch.internode_bytes == internode_bytes(job, forwards)
         assert job.update(plan.lr).finite
-        loop.reduce(job, tally, loop.StopRequest())
+        totals = loop.reduce(job, plan, tally, asked_to_stop=False)
+        assert {metric.name for metric in METRICS if metric.is_loss} <= totals.values.keys()
+        assert totals.loads == [[1] * 256] * 59
         for model in job.models:
             loop.update_bias(model, tally.load, plan.bias_update_rate)
     assert copies.found == []

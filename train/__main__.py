@@ -25,10 +25,11 @@ from train.config import RunConfig
 from train.data.prepare.all_sources import prepare_sources
 from train.data.rows.blend import exposure_table
 from train.job import Job
-from train.loop import NotFiniteError, StopRequest, run
+from train.loop import StopRequest, run
+from train.not_finite import NotFiniteError
 from train.precision.build import choose_engine
 from train.resume import resume
-from train.track import metrics
+from train.track import gauges
 from train.track.console import ConsoleSink
 from train.track.metrics_file import JsonlSink, LoadsSink, read_metrics
 from train.track.sinks import Tracker
@@ -135,7 +136,7 @@ def _peak_flops_per_s(job: Job) -> float:
 
     # What is measured draws random numbers, and the run's own go on where the checkpoint left them.
     with torch.random.fork_rng(devices=[]):
-        return metrics.peak_flops_per_s(
+        return gauges.peak_flops_per_s(
             job.device, job.groups.mesh.world_size, lambda: sum_over_ranks(0.0), sum_over_ranks
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,6 +43,8 @@ from train.recipe.ema import Ema
 from train.recipe.optimizer import rules as update_rules
 from train.split import split
 from train.stage import Stage, WeightGradients
+from train.track.metrics import METRICS
+from train.track.vector import Metrics
 
 __all__ = ["PeerError", "assemble", "join", "load_model"]
 
@@ -124,10 +127,21 @@ def assemble(config: RunConfig, groups: Groups, make_engines: MakeEngines = buil
         ema=Ema(optimizer.state(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         train_rows=train_rows,
         valid_rows=valid_rows,
+        metrics=run_metrics(config),
         checkpoints=Checkpoints(config.checkpoint.folder(config.run.dir), config.checkpoint, groups.checkpoint),
         flops_per_token=flops.training_flops_per_token(config.model, train.seq_len),
         one_machine=os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"),
     )
+
+
+def run_metrics(config: RunConfig) -> Metrics:
+    """What this run reports: the balance losses of devices and of communication only where they weigh something."""
+    weights = {
+        "train/device_balance_loss": config.moe.device_aux_coeff,
+        "train/comm_balance_loss": config.moe.comm_aux_coeff,
+    }
+    unreported = {name for name, weight in weights.items() if not weight}
+    return Metrics(replace(each, is_reported=each.is_reported and each.name not in unreported) for each in METRICS)
 
 
 def init_masters(model: Transformer, seed: int, state: Mapping[str, Sequence[Piece]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from train.model.transformer import LossTerms, Transformer
 from train.recipe.ema import Ema
 from train.recipe.recipe import Recipe, StepPlan
 from train.stage import Stage
+from train.track.gauges import peak_memory_bytes
+from train.track.vector import Metrics, Rows
 
 EMBEDDING = "embed_tokens.weight"
 
@@ -50,6 +52,7 @@ class Job:
     train_rows: Stream
     valid_rows: Stream
     checkpoints: Checkpoints
+    metrics: Metrics
     flops_per_token: float
     one_machine: bool  # all ranks' clocks are one
     wandb_id: str | None = None
@@ -83,8 +86,13 @@ class Job:
         """The slices of the model that this rank holds."""
         return [stage.model for stage in self.stages.values()]
 
+    def begin(self, what: str) -> None:
+        """From here on the watch knows that this rank is in `what`, which starts with the pipeline."""
+        self.watch.during = what
+        self.watch.do("start of the pipeline")
+
     def forward_backward(self, tokens: Callable[[int], Tensor], terms: LossTerms, num_micro_batches: int) -> None:
-        """All of a step's micro-batches through the pipeline; gradients add up in `main_grad`, reports in the stages.
+        """All of a step's micro-batches through the pipeline; gradients add up in `main_grad`, findings in the stages.
 
         tokens: micro-batch (0 to num_micro_batches - 1) to its rows [B, S + 1].
         """
@@ -110,11 +118,13 @@ class Job:
 
     def update(self, lr: float) -> StepResult:
         """One optimizer step; the moving average takes in its weights beside what comes next."""
+        self.watch.do("optimizer")
         if self.ema is not None:
             self.ema.wait()
         result = self.optimizer.step(lr)
         if self.ema is not None and result.finite:
             self.ema.start()
+        self.watch.do("after the optimizer")
         return result
 
     def micro_batches(self, plan: StepPlan) -> Iterator[tuple[int, int]]:
@@ -161,22 +171,27 @@ class Job:
         if not self.one_machine:
             self.recorder.meet()
 
-    def times(self) -> list[float]:
-        """This rank's times of the step, for `mean_times` of all ranks'."""
-        return list(astuple(self.recorder.times()))
+    def measured(self) -> dict[str, Tensor | float]:
+        """What this rank has measured in the step beside its losses, by metric. To be asked once in a step.
 
-    def mean_times(self, everyone: list[list[float]]) -> tuple[float, float, float] | None:
-        """Bubble, exposed communication and waits of the optimizer in seconds, means over the ranks, whose `times` are
-        given in rank order. None where waits cannot be measured on the host."""
-        if self.device.type != "cpu":
-            return None
-        times = [Times(*each) for each in everyone]
-        num_ranks = len(times)
-        return (
-            bubble_s(times, self.config.parallel.dp),
-            sum(each.experts_s for each in times) / num_ranks,
-            sum(each.optimizer_s for each in times) / num_ranks,
-        )
+        Waits are measured where host and device are one.
+        """
+        visits, num_tokens = self.dispatch.take_node_visits()
+        num_bytes = self.dispatch.take_internode_bytes()
+        found: dict[str, Tensor | float] = {"memory/peak_bytes": peak_memory_bytes(self.device)}
+        if self.config.model.num_routers:
+            found |= {"moe/nodes_per_token": visits, "moe/routed_tokens": num_tokens, "moe/internode_bytes": num_bytes}
+        if self.device.type == "cpu":
+            found |= {f"pipeline/{name}": time_s for name, time_s in asdict(self.recorder.times()).items()}
+            found["perf/exposed_comm_s"] = self.recorder.waited_s("experts")
+            found["perf/zero_comm_s"] = self.recorder.waited_s("optimizer")
+        return found
+
+    def bubble(self, rows: Rows) -> dict[str, float]:
+        """The bubble, which all ranks' times make together; nothing where none has measured its own."""
+        columns = {field.name: self.metrics.column(rows, f"pipeline/{field.name}") for field in fields(Times)}
+        times = [Times(**dict(zip(columns, own, strict=True))) for own in zip(*columns.values(), strict=True)]
+        return {"perf/bubble_s": bubble_s(times, self.config.parallel.dp)} if times else {}
 
     def write_timeline(self, num_micro_batches: int) -> None:
         """Gather the events of the step just finished, of which each rank had so many, into one file of rank 0's."""

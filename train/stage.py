@@ -10,7 +10,7 @@ from torch import Tensor
 
 from train.model.loss import LossTerms
 from train.model.tape import Inline, Steps, Tape
-from train.model.transformer import Report, Transformer
+from train.model.transformer import Findings, Transformer
 
 
 class Record(Tape, Protocol):
@@ -51,31 +51,31 @@ class WeightGradients:
 
 
 class Stage:
-    """One slice: keeps each micro-batch's record from its forward to its backward, and what each reports."""
+    """One slice: keeps each micro-batch's record from its forward to its backward, and its findings."""
 
     def __init__(self, model: Transformer, weight_gradients: WeightGradients, record: Callable[[], Record]) -> None:
         """weight_gradients: the sink that the model was built with. record: makes the tape of one micro-batch."""
         self.model, self._weight_gradients, self._new_record = model, weight_gradients, record
         self._records: dict[int, Record] = {}
-        self.reports: dict[int, Report] = {}
+        self.findings: dict[int, Findings] = {}
 
     def begin(self, tokens: Callable[[int], Tensor], terms: LossTerms) -> None:
         """Make ready for a step. tokens: micro-batch to its rows [B, S + 1], which stages ask for that read them."""
         self._tokens, self._terms = tokens, terms
-        self.reports = {}
+        self.findings = {}
 
     def forward(self, micro_batch: int, x: Tensor | None) -> Steps[Tensor | None]:
         """x [B, S, hidden] from the stage before -> what the next one needs, of the same shape.
 
-        In evaluation mode nothing is kept but the report.
+        In evaluation mode nothing is kept but the findings.
         """
         tokens = self._tokens(micro_batch) if self.model.reads_tokens else None
         if not self.model.training:
-            y, self.reports[micro_batch] = yield from self.model.steps(tokens, x, self._terms, Inline())
+            y, self.findings[micro_batch] = yield from self.model.steps(tokens, x, self._terms, Inline())
             return y
         record = self._new_record()
         x = None if x is None else record.enter(x)
-        y, self.reports[micro_batch] = yield from self.model.steps(tokens, x, self._terms, record)
+        y, self.findings[micro_batch] = yield from self.model.steps(tokens, x, self._terms, record)
         self._records[micro_batch] = record
         return None if y is None else record.leave(y)
 

@@ -15,14 +15,12 @@ class Times:
     """One rank's step in seconds.
 
     start_s, stop_s: of its first and last action, on the recorder's clock. busy_s: in between, in its actions, without
-    the waits for activations and gradients. experts_s, optimizer_s: waits for expert exchanges, and in the optimizer.
+    the waits for activations and gradients.
     """
 
     start_s: float
     stop_s: float
     busy_s: float
-    experts_s: float
-    optimizer_s: float
 
 
 class Recorder:
@@ -82,13 +80,11 @@ class Recorder:
     def times(self) -> Times:
         """Of the step so far."""
         first_s = self._last_s if self._first_s is None else self._first_s
-        return Times(
-            first_s - self._origin_s,
-            self._last_s - self._origin_s,
-            self._busy_s,
-            self._waited_s["experts"],
-            self._waited_s["optimizer"],
-        )
+        return Times(first_s - self._origin_s, self._last_s - self._origin_s, self._busy_s)
+
+    def waited_s(self, kind: str) -> float:
+        """How long the rank has waited in the step so far, for what `kind` of a `Need` names."""
+        return self._waited_s[kind]
 
     def _waited(self, kind: str, start_s: float, stop_s: float) -> None:
         self._waited_s[kind] += stop_s - start_s

@@ -108,7 +108,7 @@ class Watched:
 
     def forward(self, micro_batch: int, x: Tensor | None) -> Any:
         y = yield from self._steps((self.number, micro_batch, "F"), self.stage.forward(micro_batch, x))
-        self.stage.reports.clear()
+        self.stage.findings.clear()
         return y
 
     def backward(self, micro_batch: int, dy: Tensor | None) -> Any:

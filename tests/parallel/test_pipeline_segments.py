@@ -24,12 +24,12 @@ def test_pieces_give_the_gradients_of_the_whole_also_in_turns(seed: int) -> None
     for output in expected:
         output.total.backward()
     one, two = Segments(), Segments()
-    _, report = drive(split.steps(first, None, TERMS, one))
+    _, findings = drive(split.steps(first, None, TERMS, one))
     # The backward of one micro-batch and the forward of another, a communication each.
     _, (_, later) = interleave(one.backward(None), split.steps(second, None, TERMS, two))
     drive(two.backward(None))
-    torch.testing.assert_close(report.sums, expected[0].sums)
-    torch.testing.assert_close(later.sums, expected[1].sums)
+    torch.testing.assert_close(findings.metrics, expected[0].metrics)
+    torch.testing.assert_close(later.metrics, expected[1].metrics)
     for name, parameter in whole.named_parameters():
         torch.testing.assert_close(split.get_parameter(name).main_grad, parameter.main_grad, msg=name)
 

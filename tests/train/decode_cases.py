@@ -18,7 +18,7 @@ TERMS = LossTerms(1.0, 0.0, 0.0)
 def main_states(model: Transformer, tokens: list[int]) -> Tensor:
     """Normed states [S, hidden] of the main model, from the forward pass of training."""
     hidden = model.embed_tokens(torch.tensor([tokens]))
-    return model.norm(drive(model.run_layers(hidden, TERMS, Inline(), model.empty_report(hidden.device))))[0]
+    return model.norm(drive(model.run_layers(hidden, TERMS, Inline(), model.empty_findings(hidden.device))))[0]
 
 
 @torch.no_grad()
@@ -29,7 +29,7 @@ def whole_states(model: Transformer, tokens: list[int]) -> list[Tensor]:
     hooks = [module.norm.register_forward_hook(lambda _m, _i, out: normed.append(out[0])) for module in model.mtp]
     # It reads S + 1 tokens, of which the last is only a label.
     labelled = torch.tensor([[*tokens, tokens[0]]])
-    drive(model.predict_further(hidden[None], labelled, TERMS, Inline(), model.empty_report(hidden.device)))
+    drive(model.predict_further(hidden[None], labelled, TERMS, Inline(), model.empty_findings(hidden.device)))
     for hook in hooks:
         hook.remove()
     return [hidden, *normed]

@@ -291,3 +291,16 @@ def gradients_in_our_names(oracle: Any, config: ModelConfig) -> dict[str, Tensor
     disk.update({name: buffer for name, buffer in oracle.named_buffers() if name.endswith("correction_bias")})
     ours = from_hf(disk, config)
     return {name: grad for name, grad in ours.items() if not name.endswith("correction_bias")}
+
+
+def added(*all_metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The metrics of several micro-batches, each summed by its name."""
+    total: dict[str, Tensor] = {}
+    for metrics in all_metrics:
+        total |= {name: total[name] + value if name in total else value for name, value in metrics.items()}
+    return total
+
+
+def same_bits(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    """Whether two micro-batches have the same metrics, each the same to the last bit."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

@@ -21,7 +21,8 @@ def console(stream: io.StringIO, total_steps: int, log_interval: int = 10) -> No
     sink = ConsoleSink(log_interval, total_steps, 1000 * total_steps, 0, stream, clock)
     for step in range(1, total_steps + 1):
         clock.now_s += 2
-        sink.write(report(step, valid_loss=4.5 if step == 15 else None, max_vio=0.25))
+        valid = {"valid/loss": 4.5} if step == 15 else {}
+        sink.write(report(step, **valid, **{"moe/max_vio": 0.25}))
     sink.close(failed=False)
 
 

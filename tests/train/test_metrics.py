@@ -12,17 +12,10 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.track import metrics
-from train.track.metrics import (
-    UNITS,
-    StepReport,
-    StepTimer,
-    gemm_flops_per_s,
-    max_vio,
-    mfu,
-    min_load,
-    peak_memory_bytes,
-)
+from train.track import gauges
+from train.track.gauges import StepTimer, gemm_flops_per_s, max_vio, mfu, min_load, peak_memory_bytes
+from train.track.metrics import METRICS, UNITS, StepReport
+from train.track.vector import Metrics
 
 NAMES = {
     "step",
@@ -47,19 +40,20 @@ NAMES = {
 }
 
 
-def report(step: int = 1, **values: Any) -> StepReport:
-    """A report with every required number set."""
-    required = {
-        "loss": 5.0 / step,
-        "grad_norm": 1.5,
-        "lr": 1e-3,
-        "consumed_tokens": 1000 * step,
-        "tokens_per_s": 2000.0,
-        "step_s": 0.5,
-        "data_wait_s": 0.001,
-        "peak_bytes": 10**8,
+def report(step: int = 1, loads: list[list[int]] | None = None, **values: Any) -> StepReport:
+    """A report with all that every run has; values by their metrics' names, None where one is not measured."""
+    always = {
+        "train/loss": 5.0 / step,
+        "train/grad_norm": 1.5,
+        "train/lr": 1e-3,
+        "train/consumed_tokens": 1000 * step,
+        "perf/tokens_per_s": 2000.0,
+        "perf/step_s": 0.5,
+        "perf/data_wait_s": 0.001,
+        "memory/peak_bytes": 10**8,
     }
-    return StepReport(step=step, **(required | values))
+    measured = {name: value for name, value in {**always, **values}.items() if value is not None}
+    return Metrics(METRICS).report({"step": step, **measured}, loads)
 
 
 def test_names_and_units_are_the_published_ones() -> None:
@@ -67,26 +61,14 @@ def test_names_and_units_are_the_published_ones() -> None:
     assert all(UNITS.values())
 
 
-def test_values_leave_out_what_was_not_measured() -> None:
-    values = report(step=3).values()
+def test_a_report_leaves_out_what_was_not_measured() -> None:
+    values = report(step=3).values
     assert next(iter(values)) == "step" and values["step"] == 3
     assert "valid/loss" not in values and "moe/max_vio" not in values
-    full = report(
-        mtp_loss=1.0,
-        seq_balance_loss=1.0,
-        device_balance_loss=1.0,
-        comm_balance_loss=1.0,
-        valid_loss=0.0,
-        bubble_s=0.0,
-        exposed_comm_s=0.0,
-        zero_comm_s=0.0,
-        mfu=0.5,
-        max_vio=0.0,
-        min_load=1.0,
-        nodes_per_token=1.0,
-        internode_bytes=0,
-    ).values()
+    zeros = dict.fromkeys(NAMES - values.keys(), 0)
+    full = report(**zeros).values
     assert set(full) == NAMES  # zeros are measurements
+    assert list(full) == list(UNITS), "always in one order"
 
 
 @settings(deadline=None)
@@ -106,30 +88,35 @@ def test_balance_measures_at_their_ends() -> None:
     assert (max_vio(worst), min_load(worst)) == (3, 0)
 
 
+def stopped(timer: StepTimer) -> tuple[float, float]:
+    times = timer.stop()
+    return times["perf/step_s"], times["perf/data_wait_s"]
+
+
 def test_timer_counts_waits_inside_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [100.0]
 
     def work(time_s: float) -> None:
         now_s[0] += time_s
 
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now_s[0])
+    monkeypatch.setattr(gauges.time, "perf_counter", lambda: now_s[0])
     timer = StepTimer()
     with timer.waiting_for_data():
         work(2)
     work(1)
-    assert timer.stop() == (3, 2)
+    assert stopped(timer) == (3, 2)
     with pytest.raises(KeyError), timer.waiting_for_data():
         work(0.5)
         raise KeyError
     work(4)
-    assert timer.stop() == (4.5, 0.5)  # the failed wait counts, the first step does not
+    assert stopped(timer) == (4.5, 0.5)  # the failed wait counts, the first step does not
 
 
 def test_peak_memory_sees_what_was_held_and_not_the_parent() -> None:
     held = torch.ones(64 * 2**20 // 4)
     before = peak_memory_bytes(torch.device("cpu"))
     assert before > held.nbytes
-    code = "import torch; from train.track.metrics import peak_memory_bytes as p; a = p(torch.device('cpu'))\n"
+    code = "import torch; from train.track.gauges import peak_memory_bytes as p; a = p(torch.device('cpu'))\n"
     code += "x = torch.ones(2**26); print(a, p(torch.device('cpu')))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     at_first, at_last = map(int, out.split())
@@ -159,7 +146,7 @@ def test_peak_rate_is_the_sum_over_ranks(ranks: Any) -> None:
 def test_rate_counts_flops(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that ticks once per reading, the number of products is known."""
     ticks = iter(range(100))
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(gauges.time, "perf_counter", lambda: next(ticks))
     # Start at 0; products after the readings 1, 2, 3; the reading 4 ends a window of 4.
     assert gemm_flops_per_s(torch.device("cpu"), torch.float32, size=16, window_s=4) == 3 * 2 * 16**3 / 4
 
@@ -172,4 +159,4 @@ def test_mfu_is_a_share_of_the_peak() -> None:
 def test_devices_are_told_apart_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, rate in (("NVIDIA H800", 989.4e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989.4e12)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device, name=name: name)
-        assert metrics.peak_flops_per_s(torch.device("cuda", 0), 8) == 8 * rate
+        assert gauges.peak_flops_per_s(torch.device("cuda", 0), 8) == 8 * rate

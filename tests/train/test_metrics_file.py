@@ -28,15 +28,15 @@ def write_steps(path: Path, first: int, last: int, finished_steps: int = 0, **va
 
 
 def test_numbers_come_back_exactly(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "metrics.jsonl"
-    write_steps(path, 1, 3, loss=0.1 + 0.2, mfu=1 / 3)
-    assert read_metrics(path) == [report(step, loss=0.1 + 0.2, mfu=1 / 3).values() for step in (1, 2, 3)]
+    path, odd = tmp_path / "run" / "metrics.jsonl", {"train/loss": 0.1 + 0.2, "perf/mfu": 1 / 3}
+    write_steps(path, 1, 3, **odd)
+    assert read_metrics(path) == [report(step, **odd).values for step in (1, 2, 3)]
 
 
 def test_lines_are_strict_json_even_when_a_loss_is_not(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for step, loss in enumerate((math.nan, math.inf, -math.inf), start=1):
-        write_steps(path, step, step, finished_steps=step - 1, loss=loss)
+        write_steps(path, step, step, finished_steps=step - 1, **{"train/loss": loss})
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")
@@ -54,11 +54,11 @@ def test_resume_keeps_each_step_once(
 ) -> None:
     """Whatever was written, and wherever a kill tore the file: steps up to the checkpoint, then the new ones."""
     path = tmp_path_factory.mktemp("resume") / "metrics.jsonl"
-    write_steps(path, 1, written, loss=1.0)
+    write_steps(path, 1, written, **{"train/loss": 1.0})
     data = path.read_bytes()
     path.write_bytes(data[: max(0, len(data) - lost_bytes)])
     whole = path.read_bytes().count(b"\n")
-    said = write_steps(path, finished + 1, finished + 2, finished_steps=finished, loss=2.0)
+    said = write_steps(path, finished + 1, finished + 2, finished_steps=finished, **{"train/loss": 2.0})
     steps = [(values["step"], values["train/loss"]) for values in read_metrics(path)]
     kept = min(whole, finished)
     assert steps == [(step, 1.0) for step in range(1, kept + 1)] + [(finished + 1, 2.0), (finished + 2, 2.0)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import reference
-from tests.train.model_cases import TINY, build, random_config, random_tokens
+from tests.train.model_cases import TINY, added, build, random_config, random_tokens
 from train.model.loss import LossTerms
 from train.model.parts import Parts
 from train.model.tape import Inline, drive
@@ -23,20 +23,20 @@ def gradients(model: Transformer) -> dict[str, torch.Tensor]:
 
 def normed_states(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
     x = model.embed_tokens(tokens[:, :-1])
-    return model.norm(drive(model.run_layers(x, TERMS, Inline(), model.empty_report(x.device))))
+    return model.norm(drive(model.run_layers(x, TERMS, Inline(), model.empty_findings(x.device))))
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 3])
 def test_losses_are_what_the_report_says(depth: int) -> None:
     config = replace(TINY, num_nextn_predict_layers=depth)
     model, tokens = build(config), random_tokens(config, 2, 7)
-    reports = []
+    seen = []
     for router in model.routers().values():
-        router.register_forward_hook(lambda router, args, _: reports.append((router.weight, args[0])))
+        router.register_forward_hook(lambda router, args, _: seen.append((router.weight, args[0])))
     output = model(tokens, TERMS)
     balance = sum(
         reference.balance_loss(torch.sigmoid(sequence @ weight.T), config.num_experts_per_tok)
-        for weight, x in reports
+        for weight, x in seen
         for sequence in x
     )
     states = normed_states(model, tokens)
@@ -45,7 +45,10 @@ def test_losses_are_what_the_report_says(depth: int) -> None:
         reference.cross_entropy(logits[b, i], int(tokens[b, i + 1])) for b in range(2) for i in range(states.shape[1])
     )
     mtp = sum(reference.mtp_loss(model, states[b], tokens[b]) for b in range(2)) if depth else torch.zeros_like(main)
-    torch.testing.assert_close(output.sums[:3], torch.stack([main, mtp, balance]).detach())
+    expected = {"train/loss": main, "train/mtp_loss": mtp, "train/seq_balance_loss": balance}
+    assert ("train/mtp_loss" in output.metrics) == (depth > 0), "what is not measured is absent"
+    for name in expected.keys() & output.metrics.keys():
+        torch.testing.assert_close(output.metrics[name], expected[name].detach())
     torch.testing.assert_close(output.total, 0.1 * main + 0.03 * mtp + 0.01 * balance)
     # Depth k sees k positions less.
     positions = [7] * config.num_moe_layers + [7 - k for k in range(1, depth + 1)]
@@ -57,8 +60,8 @@ def test_gradient_of_prediction_depths() -> None:
     model, twin = build(TINY), build(TINY)
     tokens = random_tokens(TINY, 1, 6)
     states = torch.randn(1, 6, TINY.hidden_size, dtype=torch.float64, requires_grad=True)
-    tape, report = Inline(), model.empty_report(states.device)
-    drive(model.predict_further(states, tokens, LossTerms(0.0, 1.0, 0.0), tape, report))
+    tape, findings = Inline(), model.empty_findings(states.device)
+    drive(model.predict_further(states, tokens, LossTerms(0.0, 1.0, 0.0), tape, findings))
     tape.total.backward()
     twin_states = states.detach().clone().requires_grad_()
     reference.mtp_loss(twin, twin_states[0], tokens[0]).backward()
@@ -87,7 +90,7 @@ def test_parts_in_a_row_are_the_whole() -> None:
     torch.autograd.backward((sent, early.total), (received.grad, None))
 
     torch.testing.assert_close(early.total + late.total, expected.total)
-    torch.testing.assert_close(before.sums + after.sums, expected.sums)
+    torch.testing.assert_close(added(before.metrics, after.metrics), expected.metrics)
     assert torch.equal(before.load + after.load, expected.load)
     for name, grad in gradients(whole).items():
         parts = [gradients(stage)[name] for stage in (first, second) if name in gradients(stage)]
@@ -103,7 +106,7 @@ def test_micro_batches_add_up(seed: int) -> None:
     outputs = [split(part, TERMS) for part in tokens.split([1, 3])]
     for output in outputs:
         output.total.backward()
-    torch.testing.assert_close(sum(output.sums for output in outputs), expected.sums)
+    torch.testing.assert_close(added(*(output.metrics for output in outputs)), expected.metrics)
     assert torch.equal(sum(output.load for output in outputs), expected.load)
     for name, grad in gradients(split).items():
         torch.testing.assert_close(grad, gradients(whole)[name], msg=name)
@@ -114,7 +117,7 @@ def test_evaluation_gives_the_same_sums_and_counts_nothing() -> None:
     training = model(tokens, TERMS)
     with torch.no_grad():
         evaluated = model.eval()(tokens, TERMS)
-    torch.testing.assert_close(evaluated.sums, training.sums)
+    torch.testing.assert_close(evaluated.metrics, training.metrics)
     assert not evaluated.load.any()
     assert not any(grad.any() for grad in gradients(model).values())
 
@@ -153,8 +156,8 @@ def test_bf16_is_close_to_fp32() -> None:
     tokens = random_tokens(config, 4, 32)
     exact, rounded = build(config, torch.float32), build(config, torch.bfloat16)
     outputs = [model(tokens, TERMS) for model in (exact, rounded)]
-    assert outputs[1].sums.dtype == torch.float64  # sums of a whole step must not round
-    torch.testing.assert_close(outputs[0].sums, outputs[1].sums, rtol=2e-3, atol=0)
+    assert {value.dtype for value in outputs[1].metrics.values()} == {torch.float64}  # a step's sums must not round
+    torch.testing.assert_close(outputs[0].metrics, outputs[1].metrics, rtol=2e-3, atol=0)
     for output in outputs:
         output.total.backward()
     expected, actual = (torch.cat([grad.flatten() for grad in gradients(m).values()]) for m in (exact, rounded))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.train.model_cases import TINY, build, random_config
+from tests.train.model_cases import TINY, added, build, random_config, same_bits
 from train.model.attention.kernels import attend_causally
 from train.model.config import ModelConfig
 from train.model.loss import LossTerms
@@ -32,9 +32,13 @@ def documents(config: ModelConfig, lengths: list[int], seed: int) -> list[Tensor
     return found
 
 
-def alone(config: ModelConfig, parts: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Each document as a row of its own: sums of the losses [2], and of the gradients by name."""
-    sums, gradients = torch.zeros(2, dtype=torch.float64), {}
+LOSSES = ("train/loss", "train/mtp_loss")
+
+
+def alone(config: ModelConfig, parts: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Each document as a row of its own: sums of the cross-entropies, and of the gradients, both by name."""
+    sums: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
     for part in parts:
         depth = min(config.num_nextn_predict_layers, len(part) - 2)
         if depth < 0:
@@ -44,7 +48,7 @@ def alone(config: ModelConfig, parts: list[Tensor]) -> tuple[Tensor, dict[str, T
         model.load_state_dict({name: whole[name] for name in model.state_dict()})
         output = model(part.unsqueeze(0), TERMS)
         output.total.backward()
-        sums += output.sums[:2]
+        sums = added(sums, {name: output.metrics[name] for name in LOSSES if name in output.metrics})
         for name, param in model.named_parameters():
             gradients[name] = gradients.get(name, 0) + param.main_grad
     return sums, gradients
@@ -71,7 +75,10 @@ def test_a_packed_row_is_its_documents_each_run_alone(seed: int, one_by_one: boo
     expected_sums, expected = alone(config, parts)
     output, found = packed(build(config, packing=ByDocument(END, one_by_one)), torch.stack(rows))
     # Sums over other lengths of rows: fp64 rounding.
-    torch.testing.assert_close(output.sums[:2], expected_sums, rtol=1e-10, atol=1e-10)
+    for name in LOSSES:
+        nothing = torch.zeros((), dtype=torch.float64)
+        expected_sum, sum_ = expected_sums.get(name, nothing), output.metrics.get(name, nothing)
+        torch.testing.assert_close(sum_, expected_sum, rtol=1e-10, atol=1e-10)
     for name, gradient in found.items():
         # A parameter of a depth that no document reaches alone has no gradient in the row either.
         wanted = expected.get(name, torch.zeros_like(gradient))
@@ -91,7 +98,7 @@ def test_logits_of_a_packed_row_are_those_of_its_documents() -> None:
         from train.model.tape import Inline, drive
 
         x = model.embed_tokens(tokens[:, :-1])
-        x = model.norm(drive(model.run_layers(x, TERMS, Inline(), model.empty_report(x.device), tokens)))
+        x = model.norm(drive(model.run_layers(x, TERMS, Inline(), model.empty_findings(x.device), tokens)))
         return x @ model.lm_head.weight.T
 
     each = [states(single, torch.cat([part, part[:1]]).unsqueeze(0)) for part in parts]
@@ -133,5 +140,5 @@ def test_recompute_changes_no_bit(one_by_one: bool) -> None:
         results.append(packed(model, rows))
     (first, expected), *others = results
     for (output, found), name in itertools.product(others, expected):
-        assert torch.equal(output.sums, first.sums)
+        assert same_bits(output.metrics, first.metrics)
         assert torch.equal(found[name], expected[name]), name

@@ -97,7 +97,7 @@ def assert_parity(
 
     with torch.no_grad():
         x = model.embed_tokens(tokens[:, :-1])
-        x = drive(model.run_layers(x, LossTerms(0, 0, 0), Inline(), model.empty_report(x.device)))
+        x = drive(model.run_layers(x, LossTerms(0, 0, 0), Inline(), model.empty_findings(x.device)))
         logits = model.lm_head(model.norm(x))
     expected_logits = oracle(input_ids=tokens[:, :-1]).logits
     # Not the oracle's own loss, which is float32 in every model.
@@ -199,7 +199,7 @@ def test_any_routing_beside_multi_head_attention_agrees_with_a_plain_reading(see
     weighed(sums).backward()
     with torch.no_grad():
         x = model.embed_tokens(tokens[:, :-1])
-        x = drive(model.run_layers(x, LossTerms(0, 0, 0), Inline(), model.empty_report(x.device)))
+        x = drive(model.run_layers(x, LossTerms(0, 0, 0), Inline(), model.empty_findings(x.device)))
         torch.testing.assert_close(model.lm_head(model.norm(x)), torch.stack(plain.logits), rtol=FP64, atol=FP64)
     output = model(tokens, LossTerms(main=0.3, mtp=0.0, balance=0.2, device_balance=0.5, comm_balance=0.7))
     torch.testing.assert_close(output.total, weighed(sums).detach(), rtol=FP64, atol=0.0)

@@ -59,7 +59,7 @@ def assert_parity(config: ModelConfig, dtype: torch.dtype, seed: int, seq_len: i
 
     with torch.no_grad():
         x = model.embed_tokens(tokens[:, :-1])
-        x = drive(model.run_layers(x, LossTerms(0, 0, 0), Inline(), model.empty_report(x.device)))
+        x = drive(model.run_layers(x, LossTerms(0, 0, 0), Inline(), model.empty_findings(x.device)))
         logits = model.lm_head(model.norm(x))
     expected_logits = oracle(input_ids=tokens[:, :-1]).logits
     # Not the oracle's own loss, which is float32 in every model.

@@ -36,7 +36,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def run(num_steps: int, **values: Any) -> list[dict[str, float]]:
-    return [report(step, **values).values() for step in range(1, num_steps + 1)]
+    return [report(step, **values).values for step in range(1, num_steps + 1)]
 
 
 def texts(figure: Figure) -> str:
@@ -82,7 +82,7 @@ def test_runs_over_each_other_keep_their_colours_and_names(drawn: list[Figure], 
 
 @pytest.mark.parametrize("losses", [[], [5.0], [math.nan], [5.0, math.inf], [5.0, math.nan, 4.0], [1.0] * 60])
 def test_odd_runs_can_be_drawn(losses: list[float], drawn: list[Figure], tmp_path: Path) -> None:
-    steps = [report(step, loss=loss).values() for step, loss in enumerate(losses, start=1)]
+    steps = [report(step, **{"train/loss": loss}).values for step, loss in enumerate(losses, start=1)]
     draw_loss({"odd": steps}, tmp_path / "deep" / "loss.png")
     assert ("loss not finite" in texts(drawn[0])) == any(not math.isfinite(loss) for loss in losses)
 

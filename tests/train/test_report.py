@@ -31,7 +31,14 @@ from train.view.report.page import page, write_report
 from train.view.report.runs import find_runs, read_run
 
 CHROMIUM = shutil.which("chromium")
-MEASURED = {"mtp_loss": 3.0, "mfu": 0.3, "max_vio": 0.5, "min_load": 0.4, "bubble_s": 0.01, "exposed_comm_s": 0.02}
+MEASURED = {
+    "train/mtp_loss": 3.0,
+    "perf/mfu": 0.3,
+    "moe/max_vio": 0.5,
+    "moe/min_load": 0.4,
+    "perf/bubble_s": 0.01,
+    "perf/exposed_comm_s": 0.02,
+}
 
 
 def write_run(folder: Path, num_steps: int = 40, *more: str, loads: bool = True, **values: Any) -> Path:
@@ -42,8 +49,8 @@ def write_run(folder: Path, num_steps: int = 40, *more: str, loads: bool = True,
     lines, counts = JsonlSink(folder / "metrics.jsonl"), LoadsSink(folder / "loads.jsonl")
     for step in range(1, num_steps + 1):
         routers = [[10 + step, 10, 5, 0]] * 2 if loads else None
-        each = report(step, **(values | ({"valid_loss": 4.0} if step % 10 == 0 and "valid_loss" not in values else {})))
-        lines.write(each)
+        valid = {"valid/loss": 4.0} if step % 10 == 0 else {}
+        lines.write(report(step, **(valid | values)))
         counts.write(report(step, loads=routers))
     return folder
 
@@ -105,10 +112,10 @@ def test_several_runs_lie_over_each_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"loss": math.nan, "grad_norm": math.inf},
-        {"grad_norm": 0.0, "lr": 0.0},
-        {"valid_loss": None},
-        {"consumed_tokens": 0},
+        {"train/loss": math.nan, "train/grad_norm": math.inf},
+        {"train/grad_norm": 0.0, "train/lr": 0.0},
+        {"valid/loss": None},
+        {"train/consumed_tokens": 0},
     ],
     ids=["not finite", "zeros", "no validation", "no tokens"],
 )

@@ -33,6 +33,14 @@ class RouterStats(NamedTuple):
     load: Tensor
     """Tokens that selected each expert, int64 [E]; zeros unless training with gradients."""
 
+    def metrics(self) -> dict[str, Tensor]:
+        """What a step reports of them; those of all MoE layers are summed."""
+        return {
+            "train/seq_balance_loss": self.expert_balance,
+            "train/device_balance_loss": self.device_balance,
+            "train/comm_balance_loss": self.comm_balance,
+        }
+
 
 class Routing(NamedTuple):
     weights: Tensor

@@ -25,24 +25,28 @@ from train.model.tape import Inline, Steps, Tape, drive
 from train.precision.engine import Engine
 from train.precision.grads import Sink, run_now
 
-NUM_SUMS = 5
 
-
-class Report(NamedTuple):
+class Findings(NamedTuple):
     """What a micro-batch leaves besides its gradient."""
 
-    sums: Tensor
-    """Detached float64 [NUM_SUMS]: main and mtp, cross-entropies in nats summed over tokens (and depths), then the
-    balance losses of experts, devices and communication, summed over MoE layers and sequences."""
+    metrics: dict[str, Tensor]
+    """Metric -> detached float64 scalar: cross-entropies in nats summed over tokens (and depths), and what routers
+    measure, summed over MoE layers and sequences. What the parts held here do not measure is absent."""
     load: Tensor
     """Tokens that selected each expert, int64 [num_routers, E]; zeros unless training with gradients."""
 
+    def add(self, measured: Mapping[str, Tensor]) -> None:
+        """Take in scalars; those of layers and depths that measure the same metric are summed."""
+        for name, value in measured.items():
+            wide = value.detach().double()
+            self.metrics[name] = self.metrics[name] + wide if name in self.metrics else wide
+
 
 class Output(NamedTuple):
-    """A report and the loss to differentiate, every term already times its factor (a scalar)."""
+    """Findings, and the loss to differentiate: every term already times its factor (a scalar)."""
 
     total: Tensor
-    sums: Tensor
+    metrics: dict[str, Tensor]
     load: Tensor
 
 
@@ -86,47 +90,47 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, terms: LossTerms) -> Output:
         """tokens [B, S + 1]: position i reads token i and predicts token i + 1. One autograd graph."""
         tape = Inline()
-        _, report = drive(self.steps(tokens, None, terms, tape))
-        return Output(torch.as_tensor(tape.total), report.sums, report.load)
+        _, findings = drive(self.steps(tokens, None, terms, tape))
+        return Output(torch.as_tensor(tape.total), findings.metrics, findings.load)
 
     def steps(
         self, tokens: Tensor | None, x: Tensor | None, terms: LossTerms, tape: Tape
-    ) -> Steps[tuple[Tensor | None, Report]]:
+    ) -> Steps[tuple[Tensor | None, Findings]]:
         """One micro-batch through the parts held here.
 
         tokens [B, S + 1], needed where `reads_tokens`; x [B, S, hidden], what the part before sends, None where the
-        embedding is. Returns what the next part needs, None where the head is, and the report of this part.
+        embedding is. Returns what the next part needs, None where the head is, and the findings of this part.
         """
         tape = self.backend.recompute.on(tape)
         if self.parts.embedding:
             assert tokens is not None
             x = tape.compute(partial(self.embed_tokens, tokens[:, :-1]))
         assert x is not None
-        report = self.empty_report(x.device)
-        x = yield from self.run_layers(x, terms, tape, report, tokens)
+        findings = self.empty_findings(x.device)
+        x = yield from self.run_layers(x, terms, tape, findings, tokens)
         if not self.parts.head:
-            return x, report
+            return x, findings
         assert tokens is not None
         x = tape.compute(self.norm, x)
         main = tape.compute(partial(self.predict, labels=self.packing.labels(tokens, 0)), x)
         tape.loss(main, terms.main)
-        report.sums[0] += main.detach()
-        yield from self.predict_further(x, tokens, terms, tape, report)
-        return None, report
+        findings.add({"train/loss": main})
+        yield from self.predict_further(x, tokens, terms, tape, findings)
+        return None, findings
 
-    def empty_report(self, device: torch.device) -> Report:
-        """Zeros to add to."""
+    def empty_findings(self, device: torch.device) -> Findings:
+        """Findings to add to."""
         load = torch.zeros(self.config.num_routers, self.config.n_routed_experts, dtype=torch.int64, device=device)
-        return Report(torch.zeros(NUM_SUMS, dtype=torch.float64, device=device), load)
+        return Findings({}, load)
 
     def run_layers(
-        self, x: Tensor, terms: LossTerms, tape: Tape, report: Report, tokens: Tensor | None = None
+        self, x: Tensor, terms: LossTerms, tape: Tape, findings: Findings, tokens: Tensor | None = None
     ) -> Steps[Tensor]:
         """The layers held here: x [B, S, hidden] -> the same shape."""
         places = self.places(x, tokens)
         for index, layer in self._blocks():
             x, stats = yield from layer.steps(x, places, tape)
-            self._account(index - self.config.first_k_dense_replace, stats, terms, tape, report)
+            self._account(index - self.config.first_k_dense_replace, stats, terms, tape, findings)
         return x
 
     def places(self, x: Tensor, tokens: Tensor | None) -> Places:
@@ -134,21 +138,23 @@ class Transformer(nn.Module):
         table = rotation_table(self.config, x.shape[1], x.device, x.dtype)
         return self.packing.places(table, tokens)
 
-    def _account(self, number: int, stats: RouterStats | None, terms: LossTerms, tape: Tape, report: Report) -> None:
+    def _account(
+        self, number: int, stats: RouterStats | None, terms: LossTerms, tape: Tape, findings: Findings
+    ) -> None:
         if stats is None:  # a dense layer
             return
-        factors = (terms.balance, terms.device_balance, terms.comm_balance)
-        for place, (loss, factor) in enumerate(zip(stats[:3], factors, strict=True), start=2):
-            tape.loss(loss, factor)
-            report.sums[place] += loss.detach()
-        report.load[number] += stats.load
+        tape.loss(stats.expert_balance, terms.balance)
+        tape.loss(stats.device_balance, terms.device_balance)
+        tape.loss(stats.comm_balance, terms.comm_balance)
+        findings.add(stats.metrics())
+        findings.load[number] += stats.load
 
     def predict(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropy of the head in nats, summed: hidden [B, N, hidden] (normed), labels [B, N]."""
         return cross_entropy_sum(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), self.backend)
 
     def predict_further(
-        self, hidden: Tensor, tokens: Tensor, terms: LossTerms, tape: Tape, report: Report
+        self, hidden: Tensor, tokens: Tensor, terms: LossTerms, tape: Tape, findings: Findings
     ) -> Steps[None]:
         """Multi-token prediction from the main model's normed state [B, S, hidden] and its tokens [B, S + 1].
 
@@ -159,11 +165,11 @@ class Transformer(nn.Module):
         for k, module in enumerate(self._depths(), start=1):
             joined = tape.compute(partial(self._join, module, tokens[:, k:-1]), hidden)
             x, stats = yield from module.layer.steps(joined, self.packing.first(places, joined.shape[1]), tape)
-            self._account(self.config.num_moe_layers + k - 1, stats, terms, tape, report)
+            self._account(self.config.num_moe_layers + k - 1, stats, terms, tape, findings)
             hidden = tape.compute(module.norm, x)
             loss = tape.compute(partial(self.predict, labels=self.packing.labels(tokens, k)), hidden)
             tape.loss(loss, terms.mtp)
-            report.sums[1] += loss.detach()
+            findings.add({"train/mtp_loss": loss})
 
     def _join(self, module: MTPModule, tokens: Tensor, hidden: Tensor) -> Tensor:
         return module.join(hidden[:, : tokens.shape[1]], self.embed_tokens(tokens))

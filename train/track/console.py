@@ -58,37 +58,38 @@ class ConsoleSink:
 
     def write(self, report: StepReport) -> None:
         """Moves the line, or prints one when it is due."""
-        time_left = self._time_left(report)
+        values, time_left = report.values, self._time_left(report)
         if self._bar is not None:
-            valid = "" if report.valid_loss is None else f" valid {report.valid_loss:.3f}"
-            rate = f"{short(report.tokens_per_s)} tokens/s"
+            loss, valid = values["train/loss"], values.get("valid/loss")
+            rate = f"{short(values['perf/tokens_per_s'])} tokens/s"
             self._bar.n = min(report.consumed_tokens, self._total_tokens)
-            if valid:
-                self._bar.write(f"step {report.step}: loss {report.loss:.4f}{valid}", file=self._stream)
+            if valid is not None:
+                self._bar.write(f"step {report.step}: loss {loss:.4f} valid {valid:.3f}", file=self._stream)
             self._bar.set_description_str(
-                f"step {report.step}/{self._total_steps}  loss {report.loss:.4f}  {rate}  ETA {time_left}"
+                f"step {report.step}/{self._total_steps}  loss {loss:.4f}  {rate}  ETA {time_left}"
             )
             return
         is_last = report.step >= self._total_steps
-        if self._is_first or is_last or report.step % self._log_interval == 0 or report.valid_loss is not None:
+        if self._is_first or is_last or report.step % self._log_interval == 0 or "valid/loss" in values:
             print(self._line(report, time_left), file=self._stream, flush=True)
         self._is_first = False
 
     def _line(self, report: StepReport, time_left: str) -> str:
+        values = report.values
         optional = (
-            ("valid_loss", report.valid_loss, ".4f"),
-            ("mtp_loss", report.mtp_loss, ".4f"),
-            ("max_vio", report.max_vio, ".2f"),
-            ("mfu", report.mfu, ".3f"),
+            ("valid_loss", "valid/loss", ".4f"),
+            ("mtp_loss", "train/mtp_loss", ".4f"),
+            ("max_vio", "moe/max_vio", ".2f"),
+            ("mfu", "perf/mfu", ".3f"),
         )
         parts = [
             f"step={report.step}/{self._total_steps}",
             f"tokens={short(report.consumed_tokens)}",
-            f"loss={report.loss:.4f}",
-            *(f"{name}={value:{style}}" for name, value, style in optional if value is not None),
-            f"grad_norm={report.grad_norm:.3f}",
-            f"lr={report.lr:.2e}",
-            f"tokens_per_s={report.tokens_per_s:.0f}",
+            f"loss={values['train/loss']:.4f}",
+            *(f"{word}={values[name]:{style}}" for word, name, style in optional if name in values),
+            f"grad_norm={values['train/grad_norm']:.3f}",
+            f"lr={values['train/lr']:.2e}",
+            f"tokens_per_s={values['perf/tokens_per_s']:.0f}",
             f"eta={time_left}",
         ]
         return " ".join(parts)

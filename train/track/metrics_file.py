@@ -12,13 +12,14 @@ from typing import Any
 
 from train.files import sync_handle
 from train.track.metrics import StepReport
+from train.track.sinks import say as say_to_people
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def _encode(report: StepReport) -> bytes:
     """One line of strict JSON, which has no word for NaN and infinities: they become strings, as in protobuf's JSON."""
-    values: dict[str, Any] = dict(report.values())
+    values: dict[str, Any] = dict(report.values)
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             values[name] = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -90,7 +91,7 @@ class _StepLines:
 class JsonlSink(_StepLines):
     """One object per step in `metrics.jsonl`, from the step of the checkpoint on that the run goes on from."""
 
-    def __init__(self, path: Path, finished_steps: int = 0, say: Callable[[str], None] = print) -> None:
+    def __init__(self, path: Path, finished_steps: int = 0, say: Callable[[str], None] = say_to_people) -> None:
         super().__init__(path, finished_steps)
         last = self.last_step
         if last < finished_steps:

@@ -7,11 +7,13 @@ so in one sentence and is silent from then on.
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterable
 from typing import Protocol
 
 from train.track.metrics import StepReport
+
+log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
@@ -28,8 +30,9 @@ class Sink(Protocol):
 
 
 def say(sentence: str) -> None:
-    """A sentence for people, on standard error."""
-    print(sentence, file=sys.stderr, flush=True)
+    """A sentence for people: in the log, and on the console, which under a launcher is rank 0's standard output."""
+    log.warning("%s", sentence)
+    print(sentence, flush=True)
 
 
 class Tracker:

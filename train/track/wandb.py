@@ -11,10 +11,13 @@ from typing import Any
 from urllib.parse import urlparse
 
 from train.track.config import MODES, TrackConfig
-from train.track.leveldb_log import last_records
 from train.track.metrics import StepReport
 from train.track.metrics_file import read_metrics
 from train.track.sinks import say as say_to_people
+from train.track.wandb_folders import WandbFolders
+
+# Past these, a server that does not answer is given up. The other ranks wait for rank 0's start meanwhile.
+INIT_TIMEOUT_S, FINISH_TIMEOUT_S = 60, 60
 
 
 def has_api_key(environ: Mapping[str, str]) -> bool:
@@ -42,9 +45,9 @@ class WandbSink:
     """Reports as wandb history over tokens, in `run_dir`/wandb; never asks, never fails the run.
 
     `run_id` is made once per run and belongs in its checkpoints. A run that resumes after `finished_steps` hands it
-    back, and wandb gets exactly the steps that it has not. That may be some past the checkpoint, or fewer than it: its
-    process dies with ours and takes up to 32 KiB of steps along, which are then sent from `run_dir`/metrics.jsonl.
-    Online, wandb says itself where it stands; offline it cannot, so its files are read.
+    back, and wandb gets exactly the steps that it has not, from `run_dir`/metrics.jsonl. Online, its server says where
+    it stands. Offline, the folders of earlier starts that ended well are left as they are; a start that was killed took
+    an unknown number of steps along, so what it may have written is written again and its folder set aside.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class WandbSink:
         self.run_id = run_id or secrets.token_hex(4)
         self._config, self._run_dir, self._run_config = config, run_dir, run_config
         self._finished_steps, self._say = finished_steps, say
+        self._folders = WandbFolders(run_dir, self.run_id)
         self._run: Any = None
         self._last_step = 0
         self.mode = wandb_mode(config.wandb, os.environ)
@@ -73,12 +77,25 @@ class WandbSink:
         # Imported here: it takes most of a second, which a run without wandb need not wait.
         import wandb
 
-        settings = wandb.Settings(
-            console="off", silent=True, disable_git=True, disable_code=True, init_timeout=60, finish_timeout=60
-        )
-        config = self._config
+        before = self._folders.starts()
+        try:
+            self._begin()
+        except Exception:
+            # Until its process ends, wandb refuses to begin a second run of this id. The folder holds nothing to keep.
+            wandb.teardown(exit_code=1)
+            self._folders.set_aside(self._folders.starts() - before)
+            raise
+
+    def _begin(self) -> None:
+        """A wandb run that holds every finished step, here or from an earlier start."""
+        import wandb
+
+        config, online = self._config, self.mode == "online"
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        kept = self._last_kept_step()
+        kept, torn = self._folders.last_step(self._finished_steps), self._folders.torn()
+        limits: dict[str, Any] = {}
+        if online:
+            limits = {"init_timeout": INIT_TIMEOUT_S, "finish_timeout": FINISH_TIMEOUT_S, "finish_timeout_raises": True}
         run = wandb.init(
             mode=self.mode,  # type: ignore[arg-type]
             dir=str(self._run_dir),
@@ -90,27 +107,19 @@ class WandbSink:
             name=config.name,
             tags=list(config.tags),
             config=self._run_config,
-            settings=settings,
+            settings=wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True, **limits),
         )
         run.define_metric("train/consumed_tokens")
         run.define_metric("*", step_metric="train/consumed_tokens")
         self._run = run
-        self._last_step = max(0, run.starting_step - 1) if self.mode == "online" else kept
+        self._last_step = max(0, run.starting_step - 1) if online else kept
         metrics = self._run_dir / "metrics.jsonl"
         if self._last_step < self._finished_steps and metrics.exists():
             for row in read_metrics(metrics):
                 if row["step"] <= self._finished_steps:
                     self._log(row)
-
-    def _last_kept_step(self) -> int:
-        """The last step in this run's offline files; without any, an online run before this one holds the steps."""
-        from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
-        files = list(self._run_dir.glob(f"wandb/offline-run-*-{self.run_id}/*.wandb"))
-        if not files:
-            return self._finished_steps
-        records = (Record.FromString(data) for path in files for data in last_records(path))
-        return max((record.history.step.num for record in records if record.HasField("history")), default=0)
+        # What the server has now must not be sent a second time from files.
+        self._folders.set_aside(self._folders.unsent() if online else torn)
 
     def _log(self, values: dict[str, float]) -> None:
         step = int(values.pop("step"))
@@ -124,8 +133,9 @@ class WandbSink:
         try:
             call()
         except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            self._say(f"wandb could not {verb} ({reason[0]}); the run {after}")
+            # The second line of wandb's own errors is what happened.
+            reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+            self._say(f"wandb could not {verb} ({reason}); the run {after}")
             self._run = None
             return False
         return True
@@ -133,7 +143,7 @@ class WandbSink:
     def write(self, report: StepReport) -> None:
         """Sends the step, unless wandb has it."""
         if self._run is not None:
-            self._try("take a step", lambda: self._log(report.values()))
+            self._try("take a step", lambda: self._log(dict(report.values)))
 
     def checkpoint(self) -> None:
         """Nothing: wandb writes as it goes."""
@@ -146,6 +156,9 @@ class WandbSink:
     def _finish(self, exit_code: int) -> None:
         import wandb
 
-        self._run.finish(exit_code=exit_code)
-        # `finish` returns before wandb's own process has written the file; this waits for that process.
-        wandb.teardown(exit_code=exit_code)
+        try:
+            self._run.finish(exit_code=exit_code)
+        finally:
+            # `finish` returns before wandb's own process has written the file; this waits for that process.
+            wandb.teardown(exit_code=exit_code)
+        self._folders.note(self._last_step)

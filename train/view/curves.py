@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from train.files import replacing
 
-Steps = Sequence[Mapping[str, float]]  # as read from metrics.jsonl
+History = Sequence[Mapping[str, float]]  # the steps of a run, as read from metrics.jsonl
 
 INK, FAINT, GRID, ALARM = "#22303a", "#7b8893", "#e6eaed", "#c22f2f"
 # First the colour of a single run; all told apart in print and by most colour-blind readers.
@@ -80,7 +80,7 @@ def save(figure: Figure, out: Path) -> None:
             figure.savefig(aside, format="png")
 
 
-def column(steps: Steps, name: str) -> np.ndarray:
+def column(steps: History, name: str) -> np.ndarray:
     """One number of every step, [num_steps], NaN where a step lacks it."""
     return np.array([step.get(name, np.nan) for step in steps], dtype=float)
 
@@ -102,7 +102,7 @@ def smooth(values: np.ndarray, num_windows: int = 50) -> np.ndarray:
         return (sums[last] - sums[first]) / (counts[last] - counts[first])
 
 
-def _draw_run(axes: Axes, steps: Steps, color: str, valid_color: str, labels: tuple[str, str]) -> None:
+def _draw_run(axes: Axes, steps: History, color: str, valid_color: str, labels: tuple[str, str]) -> None:
     tokens, loss, valid = (column(steps, name) for name in ("train/consumed_tokens", "train/loss", "valid/loss"))
     dot = "o" if len(steps) < 50 else None
     axes.plot(tokens, loss, color=color, alpha=0.25, linewidth=0.8)
@@ -120,7 +120,7 @@ def _draw_run(axes: Axes, steps: Steps, color: str, valid_color: str, labels: tu
         axes.annotate("loss not finite", at_first, ha="right", fontsize=8.5, color=ALARM, **place)  # type: ignore[arg-type]
 
 
-def _limits(runs: Mapping[str, Steps], unigram_entropy: float | None) -> tuple[float, float] | None:
+def _limits(runs: Mapping[str, History], unigram_entropy: float | None) -> tuple[float, float] | None:
     """Loss range that shows every smoothed curve and validation point whole; a lone spike may leave the picture."""
     shown = [smooth(column(steps, "train/loss")) for steps in runs.values()]
     shown += [column(steps, "valid/loss") for steps in runs.values()]
@@ -135,7 +135,7 @@ def _limits(runs: Mapping[str, Steps], unigram_entropy: float | None) -> tuple[f
     return low - margin, high + margin
 
 
-def _note(steps: Steps) -> str:
+def _note(steps: History) -> str:
     """Where a run's curves end, in words."""
     ends = (("training", smooth(column(steps, "train/loss"))), ("validation", column(steps, "valid/loss")))
     finite = ((name, values[np.isfinite(values)]) for name, values in ends)
@@ -159,7 +159,7 @@ def _draw_entropy(axes: Axes, entropy: float) -> None:
 
 
 def draw_loss(
-    runs: Mapping[str, Steps], out: Path, unigram_entropy: float | None = None, title: str | None = None
+    runs: Mapping[str, History], out: Path, unigram_entropy: float | None = None, title: str | None = None
 ) -> None:
     """Writes the PNG `out`: training loss (raw and smoothed) and validation loss over tokens, the LR small below.
 
