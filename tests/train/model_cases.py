@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from train.model.rope import _frequencies
 
 from tests.bounds import gamma
 from tests.reference import LocalDispatch
 from tests.train.disk_names import from_hf, to_hf
+from train.model.attention.rope import _frequencies
 from train.model.config import SCORING_FUNCS, TOPK_METHODS, ModelConfig
 from train.model.init import init_weights
 from train.model.kernels import Kernels
