@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+# `train.model.tape` has this type and `drive` as well, as neither floor imports the other.
 Steps = Generator[None, None, T]
 
 

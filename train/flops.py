@@ -16,13 +16,13 @@ class ParameterCounts:
     embedding: int
     """The embedding table; the head, which is not tied to it, is as large."""
     activated: int
-    """Those of the main model that multiply a token: with the head, without the embedding, which is only looked up."""
+    """Parameters of the main model that multiply a token: with the head, without the embedding, which is looked up."""
     router_biases: int
-    """Of the main model's routers."""
+    """Selection biases of the main model's routers."""
     mtp: int
     """What all prediction depths add; they share embedding and head."""
     mtp_activated: int
-    """Those that multiply a token in all prediction depths, without the shared head."""
+    """Parameters that multiply a token in all prediction depths, without the shared head."""
 
 
 def _dense_layer(config: ModelConfig) -> int:

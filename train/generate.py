@@ -53,12 +53,12 @@ class Transcript:
 
     @property
     def tokens_per_s(self) -> float:
-        """Speed of decoding the tokens behind the first, which the prompt's own pass predicts; nan without any."""
+        """Tokens per second of decoding, without the first, which the prompt's own pass predicts; nan without any."""
         return (len(self.choices) - 1) / self.decode_s if self.decode_s else float("nan")
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens behind the first per pass of the main model: 1 without drafts, nan without any."""
+        """Tokens per pass of the main model, without the first: 1 without drafts, nan without any pass."""
         return (len(self.choices) - 1) / self.num_forwards if self.num_forwards else float("nan")
 
 

@@ -26,7 +26,11 @@ U = TypeVar("U")
 
 
 class Trip(Protocol):
-    """One communication and its reverse, as generators over plain tensors."""
+    """One communication and its reverse, as generators over plain tensors.
+
+    What a record takes; layers make such trips and state the protocol for themselves (`train.model.tape`), as neither
+    floor imports the other.
+    """
 
     def there(self, *inputs: Any, **_: Any) -> Steps[tuple[Tensor, ...]]: ...
 

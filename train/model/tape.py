@@ -15,19 +15,23 @@ import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
-# Yields while a communication that it has launched is on its way.
+# Yields while a communication that it has launched is on its way. `parallel.collectives` has this type and `drive` as
+# well: the model's floor knows no ranks, and theirs no model, so each states what both speak.
 Steps = Generator[None, None, Result]
 
 
 class Trip(Protocol):
-    """One communication and its reverse. Plain tensors, no autograd; each is run once, the reverse after."""
+    """One communication and its reverse. Plain tensors, no autograd; each is run once, the reverse after.
+
+    What a layer makes and any tape takes; `parallel.pipeline.segments` states for itself what it is handed.
+    """
 
     def there(self, *inputs: Any, **_: Any) -> Steps[tuple[Tensor, ...]]:
         """Launch, yield, and return what arrives."""
         ...
 
     def back(self, *d_outputs: Any, **_: Any) -> Steps[tuple[Tensor, ...]]:
-        """The same for gradients: of the outputs in, of the inputs out."""
+        """Launch the way back, yield, and return the gradients of the inputs; takes those of the outputs."""
         ...
 
 

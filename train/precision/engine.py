@@ -110,7 +110,7 @@ class Products(ABC):
 
     @abstractmethod
     def grouped(self, splits: list[int]) -> Products:
-        """These products for stacked weights: `Engine.grouped`."""
+        """The products for stacked weights [E, n, k], whose rows come sorted by group (`Engine.grouped`)."""
 
     def project(self, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
         """`Engine.project`, by these products."""

@@ -42,7 +42,7 @@ class LatentCache(Cache):
         self._rank, self._kept = rank, self._rows(capacity, rank + rope)
 
     def append(self, latent: Tensor, k_rope: Tensor) -> None:
-        """latent [N, rank], k_rope [N, rope]."""
+        """latent [N, rank] and k_rope [N, rope] of the next N tokens."""
         rows = self._kept[self._grow(len(latent))]
         rows[:, : self._rank].copy_(latent)
         rows[:, self._rank :].copy_(k_rope)
@@ -63,7 +63,7 @@ class GroupedCache(Cache):
         self._keys, self._values = (self._rows(num_heads, capacity, head_dim) for _ in range(2))
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Both [N, heads of keys, head_dim]."""
+        """keys and values [N, heads of keys, head_dim] of the next N tokens."""
         rows = self._grow(len(keys))
         self._keys[:, rows].copy_(keys.transpose(0, 1))
         self._values[:, rows].copy_(values.transpose(0, 1))

@@ -63,7 +63,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class _JoinHeads(torch.autograd.Function):
-    """See `join_heads`."""
+    """The autograd function behind `join_heads`. Keeps the table alone."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: int) -> Any:
@@ -117,7 +117,7 @@ def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
 
 
 class _RotateHeads(torch.autograd.Function):
-    """See `rotate_heads`. Keeps the table alone."""
+    """The autograd function behind `rotate_heads`. Keeps the table alone."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, table: Tensor) -> Any:
