@@ -10,6 +10,8 @@ from train.job import Job
 from train.recipe.recipe import StepPlan
 from train.track import gauges
 
+LOADS = "loads"  # read beside the metrics; no number
+
 
 @dataclass
 class Tally:
@@ -47,12 +49,13 @@ def reduce(job: Job, plan: StepPlan, tally: Tally, asked_to_stop: bool) -> Total
     everyone = job.gather(job.metrics.pack(measured, job.host.put))
     tally.load = job.sum_counts(tally.load)
     job.meet()
-    of_loads = gauges.of_loads(tally.load)
-    due = bool(of_loads) and job.config.track.loads_due(job.step + 1, job.recipe.num_steps)
-    loads = [tally.load.double()] if due else []  # numbers of one read have one type
-    rows, *read = job.host.read("step", everyone, *of_loads.values(), *loads)
-    values = job.metrics.unpack(rows, counts(job, plan)) | job.bubble(rows) | dict(zip(of_loads, read, strict=False))
-    return Totals(values, [[int(count) for count in row] for row in read[-1]] if due else None)
+    on_device = gauges.of_loads(tally.load)
+    if on_device and job.config.track.loads_due(job.step + 1, job.recipe.num_steps):
+        on_device[LOADS] = tally.load.double()  # numbers of one read have one type
+    rows, *read = job.host.read("step", everyone, *on_device.values())
+    values = job.metrics.unpack(rows, counts(job, plan)) | job.bubble(rows) | dict(zip(on_device, read, strict=True))
+    loads = values.pop(LOADS, None)
+    return Totals(values, None if loads is None else [[int(count) for count in row] for row in loads])
 
 
 def counts(job: Job, plan: StepPlan) -> dict[str, int]:

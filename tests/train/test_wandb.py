@@ -242,6 +242,25 @@ def test_an_online_run_sends_what_its_server_lacks(
     assert [path.name for path in (tmp_path / "wandb" / "replaced").iterdir()] == [names[2]]
 
 
+def test_a_server_gets_every_step_once_over_two_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb itself, online: the second start asks where the server stands, and sends what metrics.jsonl has beyond."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    with serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        sink = WandbSink(TrackConfig(), tmp_path, {}, run_id=RUN_ID)
+        for step in range(1, 11):
+            sink.write(report(step))
+        sink.close(failed=False)
+        assert server.steps == list(range(1, 11))
+        write_steps(tmp_path / "metrics.jsonl", 1, 14)
+        time.sleep(1.1)
+        sink = WandbSink(TrackConfig(), tmp_path, {}, finished_steps=13, run_id=RUN_ID)
+        for step in range(14, 18):
+            sink.write(report(step))
+        sink.close(failed=False)
+        assert server.steps == list(range(1, 18))
+
+
 def test_mode_follows_the_setting_then_the_environment_then_the_key(tmp_path: Path) -> None:
     key = {"WANDB_API_KEY": KEY}
     nothing = {"NETRC": os.fspath(tmp_path / "none")}
