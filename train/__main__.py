@@ -24,6 +24,7 @@ from train.checkpoint.agreement import CheckpointError
 from train.config import RunConfig
 from train.data.prepare.all_sources import prepare_sources
 from train.data.rows.blend import exposure_table
+from train.files import replace_durably
 from train.job import Job
 from train.loop import StopRequest, run
 from train.not_finite import NotFiniteError
@@ -147,7 +148,7 @@ def _track(job: Job) -> Tracker:
         job.wandb_id = job.gather_objects(None)[0]
         return Tracker()
     config, folder, title = job.config, job.folder, job.config.run.name
-    (folder / "config.yaml").write_text(compose.text(config))
+    replace_durably(folder / "config.yaml", compose.text(config).encode())
     wandb = WandbSink(config.track, folder, asdict(config), job.step, job.wandb_id)
     job.wandb_id = job.gather_objects(wandb.run_id)[0]
     num_steps, recipe = job.recipe.num_steps, job.recipe
