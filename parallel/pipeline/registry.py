@@ -16,7 +16,7 @@ from parallel.pipeline.zero_bubble import zb_h1, zbv
 
 
 @dataclass(frozen=True)
-class _Family:
+class Family:
     """place: number of ranks -> placement; generate: (placement, number of micro-batches) -> schedule.
 
     with_pairs: the generator of the same schedule with pairs, where there is one.
@@ -29,17 +29,17 @@ class _Family:
     has_pairs: bool = False
 
 
-_FAMILIES = {
-    "1f1b": _Family(loop, one_f_one_b, lambda placement, num: one_f_one_b(placement, num, pairs=True)),
-    "interleaved_1f1b": _Family(
+FAMILIES = {
+    "1f1b": Family(loop, one_f_one_b, lambda placement, num: one_f_one_b(placement, num, pairs=True)),
+    "interleaved_1f1b": Family(
         loop, interleaved_1f1b, lambda placement, num: interleaved_1f1b(placement, num, pairs=True)
     ),
-    "zb_h1": _Family(loop, zb_h1),
-    "zbv": _Family(vee, zbv),
-    "dualpipe": _Family(bidirectional, dualpipe, dualpipe, has_pairs=True),
-    "dualpipev": _Family(vee, dualpipev, dualpipev, has_pairs=True),
+    "zb_h1": Family(loop, zb_h1),
+    "zbv": Family(vee, zbv),
+    "dualpipe": Family(bidirectional, dualpipe, dualpipe, has_pairs=True),
+    "dualpipev": Family(vee, dualpipev, dualpipev, has_pairs=True),
 }
-NAMES = tuple(_FAMILIES)
+NAMES = tuple(FAMILIES)
 INTERLEAVED = "interleaved_1f1b"
 
 
@@ -89,7 +89,7 @@ def build(
     family = _family(name)
     wants_pairs = family.has_pairs if pairs is None else pairs
     if wants_pairs and family.with_pairs is None:
-        legal = ", ".join(name for name, other in _FAMILIES.items() if other.with_pairs)
+        legal = ", ".join(name for name, other in FAMILIES.items() if other.with_pairs)
         raise ValueError(f"pipeline.pairs=true with pipeline.schedule={name}: only {legal} have pairs")
     if num_ranks == 1:
         return replace(one_f_one_b(placement, num_micro_batches, pairs=wants_pairs), name=name)
@@ -123,12 +123,12 @@ def build_forward(name: str, num_ranks: int, num_micro_batches: int, stages_per_
     return forward_only(placement, num_micro_batches)
 
 
-def _family(name: str) -> _Family:
-    if name not in _FAMILIES:
+def _family(name: str) -> Family:
+    if name not in FAMILIES:
         near = difflib.get_close_matches(str(name), NAMES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"pipeline.schedule={name} is not one of {', '.join(NAMES)}{hint}")
-    return _FAMILIES[name]
+    return FAMILIES[name]
 
 
 def _check_count(field: str, value: int) -> None:

@@ -16,7 +16,7 @@ import zstandard
 from train.data.config import DataConfig
 from train.data.meta import Meta
 from train.data.prepare.one_source import prepare
-from train.data.read.streams import COMPRESSIONS, split_name
+from train.data.read.streams import OPENERS, split_name
 from train.data.rows.tokens import Tokens
 from train.data.tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ def write_mixture(root: Path, seed: int = 0, num_documents: int = 8) -> dict[str
     return found
 
 
-MIXTURE = [f"{form}{ending}" for form in ("a.txt", "b.jsonl", "c.ndjson") for ending in ("", *COMPRESSIONS)]
+MIXTURE = [f"{form}{ending}" for form in ("a.txt", "b.jsonl", "c.ndjson") for ending in ("", *OPENERS)]
 MIXTURE.append("d.parquet")
 COMPRESS = {
     "": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,

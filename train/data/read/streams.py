@@ -24,14 +24,14 @@ try:
 except ImportError:  # no wheel for this platform: everything else works without
     zstandard = None
 
-_FORMS = {".jsonl": LINES, ".ndjson": LINES, ".parquet": ROWS, ".pq": ROWS}
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+# What a file holds, by its last ending but for a compression; any other is text.
+FORMS = {".jsonl": LINES, ".ndjson": LINES, ".parquet": ROWS, ".pq": ROWS}
 _CHUNK_BYTES = 1 << 14
 
 
 def split_name(name: str) -> tuple[str, str]:
     """(name without the ending of a compression, that ending or nothing)."""
-    for ending in COMPRESSIONS:
+    for ending in OPENERS:
         if name.lower().endswith(ending):
             return name[: -len(ending)], ending
     return name, ""
@@ -41,7 +41,7 @@ def form_of(name: str, wanted: str) -> str:
     """TEXT, LINES or ROWS: as `data.format` says, or by the file's name where that is `auto`."""
     if wanted != "auto":
         return wanted
-    return _FORMS.get(os.path.splitext(split_name(name)[0])[1].lower(), TEXT)
+    return FORMS.get(os.path.splitext(split_name(name)[0])[1].lower(), TEXT)
 
 
 class _Reader(Protocol):
@@ -74,7 +74,8 @@ class _Frames:
         return part
 
 
-_OPENERS: dict[str, Callable[[BinaryIO], _Reader]] = {
+# What reads a compression, by the last ending.
+OPENERS: dict[str, Callable[[BinaryIO], _Reader]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
     ".bz2": lambda file: bz2.BZ2File(file, "rb"),
     ".xz": lambda file: lzma.LZMAFile(file, "rb"),
@@ -100,7 +101,7 @@ class FileStream:
             self._check()
             compression = split_name(path.name)[1]
             if compression:
-                self._reader: _Reader = _OPENERS[compression](self._file)
+                self._reader: _Reader = OPENERS[compression](self._file)
                 while start > 0 and (part := self.read(min(start, 1 << 20))):
                     start -= len(part)
             else:
