@@ -146,7 +146,7 @@ def test_an_attention_kernel() -> None:
 
     def loss() -> torch.Tensor:
         with torch.no_grad():
-            return build(TINY)(tokens, LossTerms(1.0, 0.3, 0.0)).loss
+            return build(TINY)(tokens, LossTerms(1.0, 0.3, 0.0)).total
 
     before = loss()
     with walk("An attention kernel"):
