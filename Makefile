@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Tests share out over two processes; each starts ranks of its own. WORKERS= runs them one after the other.
 WORKERS ?= -n 2 --dist worksteal
 
-.PHONY: setup train test test-slow test-gpu lint clean
+.PHONY: setup train test test-slow test-gpu lint docs clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The tables of settings in docs/, from the dataclasses that own them.
+docs: $(STAMP)
+	$(BIN)/python -m launch.pages
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from benchmarks._sides import wall
+from train.settings import read
+
+T = TypeVar("T")
 
 
-def read_settings(arguments: Sequence[str], defaults: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """(the word without "=", empty if there is none; the settings over their defaults). SystemExit for unknown ones."""
+def read_settings(kind: type[T], arguments: Sequence[str], benchmark: str) -> tuple[str, T]:
+    """(the word without "=", empty if there is none; the benchmark's settings). SystemExit with a sentence for settings
+    that cannot be."""
     part = next((word for word in arguments if "=" not in word), "")
-    settings = dict(defaults) | dict(word.split("=", 1) for word in arguments if "=" in word)
-    if unknown := settings.keys() - defaults.keys():
-        raise SystemExit(f"unknown settings: {', '.join(sorted(unknown))}; known: {', '.join(defaults)}")
-    return part, settings
+    try:
+        return part, read(kind, [word for word in arguments if "=" in word], benchmark)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+def as_words(settings: Any) -> list[str]:
+    """Settings as the `key=value` words that they are read from."""
+    return [f"{name}={value}" for name, value in asdict(settings).items() if value is not None]
 
 
 def total(number: float, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> float:

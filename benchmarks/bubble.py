@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks._ranks import Sleeper, read_settings, span, total
+from benchmarks._ranks import Sleeper, as_words, read_settings, span, total
 from benchmarks._sides import Neighbours, take_turns
 from launch.ranks import start_ranks
 from parallel import process
@@ -66,15 +66,34 @@ TORCHS = {"torch 1f1b": "Schedule1F1B", "torch interleaved_1f1b": "ScheduleInter
 }
 DEEPSPEED = "deepspeed dualpipev"
 SIDES = (*OURS, *TORCHS, DEEPSPEED)
-DEFAULTS = {
-    "ranks": "4,8",
-    "forward_ms": "100",
-    "rounds": "5",
-    "micro_batches": "0",
-    "sides": ",".join(SIDES),
-    "out": "",
-}
 Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the benchmark.
+
+    Attributes:
+        ranks: sizes of the pipeline, one after the other.
+        forward_ms: of a rank.
+        rounds: how often each side runs, in turns.
+        micro_batches: of a step; None: twice the ranks.
+        sides: which are compared.
+        out: a picture of the bars.
+    """
+
+    ranks: str = "4,8"
+    forward_ms: float = 100.0
+    rounds: int = 5
+    micro_batches: int | None = None
+    sides: str = ",".join(SIDES)
+    out: Path | None = None
+
+    def check(self) -> None:
+        """ValueError for an unknown side."""
+        for name in self.sides.split(","):
+            if name not in SIDES:
+                raise ValueError(f"sides={name} is not one of {', '.join(SIDES)}")
 
 
 @dataclass(frozen=True)
@@ -281,20 +300,20 @@ def report(rig: Rig, seconds: dict[str, list[float]], late_s: float) -> list[dic
     return rows
 
 
-def on_a_rank(settings: dict[str, str]) -> None:
+def on_a_rank(settings: Settings) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     num_ranks = int(os.environ["WORLD_SIZE"])
     groups = process.start(ParallelConfig(pp=num_ranks, dispatch="local"))
-    num_micro_batches = int(settings["micro_batches"]) or 2 * num_ranks
-    rig = Rig(groups, num_micro_batches, float(settings["forward_ms"]) / 1e3, Sleeper())
-    sides = make(rig, settings["sides"].split(","))
-    seconds = take_turns(sides, int(settings["rounds"]), clock=span)
+    num_micro_batches = settings.micro_batches or 2 * num_ranks
+    rig = Rig(groups, num_micro_batches, settings.forward_ms / 1e3, Sleeper())
+    sides = make(rig, settings.sides.split(","))
+    seconds = take_turns(sides, settings.rounds, clock=span)
     late_s = total(rig.sleeper.mean_late_s()) / num_ranks
     if groups.mesh.rank == 0:
         rows = report(rig, seconds, late_s)
-        if settings["out"]:
-            draw(rows, Path(settings["out"]).with_suffix(f".{num_ranks}.svg"))
+        if settings.out:
+            draw(rows, settings.out.with_suffix(f".{num_ranks}.svg"))
     process.stop(groups)
 
 
@@ -326,25 +345,22 @@ def draw(rows: list[dict[str, Any]], out: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    part, settings = read_settings(arguments, DEFAULTS)
-    for name in settings["sides"].split(","):
-        if name not in SIDES:
-            raise SystemExit(f"sides={name} is not one of {', '.join(SIDES)}")
+    part, settings = read_settings(Settings, arguments, "benchmarks.bubble")
     if part:
         on_a_rank(settings)
         return 0
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
-    given = [f"{key}={value}" for key, value in settings.items()]
-    for num_ranks in map(int, settings["ranks"].split(",")):
+    given = as_words(settings)
+    print("settings: " + " ".join(given), flush=True)
+    for num_ranks in map(int, settings.ranks.split(",")):
         with tempfile.TemporaryDirectory() as logs, Neighbours() as neighbours:
             command = [sys.executable, "-m", "benchmarks.bubble", "rank", *given]
             ended = start_ranks(command, num_ranks, Path(logs))
             if ended.code:
                 print(ended.reason, *(log.read_text() for log in Path(logs).glob("*.log")), sep="\n")
                 return ended.code
-        print(f"({neighbours}; {settings['rounds']} rounds in turns)", flush=True)
+        print(f"({neighbours}; {settings.rounds} rounds in turns)", flush=True)
     return 0
 
 

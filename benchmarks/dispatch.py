@@ -20,13 +20,14 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks._ranks import read_settings, slowest, total
+from benchmarks._ranks import as_words, read_settings, slowest, total
 from benchmarks._sides import Neighbours, median_ms, speedup, take_turns
 from benchmarks.emulate import LINK, Lab, able, bits_per_s
 from parallel import process
@@ -37,7 +38,6 @@ from parallel.expert.two_hop import TwoHopDispatch
 from parallel.mesh import ParallelConfig
 from parallel.process import Groups
 
-DEFAULTS = {"nodes": "4", "per_node": "2", "rate": "200mbit", "tokens": "512", "hidden": "1024", "rounds": "9"}
 NUM_EXPERTS, NUM_CHOSEN, NODES_KEPT = 32, 8, 2
 DUPLEX_FLOATS = 1_000_000  # 4 MB to each other node
 
@@ -83,10 +83,31 @@ def wire_bytes(side: Callable[[], object]) -> float:
     return total(sent_on_link() - before)
 
 
-def compare_dispatch(groups: Groups, settings: dict[str, str]) -> None:
-    config, num_tokens = groups.mesh.config, int(settings["tokens"])
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the benchmark.
+
+    Attributes:
+        nodes: machines of the emulated cluster.
+        per_node: ranks of a machine.
+        rate: of each machine's link, as `tc` writes it.
+        tokens: of each rank.
+        hidden: width of a token.
+        rounds: how often each side runs, in turns.
+    """
+
+    nodes: int = 4
+    per_node: int = 2
+    rate: str = "200mbit"
+    tokens: int = 512
+    hidden: int = 1024
+    rounds: int = 9
+
+
+def compare_dispatch(groups: Groups, settings: Settings) -> None:
+    config, num_tokens = groups.mesh.config, settings.tokens
     indices = route(num_tokens, config.nodes, groups.mesh.rank)
-    x = torch.randn(num_tokens, int(settings["hidden"])).to(torch.bfloat16)
+    x = torch.randn(num_tokens, settings.hidden).to(torch.bfloat16)
     weights = torch.rand(num_tokens, NUM_CHOSEN)
     ways: dict[str, Dispatch] = {
         "two_hop": TwoHopDispatch(NUM_EXPERTS, groups),
@@ -97,7 +118,7 @@ def compare_dispatch(groups: Groups, settings: dict[str, str]) -> None:
         name: (lambda dispatch: lambda: there_and_back(dispatch, x, weights, indices))(way)
         for name, way in ways.items()
     }
-    seconds = take_turns(sides, int(settings["rounds"]), clock=slowest)
+    seconds = take_turns(sides, settings.rounds, clock=slowest)
     counted = {}
     for name, way in ways.items():
         way.take_internode_bytes()
@@ -119,7 +140,7 @@ def compare_dispatch(groups: Groups, settings: dict[str, str]) -> None:
     print(f"two_hop against flat over the library's transport: {speedup(seconds, 'two_hop', 'flat, library')}")
 
 
-def compare_duplex(groups: Groups, settings: dict[str, str]) -> None:
+def compare_duplex(groups: Groups, settings: Settings) -> None:
     size = groups.mesh.world_size
     send, received = torch.rand(size, DUPLEX_FLOATS), torch.empty(size, DUPLEX_FLOATS)
     ones = [1] * size
@@ -127,7 +148,7 @@ def compare_duplex(groups: Groups, settings: dict[str, str]) -> None:
         "exchange": lambda: exchange(send, ones, ones, groups.ep).wait(),
         "all_to_all_single": lambda: dist.all_to_all_single(received, send, group=groups.ep),
     }
-    seconds = take_turns(sides, int(settings["rounds"]), clock=slowest)
+    seconds = take_turns(sides, settings.rounds, clock=slowest)
     if groups.mesh.rank:
         return
     least = DUPLEX_FLOATS * 4 * (size - 1) * 8 / bits_per_s(os.environ["EMULATED_RATE"])
@@ -137,9 +158,9 @@ def compare_duplex(groups: Groups, settings: dict[str, str]) -> None:
         print(f"{name:20s} {median_ms(taken):7.0f} {against!s:>22s} {least / statistics.median(taken):6.0%}")
 
 
-def on_a_rank(part: str, settings: dict[str, str]) -> None:
+def on_a_rank(part: str, settings: Settings) -> None:
     torch.set_num_threads(1)
-    nodes, per_node = int(settings["nodes"]), int(settings["per_node"]) if part == "dispatch" else 1
+    nodes, per_node = settings.nodes, settings.per_node if part == "dispatch" else 1
     size = nodes * per_node
     groups = process.start(ParallelConfig(dp=size, ep=size, nodes=nodes, dispatch="two_hop"))
     {"dispatch": compare_dispatch, "duplex": compare_duplex}[part](groups, settings)
@@ -147,21 +168,21 @@ def on_a_rank(part: str, settings: dict[str, str]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    part, settings = read_settings(arguments, DEFAULTS)
+    part, settings = read_settings(Settings, arguments, "benchmarks.dispatch")
     if part:
         on_a_rank(part, settings)
         return 0
     if reason := able():
         raise SystemExit(f"this machine cannot emulate a cluster: {reason}")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # names of hosts do not resolve in a namespace; never mind
-    print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
-    for part, nodes in (("dispatch", settings["nodes"]), ("duplex", "2"), ("duplex", settings["nodes"])):
-        given = [f"{key}={value}" for key, value in (settings | {"nodes": nodes}).items()]
-        per_node = int(settings["per_node"]) if part == "dispatch" else 1
-        with Lab(int(nodes), settings["rate"]) as lab, Neighbours() as neighbours:
+    print("settings: " + " ".join(as_words(settings)), flush=True)
+    for part, nodes in (("dispatch", settings.nodes), ("duplex", 2), ("duplex", settings.nodes)):
+        given = as_words(replace(settings, nodes=nodes))
+        per_node = settings.per_node if part == "dispatch" else 1
+        with Lab(nodes, settings.rate) as lab, Neighbours() as neighbours:
             result = lab.run([sys.executable, "-m", "benchmarks.dispatch", part, *given], per_node)
         print(result.outputs[0].strip() if result.ok else "\n".join(result.outputs))
-        print(f"({neighbours}; {settings['rounds']} rounds in turns)", flush=True)
+        print(f"({neighbours}; {settings.rounds} rounds in turns)", flush=True)
         if not result.ok:
             return 1
     return 0

@@ -39,7 +39,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from benchmarks._ranks import Sleeper, read_settings, slowest, span, total
+from benchmarks._ranks import Sleeper, as_words, read_settings, slowest, span, total
 from benchmarks._sides import Neighbours, median_ms, speedup, take_turns
 from benchmarks.dispatch import NUM_CHOSEN, NUM_EXPERTS, route
 from benchmarks.emulate import Lab, able
@@ -70,18 +70,6 @@ from train.precision.grads import Sink
 from train.stage import Stage, WeightGradients
 from train.track.gauges import StepTimer
 
-DEFAULTS = {
-    "rate": "100mbit",
-    "ratios": "0.67,1",
-    "rounds": "3",
-    "schedules": "dualpipev,dualpipe",
-    "micro_batches": "8",
-    "layers": "2",
-    "tokens": "256",
-    "hidden": "1024",
-    "dispatch": "two_hop",
-    "folder": "",
-}
 PP, EP, LINK_WIDTH = 2, 2, 16
 NOTHING = LossTerms(1.0, 0.0, 0.0)
 SOURCE = Path(sysconfig.get_paths()["stdlib"]) / "email"  # a little text, for the real model
@@ -165,27 +153,53 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """Settings of the benchmark.
+
+    Attributes:
+        rate: of each machine's link, as `tc` writes it.
+        ratios: computing over communicating, as many as there are rows.
+        rounds: how often each side runs, in turns.
+        schedules: whose steps are measured beside a pair.
+        micro_batches: of a step.
+        layers: of a stage.
+        tokens: of a micro-batch.
+        hidden: width of a token.
+        dispatch: `flat` or `two_hop`.
+        folder: where the tiny model's text and run lie; made and removed by the benchmark itself.
+    """
+
+    rate: str = "100mbit"
+    ratios: str = "0.67,1"
+    rounds: int = 3
+    schedules: str = "dualpipev,dualpipe"
+    micro_batches: int = 8
+    layers: int = 2
+    tokens: int = 256
+    hidden: int = 1024
+    dispatch: str = "two_hop"
+    folder: str | None = None
+
+
+@dataclass(frozen=True)
 class Rig:
     """What all sides are made from."""
 
     groups: Groups
-    settings: dict[str, str]
-
-    def __getitem__(self, name: str) -> int:
-        return int(self.settings[name])
+    settings: Settings
 
     def side(self, schedule: Schedule, dispatch: Dispatch, rank: int, channels: Any) -> Side:
         placement = schedule.placement
-        routing = route(self["tokens"], EP, self.groups.mesh.rank)
+        routing = route(self.settings.tokens, EP, self.groups.mesh.rank)
         stages = {}
         for number in placement.stages_on(rank):
             at, sink = placement.position(number), WeightGradients()
-            parts = Parts(at == 0, tuple(range(self["layers"])), at == placement.num_slices - 1, mtp=False)
-            model = SleepingModel(parts, dispatch, routing, self["hidden"], sink)
+            parts = Parts(at == 0, tuple(range(self.settings.layers)), at == placement.num_slices - 1, mtp=False)
+            model = SleepingModel(parts, dispatch, routing, self.settings.hidden, sink)
             stages[number] = Stage(cast(Transformer, model), sink, Segments)
         links = Links(rank, channels, DTYPE, torch.device("cpu"))
         runtime = Runtime(rank, stages, links, Recorder(rank, Watch()))
-        return Side(schedule, runtime, stages, (self["tokens"], LINK_WIDTH))
+        return Side(schedule, runtime, stages, (self.settings.tokens, LINK_WIDTH))
 
     def sides(self, schedule: Schedule, rank: int, channels: Any) -> dict[str, Side]:
         """With pairs, apart, and with pairs over an exchange that costs nothing."""
@@ -205,10 +219,10 @@ def exchange_s(rig: Rig, alone: Side) -> float:
 
 def compare(rig: Rig, what: str, sides: dict[str, Side], exchanged_s: float, ratio: float) -> None:
     """One row of the table. exchanged_s: the all-to-alls of a micro-batch in one stage, alone."""
-    part_s = exchanged_s / ratio / (6 * rig["layers"])
+    part_s = exchanged_s / ratio / (6 * rig.settings.layers)
     for side in sides.values():
         side.set_compute(part_s)
-    seconds = take_turns({name: side.step for name, side in sides.items()}, rig["rounds"], clock=span)
+    seconds = take_turns({name: side.step for name, side in sides.items()}, rig.settings.rounds, clock=span)
     if rig.groups.mesh.rank:
         return
     pairs, apart, free = (statistics.median(seconds[name]) for name in ("pairs", "apart", "free"))
@@ -225,12 +239,12 @@ def compare(rig: Rig, what: str, sides: dict[str, Side], exchanged_s: float, rat
 
 
 def with_sleeping_layers(rig: Rig) -> None:
-    one = registry.build("1f1b", 1, rig["micro_batches"], pairs=True)
+    one = registry.build("1f1b", 1, rig.settings.micro_batches, pairs=True)
     alone = rig.side(registry.build("1f1b", 1, 1), build_dispatch(NUM_EXPERTS, rig.groups), 0, {})
     pair_sides = rig.sides(one, 0, {})
     step_sides = {}
-    for name in rig.settings["schedules"].split(","):
-        schedule = registry.build(name, PP, rig["micro_batches"], pairs=True)
+    for name in rig.settings.schedules.split(","):
+        schedule = registry.build(name, PP, rig.settings.micro_batches, pairs=True)
         links = connect(schedule.placement, rig.groups.mesh, rig.groups.device)
         step_sides[name] = rig.sides(schedule, rig.groups.mesh.pp_rank, links)
     if rig.groups.mesh.rank == 0:
@@ -238,7 +252,7 @@ def with_sleeping_layers(rig: Rig) -> None:
             f"{'':12s}{'ratio':>6s}{'a2a ms':>9s}{'paired':>8s}{'apart s':>9s}{'pairs':>8s}{'free':>8s}   {'gain':22s}"
             f"{'hidden: apart, pairs, by pairs':>24s}"
         )
-    for ratio in map(float, rig.settings["ratios"].split(",")):
+    for ratio in map(float, rig.settings.ratios.split(",")):
         compare(rig, "pair", pair_sides, exchange_s(rig, alone), ratio)
         for name, sides in step_sides.items():
             compare(rig, name, sides, exchange_s(rig, alone), ratio)
@@ -250,14 +264,14 @@ def with_sleeping_layers(rig: Rig) -> None:
         print("hidden: 1 - (step - free) / all-to-alls alone. by pairs: (apart - pairs) / all-to-alls alone")
 
 
-def tiny(settings: Mapping[str, str], dispatch: str) -> list[str]:
+def tiny(settings: Settings, dispatch: str) -> list[str]:
     """The settings of `python -m train` that the real model runs with."""
     return [
         *(f"parallel.pp={PP}", f"parallel.dp={EP}", f"parallel.ep={EP}", f"parallel.nodes={PP * EP}"),
         f"parallel.dispatch={dispatch}",
         *("pipeline.schedule=dualpipev", "train.micro_batch_size=1", "train.global_batch_size=16"),
         *("run.device=cpu", "run.num_threads=1", "track.wandb=disabled", "zero.engine=native", "checkpoint.interval=0"),
-        *(f"data.source={SOURCE}", f"data.dir={settings['folder']}/tokens", f"run.dir={settings['folder']}/run"),
+        *(f"data.source={SOURCE}", f"data.dir={settings.folder}/tokens", f"run.dir={settings.folder}/run"),
         "data.valid_fraction=0.2",
     ]
 
@@ -270,7 +284,7 @@ def train_step(job: Job, pairs: bool) -> None:
     job.optimizer.step(plan.lr)
 
 
-def with_the_tiny_model(settings: dict[str, str]) -> None:
+def with_the_tiny_model(settings: Settings) -> None:
     held, sides, sent = [], {}, {}
     for dispatch in ("two_hop", "flat"):
         config = compose(tiny(settings, dispatch))
@@ -280,7 +294,7 @@ def with_the_tiny_model(settings: dict[str, str]) -> None:
         sent[dispatch] = total(job.dispatch.take_internode_bytes())
         for pairs in (True, False):
             sides[f"{dispatch} pairs={str(pairs).lower()}"] = partial(train_step, job, pairs)
-    seconds = take_turns(sides, int(settings["rounds"]), clock=span)
+    seconds = take_turns(sides, settings.rounds, clock=span)
     if held[0].mesh.rank == 0:
         columns = f"{'ms':>8s}{'best':>8s}  {'against flat pairs=false':26s}{'pairs on against off':26s}"
         print(f"{'':22s}{columns}{'MB to nodes':>12s}")
@@ -295,20 +309,20 @@ def with_the_tiny_model(settings: dict[str, str]) -> None:
         process.stop(groups)
 
 
-def on_a_rank(part: str, settings: dict[str, str]) -> None:
+def on_a_rank(part: str, settings: Settings) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     if part == "model_rank":
         with_the_tiny_model(settings)
         return
-    groups = process.start(ParallelConfig(pp=PP, dp=EP, ep=EP, nodes=PP * EP, dispatch=settings["dispatch"]))
+    groups = process.start(ParallelConfig(pp=PP, dp=EP, ep=EP, nodes=PP * EP, dispatch=settings.dispatch))
     with_sleeping_layers(Rig(groups, settings))
     process.stop(groups)
 
 
-def over_the_network(command: list[str], settings: dict[str, str]) -> bool:
+def over_the_network(command: list[str], settings: Settings) -> bool:
     """Run a command on one rank per node and print what rank 0 prints; whether it went well."""
-    with Lab(PP * EP, settings["rate"]) as lab:
+    with Lab(PP * EP, settings.rate) as lab:
         result = lab.run(command, timeout_s=3600)
     print(result.outputs[0].rstrip() if result.ok else "\n".join(result.outputs), flush=True)
     return result.ok
@@ -322,15 +336,16 @@ def over_loopback(command: list[str]) -> bool:
         return not ended.code
 
 
-def compare_on_the_tiny_model(settings: dict[str, str]) -> bool:
+def compare_on_the_tiny_model(settings: Settings) -> bool:
     with tempfile.TemporaryDirectory() as folder:
-        prepare(compose(tiny(settings | {"folder": folder}, "flat")).data, say=lambda line: None)
-        given = [f"{key}={value}" for key, value in (settings | {"folder": folder}).items()]
+        settings = replace(settings, folder=folder)
+        prepare(compose(tiny(settings, "flat")).data, say=lambda line: None)
+        given = as_words(settings)
         command = [sys.executable, "-m", "benchmarks.overlap", "model_rank", *given]
         if reason := able():
             print(f"no emulated network: {reason}")
         else:
-            print(f"tiny model, 4 nodes of one rank, links of {settings['rate']}", flush=True)
+            print(f"tiny model, 4 nodes of one rank, links of {settings.rate}", flush=True)
             if not over_the_network(command, settings):
                 return False
         print("tiny model, loopback", flush=True)
@@ -338,7 +353,7 @@ def compare_on_the_tiny_model(settings: dict[str, str]) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    part, settings = read_settings(arguments, DEFAULTS)
+    part, settings = read_settings(Settings, arguments, "benchmarks.overlap")
     if part not in ("", "model"):
         on_a_rank(part, settings)
         return 0
@@ -346,14 +361,14 @@ def main(arguments: list[str]) -> int:
     if reason and not part:
         raise SystemExit(f"this machine cannot emulate a cluster: {reason}")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # names of hosts do not resolve in a namespace; never mind
-    print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
-    given = [f"{key}={value}" for key, value in settings.items()]
+    given = as_words(settings)
+    print("settings: " + " ".join(given), flush=True)
     with Neighbours() as neighbours:
         if part == "model":
             went_well = compare_on_the_tiny_model(settings)
         else:
             went_well = over_the_network([sys.executable, "-m", "benchmarks.overlap", "sleeping", *given], settings)
-    print(f"({neighbours}; {settings['rounds']} rounds in turns)", flush=True)
+    print(f"({neighbours}; {settings.rounds} rounds in turns)", flush=True)
     return 0 if went_well else 1
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from benchmarks._sides import Neighbours, cpu, median_ms, speedup, take_turns
@@ -31,12 +30,13 @@ from train.model.config import ModelConfig
 from train.model.init import init_weights
 from train.model.loss import LossTerms
 from train.model.parts import Parts
-from train.model.recompute import NODES, Recompute, RecomputeConfig
+from train.model.recompute import Recompute
+from train.model.recompute_config import NODES, RecomputeConfig
 from train.model.transformer import Transformer
 from train.precision.build import everywhere
 from train.precision.grads import attach_main_grads
 from train.precision.torch_engine import TorchEngine
-from train.settings import CONFIGS
+from train.settings import CONFIGS, group
 from train.stage import Stage, WeightGradients
 
 DEFAULTS = {"model": "small", "seq_len": "256", "dtype": "fp32", "rounds": "7"}
@@ -113,7 +113,7 @@ def main(arguments: list[str]) -> None:
     settings = read(arguments)
     torch.set_num_threads(1)
     dtype, seq_len = DTYPES[settings["dtype"]], int(settings["seq_len"])
-    config = ModelConfig(**yaml.safe_load((CONFIGS / "model" / f"{settings['model']}.yaml").read_text()))
+    config = group(ModelConfig, "model", settings["model"])
     print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()))
     kept = {name: layer_bytes(config, choice, dtype, seq_len) for name, choice in CHOICES.items()}
     sides = {name: whole_model(config, choice, dtype, seq_len) for name, choice in CHOICES.items()}

@@ -19,12 +19,12 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from benchmarks._ranks import read_settings
+from benchmarks._ranks import as_words, read_settings
 from benchmarks._sides import Neighbours, cpu, median_ms, take_turns
 from parallel.expert.dispatch import LocalDispatch
 from parallel.pipeline import registry
@@ -49,17 +49,32 @@ from train.precision.torch_engine import TorchEngine
 from train.split import split
 from train.stage import Stage, WeightGradients
 
-DEFAULTS = {
-    "rounds": "21",
-    "model": "tiny",
-    "seq_len": "256",
-    "micro_batch_size": "2",
-    "micro_batches": "8",
-    "stages": "4",
-    "few_tokens": "8",
-    "profile": "",
-}
 Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the benchmark.
+
+    Attributes:
+        rounds: how often each side runs, in turns.
+        model: a file of configs/model.
+        seq_len: tokens of a sequence.
+        micro_batch_size: sequences of a micro-batch.
+        micro_batches: of a step.
+        stages: of the side with several.
+        few_tokens: tokens of a sequence where the runtime itself is what takes time.
+        profile: a side that is profiled instead.
+    """
+
+    rounds: int = 21
+    model: str = "tiny"
+    seq_len: int = 256
+    micro_batch_size: int = 2
+    micro_batches: int = 8
+    stages: int = 4
+    few_tokens: int = 8
+    profile: str | None = None
 
 
 def build_model(config: RunConfig, sink: Sink, parts: Parts) -> Transformer:
@@ -157,30 +172,30 @@ def sides_of(config: RunConfig, schedules: dict[str, Schedule]) -> dict[str, Ste
 
 
 def main(arguments: list[str]) -> None:
-    _, settings = read_settings(arguments, DEFAULTS)
+    _, settings = read_settings(Settings, arguments, "benchmarks.runtime")
     torch.set_num_threads(1)
-    print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
-    config = compose([f"model={settings['model']}", f"train.seq_len={settings['seq_len']}"])
-    few = replace(config, train=replace(config.train, seq_len=int(settings["few_tokens"]), micro_batch_size=1))
-    config = replace(config, train=replace(config.train, micro_batch_size=int(settings["micro_batch_size"])))
-    num, num_stages = int(settings["micro_batches"]), int(settings["stages"])
+    print("settings: " + " ".join(as_words(settings)), flush=True)
+    config = compose([f"model={settings.model}", f"train.seq_len={settings.seq_len}"])
+    few = replace(config, train=replace(config.train, seq_len=settings.few_tokens, micro_batch_size=1))
+    config = replace(config, train=replace(config.train, micro_batch_size=settings.micro_batch_size))
+    num, num_stages = settings.micro_batches, settings.stages
     schedules = {
         "ours": registry.build("1f1b", 1, num),
         "ours, pairs": registry.build("1f1b", 1, num, pairs=True),
         f"ours, {num_stages} stages": interleaved_1f1b(loop(1, num_stages), num),
     }
     num_actions = {name: len(order.ranks[0]) for name, order in schedules.items()}
-    if settings["profile"]:
-        profile(sides_of(few, schedules)[settings["profile"]])
+    if settings.profile:
+        profile(sides_of(few, schedules)[settings.profile])
         return
     step_s = 0.0
     for size in (config, few):
         with Neighbours() as neighbours:
-            seconds = take_turns(sides_of(size, schedules), int(settings["rounds"]), clock=cpu)
+            seconds = take_turns(sides_of(size, schedules), settings.rounds, clock=cpu)
         step_s = step_s or statistics.median(seconds["plain"])
         print(f"{num} micro-batches of {size.train.micro_batch_size} x {size.train.seq_len} tokens")
         report(seconds, num_actions, step_s)
-        print(f"({neighbours}; {settings['rounds']} rounds in turns, cpu clock)")
+        print(f"({neighbours}; {settings.rounds} rounds in turns, cpu clock)")
 
 
 def profile(step: Step) -> None:

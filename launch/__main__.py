@@ -1,64 +1,143 @@
-"""`python -m launch VERB key=value ...`: everything that happens before or beside a run."""
+"""`python -m launch VERB key=value ...`, installed as `halocline VERB key=value ...`: a run and all that it needs.
+
+A verb's module is imported when the verb is called, so that help and mistakes cost no torch.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
-from launch.export import export
-from launch.generate import generate_command
-from launch.imports import import_model
-from launch.local import local
-from launch.prepare import prepare_run
-from launch.recipe import draw
-from launch.report import report
-from launch.timeline import timeline
-from train.compose import compose
+from launch.settings import (
+    ExportSettings,
+    GenerateSettings,
+    ImportSettings,
+    ReportSettings,
+    ScheduleSettings,
+    TimelineSettings,
+)
+from launch.sweep.config import SweepConfig
+from train.cli import usage
+from train.config import RunConfig
+from train.settings import hint
 
-
-def _prepare(settings: Sequence[str]) -> int:
-    prepare_run(compose(settings), histogram=True)
-    return 0
-
-
-def _schedule(settings: Sequence[str]) -> int:
-    out = next((setting.split("=", 1)[1] for setting in settings if setting.startswith("out=")), "schedule.png")
-    config = compose([setting for setting in settings if not setting.startswith("out=")])
-    print(draw(config.recipe(), Path(out)))
-    print(f"\npicture: {out}")
-    return 0
+# A run's settings among those of a verb.
+RUN = (RunConfig, "")
 
 
-VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "local": (local, "train on this machine's processes; with --multirun sweep over a grid: a=1,2 b=3"),
-    "prepare": (
-        _prepare,
-        "turn text, JSON lines, Parquet or a data set into token shards: data.source=PATH data.dir=PATH",
+@dataclass(frozen=True)
+class Verb:
+    """What follows `python -m launch`.
+
+    Attributes:
+        place: "module:function" that is called with the words behind the verb, and returns the exit code.
+        summary: what it does, in a line.
+        settings: dataclasses of the keys that it takes, with what stands before each key.
+    """
+
+    place: str
+    summary: str
+    settings: tuple[tuple[type, str], ...]
+
+    @property
+    def takes_a_run(self) -> bool:
+        """Whether it takes a run's settings, and Hydra's own words."""
+        return RUN in self.settings
+
+    def __call__(self, words: Sequence[str]) -> int:
+        module, name = self.place.split(":")
+        function: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), name)
+        return function(words)
+
+
+VERBS = {
+    "local": Verb(
+        "launch.local:local",
+        "train on this machine's processes; with --multirun sweep over a grid: a=1,2 b=3",
+        ((SweepConfig, "sweep."), RUN),
     ),
-    "generate": (generate_command, "go on with a text: checkpoint=FOLDER prompt=TEXT speculative=true"),
-    "export": (export, "write a checkpoint in Hugging Face's layout: checkpoint=PATH to=PATH dtype=bf16|fp32|fp8"),
-    "import": (import_model, "turn a model in Hugging Face's layout into a checkpoint: from=PATH to=PATH"),
-    "report": (report, "runs as one HTML page: run=DIR [run=DIR ...] out=FILE"),
-    "schedule": (_schedule, "print and draw the recipe over tokens: experiment=NAME out=FILE"),
-    "timeline": (timeline, "simulate and draw a pipeline: pipeline.schedule=NAME parallel.pp=N out=FILE"),
+    "train": Verb("train.__main__:main", "train, as one rank of the run: what torchrun starts on every device", (RUN,)),
+    "config": Verb("train.compose:show", "print the whole tree of settings as YAML, checked and resolved", (RUN,)),
+    "prepare": Verb(
+        "launch.prepare:prepare",
+        "turn text, JSON lines, Parquet or a data set into token shards: data.source=PATH data.dir=PATH",
+        (RUN,),
+    ),
+    "generate": Verb(
+        "launch.generate:generate_command",
+        "go on with a text: checkpoint=FOLDER prompt=TEXT speculative=true",
+        ((GenerateSettings, ""),),
+    ),
+    "export": Verb(
+        "launch.export:export",
+        "write a checkpoint in Hugging Face's layout: checkpoint=PATH to=PATH dtype=bf16|fp32|fp8",
+        ((ExportSettings, ""),),
+    ),
+    "import": Verb(
+        "launch.imports:import_model",
+        "turn a model in Hugging Face's layout into a checkpoint: from=PATH to=PATH",
+        ((ImportSettings, ""),),
+    ),
+    "report": Verb(
+        "launch.report:report", "runs as one HTML page: run=DIR [run=DIR ...] out=FILE", ((ReportSettings, ""),)
+    ),
+    "schedule": Verb(
+        "launch.recipe:schedule",
+        "print and draw the recipe over tokens: experiment=NAME out=FILE",
+        ((ScheduleSettings, ""), RUN),
+    ),
+    "timeline": Verb(
+        "launch.timeline:timeline",
+        "simulate and draw a pipeline: pipeline.schedule=NAME parallel.pp=N out=FILE",
+        ((TimelineSettings, ""),),
+    ),
 }
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str], program: str = "python -m launch") -> int:
     """Runs one verb; a user's mistake is one sentence on standard error and exit code 2."""
-    if not arguments or arguments[0] not in VERBS:
-        known = "\n".join(f"  {verb:10} {text}" for verb, (_, text) in VERBS.items())
-        print(f"usage: python -m launch VERB key=value ...\n{known}", file=sys.stderr)
+    if not arguments or arguments[0] in usage.HELP:
+        print(verbs_help(program), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    name, *words = arguments
+    if name not in VERBS:
+        print(f"{name} is no verb{hint(name, VERBS)}", file=sys.stderr)
         return 2
+    if any(word in usage.HELP for word in words):
+        print(verb_help(program, name))
+        return 0
     try:
-        return VERBS[arguments[0]][0](arguments[1:])
+        return VERBS[name](words)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def verbs_help(program: str) -> str:
+    """The verbs, a line each."""
+    verbs = [f"  {name:<10}{verb.summary}" for name, verb in VERBS.items()]
+    return "\n".join([f"usage: {program} VERB key=value ...", "", *verbs, "", f"{program} VERB --help: what it takes"])
+
+
+def verb_help(program: str, name: str) -> str:
+    """One verb: what it does, and every key that it takes."""
+    verb = VERBS[name]
+    lines = [f"{name}: {verb.summary}", ""]
+    lines.append(usage.run_help(f"{program} {name}") if verb.takes_a_run else f"usage: {program} {name} key=value ...")
+    for kind, prefix in verb.settings:
+        if kind is not RunConfig:
+            lines += usage.keys_help(kind, prefix)
+    return "\n".join(lines)
+
+
+def command() -> int:
+    """The installed `halocline`."""
+    return main(sys.argv[1:], "halocline")
 
 
 if __name__ == "__main__":

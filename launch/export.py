@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from launch.settings import read_settings
+from launch.settings import ExportSettings
 from train.checkpoint import step_folders
 from train.checkpoint.reader import RangeReader
 from train.checkpoint.saver import read_state
@@ -35,19 +35,11 @@ from train.hf.tensor_files import INDEX, Spec, all_finite, read_specs, write_ind
 from train.model.config import ModelConfig
 from train.precision.published import to_published
 from train.run_folder import find_checkpoint
-from train.settings import section
+from train.settings import read, section
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
-# Which state of a checkpoint is exported.
-WEIGHTS = {"model": "master.", "ema": "ema."}
-DEFAULTS = {
-    "checkpoint": None,
-    "to": None,
-    "dtype": "bf16",
-    "weights": "model",
-    "max_shard_bytes": "5000000000",
-    "tokenizer": "auto",
-}
+# Which state of a checkpoint each word of `weights` means.
+STATES = {"model": "master.", "ema": "ema."}
 
 
 @dataclass(frozen=True)
@@ -69,33 +61,29 @@ class Item:
 
 def export(settings: Sequence[str]) -> int:
     """Export the checkpoint that `key=value` settings name, and say what was written. ValueError for bad settings."""
-    given = read_settings("export", settings, DEFAULTS)
-    for key, known in (("dtype", DTYPES), ("weights", WEIGHTS)):
-        if given[key] not in known:
-            raise ValueError(f"{key}={given[key]} is not one of {', '.join(known)}")
-    max_shard_bytes = _positive(given, "max_shard_bytes")
-    source, target = find_checkpoint(Path(given["checkpoint"])), Path(given["to"])
+    given = read(ExportSettings, settings, "export")
+    source, target = find_checkpoint(given.checkpoint), given.to
     state = read_state(source)
     tree = yaml.safe_load(state.config)
     model = section(ModelConfig, tree["model"], "model")
     hf_config.layout_of(model)  # refused before anything is written
-    tokenizer = _tokenizer(given["tokenizer"], source, tree, state, model)
+    tokenizer = _tokenizer(given.tokenizer, source, tree, state, model)
     with new_folder(target) as partial:
         manifest = step_folders.read_manifest(source)
         with Progress("comparing checksums", _total_bytes(manifest), _say) as progress:
             for name, entry in manifest.items():
                 check_contents(source, manifest, [name])
                 progress.add(entry.num_bytes)
-        files = write_model(source, partial, model, given["dtype"], WEIGHTS[given["weights"]], max_shard_bytes)
+        files = write_model(source, partial, model, given.dtype, STATES[given.weights], given.max_shard_bytes)
         eod = hf_tokenizer.write(tokenizer, partial, model.max_position_embeddings) if tokenizer else None
         (partial / hf_config.GENERATION_CONFIG).write_text(hf_config.generation_config_json(eod))
         # The file that makes it a model comes last.
-        text = hf_config.config_json(model, given["dtype"], eod)
+        text = hf_config.config_json(model, given.dtype, eod)
         write_durably(partial / hf_config.CONFIG, text.encode(), CRC32)
     num_bytes = sum(spec.num_bytes for specs in files.values() for spec in specs)
     print(
-        f"{target}: {num_bytes / 1e9:.3f} GB in {len(files)} files, {given['dtype']}, from {source} "
-        f"(step {state.step}, {'moving average' if given['weights'] == 'ema' else 'masters'}), "
+        f"{target}: {num_bytes / 1e9:.3f} GB in {len(files)} files, {given.dtype}, from {source} "
+        f"(step {state.step}, {'moving average' if given.weights == 'ema' else 'masters'}), "
         f"{'with' if tokenizer else 'without'} tokenizer"
     )
     return 0
@@ -154,7 +142,7 @@ def _source_name(disk: DiskTensor, kind: str) -> str:
 
 def _check_source(reader: RangeReader, items: Sequence[Item], source: Path, kind: str) -> None:
     known = {name: saved.numel for name, saved in reader.tensors.items()}
-    if kind == WEIGHTS["ema"] and not any(name.startswith(kind) for name in known):
+    if kind == STATES["ema"] and not any(name.startswith(kind) for name in known):
         raise ValueError(f"weights=ema: {source} holds no moving average, as optimizer.ema_decay was 0")
     ends: dict[str, int] = {}
     for item in items:
@@ -213,16 +201,6 @@ def _tokenizer(
         check_same_tokens(data, state.fingerprints["data"])
     hf_tokenizer.check(found, model.vocab_size)
     return found
-
-
-def _positive(given: Mapping[str, str], key: str) -> int:
-    try:
-        value = int(float(given[key]))
-    except (ValueError, OverflowError):
-        value = 0
-    if value < 1:
-        raise ValueError(f"{key}={given[key]} must be a positive number")
-    return value
 
 
 def _total_bytes(manifest: Mapping[str, FileRecord]) -> int:

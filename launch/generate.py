@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from launch.settings import read_settings
+from launch.settings import GenerateSettings
 from train import compose
-from train.assemble import DTYPES, load_model
+from train.assemble import load_model
 from train.checkpoint.reader import RangeReader
 from train.checkpoint.saver import CONFIG_FILE, read_state
 from train.checkpoint.state import TrainState
@@ -40,60 +39,22 @@ from train.generate import (
 from train.model.transformer import Transformer
 from train.precision.config import PrecisionConfig
 from train.run_folder import find_checkpoint
-from train.settings import group
+from train.settings import group, read
 
-KEYS = (
-    *("prompt", "prompt_file", "max_new_tokens", "speculative", "temperature", "top_p", "seed"),
-    *("weights", "precision", "device", "tokenizer"),
-)
-DEFAULTS = {"checkpoint": None, **dict.fromkeys(KEYS, "")}
-WEIGHTS = {"model": "master", "ema": "ema"}
+# Which state of a checkpoint each word of `weights` means.
+STATES = {"model": "master", "ema": "ema"}
 NUM_NEW_TOKENS = 128
 WARMUP_TOKENS = 3
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the settings ask for. Their rules are checked here; those that need the checkpoint, later."""
-
-    checkpoint: Path
-    prompt: str
-    max_new_tokens: int | None
-    speculative: bool
-    temperature: float
-    top_p: float
-    seed: int
-    weights: str
-    precision: str | None
-    device: torch.device
-    tokenizer: Path | None
-
-    @staticmethod
-    def read(settings: Sequence[str]) -> Request:
-        """ValueError for an unknown key, a missing one or a value that cannot be."""
-        given = read_settings("generate", settings, DEFAULTS)
-        return Request(
-            checkpoint=Path(given["checkpoint"]),
-            prompt=_prompt(given),
-            max_new_tokens=_whole(given, "max_new_tokens", 1) if "max_new_tokens" in given else None,
-            speculative=_one_of(given, "speculative", ("false", "true")) == "true",
-            temperature=_number(given, "temperature", 0.0),
-            top_p=_share(given),
-            seed=_whole(given, "seed", 0) if "seed" in given else 0,
-            weights=WEIGHTS[_one_of(given, "weights", tuple(WEIGHTS))],
-            precision=_one_of(given, "precision", tuple(DTYPES)) if "precision" in given else None,
-            device=_device(_one_of(given, "device", ("auto", "cpu", "cuda"))),
-            tokenizer=Path(given["tokenizer"]) if "tokenizer" in given else None,
-        )
-
-
 def generate_command(settings: Sequence[str]) -> int:
     """Says the text and the figures. ValueError, before anything is loaded, for what cannot be done."""
-    request = Request.read(settings)
+    request = read(GenerateSettings, settings, "generate")
+    text, device = _prompt(request), _device(request.device)
     folder = find_checkpoint(request.checkpoint)
     state, config = read_state(folder), compose.load(folder / CONFIG_FILE)
     tokenizer = find_tokenizer(config, state, request.tokenizer)
-    prompt, max_new_tokens = _fit(request, config, tokenizer)
+    prompt, max_new_tokens = _fit(text, request.max_new_tokens, config, tokenizer)
     if request.speculative and not config.model.num_nextn_predict_layers:
         raise ValueError("speculative=true needs prediction depths, and model.num_nextn_predict_layers=0 in the run")
     if request.weights == "ema":
@@ -101,9 +62,8 @@ def generate_command(settings: Sequence[str]) -> int:
     precision = config.precision
     if request.precision not in (None, precision.name):
         precision = group(PrecisionConfig, "precision", request.precision)
-    model = load_model(folder, config.model, precision, request.device, request.weights)
-    said = {name: word for word, name in WEIGHTS.items()}[request.weights]
-    print(f"{folder}: {said} weights in {precision.name} on {request.device}\n\n{request.prompt}", end="", flush=True)
+    model = load_model(folder, config.model, precision, device, STATES[request.weights])
+    print(f"{folder}: {request.weights} weights in {precision.name} on {device}\n\n{text}", end="", flush=True)
 
     def run(speculative: bool, record: Transcript, limit: int = max_new_tokens) -> Iterator[Choice]:
         chooser = Chooser(request.temperature, request.top_p, request.seed)
@@ -137,7 +97,9 @@ def find_tokenizer(config: RunConfig, state: TrainState, given: Path | None) -> 
     return tokenizer
 
 
-def figures(request: Request, model: Transformer, tokenizer: Tokenizer, first: Transcript, second: Transcript) -> str:
+def figures(
+    request: GenerateSettings, model: Transformer, tokenizer: Tokenizer, first: Transcript, second: Transcript
+) -> str:
     """What the generation took; `second` is plain decoding beside a speculative `first`."""
     lines = [f"prompt       {_count(first.num_prompt_tokens, 'token')} in {first.prefill_s:.3f} s"]
     plain = second if request.speculative else first
@@ -210,20 +172,20 @@ def _stream(shown: Iterator[Choice], unseen: Iterator[Choice], tokenizer: Tokeni
     print(text.end(), end="", flush=True)
 
 
-def _fit(request: Request, config: RunConfig, tokenizer: Tokenizer) -> tuple[list[int], int]:
+def _fit(text: str, asked: int | None, config: RunConfig, tokenizer: Tokenizer) -> tuple[list[int], int]:
     """The prompt's tokens and how many may follow. ValueError when the model has too few positions."""
-    prompt, most = tokenizer.encode([request.prompt])[0].tolist(), config.model.max_position_embeddings
+    prompt, most = tokenizer.encode([text])[0].tolist(), config.model.max_position_embeddings
     if len(prompt) >= most:
         raise ValueError(
             f"the prompt has {len(prompt)} tokens and leaves no position for another: "
             f"model.max_position_embeddings={most}"
         )
-    if request.max_new_tokens is not None and len(prompt) + request.max_new_tokens > most:
+    if asked is not None and len(prompt) + asked > most:
         raise ValueError(
-            f"max_new_tokens={request.max_new_tokens} behind a prompt of {len(prompt)} tokens is above "
+            f"max_new_tokens={asked} behind a prompt of {len(prompt)} tokens is above "
             f"model.max_position_embeddings={most}"
         )
-    return prompt, request.max_new_tokens or min(NUM_NEW_TOKENS, most - len(prompt))
+    return prompt, asked or min(NUM_NEW_TOKENS, most - len(prompt))
 
 
 def _check_average(folder: Path) -> None:
@@ -233,56 +195,19 @@ def _check_average(folder: Path) -> None:
         raise ValueError(f"weights=ema: {folder} holds no moving average, as optimizer.ema_decay was 0 in the run")
 
 
-def _prompt(given: dict[str, str]) -> str:
-    if ("prompt" in given) == ("prompt_file" in given):
-        raise ValueError("generate needs prompt=TEXT or prompt_file=PATH, one of the two")
-    if "prompt" in given:
-        return given["prompt"]
+def _prompt(request: GenerateSettings) -> str:
+    """The text to go on with. ValueError for a file that cannot be read, or is empty."""
+    if request.prompt_file is None:
+        assert request.prompt is not None
+        return request.prompt
     try:
-        text = Path(given["prompt_file"]).read_bytes().decode()
+        text = request.prompt_file.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ValueError(f"prompt_file={given['prompt_file']} cannot be read: {reason}") from None
+        raise ValueError(f"prompt_file={request.prompt_file} cannot be read: {reason}") from None
     if not text:
-        raise ValueError(f"prompt_file={given['prompt_file']} is empty: a prompt has at least one token")
+        raise ValueError(f"prompt_file={request.prompt_file} is empty: a prompt has at least one token")
     return text
-
-
-def _one_of(given: dict[str, str], key: str, words: tuple[str, ...]) -> str:
-    """The first word is the default."""
-    word = given.get(key, words[0])
-    if word not in words:
-        raise ValueError(f"{key}={word} is not one of {', '.join(words)}")
-    return word
-
-
-def _whole(given: dict[str, str], key: str, least: int) -> int:
-    try:
-        number = int(given[key])
-    except ValueError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"{key}={given[key]} must be a whole number of at least {least}")
-    return number
-
-
-def _number(given: dict[str, str], key: str, default: float) -> float:
-    try:
-        number = float(given.get(key, default))
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < float("inf"):
-        raise ValueError(f"{key}={given[key]} must be a number of at least 0")
-    return number
-
-
-def _share(given: dict[str, str]) -> float:
-    share = _number(given, "top_p", 1.0)
-    if not 0 < share <= 1:
-        raise ValueError(f"top_p={given['top_p']} must be above 0 and at most 1")
-    if "top_p" in given and _number(given, "temperature", 0.0) == 0:
-        raise ValueError(f"top_p={given['top_p']} needs a temperature above 0: at 0 the best token is taken")
-    return share
 
 
 def _device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from launch.settings import read_settings
+from launch.settings import ImportSettings
 from train.checkpoint import step_folders
 from train.checkpoint.saver import CONFIG_FILE, STATE_FILE
 from train.checkpoint.state import TrainState, capture_rng, fingerprint
@@ -32,9 +32,9 @@ from train.hf.tensor_files import Spec, TensorFolder, all_finite, some
 from train.model.config import ModelConfig
 from train.precision.published import from_published
 from train.recipe.ema import MASTER
+from train.settings import read
 
 MODEL_FILE = "model.yaml"
-DEFAULTS = {"from": None, "to": None}
 
 
 def import_model(settings: Sequence[str]) -> int:
@@ -42,8 +42,8 @@ def import_model(settings: Sequence[str]) -> int:
 
     ValueError for bad settings, and for a folder whose tensors are not those of the model in its `config.json`.
     """
-    given = read_settings("import", settings, DEFAULTS)
-    source, target = Path(given["from"]), Path(given["to"])
+    given = read(ImportSettings, settings, "import")
+    source, target = given.from_, given.to
     model = hf_config.read_config(source)
     with TensorFolder(source) as folder, new_folder(target) as partial:
         tensors, copies = disk_tensors(model), disk_tensors(model, copies=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from launch.prepare import check_epochs_of, prepare_command, prepare_run
 from launch.ranks import POLITE, POLL_S, Ended, Ranks, forked, program, stop_signals
-from launch.sweep.run import sweep
 from launch.warm import may_fork, warm_up
 from train import compose, run_folder
 from train.config import RunConfig
@@ -23,13 +22,19 @@ def local(settings: Sequence[str]) -> int:
     With `--multirun` among the settings it sweeps instead.
     """
     if "--multirun" in settings:
+        from launch.sweep.run import sweep  # its pictures cost a second, which a single job need not wait for
+
         return sweep([setting for setting in settings if setting != "--multirun"], Machine())
     if ours := [setting for setting in settings if setting.startswith("sweep.")]:
         raise ValueError(f"{ours[0]} is a setting of a sweep: add --multirun")
-    ended = run(compose.compose(settings))
-    if ended.reason:
-        print(ended.reason, file=sys.stderr)
-    return ended.code
+
+    def start(config: RunConfig) -> int:
+        ended = run(config)
+        if ended.reason:
+            print(ended.reason, file=sys.stderr)
+        return ended.code
+
+    return compose.started(settings, start)
 
 
 def run(config: RunConfig) -> Ended:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from train import compose
 from train.config import RunConfig
 from train.data.config import DataConfig
 from train.data.meta import Meta
 from train.data.prepare.all_sources import prepare_sources
 from train.data.read.trouble import BAD, REASONS
 from train.data.rows.blend import check_epochs, exposure_table, open_stream
+
+
+def prepare(settings: Sequence[str]) -> int:
+    """`python -m launch prepare`: prepare what the run of these settings reads, and say what it will see."""
+
+    def start(config: RunConfig) -> int:
+        prepare_run(config, histogram=True)
+        return 0
+
+    return compose.started(settings, start)
 
 
 def prepare_run(config: RunConfig, histogram: bool = False) -> None:

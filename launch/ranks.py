@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
-from launch.warm import ForkedRank, follow_into_death
+from launch.warm import ForkedRank, follow_into_death, own_path
 from parallel.watch import blamed
 
 # A worker saves after the step it is in; past this it is killed, and the launcher says so.
@@ -33,7 +33,7 @@ POLITE = {
     # Threads that spin at a barrier starve the other ranks of the same cores.
     "OMP_WAIT_POLICY": "passive",
 }
-# With these codes the ranks end together, and their last words are a sentence for people (see train/__main__.py).
+# With these codes the ranks end together, and their last words are a sentence for people (see train/rank.py).
 EXPLAINED = (2, 3, 4)
 # With these a rank ends because of another one, for which it waited too long or which broke off: it says which.
 HUNG, LOST = 5, 6
@@ -202,7 +202,7 @@ def _shared_environment(num_ranks: int, port: int, num_neighbours: int) -> dict[
         "MASTER_PORT": str(port),
     }
     num_threads = max(1, (os.cpu_count() or 1) // (num_ranks * (1 + num_neighbours)))
-    return {"OMP_NUM_THREADS": str(num_threads), **POLITE, **os.environ, **shared}
+    return {"OMP_NUM_THREADS": str(num_threads), **POLITE, **os.environ, **own_path(), **shared}
 
 
 def _newly_failed(ranks: list[_Rank], known: list[int]) -> list[int]:

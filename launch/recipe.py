@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from launch.settings import ScheduleSettings
+from train import compose
+from train.config import RunConfig
 from train.recipe.recipe import Recipe, StepPlan
+from train.settings import read
 from train.view.curves import COLORS, FAINT, headline, paper, save, short_rate, short_tokens
 
 NUM_POINTS = 1000
+
+
+def schedule(settings: Sequence[str]) -> int:
+    """`python -m launch schedule`: print and draw the recipe of the run that these settings describe."""
+    own = [setting for setting in settings if setting.startswith("out=")]
+    out = read(ScheduleSettings, own, "schedule").out
+
+    def start(config: RunConfig) -> int:
+        print(draw(config.recipe(), out))
+        print(f"\npicture: {out}")
+        return 0
+
+    return compose.started([setting for setting in settings if setting not in own], start)
 
 
 def table(schedule: Recipe) -> str:
@@ -46,8 +63,8 @@ def draw(schedule: Recipe, out: Path) -> str:
         ("MTP loss weight", lambda plan: plan.mtp_loss_weight, lambda value, _: f"{value:g}"),
     )
     figure, all_axes = paper((1.7, 1.0, 0.8, 0.8))
-    for axes, (title, read, shown), color in zip(all_axes, panels, COLORS, strict=False):
-        values = [read(plan) for plan in plans]
+    for axes, (title, curve, shown), color in zip(all_axes, panels, COLORS, strict=False):
+        values = [curve(plan) for plan in plans]
         values.append(values[-1])
         axes.plot(tokens, values, color=color, linewidth=1.8, drawstyle="steps-post", solid_joinstyle="miter")
         axes.fill_between(tokens, values, color=color, alpha=0.1, linewidth=0, step="post")

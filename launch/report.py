@@ -7,10 +7,12 @@ from pathlib import Path
 
 import yaml
 
+from launch.settings import ReportSettings
 from train import compose
 from train.checkpoint.saver import CONFIG_FILE, read_state
 from train.data.rows.blend import open_stream, prepared_fingerprint
 from train.run_folder import find_checkpoint
+from train.settings import read
 from train.view.report.page import write_report
 from train.view.report.runs import find_runs, read_run
 
@@ -21,20 +23,10 @@ def report(settings: Sequence[str]) -> int:
     One run's page goes to its own folder, a sweep's to the sweep's, that of several to `report.html` here, unless
     `out` says where. ValueError for another setting, or a folder without a run.
     """
-    folders: list[Path] = []
-    out: Path | None = None
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key == "run" and value:
-            folders.append(Path(value))
-        elif key == "out" and value:
-            out = Path(value)
-        else:
-            raise ValueError(f"{setting} is not known here: python -m launch report run=DIR [run=DIR ...] [out=FILE]")
-    if not folders:
-        raise ValueError("which run? python -m launch report run=DIR [run=DIR ...] [out=FILE]")
+    given = read(ReportSettings, settings, "report")
+    folders = given.run
     runs = [read_run(path) for folder in dict.fromkeys(folders) for path in find_runs(folder)]
-    out = out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
+    out = given.out or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
     entropies = {unigram_entropy_nats(run.folder) for run in runs}
     write_report(runs, out, entropies.pop() if len(entropies) == 1 else None)
     print(f"report of {len(runs)} run{'s' if len(runs) > 1 else ''}: {out}")

@@ -1,30 +1,243 @@
-"""`key=value` words of verbs that take a few keys of their own instead of a run's config."""
+"""The verbs' own settings: a frozen dataclass each, which `train.settings.read` fills from `key=value` words.
+
+Needs no torch: `--help` of a verb reads this file and not the verb.
+"""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping, Sequence
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from train.precision.config import PRECISIONS
+
+EXPORT_DTYPES = ("bf16", "fp32", "fp8")
+WEIGHTS = ("model", "ema")
+DEVICES = ("auto", "cpu", "cuda")
+TIMELINE_SUFFIXES = (".svg", ".png", ".json")
+SHOWS = ("simulated", "recorded", "both")
 
 
-def read_settings(verb: str, words: Sequence[str], defaults: Mapping[str, str | None]) -> dict[str, str]:
-    """Key to text. A default of None marks a key that must be given, "" one that the result lacks where it is not.
+@dataclass(frozen=True)
+class ExportSettings:
+    """`export`: what is written as a model in Hugging Face's layout, and where.
 
-    Raises ValueError for a word that is no `key=value`, an unknown key, one given twice, or a missing one.
+    Attributes:
+        checkpoint: a step folder, or a run's folder (or its folder of step folders), of which the latest is taken; an
+            imported checkpoint too.
+        to: folder to make; refused if it exists.
+        dtype: `bf16` (rounded once from the masters), `fp32` (the masters) or `fp8` (as the published V3). In fp8 every
+            projection of attention, MLPs and experts is E4M3 in blocks of 128 x 128 beside float32 `weight_scale_inv`;
+            embedding, head, norms, router and `eh_proj` are bf16.
+        weights: `model`, or `ema` for the moving average.
+        max_shard_bytes: largest file; a tensor that is larger by itself is alone.
+        tokenizer: `auto` (the checkpoint's own, or that of the run's prepared tokens, unless they were prepared anew
+            since), a `tokenizer.json`, or `none`.
     """
-    given: dict[str, str] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise ValueError(f"{word} cannot be read as key=value")
-        if key not in defaults:
-            near = difflib.get_close_matches(key, defaults, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f": it takes {', '.join(defaults)}"
-            raise ValueError(f"{key} is not a key of {verb}{hint}")
-        if not value:
-            raise ValueError(f"{key} is empty: it needs a value, {key}=...")
-        if key in given:
-            raise ValueError(f"{key} is given twice")
-        given[key] = value
-    if missing := [key for key, default in defaults.items() if default is None and key not in given]:
-        raise ValueError(f"{missing[0]}=... is missing: {verb} needs {', '.join(missing)}")
-    return {key: default for key, default in defaults.items() if default} | given
+
+    checkpoint: Path
+    to: Path
+    dtype: str = "bf16"
+    weights: str = "model"
+    max_shard_bytes: int = 5_000_000_000
+    tokenizer: str = "auto"
+
+    def check(self) -> None:
+        """ValueError for an unknown word, or a size of no byte."""
+        _one_of("dtype", self.dtype, EXPORT_DTYPES)
+        _one_of("weights", self.weights, WEIGHTS)
+        if self.max_shard_bytes < 1:
+            raise ValueError(f"max_shard_bytes={self.max_shard_bytes} must be a positive number")
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """`import`: which model in Hugging Face's layout becomes a checkpoint, and where.
+
+    Attributes:
+        from_: folder with `config.json` and safetensors, sharded or a single file: float32, bfloat16, float16, float64
+            or published FP8 blocks.
+        to: folder of the checkpoint to make; refused if it exists.
+    """
+
+    from_: Path
+    to: Path
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """`generate`: which model goes on with which text, and how.
+
+    Attributes:
+        checkpoint: a run's folder (its newest complete checkpoint), a folder of checkpoints, or one step folder.
+        prompt: the text to go on with; or `prompt_file`. The model sees its tokens and no other.
+        prompt_file: a file of the text to go on with, in UTF-8.
+        max_new_tokens: most tokens to generate; None: 128, or what `model.max_position_embeddings` leaves.
+        speculative: drafts by the prediction depths, and plain decoding beside it, unseen, for text and speed.
+        temperature: 0 takes the best token, else tokens are drawn.
+        top_p: of the distribution, the fewest tokens that hold this much of it; needs a temperature above 0.
+        seed: of what is drawn.
+        weights: `model`, or `ema` for the moving average of a run with `optimizer.ema_decay`.
+        precision: `fp64`, `fp32`, `bf16` or `fp8`; None: the run's.
+        device: `auto` (CUDA where there is a device), `cpu`, `cuda`; not yet run on a GPU.
+        tokenizer: a `tokenizer.json`, where the folder of `data.dir` is elsewhere or was prepared anew; None: the one
+            beside the run's tokens.
+    """
+
+    checkpoint: Path
+    prompt: str | None = None
+    prompt_file: Path | None = None
+    max_new_tokens: int | None = None
+    speculative: bool = False
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    weights: str = "model"
+    precision: str | None = None
+    device: str = "auto"
+    tokenizer: Path | None = None
+
+    def check(self) -> None:
+        """ValueError for what cannot be, whatever the checkpoint."""
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise ValueError("generate needs prompt=TEXT or prompt_file=PATH, one of the two")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be a whole number of at least 1")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature:g} must be a number of at least 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p:g} must be above 0 and at most 1")
+        if self.top_p < 1 and self.temperature == 0:
+            raise ValueError(f"top_p={self.top_p:g} needs a temperature above 0: at 0 the best token is taken")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be a whole number of at least 0")
+        _one_of("weights", self.weights, WEIGHTS)
+        _one_of("device", self.device, DEVICES)
+        if self.precision is not None:
+            _one_of("precision", self.precision, PRECISIONS)
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """`report`: which runs are drawn over each other, and where.
+
+    Attributes:
+        run: folder of a run, or of a sweep, which means all its jobs; may be given several times.
+        out: the page to write; None: `report.html` in the folder of the one run or sweep, of several here.
+    """
+
+    run: list[Path]
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class ScheduleSettings:
+    """`schedule`: where the picture of a run's recipe goes. All other words are settings of the run.
+
+    Attributes:
+        out: the picture to write, a PNG.
+    """
+
+    out: Path = Path("schedule.png")
+
+
+@dataclass(frozen=True)
+class TimelinePipelineSettings:
+    """`pipeline`: the schedule that a timeline simulates.
+
+    Attributes:
+        schedule: name of the schedule; None: that of the recorded step.
+        num_micro_batches: micro-batches of one pipeline, over all its directions.
+        pairs: forward and backward of different micro-batches run together; None: as the schedule is published.
+        stages_per_rank: for `interleaved_1f1b`; None: 2.
+    """
+
+    schedule: str | None = None
+    num_micro_batches: int | None = None
+    pairs: bool | None = None
+    stages_per_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class TimelineParallelSettings:
+    """`parallel`: the ranks that a timeline simulates.
+
+    Attributes:
+        pp: ranks of the pipeline.
+    """
+
+    pp: int | None = None
+
+
+@dataclass(frozen=True)
+class TimelineCostSettings:
+    """`cost`: durations of the simulated chunks, in any one unit; of 1 / parallel.pp of the model.
+
+    Where none is given, a recorded step's own costs are taken.
+
+    Attributes:
+        f: of a forward; None: 1.
+        b: of the part of a backward that makes input gradients; None: 1.
+        w: of the part of a backward that makes weight gradients; None: 1.
+        pair: of a forward and a whole backward that run together; None: f + b + w, which gains nothing.
+        latency: from the end of a chunk until another rank has its result; None: 0.
+        early: the results of a whole backward or a pair leave this long before its end; None: 0.
+    """
+
+    f: float | None = None
+    b: float | None = None
+    w: float | None = None
+    pair: float | None = None
+    latency: float | None = None
+    early: float | None = None
+
+
+@dataclass(frozen=True)
+class TimelineSettings:
+    """`timeline`: which step of a pipeline is drawn, simulated or recorded, and where.
+
+    Attributes:
+        events: trace of a real step, as a run with `profile.steps` writes it to `traces/` in its folder.
+        column: which pipeline of the recorded step, from 0.
+        show: `simulated`, `recorded` or `both`; None: both.
+        out: the picture (`.svg`, `.png`), or a trace for ui.perfetto.dev (`.json`); None: `timeline.svg`, or none with
+            `json=true`.
+        json: print the numbers as JSON.
+    """
+
+    pipeline: TimelinePipelineSettings = field(default_factory=TimelinePipelineSettings)
+    parallel: TimelineParallelSettings = field(default_factory=TimelineParallelSettings)
+    cost: TimelineCostSettings = field(default_factory=TimelineCostSettings)
+    events: Path | None = None
+    column: int | None = None
+    show: str | None = None
+    out: Path | None = None
+    json: bool = False
+
+    @property
+    def has_shape(self) -> bool:
+        """Whether anything of the schedule is given."""
+        return self.pipeline != TimelinePipelineSettings() or self.parallel != TimelineParallelSettings()
+
+    def check(self) -> None:
+        """ValueError for a schedule that is not whole, and for what belongs to a recorded step where there is none."""
+        needed = {
+            "pipeline.schedule": self.pipeline.schedule,
+            "parallel.pp": self.parallel.pp,
+            "pipeline.num_micro_batches": self.pipeline.num_micro_batches,
+        }
+        if self.events is None or self.has_shape:
+            for key, value in needed.items():
+                if value is None:
+                    raise ValueError(f"timeline needs {key}=...")
+        for key in ("column", "show"):
+            if getattr(self, key) is not None and self.events is None:
+                raise ValueError(f"{key}={getattr(self, key)} belongs to events=FILE")
+        _one_of("show", self.show or "both", SHOWS)
+        if self.out is not None and self.out.suffix not in TIMELINE_SUFFIXES:
+            raise ValueError(f"out={self.out} must end in {', '.join(TIMELINE_SUFFIXES)}")
+
+
+def _one_of(key: str, value: str, words: tuple[str, ...]) -> None:
+    if value not in words:
+        raise ValueError(f"{key}={value} is not one of {', '.join(words)}")

@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launch.settings import read_settings
+from launch.settings import TimelineSettings
 from parallel.pipeline.actions import Action, Pair
 from parallel.pipeline.events import Event, Timeline, read_trace, write_trace
 from parallel.pipeline.measure import check_recorded, exposed_s, idle_s, measured_costs
@@ -28,15 +29,9 @@ from parallel.pipeline.registry import build
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import Costs, Simulation, simulate
 from parallel.pipeline.verify import verify
+from train.settings import read
 from train.view.rows import Bar, Mark, RowChart, Swatch, draw_rows, shades
 
-NEEDED = ("pipeline.schedule", "parallel.pp", "pipeline.num_micro_batches")
-COSTS = ("f", "b", "w", "pair", "latency", "early")
-SHAPES = (*NEEDED, "pipeline.pairs", "pipeline.stages_per_rank")
-OPTIONS = ("events", "column", "show", "out", "json")
-SHOWS = ("simulated", "recorded", "both")
-KEYS = (*SHAPES, *OPTIONS, *(f"cost.{name}" for name in COSTS))
-SUFFIXES = (".svg", ".png", ".json")
 EXPOSED = "#c22f2f"
 # What each kind is called, and its colours from a rank's first stage (or direction) to its last.
 KINDS = {
@@ -52,22 +47,22 @@ def timeline(settings: Sequence[str]) -> int:
 
     ValueError for bad settings.
     """
-    given = _read(settings)
+    given = read(TimelineSettings, settings, "timeline")
     recorded = _recorded(given)
     step = recorded[1] if recorded else ()
-    schedule = _schedule(given) if recorded is None or any(key in given for key in SHAPES) else recorded[0]
-    costs = Costs(**{name: _number(given, f"cost.{name}") for name in COSTS if f"cost.{name}" in given})
-    as_json = _switch(given, "json", False)
-    out = _out(given, as_json is True)
+    schedule = _schedule(given) if recorded is None or given.has_shape else recorded[0]
+    prices = {name: cost for name, cost in asdict(given.cost).items() if cost is not None}
+    costs = Costs(**prices)
+    out = given.out or (None if given.json else Path("timeline.svg"))
     verify(schedule)
     if step:
         check_recorded(schedule, step)
-        if not any(key.startswith("cost.") for key in given):
+        if not prices:
             costs = measured_costs(schedule, step)
     result = simulate(schedule, costs)
     if out is not None:
-        draw(result, out, step, given.get("show", "both"))
-    if as_json:
+        draw(result, out, step, given.show or "both")
+    if given.json:
         print(json.dumps(numbers(result, step)))
     else:
         print(table(result, step))
@@ -225,70 +220,20 @@ def _short(value: float) -> str:
     return f"{round(value, 9):.4g}"
 
 
-def _read(settings: Sequence[str]) -> dict[str, str]:
-    given = read_settings("timeline", settings, dict.fromkeys(KEYS, ""))
-    if "events" not in given or any(key in given for key in SHAPES):
-        for key in NEEDED:
-            if key not in given:
-                raise ValueError(f"timeline needs {key}=...")
-    for key in ("column", "show"):
-        if key in given and "events" not in given:
-            raise ValueError(f"{key}={given[key]} belongs to events=FILE")
-    if given.get("show", "both") not in SHOWS:
-        raise ValueError(f"show={given['show']} is not one of {', '.join(SHOWS)}")
-    return given
+def _schedule(given: TimelineSettings) -> Schedule:
+    asked, pp = given.pipeline, given.parallel.pp
+    assert asked.schedule is not None and pp is not None and asked.num_micro_batches is not None
+    return build(asked.schedule, pp, asked.num_micro_batches, asked.pairs, asked.stages_per_rank)
 
 
-def _schedule(given: dict[str, str]) -> Schedule:
-    return build(
-        given["pipeline.schedule"],
-        _whole(given, "parallel.pp"),
-        _whole(given, "pipeline.num_micro_batches"),
-        pairs=_switch(given, "pipeline.pairs", None),
-        stages_per_rank=_whole(given, "pipeline.stages_per_rank") if "pipeline.stages_per_rank" in given else None,
-    )
-
-
-def _recorded(given: dict[str, str]) -> tuple[Schedule, Sequence[Event]] | None:
+def _recorded(given: TimelineSettings) -> tuple[Schedule, Sequence[Event]] | None:
     """The pipeline of a recorded step that `column` names."""
-    if "events" not in given:
+    if given.events is None:
         return None
-    file = read_trace(Path(given["events"]))
-    column = _whole(given, "column") if "column" in given else 0
+    file, column = read_trace(given.events), given.column or 0
     pipelines = list(file.pipelines.values())
     if not 0 <= column < len(pipelines):
-        raise ValueError(f"column={column}: {given['events']} has the columns 0 to {len(pipelines) - 1}")
+        raise ValueError(f"column={column}: {given.events} has the columns 0 to {len(pipelines) - 1}")
     if not pipelines[column]:
-        raise ValueError(f"column={column} of {given['events']} is empty")
+        raise ValueError(f"column={column} of {given.events} is empty")
     return file.schedule, pipelines[column]
-
-
-def _whole(given: dict[str, str], key: str) -> int:
-    try:
-        return int(given[key])
-    except ValueError:
-        raise ValueError(f"{key}={given[key]} must be a whole number") from None
-
-
-def _number(given: dict[str, str], key: str) -> float:
-    try:
-        return float(given[key])
-    except ValueError:
-        raise ValueError(f"{key}={given[key]} must be a number") from None
-
-
-def _switch(given: dict[str, str], key: str, default: bool | None) -> bool | None:
-    words = {"true": True, "false": False}
-    text = given.get(key, "").lower()
-    if text and text not in words:
-        raise ValueError(f"{key}={given[key]} must be true or false")
-    return words.get(text, default)
-
-
-def _out(given: dict[str, str], as_json: bool) -> Path | None:
-    if "out" not in given:
-        return None if as_json else Path("timeline.svg")
-    out = Path(given["out"])
-    if out.suffix not in SUFFIXES:
-        raise ValueError(f"out={out} must end in {', '.join(SUFFIXES)}")
-    return out

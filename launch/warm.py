@@ -21,8 +21,16 @@ from pathlib import Path
 
 # What every rank imports sooner or later. DeepSpeed may be absent: what cannot be imported is passed over here, and
 # explained by the rank that needs it.
-MODULES = ("launch.warm_parent", "train.__main__", "train.assemble", "train.recipe.adamw", "torch._dynamo", "deepspeed")
+MODULES = ("launch.warm_parent", "train.rank", "train.assemble", "train.recipe.adamw", "torch._dynamo", "deepspeed")
+# Where the packages of this program lie.
+PROGRAM = Path(__file__).resolve().parent.parent
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+
+
+def own_path() -> dict[str, str]:
+    """Variables under which a Python imports this program, whatever files lie in the working folder."""
+    before = os.environ.get("PYTHONPATH")
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([str(PROGRAM), *([before] if before else [])])}
 
 
 def may_fork(device: str) -> bool:
@@ -37,7 +45,8 @@ def warm_up(environment: Mapping[str, str]) -> None:
         memory allocator and its thread pools read them when they are loaded.
     """
     multiprocessing.get_context("forkserver").set_forkserver_preload(list(MODULES))
-    with _defaults({**environment, "DS_ACCELERATOR": "cpu"}):
+    defaults = {"DS_ACCELERATOR": "cpu", **environment}
+    with _variables({**{name: value for name, value in defaults.items() if name not in os.environ}, **own_path()}):
         multiprocessing.forkserver.ensure_running()
 
 
@@ -107,12 +116,15 @@ def _rank(module: str, arguments: list[str], environment: dict[str, str], log: s
 
 
 @contextmanager
-def _defaults(environment: Mapping[str, str]) -> Iterator[None]:
-    """Inside, this process's environment has these variables too, where it does not have them already."""
-    added = {name: value for name, value in environment.items() if name not in os.environ}
-    os.environ.update(added)
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Inside, this process's environment has these values."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        for name in added:
-            del os.environ[name]
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -19,13 +19,30 @@ KINDS = ("dense", "expert", "ep", "node", "rail")
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The `parallel` group of the config: sizes of the axes, number of nodes, way of the tokens to their experts."""
+    """`parallel`: how many ranks there are, and how tokens come to their experts.
+
+    The number of processes is `parallel.pp` x `parallel.dp`.
+
+    Attributes:
+        pp: ranks of a pipeline.
+        dp: data-parallel ranks per stage; unless it is set WORLD_SIZE / `parallel.pp` under torchrun, else
+            `parallel.ep`.
+        ep: ranks that share one set of experts; divides `parallel.dp`; 1 in a dense model.
+        nodes: machines, of which the ranks are consecutive; unless it is set those of torchrun, else 1.
+        dispatch: tokens to experts: `local` (`parallel.ep=1` only), `flat` (one all-to-all), `two_hop` (once per node,
+            then inside it). `auto` becomes `local` with `parallel.ep=1`, `flat` on one machine, `two_hop` on several.
+    """
 
     pp: int = 1
     dp: int = 1
     ep: int = 1
     nodes: int = 1
-    dispatch: str = "flat"
+    dispatch: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dispatch == "auto":
+            taken = "local" if self.ep == 1 else "flat" if self.nodes == 1 else "two_hop"
+            object.__setattr__(self, "dispatch", taken)
 
     @property
     def world_size(self) -> int:

@@ -107,7 +107,7 @@ class Forked:
 
     def __init__(self, settings: Sequence[str], run_dir: Path, num_ranks: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train.__main__", "torch._dynamo", "deepspeed"])
+        context.set_forkserver_preload(["train.rank", "torch._dynamo", "deepspeed"])
         arguments = [*settings, f"run.dir={run_dir}"]
         log = run_dir.with_suffix(".log")
         self._port = HeldPort()

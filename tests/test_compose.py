@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,41 +15,30 @@ from omegaconf import OmegaConf
 
 from train import compose
 from train.config import RunConfig
-from train.model.config import ModelConfig
+from train.flops import parameter_counts
 from train.model.transformer import Transformer
 from train.precision.build import everywhere
 from train.precision.torch_engine import TorchEngine
-from train.settings import CONFIGS
+from train.settings import CONFIGS, defaults, settings_of
 
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.glob("*/*.yaml"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_every_file_composes_and_reads_back(file: Path, tmp_path: Path) -> None:
-    # Some cannot stand alone: double needs the engine that can hold it, 64-way experts a model that has them, and a
-    # model without router biases a recipe that moves none.
-    needs = {"precision/fp64": ["zero.engine=native"], "parallel/v3_h800_2048": ["experiment=v3_h800_2048"]}
-    needs |= {f"model/{name}": [f"optim={name}"] for name in ("deepseek_v2", "deepseek_v2_lite", "deepseek_moe_16b")}
+    # One cannot stand alone: 64-way experts need a model that has them.
+    needs = {"parallel/v3_h800_2048": ["experiment=v3_h800_2048"]}
     config = compose.compose([f"{file.parent}={file.name}", *needs.get(str(file), [])])
     (tmp_path / "config.yaml").write_text(compose.text(config))
     assert compose.load(tmp_path / "config.yaml") == config
 
 
-def keys_of_class(kind: Any, prefix: str = "") -> Iterator[str]:
-    for field in dataclasses.fields(kind):
-        default = field.default if field.default is not dataclasses.MISSING else None
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        nested = ModelConfig if field.name == "model" and not prefix else default
-        if dataclasses.is_dataclass(nested):
-            yield from keys_of_class(nested, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}"
+DICTIONARIES = {each.key for each in settings_of(RunConfig) if each.type.startswith("dict")}
 
 
 def keys_of_tree(tree: Any, prefix: str = "") -> Iterator[str]:
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and f"{prefix}{key}" not in DICTIONARIES:
             yield from keys_of_tree(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}"
@@ -57,7 +48,66 @@ def keys_of_tree(tree: Any, prefix: str = "") -> Iterator[str]:
 def test_the_tree_holds_every_key_of_the_dataclasses_and_no_other(settings: list[str]) -> None:
     tree = OmegaConf.to_container(compose.raw(settings), resolve=True)
     assert isinstance(tree, dict)
-    assert set(keys_of_tree(tree)) == set(keys_of_class(RunConfig))
+    assert set(keys_of_tree(tree)) == {each.key for each in settings_of(RunConfig) if "[]" not in each.key}
+
+
+def test_defaults_are_those_of_the_dataclasses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m train` without a word takes what each dataclass says; only a model's sizes come from its file."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    composed = compose.compose([])
+    for name, kind in typing.get_type_hints(RunConfig).items():
+        if name != "model":
+            assert getattr(composed, name) == kind(), name
+    sizes, own = dataclasses.asdict(composed.model), defaults(RunConfig)["model"]
+    given = {key for key, value in sizes.items() if own[key] != value}
+    assert given < set(OmegaConf.load(CONFIGS / "model" / "tiny.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_a_group_sets_the_section_of_its_name(file: Path) -> None:
+    """Experiments alone set several; what a file says of its model's size is right."""
+    text = (CONFIGS / file).with_suffix(".yaml").read_text()
+    assert text.startswith("# @package _global_\n") == (str(file.parent) == "experiment")
+    assert text.startswith("# "), "no comment says what it is"
+    if str(file.parent) != "experiment":
+        assert str(file.parent) in own_sections()
+        return
+    sections = set(OmegaConf.load((CONFIGS / file).with_suffix(".yaml"))) - {"defaults"}
+    assert sections <= own_sections()
+
+
+def own_sections() -> set[str]:
+    return {field.name for field in dataclasses.fields(RunConfig)}
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_a_file_says_nothing_that_is_so_without_it(file: Path) -> None:
+    """No value of a file repeats its dataclass's default, but for the names of what the file is, and where the default
+    is a part of what is published."""
+    if str(file.parent) in ("experiment", "model"):
+        return
+    own = defaults(RunConfig)[str(file.parent)]
+    tree = OmegaConf.to_container(OmegaConf.load((CONFIGS / file).with_suffix(".yaml")))
+    assert isinstance(tree, dict)
+    repeated = {key for key, value in tree.items() if key in own and own[key] == value}
+    assert repeated <= {"name", "pp", "ep", "source", "document_mask"}
+
+
+SIZE = re.compile(r"([\d.]+) ([MB]) (parameters|activated)")
+SIZES = [(file, *found) for file in FILES for found in SIZE.findall((CONFIGS / file).with_suffix(".yaml").read_text())]
+
+
+def test_sizes_are_stated_where_models_are() -> None:
+    assert {file.name for file, *_ in SIZES} == {file.name for file in FILES if str(file.parent) == "model"}
+
+
+@pytest.mark.parametrize(("file", "stated", "unit", "what"), SIZES, ids=lambda value: str(value))
+def test_a_stated_size_is_right(file: Path, stated: str, unit: str, what: str) -> None:
+    """To the digits that are stated, which a report may round or cut. DeepSeekMoE's activated count the embedding."""
+    counts = parameter_counts(compose.compose([f"model={file.name}"]).model)
+    activated = counts.activated + counts.embedding * (file.name == "deepseek_moe_16b")
+    count = (counts.total if what == "parameters" else activated) / {"M": 1e6, "B": 1e9}[unit]
+    assert abs(count - float(stated)) < 10.0 ** -len(stated.partition(".")[2])
 
 
 MISTAKES = [
@@ -67,7 +117,32 @@ MISTAKES = [
     ("modle=tiny", "modle", "model"),
     ("+train.extra=1", "train.extra", ""),
     ("train.seq_len.deeper=1", "train.seq_len.deeper", ""),
+    ("model.hidden_sise=64", "model.hidden_sise", "did you mean model.hidden_size?"),
+    ("hidden_size=64", "hidden_size", "did you mean model.hidden_size?"),
+    ("hiden_size=64", "hiden_size", "did you mean model.hidden_size?"),
+    ("train.batch_ramp.strat=4", "train.batch_ramp.strat", "did you mean train.batch_ramp.start?"),
+    ("train={seq_lne: 3}", "train.seq_lne", "did you mean train.seq_len?"),
+    ("data.blend=[{nam: a, weight: 1}]", "data.blend[0].nam", "did you mean data.blend[].name?"),
+    ("lr_scheduler.phases=[{kind: constant, shar: 1}]", "lr_scheduler.phases[0].shar", "lr_scheduler.phases[].share?"),
+    ("lr_scheduler.phases.0.knd=linear", "lr_scheduler.phases.0.knd", "did you mean lr_scheduler.phases[].kind?"),
+    ("mtp.loss_weight_changes=[{from: 3, loss_weight: 1}]", "mtp.loss_weight_changes[0].from", "from_tokens?"),
+    ("seed=3", "seed is not", "data.seed or train.seed?"),
+    ("run.zzz=1", "run.zzz", "run.hang_timeout_s"),
+    ("zzz.y=1", "zzz.y", "its sections are model, run, parallel"),
+    # Hydra's own spellings
+    ("+train.seqlen=64", "train.seqlen", "did you mean train.seq_len?"),
+    ("++train.seqlen=64", "train.seqlen", "did you mean train.seq_len?"),
+    ("~train.seqlen", "train.seqlen", "did you mean train.seq_len?"),
+    ("+train.seq_len=64", "+train.seq_len=64", "set without a +: train.seq_len=64"),
+    ("~train.seq_len", "~train.seq_len", "train.seq_len=VALUE"),
+    ("+experiment=first_run", "+experiment=first_run", "without a +: experiment=first_run"),
+    ("++model=small", "++model=small", "without a +: model=small"),
+    ("train.seed=1,2", "train.seed=1,2 has several values", "--multirun"),
     # groups
+    ("optim=v3", "optim is no group any more", "lr_scheduler=NAME"),
+    ("checkpoint=default", "checkpoint is a section", "checkpoint.interval"),
+    ("track=default", "track is a section", "track.wandb"),
+    ("experiment=null", "experiment=null", "first_run"),
     ("model=huge", "model=huge", "tiny"),
     ("precision=fp4", "precision=fp4", "fp64, fp8"),
     ("precision.power_of_two_scales=true", "precision.power_of_two_scales=true", "precision=fp8"),
@@ -103,7 +178,7 @@ MISTAKES = [
     ("train.seq_len=8192", "train.seq_len=8192", "model.max_position_embeddings=4096"),
     ("train.seq_len=1", "train.seq_len=1", "model.num_nextn_predict_layers=1"),
     ("data.vocab_size=5000", "data.vocab_size=5000", "model.vocab_size=2048"),
-    ("precision=fp64", "zero.engine=deepspeed", "precision=fp64"),
+    ("precision=fp64 zero.engine=deepspeed", "zero.engine=deepspeed", "precision=fp64"),
     ("data.valid_fraction=0", "data.valid_fraction=0", "evaluate"),
     ("train.micro_batch_size=3", "train.micro_batch_size=3", "multiple"),
     (
@@ -116,7 +191,7 @@ MISTAKES = [
     ("model.scoring_func=relu", "model.scoring_func=relu", "sigmoid, softmax"),
     ("model.topk_method=best", "model.topk_method=best", "group_limited_greedy"),
     ("model.topk_method=greedy", "model.topk_group=2", "model.n_group=4"),
-    ("model.topk_method=group_limited_greedy", "moe.bias_update_rate=0.001", "noaux_tc"),
+    ("model.topk_method=group_limited_greedy moe.bias_update_rate=0.001", "moe.bias_update_rate=0.001", "noaux_tc"),
     ("model.n_group=1 model.topk_group=1 moe.device_aux_coeff=0.05", "moe.device_aux_coeff=0.05", "model.n_group"),
     ("model.n_group=1 model.topk_group=1 moe.comm_aux_coeff=0.02", "moe.comm_aux_coeff=0.02", "model.n_group"),
     ("moe.comm_aux_coeff=-1", "moe.comm_aux_coeff=-1", "0 or more"),
@@ -133,7 +208,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("settings", "field", "rule"), MISTAKES, ids=[each[0] for each in MISTAKES])
 def test_a_mistake_is_one_sentence(settings: str, field: str, rule: str) -> None:
     with pytest.raises(ValueError) as caught:
-        compose.compose(settings.split(" "))
+        compose.compose(re.split(r" (?=[+~]*[\w.]+(?:=|$))", settings))
     said = str(caught.value)
     assert field in said and rule in said, said
     assert len(said.splitlines()) == 1 and len(said) < 400, said

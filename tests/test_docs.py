@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import types
-import typing
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
+from launch import pages
 from launch.__main__ import VERBS
 from launch.sweep.config import SweepConfig
+from train.cli import refusals
 from train.compose import compose
 from train.config import RunConfig
-from train.settings import CONFIGS
+from train.flops import parameter_counts
+from train.settings import CONFIGS, settings_of
 from train.track.metrics import UNITS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,47 +32,36 @@ def rows(page: str, num_columns: int) -> list[list[str]]:
     return [row for row in cells if len(row) == num_columns]
 
 
-def type_name(hint: Any) -> str:
-    """How the pages write a type."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if bool in options and str in options:  # a word, with true and false as other spellings of two of them
-        options = (str,)
-    names = ["null" if option is type(None) else (typing.get_origin(option) or option).__name__ for option in options]
-    return " or ".join("list" if name == "tuple" else name for name in names)
+KEYS = {
+    each.key: each for kind, prefix in ((RunConfig, ""), (SweepConfig, "sweep.")) for each in settings_of(kind, prefix)
+}
+# The verbs' tables come last on the page, and have some keys of a run too.
+TABLE = {row[0].strip("`"): row for row in reversed(rows("config.md", 4))}
 
 
-def keys(kind: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, type) of a tree of config dataclasses; fields of a list's items as `list[].field`."""
-    for name, hint in typing.get_type_hints(kind).items():
-        items = [item for item in typing.get_args(hint) if dataclasses.is_dataclass(item)]
-        if dataclasses.is_dataclass(hint):
-            yield from keys(hint, f"{prefix}{name}.")
-            continue
-        yield f"{prefix}{name}", type_name(hint)
-        for item in items:
-            yield from keys(item, f"{prefix}{name}[].")
-
-
-KEYS = dict(keys(RunConfig)) | dict(keys(SweepConfig, "sweep."))
-TABLE = {row[0].strip("`"): row for row in rows("config.md", 4)}
+VERB_KEYS = {
+    each.key for verb in VERBS.values() for kind, prefix in verb.settings for each in settings_of(kind, prefix)
+}
 
 
 def test_config_page_has_every_key_and_no_other() -> None:
     assert set(KEYS) - set(TABLE) == set(), "keys that docs/config.md lacks"
-    assert set(TABLE) - set(KEYS) == set(), "keys that do not exist"
+    assert set(TABLE) - set(KEYS) - VERB_KEYS == set(), "keys that do not exist"
 
 
 @pytest.mark.parametrize("key", sorted(KEYS))
 def test_config_page_knows_type_and_meaning(key: str) -> None:
     _, kind, _, meaning = TABLE[key]
-    assert kind == KEYS[key]
+    assert kind == KEYS[key].type
     assert meaning
 
 
 def test_config_page_shows_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     composed = dataclasses.asdict(compose([])) | {"sweep": dataclasses.asdict(SweepConfig())}
-    for key, (_, _, shown, _) in TABLE.items():
+    composed["parallel"]["dispatch"] = "auto"  # which no config keeps
+    for key in KEYS:
+        _, _, shown, _ = TABLE[key]
         if "[]." in key:
             assert not shown, f"{key}: an item of a list has no default of its own"
             continue
@@ -89,11 +77,36 @@ def test_config_page_shows_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None
         assert on_page == value, f"{key}: {on_page!r} on the page, {value!r} composed"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_tables_of_settings_are_what_the_dataclasses_say(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make docs` writes them."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert pages.filled(page.read_text()) == page.read_text()
+
+
+def test_every_table_of_settings_is_on_a_page() -> None:
+    marked = {
+        name.strip()
+        for page in PAGES
+        for _, names, _ in pages.MARKED.findall(page.read_text())
+        for name in names.split(",")
+    }
+    assert marked == set(pages.tables())
+
+
 def test_config_page_has_every_group_and_file() -> None:
     listed = {row[0].strip("`"): set(re.findall(r"`(\w+)`", row[1])) for row in rows("config.md", 2)}
-    for group in (path for path in CONFIGS.iterdir() if path.is_dir()):
-        files = {path.stem for path in group.glob("*.yaml")}
-        assert files <= listed[group.name], f"docs/config.md lacks files of {group.name}"
+    for group, files in refusals.groups().items():
+        assert set(files) <= listed[group], f"docs/config.md lacks files of {group}"
+
+
+def test_config_page_states_the_sizes_of_its_models() -> None:
+    row = next(row[1] for row in rows("config.md", 2) if row[0] == "`model`")
+    stated = re.findall(r"`(\w+)` \((?:default, )?([\d.]+) M", row)
+    assert len(stated) == 3
+    for name, millions in stated:
+        total = parameter_counts(compose([f"model={name}"]).model).total
+        assert float(millions) == round(total / 1e6, len(millions.partition(".")[2])), name
 
 
 def test_symbols_page_has_every_metric_with_its_unit() -> None:
@@ -149,6 +162,6 @@ def test_settings_shown_in_one_command_compose(page: Path) -> None:
     """Every training command in a page's `sh` blocks describes a run that the program accepts."""
     for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            if re.search(r"-m (train|launch local|launch schedule)\b", line) and "--multirun" not in line:
+            if re.search(r"-m (train|launch (local|schedule|config))\b", line) and "--multirun" not in line:
                 words = [word.strip("'\"") for word in line.split("#")[0].split() if re.match(r"['\"]?[a-z_.]+=", word)]
                 compose([word for word in words if not word.startswith("out=")])

@@ -39,7 +39,9 @@ LIGHT = {"train.split", "train.flops", "train.model.config", "train.precision.co
 # What a rank holds, and what puts it together: here the run meets the ranks.
 MEETING = {"train/assemble.py", "train/job.py", "train/resume.py"}
 # room of train -> the other rooms of train that its files may import. Files of `train/` itself may import all of them.
+# `train` among them: the room reads the whole config, as the files of train/ do.
 ROOMS_BELOW = {
+    "train/cli": ("train",),
     "train/precision": (),
     "train/model": ("train/model/attention", "train/precision"),
     "train/model/attention": ("train/model", "train/precision"),

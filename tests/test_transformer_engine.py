@@ -41,7 +41,7 @@ def test_the_rest_of_the_package_does_not_import_it() -> None:
     """Only a run that multiplies by it loads it, and nothing needs it to be there."""
     code = (
         "import sys; sys.modules['transformer_engine'] = None\n"
-        "import train.__main__, train.assemble, launch.__main__\n"
+        "import train.rank, train.assemble, launch.__main__\n"
         "from train.precision.build import choose_engine\n"
         "from train.precision.config import PrecisionConfig\n"
         "print(choose_engine(PrecisionConfig('fp8'), 'cpu'))"

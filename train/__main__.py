@@ -1,208 +1,45 @@
-"""`torchrun ... -m train key=value ...`, or `python -m train key=value ...` for one process: one rank of one run."""
+"""`torchrun ... -m train key=value ...`, or `python -m train key=value ...` for one process: one rank of one run.
+
+Settings are read before torch is imported, so that help and mistakes cost a moment.
+"""
 
 from __future__ import annotations
 
-import logging
-import math
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
-from types import FrameType
-from typing import NoReturn
+from collections.abc import Sequence
 
-import torch
-
-from train import compose, run_folder
-from train.assemble import PeerError, assemble, join
-from train.banner import banner
-from train.checkpoint.agreement import CheckpointError
+from train import compose
+from train.cli import usage
 from train.config import RunConfig
-from train.data.prepare.all_sources import prepare_sources
-from train.data.rows.blend import exposure_table
-from train.files import replace_durably
-from train.job import Job
-from train.loop import StopRequest, run
-from train.not_finite import NotFiniteError
-from train.precision.build import choose_engine
-from train.resume import resume
-from train.track import gauges
-from train.track.console import ConsoleSink
-from train.track.metrics_file import JsonlSink, LoadsSink, read_metrics
-from train.track.sinks import Tracker
-from train.track.wandb import WandbSink
-from train.view.sinks import PictureSink, ReportSink
 
-log = logging.getLogger("train")
-
-# A sentence explains these: the settings, the data or a checkpoint were refused before anything was changed; a loss or
-# gradient was not finite; a checkpoint could not be written; another rank was lost.
-EXIT_CODES = {ValueError: 2, NotFiniteError: 3, CheckpointError: 4, PeerError: 6}
-# The watchdog ended this rank, which waited too long for another one.
-HUNG = 5
+# The exit code of settings that were refused (`train.rank` has the others).
+REFUSED = 2
 # All ranks meet the same mistake in the settings, and torchrun ends the rest when the first one exits.
 LET_RANK_0_SPEAK_S = 10.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One rank from settings to the end of its run; returns the exit code.
-
-    0: the schedule is done, or a checkpoint was saved on SIGTERM. Others: `EXIT_CODES`. Anything unexpected is raised,
-    so that the launcher ends the other ranks.
-    """
+    """Help, the composed tree, or one rank's part of the run that the settings describe; returns the exit code."""
+    if any(word in usage.HELP for word in arguments):
+        print(usage.run_help("python -m train"))
+        return 0
     rank, speaks = int(os.environ.get("RANK", "0")), os.environ.get("LOCAL_RANK", "0") == "0"
+
+    def start(config: RunConfig) -> int:
+        from train.rank import run_rank
+
+        return run_rank(config, rank, speaks)
+
     try:
-        config = compose.load(Path(arguments[1])) if arguments[:1] == ["--config"] else compose.compose(arguments)
-    except ValueError as error:
+        return compose.started(arguments, start)
+    except ValueError as error:  # of the settings: those of the run itself are exit codes by now
         if speaks:
             print(error, file=sys.stderr)
         else:
             time.sleep(LET_RANK_0_SPEAK_S)
-        return EXIT_CODES[ValueError]
-    expected = tuple(EXIT_CODES)
-    try:
-        with run_folder.opened(Path(config.run.dir), rank, expected):
-            _rank(config)
-    except expected as error:
-        if speaks or isinstance(error, PeerError):  # of which every rank has its own to tell
-            print(error, file=sys.stderr)
-        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-    return 0
-
-
-def _rank(config: RunConfig) -> None:
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if config.run.num_threads is not None or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(config.run.num_threads or max(1, (os.cpu_count() or 1) // local_world_size))
-    if int(os.environ.get("RANK", "0")) == 0:
-        # The others wait for this rank when the process groups are made.
-        prepare_sources(config.data, log.info)
-    together: Exception | None = None
-    # Until all ranks have met, SIGTERM simply ends them: there is nothing to save.
-    with join(config, _end_hung) as groups, _stop_on_sigterm() as stop:
-        try:
-            _train(assemble(config, groups), stop)
-        except (NotFiniteError, CheckpointError) as error:
-            # All ranks raise it. They also leave together: one that left first would look dead to the others.
-            together = error
-    if together is not None:
-        raise together
-
-
-def _end_hung(sentence: str) -> NoReturn:
-    """End this process, from the watchdog's thread: the main one waits where nothing reaches it."""
-    log.error("%s", sentence)
-    print(sentence, file=sys.stderr, flush=True)
-    os._exit(HUNG)
-
-
-def _train(job: Job, stop: StopRequest) -> None:
-    resumed = resume(job)
-    if resumed is not None:
-        log.info("resumed from %s after step %d", resumed, job.step)
-    if job.step >= job.recipe.num_steps:
-        _say_where(job, f"this run is done after step {job.step}")
-        return
-    if job.is_main:
-        _introduce(job)
-    tracker = _track(job)
-    failed = True
-    try:
-        done = run(job, tracker, _peak_flops_per_s(job), stop)
-        failed = False
-    finally:
-        tracker.close(failed)
-    _say_where(job, f"done after step {job.step}" if done else f"stopped and saved after step {job.step}")
-
-
-def _introduce(job: Job) -> None:
-    """Says on the console and in the log what is about to run."""
-    config, device = job.config, job.device
-    where = device.type if device.type == "cpu" else f"{device} ({torch.cuda.get_device_name(device)})"
-    engines = choose_engine(config.precision, device) if config.precision.name == "fp8" else "torch"
-    exposures = job.train_rows.exposures(config.num_sequences)
-    text = banner(config, where, torch.get_num_threads(), engines, exposures, job.step)
-    log.info("what runs:\n%s", text)
-    log.info("what it reads:\n%s", exposure_table(job.train_rows, config.num_sequences))
-    print(text, flush=True)
-
-
-def _peak_flops_per_s(job: Job) -> float:
-    def sum_over_ranks(number: float) -> float:
-        return float(job.gather(torch.tensor([number], dtype=torch.float64, device=job.device)).sum())
-
-    # What is measured draws random numbers, and the run's own go on where the checkpoint left them.
-    with torch.random.fork_rng(devices=[]):
-        return gauges.peak_flops_per_s(
-            job.device, job.groups.mesh.world_size, lambda: sum_over_ranks(0.0), sum_over_ranks
-        )
-
-
-def _track(job: Job) -> Tracker:
-    """The sinks of rank 0; the run's id in wandb is known to all ranks, as it goes into checkpoints."""
-    if not job.is_main:
-        job.wandb_id = job.gather_objects(None)[0]
-        return Tracker()
-    config, folder, title = job.config, job.folder, job.config.run.name
-    replace_durably(folder / "config.yaml", compose.text(config).encode())
-    wandb = WandbSink(config.track, folder, asdict(config), job.step, job.wandb_id)
-    job.wandb_id = job.gather_objects(wandb.run_id)[0]
-    num_steps, recipe = job.recipe.num_steps, job.recipe
-    console = ConsoleSink(
-        config.track.log_interval,
-        num_steps,
-        recipe.tokens_before(num_steps),
-        recipe.tokens_before(job.step),
-    )
-    entropy = job.valid_rows.unigram_entropy_nats
-    picture = PictureSink(folder / "metrics.jsonl", folder / "loss.png", title, entropy)
-    steps, loads = JsonlSink(folder / "metrics.jsonl", job.step), LoadsSink(folder / "loads.jsonl", job.step)
-    return Tracker([steps, loads, console, wandb, picture, ReportSink(folder, entropy)])
-
-
-def _say_where(job: Job, what: str) -> None:
-    """Ends a run for people: how well it predicts, and where everything lies."""
-    checkpoint = job.checkpoints.latest()
-    if job.is_main:
-        print(
-            f"{what}{_verdict(job)}\n"
-            f"  report       {job.folder / 'report.html'}\n"
-            f"  loss curve   {job.folder / 'loss.png'}\n"
-            f"  metrics      {job.folder / 'metrics.jsonl'}\n"
-            f"  wandb        {job.folder / 'wandb'}\n"
-            f"  checkpoint   {checkpoint}",
-            flush=True,
-        )
-
-
-def _verdict(job: Job) -> str:
-    """The last validation loss beside what counting tokens alone would reach; empty before there is one."""
-    path = job.folder / "metrics.jsonl"
-    rows = read_metrics(path) if path.exists() else []
-    valid = next((row["valid/loss"] for row in reversed(rows) if "valid/loss" in row), math.nan)
-    entropy = job.valid_rows.unigram_entropy_nats
-    if math.isnan(valid) or entropy is None:
-        return ""
-    side = "below" if valid < entropy else "not below"
-    return f": validation loss {valid:.4f} nats per token, {side} the {entropy:.4f} of the same tokens' unigrams"
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[StopRequest]:
-    stop = StopRequest()
-
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        stop.asked = True
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return REFUSED
 
 
 if __name__ == "__main__":

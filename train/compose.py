@@ -2,66 +2,137 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import hydra
+import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from train import follows
+from train.cli import refusals
 from train.config import RunConfig
-from train.settings import CONFIGS, unlocked
+from train.settings import CONFIGS, defaults, unlocked
 
-T = TypeVar("T")
+# What configs/run.yaml lays its own choices over: every key with its default.
+ConfigStore.instance().store("settings", defaults(RunConfig))
+follows.register()
 
 
-def compose(overrides: Iterable[str]) -> RunConfig:
+@dataclass(frozen=True)
+class Asked:
+    """What the words behind a command ask of the composer.
+
+    Attributes:
+        settings: `key=value` words, in Hydra's grammar.
+        file: a resolved config that they change; None: the tree in `configs/`.
+        show: the composed tree is to be printed, as Hydra's `--cfg job` does.
+        resolve: and what follows from other keys filled in.
+    """
+
+    settings: list[str]
+    file: Path | None = None
+    show: bool = False
+    resolve: bool = False
+
+    @staticmethod
+    def of(words: Iterable[str]) -> Asked:
+        """ValueError for an option that is not known, or lacks its word."""
+        settings: list[str] = []
+        options: dict[str, str] = {}
+        rest = list(words)
+        while rest:
+            word = rest.pop(0)
+            name, equals, value = word.partition("=")
+            if not word.startswith("-"):
+                settings.append(word)
+            elif word == "--resolve":
+                options[word] = "true"
+            elif name in ("--config", "--cfg", "-c"):
+                if not equals and not rest:
+                    raise ValueError(f"{name} needs {'FILE' if name == '--config' else 'job'} behind it")
+                options["--cfg" if name == "-c" else name] = value if equals else rest.pop(0)
+            else:
+                raise ValueError(refusals.option(word, rest))
+        if options.get("--cfg", "job") != "job":
+            raise ValueError(f"--cfg {options['--cfg']}: only --cfg job can be shown, the run's own tree")
+        file = Path(options["--config"]) if "--config" in options else None
+        return Asked(settings, file, "--cfg" in options, "--resolve" in options)
+
+
+def started(words: Sequence[str], start: Callable[[RunConfig], int]) -> int:
+    """Start the run that the words describe, and return its exit code; with `--cfg job` print its tree instead."""
+    asked = Asked.of(words)
+    if not asked.show:
+        return start(compose(words))
+    try:
+        print(OmegaConf.to_yaml(raw(words), resolve=asked.resolve), end="")
+    except OmegaConfBaseException as error:  # of a value that follows from another one
+        raise ValueError(refusals.sentence(error)) from None
+    return 0
+
+
+def show(words: Sequence[str]) -> int:
+    """`python -m launch config`: print the checked and resolved tree, as a run's config.yaml has it."""
+
+    def start(config: RunConfig) -> int:
+        print(text(config), end="")
+        return 0
+
+    return started(words, start)
+
+
+def compose(words: Iterable[str]) -> RunConfig:
     """The run that `configs/run.yaml` and these `key=value` settings describe, types and every rule checked.
 
-    Writes nothing anywhere, so all ranks may call it at once.
+    `--config FILE` among the words takes a resolved config for the tree in `configs/`. Writes nothing anywhere, so all
+    ranks may call it at once.
 
     Raises ValueError, in one sentence, for an unknown key (with the nearest known one), a value of another type, an
     unknown file of a group, or a rule that does not hold.
     """
-    return checked(raw(overrides))
+    return checked(raw(words))
 
 
-def raw(overrides: Iterable[str]) -> DictConfig:
+def raw(words: Iterable[str]) -> DictConfig:
     """The composed tree before types and rules are checked; ValueError for settings that Hydra cannot place."""
-    settings = list(overrides)
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        try:
-            return hydra.compose("run", settings)
-        except HydraException as error:
-            raise ValueError(_sentence(error, settings)) from None
+    asked = Asked.of(words)
+    overrides = _parsed(asked.settings)
+    for override in overrides:
+        refusals.check(override, asked.file)
+    try:
+        if asked.file is not None:
+            return _changed(asked.file, overrides)
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return hydra.compose("run", asked.settings)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(refusals.sentence(error)) from None
 
 
 def checked(tree: DictConfig) -> RunConfig:
     """A RunConfig of this tree; ValueError for a missing or unknown key, a wrong type or a broken rule."""
     try:
-        typed = OmegaConf.merge(_schema(), tree)
-        config = OmegaConf.to_object(typed)
+        plain = OmegaConf.to_container(tree)
+        assert isinstance(plain, dict)
+        refusals.check_tree({str(key): value for key, value in plain.items()})
+        config = OmegaConf.to_object(OmegaConf.merge(unlocked(OmegaConf.structured(RunConfig)), tree))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        first = str(error).splitlines()[0]
-        raise ValueError(f"{key}: {first}" if key and key not in first else first) from None
+        raise ValueError(refusals.sentence(error)) from None
     assert isinstance(config, RunConfig)
     config.check()
     return config
 
 
 def load(path: Path) -> RunConfig:
-    """The checked RunConfig of a resolved YAML file, as `save` writes it."""
-    tree = OmegaConf.load(path)
-    assert isinstance(tree, DictConfig)
-    return checked(tree)
+    """The checked RunConfig of a resolved YAML file, as `text` makes it."""
+    return checked(_tree(path))
 
 
 def text(config: RunConfig) -> str:
@@ -102,11 +173,7 @@ def space(overrides: Iterable[str]) -> tuple[list[str], list[Swept]]:
 
     Raises ValueError for what cannot be read, for a range without a value, and for an interval that is none.
     """
-    settings = list(overrides)
-    try:
-        parsed = OverridesParser.create().parse_overrides(settings)
-    except HydraException as error:
-        raise ValueError(_sentence(error, settings)) from None
+    parsed = _parsed(list(overrides))
     fixed = [str(item.input_line) for item in parsed if not item.is_sweep_override()]
     return fixed, [_swept(item) for item in parsed if item.is_sweep_override()]
 
@@ -129,45 +196,39 @@ def _swept(item: Override) -> Swept:
     return Swept(key, choices, is_range=isinstance(value, RangeSweep) and not value.shuffle)
 
 
-def _schema() -> DictConfig:
-    """RunConfig's keys and types, to be filled."""
-    return unlocked(OmegaConf.structured(RunConfig))
-
-
-def _sentence(error: HydraException, settings: list[str]) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _parsed(settings: Sequence[str]) -> list[Override]:
+    """The words in Hydra's grammar; ValueError for the first that is not of it."""
+    parser, found = OverridesParser.create(), []
     for setting in settings:
-        key, _, value = setting.lstrip("+~").partition("=")
-        if not _is_readable(setting):
-            return f"{setting} cannot be read as key=value: {lines[0]}"
-        files = sorted(path.stem for path in (CONFIGS / key).glob("*.yaml")) if key in _groups() else []
-        if files and value not in (*files, "null"):
-            return f"{key}={value} is not one of {', '.join(files)}"
-        near = difflib.get_close_matches(key, _keys(), n=1, cutoff=0.6)
-        if any(key in line for line in lines) and key not in _keys():
-            return f"{key} is not a key of the config" + (f"; did you mean {near[0]}?" if near else "")
-    return " ".join(lines[:12])
+        try:
+            found.append(parser.parse_override(setting))
+        except HydraException as error:
+            raise ValueError(f"{setting} cannot be read as key=value: {str(error).splitlines()[0]}") from None
+    return found
 
 
-def _is_readable(setting: str) -> bool:
+def _changed(file: Path, overrides: Sequence[Override]) -> DictConfig:
+    """The resolved config in a file, laid over the defaults, with single keys changed."""
+    tree = OmegaConf.merge(defaults(RunConfig), _tree(file))
+    assert isinstance(tree, DictConfig)
+    for override in overrides:
+        key = override.key_or_group
+        if override.is_delete():
+            above, _, last = key.rpartition(".")
+            del OmegaConf.select(tree, above)[last]
+        else:
+            OmegaConf.update(tree, key, override.value())
+    return tree
+
+
+def _tree(path: Path) -> DictConfig:
+    """The YAML in a file; ValueError where there is none."""
     try:
-        OverridesParser.create().parse_override(setting)
-    except HydraException:
-        return False
-    return True
-
-
-def _groups() -> list[str]:
-    return [path.name for path in CONFIGS.iterdir() if path.is_dir()]
-
-
-def _keys() -> list[str]:
-    def walk(node: DictConfig, prefix: str) -> Iterable[str]:
-        for key in node:
-            full = f"{prefix}{key!s}"
-            yield full
-            child = node._get_node(key)
-            if isinstance(child, DictConfig) and not child._is_none():
-                yield from walk(child, f"{full}.")
-
-    return [*walk(_schema(), ""), *_groups()]
+        tree = OmegaConf.load(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, DictConfig):
+        raise ValueError(f"{path} holds no config: it must be keys with values")
+    return tree

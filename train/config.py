@@ -15,20 +15,31 @@ from train.checkpoint.config import CheckpointConfig
 from train.data.config import DataConfig
 from train.model.attention.kinds import LatentSizes
 from train.model.config import ModelConfig, given
-from train.model.recompute import RecomputeConfig
+from train.model.recompute_config import RecomputeConfig
 from train.precision.config import PrecisionConfig
+from train.recipe.config import LrSchedulerConfig, MoeConfig, MtpConfig, TrainConfig
 from train.recipe.optimizer import OptimizerConfig
-from train.recipe.recipe import LrSchedulerConfig, MoeConfig, MtpConfig, Recipe, TrainConfig, batch_sizes
+from train.recipe.recipe import Recipe, batch_sizes
 from train.split import split
 from train.track.config import TrackConfig
 
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """`run`: where the run lives and on what.
+    """`run`: where the run lives, and on what.
 
-    hang_timeout_s: a rank that waits longer for another one says for what and for whom, and ends; None: it waits until
-        the library gives up.
+    Attributes:
+        name: title of the picture; part of the default folder.
+        dir: the run's folder, for config.yaml, metrics.jsonl, checkpoints, pictures, logs and wandb's files;
+            `runs/<run.name>` unless set.
+        device: `auto` (CUDA where there is a device), `cpu`, `cuda`.
+        num_threads: threads per process; None takes `OMP_NUM_THREADS`, or shares the cores among this machine's
+            processes.
+        compile: `torch.compile` for the element-wise kernels; needs a C++ compiler.
+        hang_timeout_s: longest wait of a rank for another one. It then says what it waits for and from whom, and the
+            job ends (exit code 5). At least 1; an evaluation, a picture or a wandb start on rank 0 must fit, as the
+            others wait for it meanwhile. None leaves it to the communication library, which gives up after 10 minutes
+            in words of its own.
     """
 
     name: str = "tiny"
@@ -50,16 +61,17 @@ class FolderConfig:
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """`pipeline`: the stages and the order of their work. With one rank every schedule is the same.
+    """`pipeline`: the stages, and the order of their work.
 
     Attributes:
-        schedule: name of the schedule.
+        schedule: `1f1b`, `interleaved_1f1b`, `zb_h1`, `zbv`, `dualpipe` or `dualpipev`; all the same with one stage.
+            `dualpipe` needs an even `parallel.pp`.
         pairs: forward and backward of different micro-batches run together, so that one computes while the other
-            communicates; None as the schedule is published.
-        stages_per_rank: for interleaved_1f1b; None for 2.
-        layers: layers of each stage from first to last; None balances their work.
-        short_steps: what steps of the batch ramp do that have fewer micro-batches than dualpipe takes: "refuse" (before
-            the run starts), or "1f1b" over one of its two directions.
+            communicates; None: as the schedule is published. `zb_h1` and `zbv` have none.
+        stages_per_rank: for `interleaved_1f1b`, which takes 2 unless it is set; None for all others.
+        layers: layers of each stage from first to last; None balances their work, head and prediction depths counted.
+        short_steps: steps of the batch ramp with fewer micro-batches than `dualpipe` takes: `refuse` before the run
+            starts, or `1f1b` over one of its directions.
     """
 
     schedule: str = "1f1b"
@@ -76,7 +88,11 @@ class PipelineConfig:
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    """`zero`: who holds master weights and moments."""
+    """`zero`: who holds master weights and moments.
+
+    Attributes:
+        engine: `deepspeed` or `native`; unless it is set `native` with `precision=fp64`, which needs it.
+    """
 
     engine: str = "deepspeed"
 
@@ -88,7 +104,13 @@ class ZeroConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """`profile`: steps (from 1) whose timeline is written to `traces/` in the run's folder."""
+    """`profile`: which steps are recorded as a timeline.
+
+    Attributes:
+        steps: steps, from 1, whose timeline is written to `<run.dir>/traces/step-00000012.json`, as in
+            `'profile.steps=[12,40]'`; on a CPU only. `python -m launch timeline events=FILE` draws it, ui.perfetto.dev
+            opens it.
+    """
 
     steps: list[int] = field(default_factory=list)
 
@@ -103,7 +125,12 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """`evaluate`: loss on the same sequences of the validation split."""
+    """`evaluate`: the loss on text that is not trained on.
+
+    Attributes:
+        interval: steps between evaluations; 0 is at the end only.
+        num_sequences: sequences of the validation split, always the first ones.
+    """
 
     interval: int = 50
     num_sequences: int = 64

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from train.settings import section_of
-from train.track.metrics import UNITS
+from train.settings import read
 
 SAMPLERS = ("grid", "tpe", "random")
 PRUNERS = ("none", "median")
@@ -15,16 +14,18 @@ DIRECTIONS = ("minimize", "maximize")
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """How jobs are proposed, judged and run.
+    """`sweep`: how jobs of `--multirun` are proposed, judged and run.
 
     Attributes:
-        sampler: grid | tpe | random; None: tpe where a setting is an interval or `num_trials` is given, else grid.
-        num_trials: jobs of a sampler that is no grid; None: 20.
-        num_parallel: jobs that run at once and share this machine's cores.
-        metric: what jobs are judged by, its last value; a name of `metrics.jsonl`.
-        direction: minimize | maximize.
-        seed: of the sampler.
-        pruner: none | median: a job whose metric is worse than the median of ended jobs at the same step is stopped.
+        sampler: `grid`: every combination; `tpe`, `random`: as Optuna draws them. None: `tpe` where a setting is an
+            interval or `sweep.num_trials` is given, else `grid`.
+        num_trials: jobs of a sampler; None is 20.
+        num_parallel: jobs that run at once and share the cores.
+        metric: what jobs are judged by: the last value of this metric of `metrics.jsonl`.
+        direction: `minimize` or `maximize`.
+        seed: draws what the sampler proposes.
+        pruner: `none`, or `median`, which stops a job whose metric is worse than the median of ended jobs at the same
+            step.
         prune_after_steps: the pruner looks at later steps only.
     """
 
@@ -39,6 +40,8 @@ class SweepConfig:
 
     def check(self) -> None:
         """ValueError for an unknown word, or a count below what makes sense."""
+        from train.track.metrics import UNITS
+
         known = {"sampler": (*SAMPLERS, None), "pruner": PRUNERS, "direction": DIRECTIONS, "metric": tuple(UNITS)}
         for name, words in known.items():
             value = getattr(self, name)
@@ -53,6 +56,4 @@ class SweepConfig:
 def split(settings: Sequence[str]) -> tuple[SweepConfig, list[str]]:
     """The checked settings of the sweep, and what is left for its jobs. ValueError for an unknown key or value."""
     ours = [setting for setting in settings if setting.startswith("sweep.")]
-    config = section_of(SweepConfig, ours, "sweep")
-    config.check()
-    return config, [setting for setting in settings if setting not in ours]
+    return read(SweepConfig, ours, "sweep", "sweep."), [setting for setting in settings if setting not in ours]

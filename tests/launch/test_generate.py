@@ -115,7 +115,7 @@ def test_a_checkpoint_is_found(run: Path) -> None:
         (["prompt=a", "top_p=0.5"], "top_p=0.5 needs a temperature above 0"),
         (["prompt=a", "weights=moments"], "weights=moments is not one of model, ema"),
         (["prompt=a", "precision=int8"], "precision=int8 is not one of fp64, fp32, bf16, fp8"),
-        (["prompt=a", "speculative=maybe"], "speculative=maybe is not one of false, true"),
+        (["prompt=a", "speculative=maybe"], "speculative=maybe must be true or false"),
         (["prompt=a", "tokenizer=/nowhere.json"], "/nowhere.json, the tokenizer of the run, is missing"),
         (["prompt=a", "tokenizer=/x", "tokenizer=/y"], "tokenizer is given twice"),
     ],

@@ -29,7 +29,8 @@ from parallel.watch import Watch
 from tests.train.model_cases import TINY, build, random_tokens
 from train.model.loss import LossTerms
 from train.model.parts import Parts
-from train.model.recompute import Recompute, RecomputeConfig
+from train.model.recompute import Recompute
+from train.model.recompute_config import RecomputeConfig
 from train.stage import Stage, WeightGradients
 
 SEQ_LEN = 7

@@ -18,7 +18,8 @@ from tests.te.twin import LOG
 from tests.train.model_cases import build, random_tokens, same_bits
 from train.model.config import ModelConfig
 from train.model.loss import LossTerms
-from train.model.recompute import Recompute, RecomputeConfig
+from train.model.recompute import Recompute
+from train.model.recompute_config import RecomputeConfig
 from train.model.tape import drive
 from train.model.transformer import Transformer
 from train.precision.build import build_engines, check_widths, matrices

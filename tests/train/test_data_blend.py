@@ -21,7 +21,8 @@ from train.data.rows.epochs import Rows
 from train.data.rows.shares import Shares
 from train.data.rows.tokens import Tokens
 from train.job import Job
-from train.recipe.recipe import BatchRampConfig, LrSchedulerConfig, MoeConfig, MtpConfig, Recipe, TrainConfig
+from train.recipe.config import BatchRampConfig, LrSchedulerConfig, MoeConfig, MtpConfig, TrainConfig
+from train.recipe.recipe import Recipe
 
 WEIGHTS = st.lists(
     st.integers(1, 10**6).map(lambda n: n / 1000) | st.integers(1, 20).map(float), min_size=1, max_size=9

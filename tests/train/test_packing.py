@@ -14,7 +14,8 @@ from train.model.attention.kernels import attend_causally
 from train.model.config import ModelConfig
 from train.model.loss import LossTerms
 from train.model.packing import ByDocument
-from train.model.recompute import NODES, Recompute, RecomputeConfig
+from train.model.recompute import Recompute
+from train.model.recompute_config import NODES, RecomputeConfig
 from train.model.transformer import Output, Transformer
 
 END = 5

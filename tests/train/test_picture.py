@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from launch import recipe as launch_recipe
 from tests.train.test_metrics import report
 from tests.train.test_recipe import V3_LR, V3_MOE, V3_MTP, V3_TRAIN, tiny
-from train.recipe.recipe import BatchRampConfig, LrPhaseConfig, LrSchedulerConfig, Recipe
+from train.recipe.config import BatchRampConfig, LrPhaseConfig, LrSchedulerConfig
+from train.recipe.recipe import Recipe
 from train.view import curves as picture
 from train.view.curves import draw_loss, short_rate, short_tokens, smooth
 

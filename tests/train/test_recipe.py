@@ -13,18 +13,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from train.recipe.recipe import (
+from train.recipe.config import (
     BatchRampConfig,
     LossWeightChange,
     LrPhaseConfig,
     LrSchedulerConfig,
     MoeConfig,
     MtpConfig,
-    Recipe,
-    StepPlan,
     TrainConfig,
-    batch_sizes,
 )
+from train.recipe.recipe import Recipe, StepPlan, batch_sizes
 
 B, T = 10**9, 10**12
 
@@ -32,6 +30,7 @@ V3_TRAIN = TrainConfig(
     seq_len=4096,
     micro_batch_size=1,
     global_batch_size=15360,
+    max_steps=None,
     max_tokens=14_800 * B,
     batch_ramp=BatchRampConfig(start=3072, tokens=469 * B, quantum=256),
 )
@@ -54,10 +53,15 @@ def v3() -> Recipe:
     return Recipe(V3_TRAIN, V3_LR, V3_MOE, V3_MTP)
 
 
+def flat(lr: float = 1.0, warmup_steps: int = 0) -> LrSchedulerConfig:
+    """A constant rate."""
+    return LrSchedulerConfig(lr, warmup_steps, [])
+
+
 def tiny(lr: LrSchedulerConfig | None = None, moe: Any = None, mtp: Any = None, **train: Any) -> Recipe:
     """A run of 10-token sequences, 4 to a step: 40 tokens a step."""
     settings_ = {"seq_len": 10, "micro_batch_size": 1, "global_batch_size": 4, "max_steps": 20} | train
-    return Recipe(TrainConfig(**settings_), lr or LrSchedulerConfig(1.0), moe or MoeConfig(), mtp or MtpConfig())
+    return Recipe(TrainConfig(**settings_), lr or flat(), moe or MoeConfig(), mtp or MtpConfig())
 
 
 # --- a twin that walks ---
@@ -256,15 +260,15 @@ def test_a_step_belongs_to_the_phase_of_its_first_token() -> None:
 
 
 def test_warm_up_takes_exactly_its_steps_and_none_is_idle() -> None:
-    schedule = tiny(LrSchedulerConfig(1.0, 4))
+    schedule = tiny(flat(1.0, 4))
     assert [schedule.at(step).lr for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     # Through a ramp: sizes 2, 3, 4 from 0, 40, 80 tokens on, so steps end at 20, 40, 70, 100 tokens.
     ramp = BatchRampConfig(start=2, tokens=80, quantum=1)
-    ramped = tiny(LrSchedulerConfig(1.0, 4), batch_ramp=ramp)
+    ramped = tiny(flat(1.0, 4), batch_ramp=ramp)
     assert [ramped.at(step).num_sequences for step in range(6)] == [2, 2, 3, 3, 4, 4]
     assert [ramped.at(step).lr for step in range(5)] == [0.2, 0.4, 0.7, 1, 1]
     # A run shorter than its warm-up is a legal test of the same recipe.
-    assert tiny(LrSchedulerConfig(1.0, 100)).at(19).lr == pytest.approx(0.2)
+    assert tiny(flat(1.0, 100)).at(19).lr == pytest.approx(0.2)
 
 
 def test_lr_is_continuous_unless_told_otherwise() -> None:
@@ -303,8 +307,8 @@ def test_fingerprint_is_equal_for_equal_numbers_only() -> None:
         tiny(global_batch_size=5),
         tiny(seed=1),
         tiny(batch_ramp=BatchRampConfig(2, 80, 1)),
-        tiny(LrSchedulerConfig(2.0)),
-        tiny(LrSchedulerConfig(1.0, 3)),
+        tiny(flat(2.0)),
+        tiny(flat(1.0, 3)),
         tiny(LrSchedulerConfig(1.0, 0, [LrPhaseConfig("linear", end_lr=0.5)])),
         tiny(LrSchedulerConfig(1.0, 0, [LrPhaseConfig("cosine", end_lr=0.5)])),
         tiny(LrSchedulerConfig(1.0, 0, [LrPhaseConfig("cosine", end_lr=0.5)]), max_steps=21),
@@ -351,9 +355,9 @@ P, C = LrPhaseConfig, "constant"
         ({"batch_ramp": BatchRampConfig(1, 80, 2)}, "train.batch_ramp.quantum=2 does not divide"),
         ({"batch_ramp": BatchRampConfig(1, 0, 1)}, "train.batch_ramp.tokens=0 is below 1"),
         ({"batch_ramp": BatchRampConfig(None, 80, 1)}, "train.batch_ramp.start is not"),
-        ({"lr": LrSchedulerConfig(-1.0)}, "lr_scheduler.lr=-1.0 is not"),
-        ({"lr": LrSchedulerConfig(math.nan)}, "lr_scheduler.lr=nan is not"),
-        ({"lr": LrSchedulerConfig(1.0, -1)}, "lr_scheduler.warmup_steps=-1 is not"),
+        ({"lr": flat(-1.0)}, "lr_scheduler.lr=-1.0 is not"),
+        ({"lr": flat(math.nan)}, "lr_scheduler.lr=nan is not"),
+        ({"lr": flat(1.0, -1)}, "lr_scheduler.warmup_steps=-1 is not"),
         (phases(P("cosin")), r"lr_scheduler.phases\[0\].kind=cosin is none of constant, linear, cosine"),
         (phases(P(C), P(C)), r"lr_scheduler.phases\[0\] has no length"),
         (phases(P(C, tokens=3, share=0.1), P(C)), r"lr_scheduler.phases\[0\] sets tokens and share"),

@@ -19,7 +19,8 @@ from parallel.pipeline.segments import Segments, interleave
 from tests.train.model_cases import TINY, build, random_config, random_dense_config, random_tokens, same_bits
 from train.compose import compose
 from train.model.loss import LossTerms
-from train.model.recompute import NODES, Recompute, RecomputeConfig
+from train.model.recompute import Recompute
+from train.model.recompute_config import NODES, RecomputeConfig
 from train.model.router import Router
 from train.model.tape import Inline
 from train.model.transformer import Findings, Transformer

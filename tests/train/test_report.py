@@ -141,8 +141,8 @@ def test_a_resumed_run_says_where(tmp_path: Path) -> None:
 
 def test_the_verb_refuses_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, sentence in (
-        ([], "which run?"),
-        (["runs=x"], "runs=x is not known here"),
+        ([], "run=... is missing"),
+        (["runs=x"], "runs is not a key of report; did you mean run?"),
         ([f"run={tmp_path}"], "no folder of a run or of a sweep"),
     ):
         assert main(["report", *arguments]) == 2

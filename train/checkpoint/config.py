@@ -11,14 +11,15 @@ class CheckpointConfig:
     """`checkpoint`: where, how often and how checkpoints are kept.
 
     Attributes:
-        dir: folder of the step folders; null means `checkpoints` in the run's folder.
+        dir: folder of the step folders; None is `<run.dir>/checkpoints`.
         interval: steps between checkpoints; 0 saves at the end only.
         keep_latest_k: checkpoints that stay; 0 keeps all.
         async_mode: `async` (or true) writes in the background, `disabled` (or false) waits for the disk.
-        resume: `auto` goes on from the run's own latest checkpoint, `never` starts anew (refused beside checkpoints of
-            an earlier run), a path names a step folder.
-        init_from: a checkpoint, of a run or imported, whose weights a fresh start begins with; its steps, moments and
-            data do not count.
+        resume: `auto` goes on from the run's own latest checkpoint; `never`; or the path of a step folder. `auto` takes
+            one of the same model, data and recipe alone; `never` starts anew, and is refused beside checkpoints of an
+            earlier run (docs/checkpoints.md).
+        init_from: a checkpoint whose weights and router biases a fresh start begins with; None: random weights. It is
+            of another run or imported; its steps, moments and data do not count (docs/export.md).
     """
 
     dir: str | None = None

@@ -1,4 +1,4 @@
-"""The `data` group of a run's configuration."""
+"""`data`: which text is trained on, and how it is cut and stored."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ _SHARED = frozenset(
 class BlendSource:
     """One source of a blend.
 
-    name: of its folder of tokens, and in reports.
-    weight: its share of the run's sequences, over the sum of all weights.
-    source: as `data.source`.
-    settings: other keys of `data`, for this source alone.
+    Attributes:
+        name: of the source's folder of tokens, and in reports.
+        weight: its share of the run's sequences, over the sum of all weights.
+        source: as `data.source`.
+        settings: other keys of `data` for this source alone, as in `{fim_rate: 0.5}`.
     """
 
     name: str
@@ -61,36 +62,41 @@ class BlendSource:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text is trained on, and how it is cut and stored.
+    """`data`: which text is trained on, and how it is cut and stored.
 
-    source: a file, or a folder of files, of plain text, JSON lines or Parquet, compressed or not; a folder that
-        `datasets` has saved; `datasets:` and what that library can load; null is the Python standard library's own
-        sources.
-    dir: where the prepared tokens live; null is `data/<name>-<settings>` in the working directory, so that
-        other settings find another place by themselves.
-    suffixes: of a folder, only files whose names end so; empty takes every file that holds text.
-    format: what every file is; `auto` goes by the endings of their names, and takes the others for plain text.
-    text_field: the field of a line's object, or the column of a table, that holds the text.
-    dataset_name, dataset_split, dataset_files: of a data set: its configuration, its split, and the files that a
-        builder such as `datasets:json` reads.
-    on_bad_document: what happens to documents and files that cannot be used, empty ones included: `skip` counts them
-        and goes on, `refuse` stops at the first.
-    deduplicate: whether of documents with the same text only the first is kept.
-    tokenizer: a `tokenizer.json`; null trains byte-level BPE on the source.
-    end_of_document: text of the token that ends a document; null finds the tokenizer's own.
-    vocab_size: every token id is below it: the size to train, or the most that a given tokenizer may have.
-    valid_fraction: share of the documents that validate. A document's own hash decides, so adding documents moves
-        none, and equal documents are on the same side.
-    blend: several sources instead of one, blended by weight; all have one tokenizer.
-    max_epochs: a run that would see a source more often is refused.
-    document_mask: whether the documents of a row see nothing of each other: attention, positions and targets end at
-        their borders.
-    fim_rate: share of the documents rearranged for fill-in-the-middle; `fim_tokens` are its begin, hole and end.
-    split_merged_rate: share of the tokens of punctuation and line ends that are split in two.
-    seed: draws what `fim_rate` and `split_merged_rate` choose, together with each document's contents.
-    max_document_bytes: longer documents are cut at line ends into documents of at most this size.
-    shard_tokens: tokens in one shard file.
-    num_workers: processes that tokenise; 0 is one per usable core. The result never depends on it.
+    Attributes:
+        source: file or folder of text, or `datasets:NAME`; None is the Python standard library's sources. A file is plain
+            text, JSON lines or Parquet, compressed or not; a folder may also be one that `datasets` has saved; NAME is
+            whatever that library loads (docs/data.md).
+        dir: where prepared tokens live; None is `data/<name>-<digest of the settings>`, so that other settings find
+            another place by themselves.
+        suffixes: of a folder, only files whose names end so, as in `'data.suffixes=[.md,.txt]'`; `[]` takes every file
+            that holds text.
+        format: what every file is: `auto` (by the endings of names, and plain text where they say nothing), `text`,
+            `jsonl`, `parquet`.
+        text_field: field of a line's object or column of a table that holds the text.
+        dataset_name: of `datasets:NAME`: the data set's configuration.
+        dataset_split: of a data set: its split.
+        dataset_files: files for a builder, as in `data.source=datasets:json 'data.dataset_files=[a.json]'`.
+        on_bad_document: documents and files that cannot be used, empty ones included: `skip` (and count) or `refuse`
+            (stop at the first).
+        deduplicate: of documents with the same text only the first is kept.
+        tokenizer: a `tokenizer.json`; None trains byte-level BPE on the source.
+        end_of_document: text of the token that ends a document; None finds the tokenizer's own.
+        vocab_size: size to train, or the most a given tokenizer may have; `model.vocab_size` unless set.
+        valid_fraction: share of documents that validate, chosen by each document's hash. So adding documents moves none,
+            and equal documents are on the same side.
+        max_document_bytes: longer documents are cut at line ends.
+        shard_tokens: tokens of one shard file.
+        num_workers: processes that tokenise; 0 is one per usable core; the result does not depend on it.
+        blend: several sources instead of `data.source`, blended by weight; all have one tokenizer (docs/data.md).
+        max_epochs: a run that would see a source more often is refused before it starts.
+        document_mask: the documents of a row see nothing of each other: attention, positions and targets end at their
+            borders.
+        fim_rate: share of the documents rearranged as prefix, suffix, middle before packing; 0.1 in DeepSeek-V3.
+        fim_tokens: names of the three tokens: begin, hole, end; a trained tokenizer gets them where the rate is above 0.
+        split_merged_rate: share of the tokens that join punctuation and line ends which are split into both parts.
+        seed: draws what the two rates choose, together with each document's contents.
     """
 
     source: str | None = None

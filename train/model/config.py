@@ -1,4 +1,4 @@
-"""Shape of a model, under the keys of Hugging Face's config.json of DeepSeek's models."""
+"""`model`: the shape of a model, under the keys of Hugging Face's config.json of DeepSeek's models."""
 
 from __future__ import annotations
 
@@ -14,45 +14,73 @@ SCORING_FUNCS = ("sigmoid", "softmax")
 TOPK_METHODS = ("noaux_tc", "group_limited_greedy", "greedy")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes of a model of DeepSeek's. `check` refuses what cannot be built. What a model does not have is None.
+    """`model`: sizes of a model of DeepSeek's, under the keys of Hugging Face's config.json.
 
-    `attention` is "mla" (latent attention: the sizes from `kv_lora_rank` to `v_head_dim`, and `q_lora_rank`, None to
-    project queries without a latent) or "gqa" (grouped-query attention: `num_key_value_heads` and `head_dim`). With
-    `n_routed_experts=0` all layers are dense, those of multi-token prediction too, and `first_k_dense_replace` is
-    `num_hidden_layers`. `rope_scaling` is None, or YaRN's keys: `type` (or `rope_type`) = "yarn", `factor`,
-    `original_max_position_embeddings`, and optionally `beta_fast` (32), `beta_slow` (1), `mscale`, `mscale_all_dim`.
-    `num_nextn_predict_layers` is the depth D of multi-token prediction. `n_shared_experts` is 0 or None where all
-    experts are routed.
+    What a model does not have is None, and refused if it is set: the sizes of the other kind of attention, and in a
+    dense model all that describes experts.
 
-    `scoring_func` is sigmoid or softmax. `topk_method`: noaux_tc selects by score + bias, a group counting as much as
-    its two best experts; group_limited_greedy by score, a group counting as much as its best; greedy by score among
-    all experts, groups being devices only.
+    Attributes:
+        vocab_size: rows of embedding and head.
+        hidden_size: width of the residual stream.
+        intermediate_size: inner width of the dense layers' MLP.
+        moe_intermediate_size: inner width of one expert.
+        num_hidden_layers: layers of the main model.
+        num_attention_heads: attention heads (of queries).
+        kv_lora_rank: mla: latent of keys and values.
+        qk_nope_head_dim: mla: part of a query or key head without position.
+        qk_rope_head_dim: mla: rotated part of a query or key head; even.
+        v_head_dim: mla: width of a value head.
+        n_routed_experts: routed experts of one MoE layer; 0: all layers are dense, those of multi-token prediction too.
+        n_shared_experts: shared experts, seen by every token.
+        num_experts_per_tok: routed experts of a token.
+        n_group: routing groups, which stand for devices; divides the experts, at least 2 experts each under `noaux_tc`.
+        topk_group: groups a token may choose from; all of them under `greedy`.
+        first_k_dense_replace: first layers that are dense; all of `model.num_hidden_layers` where there are no experts.
+        num_nextn_predict_layers: depth of multi-token prediction; 0 is none.
+        q_lora_rank: mla: latent of queries; None projects directly.
+        max_position_embeddings: longest sequence.
+        routed_scaling_factor: factor of the routing weights.
+        norm_topk_prob: normalise the weights of a token's experts.
+        initializer_range: standard deviation of initial matrices.
+        rms_norm_eps: epsilon of the norms (the two latent norms always use 1e-6, as the released code does).
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: YaRN: `type: yarn`, `factor`, `original_max_position_embeddings`; None: positions are not scaled.
+            Optional are `beta_fast` (32), `beta_slow` (1), `mscale`, `mscale_all_dim` (only mla scales its scores by
+            it, as the released codes do).
+        attention: `mla` (multi-head latent attention) or `gqa` (grouped-query attention; with as many heads of keys as
+            of queries it is multi-head attention).
+        num_key_value_heads: gqa: heads of keys and values; divides the heads of queries.
+        head_dim: gqa: width of every head, all of it rotated; even.
+        scoring_func: affinities of a token: `sigmoid` or `softmax` of the router's logits.
+        topk_method: how experts are chosen: `noaux_tc`, `group_limited_greedy` or `greedy`. The first goes by affinity
+            + bias, a group counting as much as its two best experts; the second by affinity, a group counting as much
+            as its best; the third by affinity among all, groups being devices only.
     """
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    moe_intermediate_size: int | None
+    moe_intermediate_size: int | None = None
     num_hidden_layers: int
     num_attention_heads: int
-    kv_lora_rank: int | None
-    qk_nope_head_dim: int | None
-    qk_rope_head_dim: int | None
-    v_head_dim: int | None
-    n_routed_experts: int
-    n_shared_experts: int | None
-    num_experts_per_tok: int | None
-    n_group: int | None
-    topk_group: int | None
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    n_routed_experts: int = 0
+    n_shared_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    n_group: int | None = None
+    topk_group: int | None = None
     first_k_dense_replace: int
-    num_nextn_predict_layers: int
-    q_lora_rank: int | None
-    max_position_embeddings: int
+    num_nextn_predict_layers: int = 0
+    q_lora_rank: int | None = None
+    max_position_embeddings: int = 4096
     routed_scaling_factor: float = 2.5
     norm_topk_prob: bool = True
-    initializer_range: float = 0.006
+    initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -21,36 +20,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from train.model.recompute_config import RecomputeConfig
 from train.model.tape import Steps, Tape, Trip
-
-NODES = ("attention", "experts", "dense")
 
 Piece = Callable[..., Any]
 Rebuild = Callable[..., tuple[Tensor, ...]]
 # (rebuild, outputs, inputs): `outputs` were computed as `rebuild(*inputs)`, and can be again.
 Offer = Callable[[Rebuild, Sequence[Tensor], Sequence[Tensor]], None]
-
-
-@dataclass(frozen=True)
-class RecomputeConfig:
-    """`recompute`: what the backward pass computes again. SwiGLU's activation always is: its backward needs it anyway.
-
-    Attributes:
-        norm: the output of every RMSNorm, from its input.
-        mla_up_proj: queries, keys and values of all heads, from the normed latents.
-        nodes: whole nodes that keep only their inputs: "attention" (with norms and router) and "experts" (routed and
-            shared) of MoE layers, "dense" for dense layers. They come before the other two choices.
-    """
-
-    norm: bool = False
-    mla_up_proj: bool = False
-    nodes: list[str] = field(default_factory=list)
-
-    def check(self) -> None:
-        """ValueError for a node that no layer has."""
-        for name in self.nodes:
-            if name not in NODES:
-                raise ValueError(f"recompute.nodes has {name!r}, which is not one of {', '.join(NODES)}")
 
 
 class _Saved(Protocol):
@@ -220,7 +196,7 @@ class Recompute:
         return self._add if getattr(self._config, kind) else _decline
 
     def node(self, name: str) -> Callable[[Piece], Piece]:
-        """What a block passes the pieces of a node through (see NODES)."""
+        """What a block passes the pieces of a node through (see `recompute_config.NODES`)."""
         return self._kept_by_inputs if name in self._config.nodes else _as_it_is
 
     def on(self, tape: Tape) -> Tape:

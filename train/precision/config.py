@@ -52,13 +52,17 @@ FP8_MODULES = {module: fp8 for modules in _TABLE.values() for module, fp8 in mod
 
 @dataclass(frozen=True)
 class PrecisionConfig:
-    """`precision`: fp64 (for proofs) | fp32 | bf16 | fp8 (products in FP8, everything else as in bf16).
+    """`precision`: which arithmetic multiplies.
 
     Attributes:
-        modules: of fp8, what each of KEYS multiplies in, "fp8" or "bf16"; of others, empty.
-        power_of_two_scales: for every scale of fp8, not only where the report has them.
-        engine: who multiplies in fp8: "reference" (any device), "transformer_engine" (a GPU of compute capability 9.0
-            or more that has the library), or "auto": the second where it can, else the first.
+        name: `fp32`, `bf16`, `fp8` (products in FP8, all else as in bf16) or `fp64` (for proofs); set it as
+            `precision=bf16`. fp8: docs/fp8.md.
+        modules: fp8: what `attention`, `o_proj`, `mlp`, `experts`, `eh_proj` and `lm_head` multiply in, `fp8` or
+            `bf16`; empty in other precisions.
+        power_of_two_scales: fp8: all scales are powers of two, not only those of the report.
+        engine: fp8: who multiplies. `reference`: any device; `transformer_engine`: a GPU of compute capability 9.0 or
+            more with the extra `[cuda]`, matrices whose widths are multiples of 16; `auto`: the second where it can,
+            else the first.
     """
 
     name: str = "fp32"

@@ -29,13 +29,17 @@ RuleOf = Callable[[str, tuple[int, ...]], Rule]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The `optimizer` section. The learning rate comes from the recipe at each step.
+    """`optimizer`: what makes a step of a gradient. The learning rate comes from the recipe at each step.
 
     Attributes:
-        name: which optimizer updates the weights, by its name in OPTIMIZERS.
-        clip_grad_norm: largest L2 norm of the whole model's gradient; 0 for no clipping.
-        moments_dtype: dtype in which exp_avg and exp_avg_sq are kept: "fp32" (fp64 in an fp64 run) or "bf16".
-        ema_decay: of the weights' moving average, which is kept in CPU memory and saved; 0 for none.
+        name: which optimizer updates the weights: `adamw`.
+        beta1: AdamW: decay of the mean of gradients.
+        beta2: AdamW: decay of the mean of their squares.
+        eps: AdamW: what is added to the root of the mean square.
+        weight_decay: decay of matrices, stacked experts, embedding and head; vectors do not decay.
+        clip_grad_norm: largest L2 norm of the whole model's gradient; 0 is no clipping.
+        moments_dtype: in which both means are kept: `fp32` (fp64 in an fp64 run) or `bf16`.
+        ema_decay: decay per step of a moving average of the weights in CPU memory, saved as `ema.*`; 0: none.
     """
 
     name: str = "adamw"

@@ -20,101 +20,13 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
+
+from train.recipe.config import LrPhaseConfig, LrSchedulerConfig, MoeConfig, MtpConfig, TrainConfig
 
 KINDS = ("constant", "linear", "cosine")
 AUX_COEFFS = ("seq_aux_coeff", "device_aux_coeff", "comm_aux_coeff")
-
-
-@dataclass(frozen=True)
-class BatchRampConfig:
-    """Growth of the global batch from `start` to `train.global_batch_size` sequences, linear over the first `tokens`.
-
-    The size moves in jumps of `quantum` sequences, to the largest size that the straight line has reached.
-    Without a `start` the batch has one size.
-    """
-
-    start: int | None = None
-    tokens: int = 0
-    quantum: int = 1
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Size and length of the run (config group `train`).
-
-    At least one of `max_steps` and `max_tokens` is set; with both, whichever comes first ends the run. `max_tokens`
-    is reached by whole batches: the last step is the first whose end lies at or past it. `micro_batch_size` and
-    `global_batch_size` count sequences of `seq_len` tokens.
-    """
-
-    seq_len: int = 256
-    micro_batch_size: int = 4
-    global_batch_size: int = 32
-    max_steps: int | None = None
-    max_tokens: int | None = None
-    seed: int = 1234
-    batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
-
-
-@dataclass(frozen=True)
-class LrPhaseConfig:
-    """One stretch of the LR curve, from where the phase before it ended.
-
-    `kind` is constant, linear or cosine. It starts at `lr` (default: where the phase before ended, so the curve is
-    continuous unless told otherwise) and goes to `end_lr` (needed by linear and cosine only). Its length is given in
-    one way: `tokens` long, `until_tokens` on the run's axis, or a `share` of the run's tokens. Only the last phase
-    may leave it out: it fills the run.
-    """
-
-    kind: str = "constant"
-    lr: float | None = None
-    end_lr: float | None = None
-    tokens: int | None = None
-    until_tokens: int | None = None
-    share: float | None = None
-
-
-@dataclass(frozen=True)
-class LrSchedulerConfig:
-    """Learning rate (config group `lr_scheduler`): 0 to `lr` in `warmup_steps`, then `phases`; none: constant."""
-
-    lr: float = 1e-3
-    warmup_steps: int = 0
-    phases: list[LrPhaseConfig] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class MoeConfig:
-    """Balancing (config group `moe`): bias step per training step, and alpha of each balance loss.
-
-    The bias stops moving at `bias_update_until_tokens` (None: never). `seq_aux_coeff` weighs the balance of experts
-    within a sequence (alpha of DeepSeek-V3, alpha 1 of DeepSeek-V2 and DeepSeekMoE), `device_aux_coeff` that of devices
-    (alpha 2), `comm_aux_coeff` that of what devices receive (alpha 3). Devices are the model's routing groups.
-    """
-
-    bias_update_rate: float = 0.001
-    bias_update_until_tokens: int | None = None
-    seq_aux_coeff: float = 0.0001
-    device_aux_coeff: float = 0.0
-    comm_aux_coeff: float = 0.0
-
-
-@dataclass(frozen=True)
-class LossWeightChange:
-    """From the step that begins at or past `from_tokens`, the MTP loss weighs `loss_weight`."""
-
-    from_tokens: int
-    loss_weight: float
-
-
-@dataclass(frozen=True)
-class MtpConfig:
-    """Multi-token prediction (config group `mtp`): lambda of its loss, and when lambda changes."""
-
-    loss_weight: float = 0.3
-    loss_weight_changes: list[LossWeightChange] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

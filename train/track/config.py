@@ -9,11 +9,19 @@ MODES = ("auto", "online", "offline", "disabled")
 
 @dataclass(frozen=True)
 class TrackConfig:
-    """Config group `track`.
+    """`track`: where a run reports to, and how often.
 
-    `wandb` is auto (online when an API key is set, offline otherwise; WANDB_MODE decides before that), online, offline
-    or disabled. `log_interval` is the number of steps between two plain lines in a log,
-    `load_interval` between two lines of expert loads in `loads.jsonl` (0: none).
+    Attributes:
+        wandb: `auto` (online where an API key is set, offline elsewhere; `WANDB_MODE` decides before that), `online`,
+            `offline` or `disabled`.
+        project: wandb project.
+        entity: wandb entity.
+        group: wandb group.
+        name: wandb name; None lets wandb choose.
+        tags: wandb tags.
+        log_interval: steps between two lines in a log.
+        load_interval: steps between two lines of `loads.jsonl`, with the tokens that chose each expert; 0: none. The
+            first and the last step have one too.
     """
 
     wandb: str = "auto"

@@ -1,0 +1,34 @@
+"""`recompute`: what the backward pass computes again, as it is set. Needs no torch: `recompute.py` does it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# Parts of a layer that can keep only their inputs.
+NODES = ("attention", "experts", "dense")
+
+
+@dataclass(frozen=True)
+class RecomputeConfig:
+    """`recompute`: what the backward pass computes again instead of keeping it.
+
+    SwiGLU's activation always is computed again: its backward needs it anyway.
+
+    Attributes:
+        norm: rebuild the outputs of all RMSNorms in the backward pass instead of keeping them.
+        mla_up_proj: rebuild queries, keys and values of all heads from the latents; needs `model.attention=mla`.
+            Queries are rebuilt from the hidden state where `model.q_lora_rank` is None.
+        nodes: whole nodes that keep only their inputs and run again in the backward pass: `attention`, `experts`,
+            `dense`. The first two are of MoE layers, attention with norms and router, experts routed and shared; the
+            third is a dense layer. Each is refused where the model has none. They come before the two choices above.
+    """
+
+    norm: bool = False
+    mla_up_proj: bool = False
+    nodes: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """ValueError for a node that no layer has."""
+        for name in self.nodes:
+            if name not in NODES:
+                raise ValueError(f"recompute.nodes has {name!r}, which is not one of {', '.join(NODES)}")
