@@ -229,7 +229,7 @@ def test_ranks_follow(
         ("pipeline.schedule=interleaved_1f1b parallel.pp=2 pipeline.stages_per_rank=3", "pipeline.stages_per_rank", 3),
         ("pipeline.schedule=zbv parallel.pp=2", "pipeline.stages_per_rank", None),
         ("model=deepseek_v2", "moe.bias_update_rate", 0.0),
-        ("model=tiny", "moe.bias_update_rate", 0.001),
+        ("model=tiny", "moe.bias_update_rate", 0.01),
         ("model=tiny_dense model.num_hidden_layers=4", "model.first_k_dense_replace", 4),
         ("run.name=mine", "run.dir", "runs/mine"),
     ],

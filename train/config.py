@@ -19,7 +19,8 @@ from train.model.recompute_config import RecomputeConfig
 from train.precision.config import PrecisionConfig
 from train.recipe.config import LrSchedulerConfig, MoeConfig, MtpConfig, TrainConfig
 from train.recipe.optimizer import OptimizerConfig
-from train.recipe.recipe import Recipe, batch_sizes
+from train.recipe.ramp import batch_sizes
+from train.recipe.recipe import Recipe
 from train.split import split
 from train.track.config import TrackConfig
 

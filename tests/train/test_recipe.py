@@ -22,7 +22,8 @@ from train.recipe.config import (
     MtpConfig,
     TrainConfig,
 )
-from train.recipe.recipe import Recipe, StepPlan, batch_sizes
+from train.recipe.ramp import batch_sizes
+from train.recipe.recipe import Recipe, StepPlan
 
 B, T = 10**9, 10**12
 

@@ -95,8 +95,9 @@ class MoeConfig:
     """`moe`: what balances the load of experts, devices and communication. Devices are the model's routing groups.
 
     Attributes:
-        bias_update_rate: step of the routers' selection biases, once per training step. Unless it is set it is 0 where
-            `model.topk_method` is not `noaux_tc`, as routers have no bias then.
+        bias_update_rate: step of the routers' selection biases, once per training step. V3's 0.001 balances in about a
+            thousand steps, which a short run does not have. Unless it is set it is 0 where `model.topk_method` is not
+            `noaux_tc`, as routers have no bias then.
         bias_update_until_tokens: from here on the biases stay; None: never.
         seq_aux_coeff: alpha of the balance loss of experts within a sequence (V3's alpha, alpha 1 of V2 and
             DeepSeekMoE).
@@ -104,7 +105,7 @@ class MoeConfig:
         comm_aux_coeff: alpha 3: balance loss of the tokens that each device receives, with M = `model.topk_group`.
     """
 
-    bias_update_rate: float = 0.001
+    bias_update_rate: float = 0.01
     bias_update_until_tokens: int | None = None
     seq_aux_coeff: float = 0.0001
     device_aux_coeff: float = 0.0

@@ -23,9 +23,11 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
-from train.recipe.config import LrPhaseConfig, LrSchedulerConfig, MoeConfig, MtpConfig, TrainConfig
+from train.recipe.config import LrSchedulerConfig, MoeConfig, MtpConfig, TrainConfig
+from train.recipe.phases import resolve_phases
+from train.recipe.ramp import batch_runs
+from train.recipe.rules import check_positive, refuse
 
-KINDS = ("constant", "linear", "cosine")
 AUX_COEFFS = ("seq_aux_coeff", "device_aux_coeff", "comm_aux_coeff")
 
 
@@ -40,139 +42,6 @@ class StepPlan:
     consumed_tokens: int
     bias_update_rate: float
     mtp_loss_weight: float
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A resolved stretch [from_tokens, until_tokens) of the LR curve; `until_tokens` None: open (constant only)."""
-
-    kind: str
-    from_tokens: int
-    until_tokens: int | None
-    lr: float
-    end_lr: float
-
-    def lr_at(self, tokens: int) -> float:
-        """LR at a position inside the phase, without warm-up. Cosine as in SGDR (Loshchilov and Hutter), Eq. 5."""
-        if self.kind == "constant" or self.until_tokens is None:
-            return self.lr
-        done = (tokens - self.from_tokens) / (self.until_tokens - self.from_tokens)
-        remaining = (1 + math.cos(math.pi * done)) / 2 if self.kind == "cosine" else 1 - done
-        return self.end_lr + (self.lr - self.end_lr) * remaining
-
-
-@dataclass(frozen=True)
-class BatchRun:
-    """Consecutive steps with one batch size: the first of them, and the sequences before it."""
-
-    first_step: int
-    first_sequence: int
-    num_sequences: int
-
-
-def _refuse(broken: bool, sentence: str) -> None:
-    if broken:
-        raise ValueError(sentence)
-
-
-def _check_positive(**values: int | None) -> None:
-    for name, value in values.items():
-        key = name.replace("__", ".")
-        _refuse(value is not None and value < 1, f"{key}={value} is below 1")
-
-
-def batch_sizes(train: TrainConfig) -> tuple[int, ...]:
-    """Every global batch size (sequences) the ramp may use, ascending; the last is `train.global_batch_size`.
-
-    A topology is legal when dp * micro_batch_size divides all of them.
-    """
-    ramp, final = train.batch_ramp, train.global_batch_size
-    _check_positive(train__global_batch_size=final)
-    if ramp.start is None:
-        _refuse(ramp.tokens != 0, f"train.batch_ramp.tokens={ramp.tokens} is set, but train.batch_ramp.start is not")
-        return (final,)
-    _check_positive(
-        train__batch_ramp__start=ramp.start,
-        train__batch_ramp__tokens=ramp.tokens,
-        train__batch_ramp__quantum=ramp.quantum,
-    )
-    _refuse(ramp.start > final, f"train.batch_ramp.start={ramp.start} is above train.global_batch_size={final}")
-    _refuse(
-        (final - ramp.start) % ramp.quantum != 0,
-        f"train.batch_ramp.quantum={ramp.quantum} does not divide the ramp from train.batch_ramp.start={ramp.start} "
-        f"to train.global_batch_size={final}",
-    )
-    return tuple(range(ramp.start, final + 1, ramp.quantum))
-
-
-def batch_runs(train: TrainConfig) -> tuple[BatchRun, ...]:
-    """The ramp as runs of equal steps, the last one open: at most one per size, whatever the number of steps.
-
-    Size k of n + 1 holds from position k/n of the ramp's tokens on, so the run's first steps have size `start` and
-    the first step that begins at or past `batch_ramp.tokens` has the final size.
-    """
-    sizes = batch_sizes(train)
-    _check_positive(train__seq_len=train.seq_len)
-    step = sequence = level = 0
-    runs = []
-    num_jumps = len(sizes) - 1
-    ramp_tokens = train.batch_ramp.tokens
-    while level < num_jumps:
-        runs.append(BatchRun(step, sequence, sizes[level]))
-        # First position of the next size, rounded up: k * tokens / n need not be a whole token.
-        border = -(-(level + 1) * ramp_tokens // num_jumps)
-        num_steps = -(-(border - sequence * train.seq_len) // (sizes[level] * train.seq_len))
-        step, sequence = step + num_steps, sequence + num_steps * sizes[level]
-        # One step may cross several borders.
-        level = min(num_jumps, sequence * train.seq_len * num_jumps // ramp_tokens)
-    return (*runs, BatchRun(step, sequence, sizes[-1]))
-
-
-def _resolve_phases(config: LrSchedulerConfig, run_tokens: int) -> tuple[Phase, ...]:
-    """Phases with borders in tokens; `run_tokens` is what a share and an open curve refer to."""
-    phases: list[Phase] = []
-    from_tokens, last_lr = 0, config.lr
-    for index, phase in enumerate(config.phases or [LrPhaseConfig("constant")]):
-        where = f"lr_scheduler.phases[{index}]"
-        _refuse(phase.kind not in KINDS, f"{where}.kind={phase.kind} is none of {', '.join(KINDS)}")
-        lr = last_lr if phase.lr is None else phase.lr
-        _check_rates(phase, where)
-        last_lr = lr if phase.end_lr is None else phase.end_lr
-        is_last = index + 1 >= len(config.phases)
-        until = _until(phase, where, from_tokens, run_tokens, is_last)
-        phases.append(Phase(phase.kind, from_tokens, until, lr, last_lr))
-        from_tokens = until or from_tokens
-    return tuple(phases)
-
-
-def _check_rates(phase: LrPhaseConfig, where: str) -> None:
-    for name, value in (("lr", phase.lr), ("end_lr", phase.end_lr)):
-        _refuse(value is not None and not 0 <= value < math.inf, f"{where}.{name}={value} is not a rate of 0 or more")
-    if phase.kind == "constant":
-        _refuse(phase.end_lr is not None, f"{where}.end_lr={phase.end_lr} is set, but a constant phase has only an lr")
-    else:
-        _refuse(phase.end_lr is None, f"{where}.end_lr is not set, but a {phase.kind} phase needs it")
-
-
-def _until(phase: LrPhaseConfig, where: str, from_tokens: int, run_tokens: int, is_last: bool) -> int | None:
-    """End of a phase in tokens; None for a constant that lasts as long as the run, however long that is."""
-    given = [name for name in ("tokens", "until_tokens", "share") if getattr(phase, name) is not None]
-    _refuse(len(given) > 1, f"{where} sets {' and '.join(given)}, but its length is given in one way")
-    if phase.tokens is not None:
-        until = from_tokens + phase.tokens
-    elif phase.until_tokens is not None:
-        until = phase.until_tokens
-    elif phase.share is not None:
-        _refuse(not 0 < phase.share <= 1, f"{where}.share={phase.share} is not above 0 and at most 1")
-        until = from_tokens + round(phase.share * run_tokens)
-    else:
-        _refuse(not is_last, f"{where} has no length (tokens, until_tokens or share), but only the last phase may fill")
-        if phase.kind == "constant":
-            return None
-        until = run_tokens
-    rule = f"{where} would end at {until} tokens, but it starts at {from_tokens}"
-    _refuse(until <= from_tokens, rule)
-    return until
 
 
 class Recipe:
@@ -192,20 +61,20 @@ class Recipe:
         #: Tokens that a share of the run refers to: `max_tokens` as written, or what `max_steps` will consume.
         self.nominal_tokens = min([*limits, self.tokens_before(self.num_steps)])
         self.warmup_tokens = self.tokens_before(lr_scheduler.warmup_steps)
-        self.phases = _resolve_phases(lr_scheduler, self.nominal_tokens)
+        self.phases = resolve_phases(lr_scheduler, self.nominal_tokens)
         self._phase_tokens = [phase.from_tokens for phase in self.phases]
         self._check_covered()
 
     def _check(self) -> None:
         train, lr, moe, mtp = self.train, self.lr_scheduler, self.moe, self.mtp
-        _check_positive(
+        check_positive(
             train__micro_batch_size=train.micro_batch_size,
             train__max_steps=train.max_steps,
             train__max_tokens=train.max_tokens,
             moe__bias_update_until_tokens=moe.bias_update_until_tokens,
         )
         endless = train.max_steps is None and train.max_tokens is None
-        _refuse(endless, "neither train.max_steps nor train.max_tokens is set: the run would have no end")
+        refuse(endless, "neither train.max_steps nor train.max_tokens is set: the run would have no end")
         for name, value in (
             ("lr_scheduler.lr", lr.lr),
             ("lr_scheduler.warmup_steps", lr.warmup_steps),
@@ -216,10 +85,10 @@ class Recipe:
                 for i, c in enumerate(mtp.loss_weight_changes)
             ),
         ):
-            _refuse(not 0 <= value < math.inf, f"{name}={value} is not a finite number of 0 or more")
+            refuse(not 0 <= value < math.inf, f"{name}={value} is not a finite number of 0 or more")
         borders = [0, *(change.from_tokens for change in mtp.loss_weight_changes)]
         for index, (before, after) in enumerate(pairwise(borders)):
-            _refuse(
+            refuse(
                 after <= before,
                 f"mtp.loss_weight_changes[{index}].from_tokens={after} is not past the change before it ({before})",
             )
@@ -227,7 +96,7 @@ class Recipe:
     def _check_covered(self) -> None:
         until = self.phases[-1].until_tokens
         last_step_from = self.tokens_before(self.num_steps - 1)
-        _refuse(
+        refuse(
             until is not None and until <= last_step_from,
             f"lr_scheduler.phases end at {until} tokens, but the last of {self.num_steps} steps begins at "
             f"{last_step_from}: lengthen the last phase, or leave its length out",
