@@ -1,4 +1,4 @@
-"""docs/extend.md is true: each of its walks is taken, with the code as it stands on the page, and what it promises holds."""
+"""docs/extend.md is true: every walk is taken with the code as it stands on the page, and keeps its promise."""
 
 from __future__ import annotations
 
