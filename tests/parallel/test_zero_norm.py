@@ -14,7 +14,7 @@ from parallel.zero.norm import global_norm, sum_of_squares
 from tests.bounds import gamma, likely_gamma
 from tests.spawn import Ranks
 
-SCALES = [1e-40, 1e-30, 1e-18, 1e-9, 1.0, 1e18, 1e30, 1e37]
+SCALES = [1e-40, 1e-30, 1e-22, 1e-18, 1e-9, 1.0, 1e18, 1e30, 1e37]
 NUMELS = [1, 5, 4095, 4096, 12_289, 150_001]
 # A row of 4096 elements is summed in fp32, its root rounded; some forty rows are added in fp64.
 NUM_ROUNDINGS, NUM_ROWS = 4096 + 4, 40
@@ -47,6 +47,14 @@ def test_squares_that_fp32_can_sum_lose_their_roots_rounding_alone(numel: int, s
         exact = float(whole.double().square().sum()) * factor**2
         total = sum_of_squares(whole.to(dtype) * factor)
         assert total.item() == pytest.approx(exact, rel=2.01 * rounding + gamma(NUM_ROWS, torch.float64), abs=0)
+
+
+def test_long_shards_are_not_one_sum_in_fp32() -> None:
+    """Ones that are added to 2^24 in fp32 are lost: as many as are in its row, and not the millions behind it."""
+    values = torch.ones(1 << 22)
+    values[0] = 4096.0
+    exact = 2.0**24 + len(values) - 1
+    assert sum_of_squares(values).item() == pytest.approx(exact, rel=gamma(NUM_ROUNDINGS, torch.float32), abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -130,9 +130,9 @@ def test_cross_entropy_of_extreme_logits() -> None:
 
 def test_wide_sums_for_bfloat16() -> None:
     """What float32 gives, rounded once. An exponential may miss by some units in the last place."""
-    x = 300 * torch.randn(4, 64)
-    exact = rms_norm_forward(x.bfloat16().double(), torch.ones(64).double(), 1e-6)[0]
-    found = rms_norm_forward(x.bfloat16(), torch.ones(64).bfloat16(), 1e-6)[0]
+    x, weight = 300 * torch.randn(4, 64), torch.randn(64).bfloat16()
+    exact = rms_norm_forward(x.bfloat16().double(), weight.double(), 1e-6)[0]
+    found = rms_norm_forward(x.bfloat16(), weight, 1e-6)[0]
     assert_within(found, exact, gamma(64 + 8, torch.float32) * exact.abs())
     h = torch.randn(4, 64)
     exact = swiglu_forward(h.bfloat16().double(), None)
