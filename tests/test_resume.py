@@ -28,7 +28,7 @@ NUMBERS = ("train/", "valid/", "moe/")
 FOUR = ["parallel.dp=4", "parallel.ep=2", "parallel.dispatch=flat"]
 LONG = ["train.max_steps=14", "evaluate.interval=4", "checkpoint.interval=3", "checkpoint.async_mode=async"]
 CONSTANT = ["lr_scheduler.phases=[{kind:constant}]"]  # no phase's border depends on the end
-# A run that is asked to stop is not done before it hears of it, however late that is; how far it gets is its own matter.
+# A run that is asked to stop is not done before it hears of it, however late; how far it gets is its own matter.
 ENDLESS = [*LONG, *CONSTANT, "train.max_steps=1000000"]
 
 
