@@ -1,6 +1,6 @@
 """Files that are whole or not there: checksums, writes that the disk has kept, files and folders put in place, locks.
 
-Everything that outlives a process goes through here: checkpoints, prepared tokens, exported models, pages and pictures.
+Checkpoints, prepared tokens, exported models, pages and pictures are all kept with it.
 The standard library is all that it needs, so workers without torch may use it.
 """
 

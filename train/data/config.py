@@ -134,12 +134,12 @@ class DataConfig:
 
     def check(self) -> None:
         """Raise ValueError, naming field, value and rule, where this configuration is illegal by itself."""
-        for field in ("source", "dir", "tokenizer", "end_of_document", "text_field", "dataset_name", "dataset_split"):
-            if getattr(self, field) in ("", DATASETS):
-                raise ValueError(f"data.{field}={getattr(self, field)} is empty: name one, or leave it out")
-        for field, words in (("format", FORMATS), ("on_bad_document", ON_BAD_DOCUMENT)):
-            if getattr(self, field) not in words:
-                raise ValueError(f"data.{field}={getattr(self, field)} must be one of {', '.join(words)}")
+        for key in ("source", "dir", "tokenizer", "end_of_document", "text_field", "dataset_name", "dataset_split"):
+            if getattr(self, key) in ("", DATASETS):
+                raise ValueError(f"data.{key}={getattr(self, key)} is empty: name one, or leave it out")
+        for key, words in (("format", FORMATS), ("on_bad_document", ON_BAD_DOCUMENT)):
+            if getattr(self, key) not in words:
+                raise ValueError(f"data.{key}={getattr(self, key)} must be one of {', '.join(words)}")
         for name in self.dataset_files:
             if not isinstance(name, str) or not name:
                 raise ValueError(f"data.dataset_files={list(self.dataset_files)} must hold names of files")
@@ -167,7 +167,9 @@ class DataConfig:
             if not 0.0 <= getattr(self, key) <= 1.0:
                 raise ValueError(f"data.{key}={getattr(self, key)} is a share: it must lie in 0..1")
         if len(self.fim_tokens) != 3 or len(set(self.fim_tokens)) != 3 or not all(self.fim_tokens):
-            raise ValueError(f"data.fim_tokens={list(self.fim_tokens)} must be three different tokens: begin, hole, end")
+            raise ValueError(
+                f"data.fim_tokens={list(self.fim_tokens)} must be three different tokens: begin, hole, end"
+            )
         if self.max_epochs is not None and not self.max_epochs > 0:
             raise ValueError(f"data.max_epochs={self.max_epochs} must be above 0, or null for any number")
 

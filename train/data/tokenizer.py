@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
 
 from train.files import SHA256, write_durably
-from tokenizers import Tokenizer as Backend
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # What published tokenizers call the token that ends a document; the first that a tokenizer has is taken.

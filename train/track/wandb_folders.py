@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from train.files import replace_durably
+
 OFFLINE = "offline-"
 
 
@@ -58,9 +60,7 @@ class WandbFolders:
     def note(self, last_step: int) -> None:
         """A start has ended well: all steps up to this one are in the folders that there are."""
         kept = Notes(last_step, sorted(path.name for path in self.starts()))
-        aside = self._path.with_suffix(".part")
-        aside.write_text(json.dumps(asdict(kept)) + "\n")
-        aside.replace(self._path)
+        replace_durably(self._path, f"{json.dumps(asdict(kept))}\n".encode())
 
     def set_aside(self, folders: Iterable[Path]) -> None:
         """Move folders into `replaced/`: their steps lie elsewhere now, wandb's measurements of the machine do not."""

@@ -147,7 +147,7 @@ class _Preparation:
     def _write(
         self, since: Progressed, tokenizer: Tokenizer, writer: Writer
     ) -> tuple[Progressed, dict[str, Split], dict[str, FileRecord]]:
-        """Encode and write; when the hashes leave one split without a document, move the nearest one over and repeat."""
+        """Encode and write. When the hashes leave a split without a document, move the nearest one over and repeat."""
         config, said = self._config, self._source.said
         while True:
             since = self._encode(since, tokenizer, writer)

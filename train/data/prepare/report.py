@@ -15,7 +15,9 @@ REPORT = "report.json"
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 
 
-def report_of(folder: Path, num_files: int, splits: Mapping[str, Split], skipped: Mapping[str, Skipped]) -> dict[str, Any]:
+def report_of(
+    folder: Path, num_files: int, splits: Mapping[str, Split], skipped: Mapping[str, Skipped]
+) -> dict[str, Any]:
     """The report of the source whose document tables lie in `folder`: plain values, for a JSON file.
 
     documents: how many were written. duplicates: how many had the text of one before, written or not. bytes: of the

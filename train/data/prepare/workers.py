@@ -1,8 +1,8 @@
 """Tokenising on several processes: results come back in the order of the tasks, whatever the workers do.
 
-A worker is `python -m train.data.prepare.workers`, fed through its standard input and read from its standard output. Unlike
-a pool of `multiprocessing` it neither forks a process that has threads, nor imports the caller's main module (torch,
-for a second and more) into each worker, nor outlives a killed parent: the end of its input ends it.
+A worker is `python -m train.data.prepare.workers`, fed through its standard input and read from its standard output.
+Unlike a pool of `multiprocessing` it neither forks a process that has threads, nor imports the caller's main module
+(torch, for a second and more) into each worker, nor outlives a killed parent: the end of its input ends it.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Position(NamedTuple):
 
 
 class Trouble(NamedTuple):
-    """One document or file that is passed over, or noted: a reason of `train/data/read/trouble.py`, and where it was."""
+    """A document or file that is passed over, or noted: a reason of `train/data/read/trouble.py`, and where it was."""
 
     reason: str
     file: int
@@ -65,13 +65,13 @@ class Bytes(Protocol):
     """A stream of bytes that may be damaged: what `fill` needs."""
 
     def read(self, num_bytes: int) -> bytes:
-        """At least one byte and at most `num_bytes`; none at the end. Damaged when there are no more to be had."""
+        """At least one byte and at most `num_bytes`; none at the end. DamagedError when there are no more to be had."""
 
     def disk_bytes(self) -> int:
         """Bytes of the file on the disk that were taken since the last call."""
 
 
-class Damaged(Exception):
+class DamagedError(Exception):
     """The rest of a stream cannot be had; `reason` is one of `train/data/read/trouble.py`."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -85,7 +85,7 @@ class _Feed:
     def __init__(self, stream: Bytes) -> None:
         self._stream = stream
         self.ended = False
-        self.error: Damaged | None = None
+        self.error: DamagedError | None = None
 
     def fill(self, buffer: bytes, num_bytes: int) -> bytes:
         """`buffer` with more bytes behind it until it has `num_bytes`, fewer only where the stream ends."""
@@ -93,7 +93,7 @@ class _Feed:
         while missing > 0 and not self.ended:
             try:
                 part = self._stream.read(missing)
-            except Damaged as error:
+            except DamagedError as error:
                 self.error, part = error, b""
             self.ended = not part
             parts.append(part)

@@ -23,7 +23,7 @@ class Document(NamedTuple):
     stop: int
 
 
-class _Bad(Exception):
+class _BadError(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
         self.reason, self.detail = reason, detail
@@ -45,8 +45,8 @@ def _text_document(data: bytes, file: int, start: int) -> Document | Trouble:
     try:
         text = _decoded(data)
         if "\0" in text:  # text files have none; binary ones that happen to decode nearly always do
-            raise _Bad("undecodable", "it holds a zero byte")
-    except _Bad as bad:
+            raise _BadError("undecodable", "it holds a zero byte")
+    except _BadError as bad:
         return Trouble(bad.reason, file, f"from byte {start}" if start else "", bad.detail)
     return Document(text, data, file, start, start + len(data))
 
@@ -62,7 +62,7 @@ def _line_documents(
         if stripped:
             try:
                 value = _field(stripped, text_field)
-            except _Bad as bad:
+            except _BadError as bad:
                 yield Trouble(bad.reason, file, f"line {number}", bad.detail)
             else:
                 yield from _parts(value, file, start, stop, f"line {number}", max_document_bytes)
@@ -80,7 +80,7 @@ def _parts(
     for part in parts:
         try:
             yield Document(_decoded(part), part, file, start, stop)
-        except _Bad as bad:
+        except _BadError as bad:
             yield Trouble(bad.reason, file, where, bad.detail)
     if len(parts) > 1:
         yield Trouble("cut", file, where, f"{len(data)} bytes, into {len(parts)} documents")
@@ -90,9 +90,9 @@ def _decoded(data: bytes) -> str:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise _Bad("undecodable", f"{error.reason} at its byte {error.start}") from None
+        raise _BadError("undecodable", f"{error.reason} at its byte {error.start}") from None
     if not text or text.isspace():
-        raise _Bad("empty")
+        raise _BadError("empty")
     return text
 
 
@@ -101,22 +101,22 @@ def _field(line: bytes, text_field: str) -> bytes:
     try:
         entry = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise _Bad("undecodable", f"{error.reason} at its byte {error.start}") from None
+        raise _BadError("undecodable", f"{error.reason} at its byte {error.start}") from None
     except json.JSONDecodeError as error:
-        raise _Bad("not_json", f"{error.msg} at its character {error.pos}") from None
+        raise _BadError("not_json", f"{error.msg} at its character {error.pos}") from None
     except (ValueError, RecursionError) as error:  # digits without end, brackets without end
-        raise _Bad("not_json", str(error).splitlines()[0]) from None
+        raise _BadError("not_json", str(error).splitlines()[0]) from None
     if not isinstance(entry, dict):
-        raise _Bad("wrong_type", f"{_kind(entry)}, not an object")
+        raise _BadError("wrong_type", f"{_kind(entry)}, not an object")
     if text_field not in entry:
-        raise _Bad("missing", f"no {text_field}")
+        raise _BadError("missing", f"no {text_field}")
     value = entry[text_field]
     if not isinstance(value, str):
-        raise _Bad("missing" if value is None else "wrong_type", f"{text_field} is {_kind(value)}")
+        raise _BadError("missing" if value is None else "wrong_type", f"{text_field} is {_kind(value)}")
     try:
         return value.encode()
     except UnicodeEncodeError as error:  # \ud800 alone is JSON, and no character
-        raise _Bad("undecodable", f"{error.reason} at its character {error.start}") from None
+        raise _BadError("undecodable", f"{error.reason} at its character {error.start}") from None
 
 
 def _kind(value: object) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.data.config import DataConfig
-from train.data.read.blocks import BLOCK_BYTES, ROWS, Block, Damaged, Position, Trouble
+from train.data.read.blocks import BLOCK_BYTES, ROWS, Block, DamagedError, Position, Trouble
 
 if TYPE_CHECKING:
     import datasets
@@ -75,10 +75,12 @@ def load(name: str, config: DataConfig) -> DatasetRows:
                 raise ValueError(f"its splits are {', '.join(map(str, found))}")
             found = found[config.dataset_split]
     except Exception as error:  # the library raises what its many parts raise
-        raise ValueError(f"{said} cannot be loaded with data.dataset_split={config.dataset_split}: {_why(error)}") from None
+        raise ValueError(
+            f"{said} cannot be loaded with data.dataset_split={config.dataset_split}: {_why(error)}"
+        ) from None
     try:
         check_column(found.features.arrow_schema, config.text_field)
-    except Damaged as error:
+    except DamagedError as error:
         raise ValueError(f"{said} has no text in data.text_field={config.text_field}: {error.detail}") from None
     return DatasetRows(f"{name}, {config.dataset_split}", found, config.text_field)
 

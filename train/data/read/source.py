@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from train.data.config import DATASETS, DataConfig
-from train.data.read.blocks import LINES, ROWS, TEXT, Block, Damaged, Position, Trouble, line_blocks, text_blocks
+from train.data.read.blocks import LINES, ROWS, TEXT, Block, DamagedError, Position, Trouble, line_blocks, text_blocks
 from train.data.read.hub import DatasetRows, is_saved, load
 from train.data.read.streams import FileStream, form_of, split_name, stamp
 
@@ -97,7 +97,7 @@ class FileSource:
                 yield block
                 place = block.next
             return
-        except Damaged as error:
+        except DamagedError as error:
             trouble = Trouble(error.reason, at.file, "", error.detail)
         except OSError as error:
             trouble = Trouble("unreadable", at.file, "", error.strerror or type(error).__name__)
@@ -108,9 +108,9 @@ class FileSource:
         form = form_of(file.name, self.config.format)
         if form == ROWS:
             if split_name(file.name)[1]:
-                raise Damaged("unreadable", "Parquet has its own compression, and cannot be read through another")
+                raise DamagedError("unreadable", "Parquet has its own compression, and cannot be read through another")
             if stamp(path.stat()) != expected:
-                raise Damaged("changed", f"{path.stat().st_size} bytes, not {file.num_bytes}")
+                raise DamagedError("changed", f"{path.stat().st_size} bytes, not {file.num_bytes}")
             from train.data.read.tables import (
                 table_blocks,  # pyarrow takes a second, which sources without tables need not
             )

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Protocol
 
-from train.data.read.blocks import LINES, ROWS, TEXT, Damaged
+from train.data.read.blocks import LINES, ROWS, TEXT, DamagedError
 
 zstandard: ModuleType | None
 try:
@@ -53,7 +53,7 @@ class _Frames:
 
     def __init__(self, file: BinaryIO) -> None:
         if zstandard is None:
-            raise Damaged("unreadable", "reading .zst needs the package zstandard")
+            raise DamagedError("unreadable", "reading .zst needs the package zstandard")
         self._file, self._make = file, zstandard.ZstdDecompressor().decompressobj
         self._frame: Any = None
         self._pending = self._ready = b""
@@ -78,7 +78,7 @@ class _Frames:
 OPENERS: dict[str, Callable[[BinaryIO], _Reader]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
     ".bz2": lambda file: bz2.BZ2File(file, "rb"),
-    ".xz": lambda file: lzma.LZMAFile(file, "rb"),
+    ".xz": lambda file: lzma.LZMAFile(file, "rb"),  # noqa: SIM115 (whoever opens a stream closes it)
     ".zst": _Frames,
 }
 _ERRORS: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error, lzma.LZMAError, ValueError)
@@ -118,13 +118,13 @@ class FileStream:
         self._file.close()
 
     def read(self, num_bytes: int) -> bytes:
-        """Up to `num_bytes`, none at the end. Damaged when the file is corrupt here, or has been changed."""
+        """Up to `num_bytes`, none at the end. DamagedError when the file is corrupt here, or has been changed."""
         try:
             part = self._reader.read1(num_bytes)
         except _ERRORS as error:
             self._check()
             known = isinstance(error, OSError) and error.errno is not None
-            raise Damaged("unreadable" if known else "corrupt", _short(error)) from None
+            raise DamagedError("unreadable" if known else "corrupt", _short(error)) from None
         if not part:
             self._check()
         return part
@@ -133,7 +133,7 @@ class FileStream:
         found = stamp(os.fstat(self._file.fileno()))
         if found != self._expected:
             sizes = f"{found[0]} bytes, not {self._expected[0]}" if found[0] != self._expected[0] else "written to"
-            raise Damaged("changed", sizes)
+            raise DamagedError("changed", sizes)
 
     def disk_bytes(self) -> int:
         """Bytes of the file on the disk that were taken since the last call."""

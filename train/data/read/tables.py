@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train.data.read.blocks import BLOCK_BYTES, ROWS, Block, Damaged, Position, Trouble
+from train.data.read.blocks import BLOCK_BYTES, ROWS, Block, DamagedError, Position, Trouble
 
 _MAX_ROWS = 1 << 14
 
@@ -28,7 +28,7 @@ def table_blocks(path: Path, num_bytes: int, at: Position, text_field: str) -> I
             metadata = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
             groups = [(group.num_rows, group.total_byte_size) for group in metadata]
             check_column(file.schema_arrow, text_field)
-        except Damaged as error:
+        except DamagedError as error:
             yield Block(ROWS, (), at, behind, num_bytes, (Trouble(error.reason, at.file, "", error.detail),))
             return
         except Exception as error:  # pyarrow raises what its many parts raise, MemoryError for absurd sizes included
@@ -71,15 +71,15 @@ def _group_blocks(
 
 
 def check_column(schema: pa.Schema, text_field: str) -> None:
-    """Damaged, with the reason `missing` or `wrong_type`, when a table's column `text_field` does not hold text."""
+    """DamagedError, with the reason `missing` or `wrong_type`, when a table's `text_field` does not hold text."""
     if text_field not in schema.names:
-        raise Damaged("missing", f"no column {text_field} among {', '.join(schema.names)}")
+        raise DamagedError("missing", f"no column {text_field} among {', '.join(schema.names)}")
     kind = schema.field(text_field).type
     inner = kind.value_type if pa.types.is_dictionary(kind) else kind
     texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
     raw = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
     if not any(holds(inner) for holds in (*texts, *raw)):
-        raise Damaged("wrong_type", f"column {text_field} is {kind}")
+        raise DamagedError("wrong_type", f"column {text_field} is {kind}")
 
 
 def column_bytes(column: pa.Array | pa.ChunkedArray) -> tuple[bytes | None, ...]:

@@ -91,7 +91,7 @@ class OneSource(Rows):
 class Blend:
     """Rows of several sources. A weight is a share of the rows, which are equally long, and so of the tokens.
 
-    Each source is an endless stream of its own, with its own permutation for each epoch, drawn by the seed and its name.
+    Each source is an endless stream of its own, with its own permutation for each epoch, drawn by (seed, its name).
     """
 
     def __init__(self, sources: Mapping[str, Rows], weights: Mapping[str, float], seed: int) -> None:
@@ -149,7 +149,7 @@ class Blend:
 
 
 def open_stream(config: DataConfig, split: str, seq_len: int, seed: int = 0, order: str = "shuffled") -> Stream:
-    """The rows of a split of what `prepare_sources` has prepared. ValueError where a source is not whole or too short."""
+    """The rows of a split that `prepare_sources` has prepared. ValueError where a source is not whole or too short."""
     if not config.blend:
         return OneSource(Tokens.open(config.folder, split), seq_len, seed, order, config.document_mask)
     sources = {
