@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 
 from tests.train.model_cases import TINY, TINY_DENSE, V3, random_config, random_dense_config
+from train.model.attention.build import MODULES
+from train.model.attention.kinds import ATTENTIONS
+from train.model.config import ModelConfig
 
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
 
@@ -75,6 +79,15 @@ def test_legal_shapes_pass() -> None:
     for seed in range(200):
         random_config(seed).check()
         random_dense_config(seed).check()
+
+
+def test_every_kind_of_attention_has_a_module_and_its_keys_in_the_config() -> None:
+    """A key that a kind has alone is None in models of the others, so it must have None as a value."""
+    assert set(MODULES) == set(ATTENTIONS.values())
+    hints = get_type_hints(ModelConfig)
+    for name, kind in ATTENTIONS.items():
+        assert kind.name == name and set(kind.needed_keys()) <= set(kind.own_keys())
+        assert all(type(None) in get_args(hints[key]) for key in kind.own_keys())
 
 
 def test_the_softmax_scale_of_the_extended_model() -> None:

@@ -134,13 +134,13 @@ class MoE(nn.Module):
         self.experts = Experts(dispatch.num_local_experts, hidden, inter, backend)
 
     def seen_by_shared_experts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What `compute` takes of this rank's own tokens x [T, d] beside the received rows: nothing."""
+        """What `compute` takes as `own` of this rank's tokens x [T, d]: nothing."""
         return ()
 
     def compute(
         self, rows: Tensor, row_weights: Tensor, *own: Tensor, tokens_per_expert: list[int]
     ) -> tuple[Tensor, ...]:
-        """The routed experts' outputs for the received rows [R, d]."""
+        """The routed experts' outputs for the received rows [R, d], alone."""
         return (self.experts(rows, row_weights, tokens_per_expert),)
 
 
@@ -152,14 +152,15 @@ class SharedMoE(MoE):
         self.shared_experts = FeedForward(config.hidden_size, config.shared_intermediate_size, backend)
 
     def seen_by_shared_experts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What `compute` takes of this rank's own tokens x [T, d] beside the received rows: all of them."""
+        """What `compute` takes as `own` of this rank's tokens x [T, d]: all of them."""
         return (x,)
 
     def compute(
         self, rows: Tensor, row_weights: Tensor, *own: Tensor, tokens_per_expert: list[int]
     ) -> tuple[Tensor, ...]:
-        """The routed experts' outputs for the received rows [R, d], the shared experts' for own tokens [T, d]."""
-        return self.experts(rows, row_weights, tokens_per_expert), *(self.shared_experts(x) for x in own)
+        """The routed experts' outputs for the received rows [R, d], and the shared experts' for own tokens [T, d]."""
+        (x,) = own
+        return self.experts(rows, row_weights, tokens_per_expert), self.shared_experts(x)
 
 
 def build_moe(config: ModelConfig, dispatch: Dispatch, backend: Backend) -> MoE:
