@@ -27,7 +27,7 @@ from benchmarks._engines import MakeEngines, partly
 from benchmarks.fp8_error import table
 from train import compose
 from train.assemble import load_model
-from train.checkpoint.saver import CONFIG_FILE
+from train.checkpoint.step_folders import CONFIG_FILE
 from train.config import RunConfig
 from train.data.rows.blend import open_stream
 from train.job import EMBEDDING

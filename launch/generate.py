@@ -20,8 +20,9 @@ from launch.settings import GenerateSettings
 from train import compose
 from train.assemble import load_model
 from train.checkpoint.reader import RangeReader
-from train.checkpoint.saver import CONFIG_FILE, read_state
+from train.checkpoint.saver import read_state
 from train.checkpoint.state import TrainState
+from train.checkpoint.step_folders import CONFIG_FILE
 from train.config import RunConfig
 from train.data.rows.blend import check_same_tokens, prepared_tokenizer
 from train.data.tokenizer import TextStream, Tokenizer

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from launch.settings import ImportSettings
 from train.checkpoint import step_folders
-from train.checkpoint.saver import CONFIG_FILE, STATE_FILE
 from train.checkpoint.state import TrainState, capture_rng, fingerprint
+from train.checkpoint.step_folders import CONFIG_FILE, STATE_FILE
 from train.checkpoint.writer import write_ranges
 from train.data.prepare.progress import Progress
 from train.files import CRC32, check_read_back, new_folder, record_of, write_durably

@@ -9,7 +9,8 @@ import yaml
 
 from launch.settings import ReportSettings
 from train import compose
-from train.checkpoint.saver import CONFIG_FILE, read_state
+from train.checkpoint.saver import read_state
+from train.checkpoint.step_folders import CONFIG_FILE
 from train.data.rows.blend import open_stream, prepared_fingerprint
 from train.run_folder import find_checkpoint
 from train.settings import read

@@ -11,7 +11,7 @@ from benchmarks import fp8_noise
 from benchmarks._engines import MakeEngines, partly
 from tests.runs import SMALL, last_checkpoint, prepare_text, train_main
 from train import compose
-from train.checkpoint.saver import CONFIG_FILE
+from train.checkpoint.step_folders import CONFIG_FILE
 from train.precision.build import build_engines
 from train.precision.config import PrecisionConfig
 

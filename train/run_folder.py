@@ -10,7 +10,7 @@ from typing import IO
 
 from train import compose
 from train.checkpoint import step_folders
-from train.checkpoint.saver import CONFIG_FILE
+from train.checkpoint.step_folders import CONFIG_FILE
 from train.files import locked
 
 log = logging.getLogger("train")

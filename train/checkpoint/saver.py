@@ -25,11 +25,9 @@ from train.checkpoint.config import CheckpointConfig
 from train.checkpoint.ranges import HostRange, Pieces, check_ranges
 from train.checkpoint.reader import RangeReader, read_metadata, saved_tensors
 from train.checkpoint.state import MAX_NAMED_DIFFERENCES, TrainState, differences
+from train.checkpoint.step_folders import CONFIG_FILE, STATE_FILE
 from train.checkpoint.writer import FlatSavePlanner, FlatWriter
 from train.files import CRC32, FileRecord, aside, check_contents, write_durably
-
-STATE_FILE = "state.json"
-CONFIG_FILE = "config.yaml"
 
 log = logging.getLogger(__name__)
 

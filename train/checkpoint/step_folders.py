@@ -30,6 +30,8 @@ from train.files import (
 )
 
 MANIFEST = "manifest.json"
+# The small state of a run, and its resolved config.
+STATE_FILE, CONFIG_FILE = "state.json", "config.yaml"
 LATEST = "latest"
 REPLACED, DELETED = ".replaced", ".deleted"
 

@@ -33,7 +33,7 @@ class ModelConfig:
         qk_rope_head_dim: mla: rotated part of a query or key head; even.
         v_head_dim: mla: width of a value head.
         n_routed_experts: routed experts of one MoE layer; 0: all layers are dense, those of multi-token prediction too.
-        n_shared_experts: shared experts, seen by every token.
+        n_shared_experts: shared experts, seen by every token; 0 or None: none.
         num_experts_per_tok: routed experts of a token.
         n_group: routing groups, which stand for devices; divides the experts, at least 2 experts each under `noaux_tc`.
         topk_group: groups a token may choose from; all of them under `greedy`.

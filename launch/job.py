@@ -1,0 +1,52 @@
+"""One job on this machine: its ranks, started, watched and ended together. Needs no torch of its own."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from launch.ranks import POLITE, Ended, Ranks, forked, program
+from launch.warm import may_fork, warm_up
+from train import compose
+from train.config import RunConfig
+
+
+def warm(config: RunConfig) -> bool:
+    """Whether the job's ranks are forked; then the process that they are forked from is on its way."""
+    if not may_fork(config.run.device):
+        return False
+    warm_up(POLITE)
+    return True
+
+
+class LocalJob:
+    """A job whose ranks run; prepared before. Arguments as those of `Ranks`; kill it in the end."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        num_neighbours: int = 0,
+        console: Path | None = None,
+    ) -> None:
+        self._resolved = tempfile.NamedTemporaryFile("w", prefix="halocline-", suffix=".yaml")  # noqa: SIM115
+        self._resolved.write(compose.text(config))
+        self._resolved.flush()
+        num_ranks, logs = config.parallel.pp * config.parallel.dp, Path(config.run.dir) / "logs"
+        arguments = ["--config", self._resolved.name]
+        command = [sys.executable, "-m", "train", *arguments]
+        start = forked("train.__main__", arguments) if warm(config) else program(command)
+        self._ranks = Ranks(start, num_ranks, logs, num_neighbours, console)
+
+    def poll(self) -> Ended | None:
+        """How it ended; None while it runs."""
+        return self._ranks.poll()
+
+    def stop(self) -> None:
+        """Ask the ranks to save and end."""
+        self._ranks.stop()
+
+    def kill(self) -> None:
+        """End the ranks at once."""
+        self._ranks.kill()
+        self._resolved.close()
