@@ -65,9 +65,9 @@ class DataConfig:
     """`data`: which text is trained on, and how it is cut and stored.
 
     Attributes:
-        source: file or folder of text, or `datasets:NAME`; None is the Python standard library's sources. A file is plain
-            text, JSON lines or Parquet, compressed or not; a folder may also be one that `datasets` has saved; NAME is
-            whatever that library loads (docs/data.md).
+        source: file or folder of text, or `datasets:NAME`; None is the Python standard library's sources. A file is
+            plain text, JSON lines or Parquet, compressed or not; a folder may also be one that `datasets` has saved; NAME
+            is whatever that library loads (docs/data.md).
         dir: where prepared tokens live; None is `data/<name>-<digest of the settings>`, so that other settings find
             another place by themselves.
         suffixes: of a folder, only files whose names end so, as in `'data.suffixes=[.md,.txt]'`; `[]` takes every file
@@ -84,8 +84,8 @@ class DataConfig:
         tokenizer: a `tokenizer.json`; None trains byte-level BPE on the source.
         end_of_document: text of the token that ends a document; None finds the tokenizer's own.
         vocab_size: size to train, or the most a given tokenizer may have; `model.vocab_size` unless set.
-        valid_fraction: share of documents that validate, chosen by each document's hash. So adding documents moves none,
-            and equal documents are on the same side.
+        valid_fraction: share of documents that validate, chosen by each document's hash. So adding documents moves
+            none, and equal documents are on the same side.
         max_document_bytes: longer documents are cut at line ends.
         shard_tokens: tokens of one shard file.
         num_workers: processes that tokenise; 0 is one per usable core; the result does not depend on it.
@@ -94,7 +94,8 @@ class DataConfig:
         document_mask: the documents of a row see nothing of each other: attention, positions and targets end at their
             borders.
         fim_rate: share of the documents rearranged as prefix, suffix, middle before packing; 0.1 in DeepSeek-V3.
-        fim_tokens: names of the three tokens: begin, hole, end; a trained tokenizer gets them where the rate is above 0.
+        fim_tokens: names of the three tokens: begin, hole, end; a trained tokenizer gets them where the rate is above
+            0.
         split_merged_rate: share of the tokens that join punctuation and line ends which are split into both parts.
         seed: draws what the two rates choose, together with each document's contents.
     """
