@@ -66,8 +66,8 @@ class DataConfig:
 
     Attributes:
         source: file or folder of text, or `datasets:NAME`; None is the Python standard library's sources. A file is
-            plain text, JSON lines or Parquet, compressed or not; a folder may also be one that `datasets` has saved; NAME
-            is whatever that library loads (docs/data.md).
+            plain text, JSON lines or Parquet, compressed or not; a folder may also be one that `datasets` has saved;
+            NAME is whatever that library loads (docs/data.md).
         dir: where prepared tokens live; None is `data/<name>-<digest of the settings>`, so that other settings find
             another place by themselves.
         suffixes: of a folder, only files whose names end so, as in `'data.suffixes=[.md,.txt]'`; `[]` takes every file
