@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# What the command that pip writes for an entry point does.
-COMMAND = "import sys; from {module} import {name}; sys.exit({name}())"
+# What pip writes for an entry point.
+COMMAND = "import sys\nfrom {module} import {name}\nif __name__ == '__main__':\n    sys.exit({name}())\n"
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "site-packages")
     shutil.rmtree(folder / "source")
+    (info,) = (folder / "site-packages").glob("halocline-*.dist-info")
+    scripts = ConfigParser()
+    scripts.read_string((info / "entry_points.txt").read_text())
+    for command, place in scripts["console_scripts"].items():
+        module, name = place.split(":")
+        (folder / command).write_text(COMMAND.format(module=module, name=name))
     return folder / "site-packages"
 
 
@@ -47,13 +53,9 @@ def hostile(tmp_path: Path) -> Path:
 
 
 def halocline(installed: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """The installed command, which has no working folder on its path."""
-    (info,) = installed.glob("halocline-*.dist-info")
-    scripts = ConfigParser()
-    scripts.read_string((info / "entry_points.txt").read_text())
-    module, name = scripts["console_scripts"]["halocline"].split(":")
+    """The installed command: a script of another folder, so that the working folder is not on its path."""
     return subprocess.run(
-        [sys.executable, "-P", "-c", COMMAND.format(module=module, name=name), *words],
+        [sys.executable, str(installed.parent / "halocline"), *words],
         env={**os.environ, "PYTHONPATH": str(installed)},
         cwd=cwd,
         capture_output=True,
