@@ -119,7 +119,7 @@ def test_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["count", "model=tiny"]) == 0
         assert int(capsys.readouterr().out.replace(",", "")) > 1_000_000
         assert main(["count", "--help"]) == 0
-        assert "file of `configs/model`" in capsys.readouterr().out
+        assert "file of configs/model" in capsys.readouterr().out
         assert main(["count", "modle=tiny"]) == 2
         assert "did you mean model" in capsys.readouterr().err
 
