@@ -9,6 +9,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("WANDB_SILENT", "true")
+# So many seconds wandb waits for its own process, which starts late on a busy machine.
+os.environ.setdefault("WANDB__SERVICE_WAIT", "600")
+os.environ.setdefault("WANDB_INIT_TIMEOUT", "600")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # The same in every worker of pytest-xdist, which inherits it.
 os.environ.setdefault("HALOCLINE_SEED", str(random.randrange(1 << 32)))

@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from tests.spawn import STOP_S
+
 KEY = "k" * 40
 
 
@@ -137,5 +139,5 @@ def sync(run_dir: Path, server: Server) -> None:
     """`wandb sync` of everything in a run's folder, as a person does it."""
     environment = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false"}
     command = [sys.executable, "-m", "wandb", "sync", str(run_dir / "wandb")]
-    done = subprocess.run(command, env=environment, cwd=run_dir, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, cwd=run_dir, capture_output=True, text=True, timeout=STOP_S)
     assert "panic" not in done.stderr, done.stderr

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.spawn import STOP_S
 from tests.train.test_metrics import report
 from tests.train.test_metrics_file import write_steps
 from tests.wandb_case import KEY, serving, sync, wandb_history
@@ -29,7 +30,15 @@ RUN_ID = "0a1b2c3d"
 THIRD = {"moe/max_vio": 1 / 3}
 
 
+def next_second(folder: Path) -> None:
+    """Where a run has started before: wait until its next start has a name of its own. They are named by the second."""
+    began = int(time.time())
+    while any((folder / "wandb").glob("*run-*")) and int(time.time()) == began:
+        time.sleep(0.01)
+
+
 def offline(folder: Path, first: int, last: int, **where: Any) -> WandbSink:
+    next_second(folder)
     sink = WandbSink(TrackConfig(wandb="offline"), folder, {"train": {"seq_len": 8}}, **where)
     for step in range(first, last + 1):
         sink.write(report(step, **THIRD))
@@ -61,7 +70,6 @@ def test_wandb_files_equal_metrics_jsonl(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
     write_steps(metrics, 1, 30, **THIRD)
     first = offline(tmp_path, 1, 30)
-    time.sleep(1.1)  # wandb names folders by the second
     write_steps(metrics, 31, 40, finished_steps=30, **THIRD)
     second = offline(tmp_path, 31, 40, finished_steps=30, run_id=first.run_id)
     assert first.run_id == second.run_id
@@ -73,7 +81,7 @@ def test_wandb_files_equal_metrics_jsonl(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from tests.train.test_metrics import report
 from tests.train.test_metrics_file import write_steps
@@ -82,25 +90,30 @@ from train.track.config import TrackConfig
 from train.track.sinks import Tracker
 from train.track.wandb import WandbSink
 print("wandb" in sys.modules, flush=True)
-folder, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+folder, first, last, num_bytes = Path(sys.argv[1]), *map(int, sys.argv[2:])
 wandb = WandbSink(TrackConfig(wandb="offline"), folder, {}, first - 1, "0a1b2c3d")
 tracker = Tracker([wandb, JsonlSink(folder / "metrics.jsonl", first - 1)])
 for step in range(first, last + 1):
     tracker.write(report(step, **{"moe/max_vio": 1 / 3}))
+while max(path.stat().st_size for path in folder.glob("wandb/offline-run-*/*.wandb")) < num_bytes:
+    time.sleep(0.01)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def kill_after(folder: Path, first: int, last: int) -> None:
-    """A run of these steps in a process that is killed right behind them: wandb's file has some of them."""
-    words = [sys.executable, "-c", KILLED, str(folder), str(first), str(last)]
-    killed = subprocess.run(words, stdout=subprocess.PIPE, text=True)
+def kill_after(folder: Path, first: int, last: int, num_bytes: int = 0) -> None:
+    """A run of these steps in a process that is killed behind them, when wandb's file has at least `num_bytes`: with
+    some of them, and how many is wandb's. Its own process, which shares the pipe, has ended when this returns."""
+    next_second(folder)
+    words = [sys.executable, "-c", KILLED, str(folder), str(first), str(last), str(num_bytes)]
+    killed = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=STOP_S)
     assert killed.returncode == -signal.SIGKILL
     # Importing wandb takes most of a second: only a run that uses it pays for it.
     assert killed.stdout.startswith("False")
 
 
 def resume(folder: Path, checkpoint_step: int, last: int) -> None:
+    next_second(folder)
     wandb = WandbSink(TrackConfig(wandb="offline"), folder, {}, checkpoint_step, RUN_ID)
     tracker = Tracker([wandb, JsonlSink(folder / "metrics.jsonl", checkpoint_step)])
     for step in range(checkpoint_step + 1, last + 1):
@@ -147,7 +160,6 @@ def test_steps_before_an_older_checkpoint_are_not_there_twice(tmp_path: Path) ->
     """A run that goes on from further back than wandb's files end."""
     write_steps(tmp_path / "metrics.jsonl", 1, 30, **THIRD)
     offline(tmp_path, 1, 30, run_id=RUN_ID)
-    time.sleep(1.1)
     resume(tmp_path, 20, 35)
     assert steps_of(tmp_path) == [list(range(1, 31)), list(range(31, 36))]
 
@@ -183,7 +195,7 @@ def test_sync_sends_every_step_once(tmp_path: Path) -> None:
 def test_sync_between_starts_sends_no_step_twice(tmp_path: Path) -> None:
     """Of a start that was killed and sent as it was, the server has the beginning; the next goes on from there."""
     with serving() as server:
-        kill_after(tmp_path, 1, 60)
+        kill_after(tmp_path, 1, 60, num_bytes=20_000)  # of 45,000
         sync(tmp_path, server)
         there = list(server.steps)
         assert there == list(range(1, len(there) + 1)) and there
@@ -191,7 +203,6 @@ def test_sync_between_starts_sends_no_step_twice(tmp_path: Path) -> None:
         sync(tmp_path, server)
         # The end of a torn file may be half a step, of which wandb's summary has the one half: it is left out.
         assert server.steps in (list(range(1, 71)), [*there, *range(len(there) + 2, 71)])
-        time.sleep(1.1)
         resume(tmp_path, 70, 75)
         sync(tmp_path, server)
         assert server.steps[-5:] == list(range(71, 76)) and len(set(server.steps)) == len(server.steps)
@@ -245,6 +256,8 @@ def test_an_online_run_sends_what_its_server_lacks(
 def test_a_server_gets_every_step_once_over_two_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """wandb itself, online: the second start asks where the server stands, and sends what metrics.jsonl has beyond."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(door, "INIT_TIMEOUT_S", STOP_S)
+    monkeypatch.setattr(door, "FINISH_TIMEOUT_S", STOP_S)
     with serving() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         sink = WandbSink(TrackConfig(), tmp_path, {}, run_id=RUN_ID)
@@ -253,7 +266,7 @@ def test_a_server_gets_every_step_once_over_two_starts(tmp_path: Path, monkeypat
         sink.close(failed=False)
         assert server.steps == list(range(1, 11))
         write_steps(tmp_path / "metrics.jsonl", 1, 14)
-        time.sleep(1.1)
+        next_second(tmp_path)
         sink = WandbSink(TrackConfig(), tmp_path, {}, finished_steps=13, run_id=RUN_ID)
         for step in range(14, 18):
             sink.write(report(step))
@@ -308,7 +321,6 @@ def test_an_online_run_whose_server_fails_is_kept_offline(
     assert said.startswith("wandb could not start online (") and said.endswith("; the run keeps it offline")
     assert sink.mode == "offline"
     assert steps_of(tmp_path) == [list(range(1, 11))]
-    time.sleep(1.1)
     offline(tmp_path, 11, 15, finished_steps=10, run_id=RUN_ID)
     assert steps_of(tmp_path) == [list(range(1, 11)), list(range(11, 16))]
 
