@@ -1,13 +1,18 @@
-"""`python -m benchmarks.start [rounds=5]`: what it costs to ask, before anything trains.
+"""`python -m benchmarks.start [rounds=5]`: what it costs to ask, and the way from a command to the first step.
 
 Each row is a process of its own, the best of some rounds in turns, so that what else the machine does counts least.
+The last row is a job of four ranks (pp 2 x dp 2, experts over two) whose data are prepared, from the command to the
+line of its first step.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks._sides import wall
 from train.settings import read
@@ -24,6 +29,8 @@ ROWS = {
     "python -m train --help": ["-m", "train", "--help"],
 }
 UNIT = "import torch"
+FIRST_STEP = "four ranks to their first step"
+JOB = "parallel=four train.max_steps=1 evaluate.num_sequences=4 track.wandb=disabled run.device=cpu"
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,38 @@ def measure(rounds: int) -> dict[str, float]:
     def start(words: list[str]) -> None:
         subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
 
-    taken: dict[str, list[float]] = {name: [] for name in ROWS}
-    for _ in range(rounds):
-        for name, words in ROWS.items():
-            taken[name].append(wall(lambda words=words: start(words)))  # type: ignore[misc]
+    taken: dict[str, list[float]] = {name: [] for name in [*ROWS, FIRST_STEP]}
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_text(Path(folder))
+        for number in range(rounds):
+            for name, words in ROWS.items():
+                taken[name].append(wall(lambda words=words: start(words)))  # type: ignore[misc]
+            taken[FIRST_STEP].append(first_step([*data, f"run.dir={folder}/run-{number}"]))
     return {name: min(seconds) for name, seconds in taken.items()}
+
+
+def write_text(folder: Path) -> list[str]:
+    """Prepared tokens of a little text in `folder`, and the settings that read them."""
+    (folder / "text").mkdir()
+    for number in range(20):
+        lines = (f"line {line} of text {number}, {line * number} in all\n" for line in range(500))
+        (folder / "text" / f"{number}.txt").write_text("".join(lines))
+    settings = [f"data.source={folder}/text", f"data.dir={folder}/tokens", "data.valid_fraction=0.3"]
+    subprocess.run([sys.executable, "-m", "launch", "prepare", *settings], check=True, stdout=subprocess.DEVNULL)
+    return settings
+
+
+def first_step(settings: list[str]) -> float:
+    """Seconds from the command to the line of the first step."""
+    command, start_s = [sys.executable, "-m", "launch", "local", *JOB.split(), *settings], time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        line = next((line for line in job.stdout if line.startswith("step=1/")), None)
+        taken_s = time.perf_counter() - start_s
+        job.stdout.read()
+    if line is None or job.returncode:
+        raise SystemExit(f"the job ended with exit code {job.returncode}")
+    return taken_s
 
 
 def main(arguments: list[str]) -> None:
