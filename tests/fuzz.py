@@ -61,8 +61,8 @@ def loads_recorded(folder: Path, *inside: Callable[[], Any] | None) -> Iterator[
 
     original, loads = loop.reduce, []
 
-    def reduce(job: Any, tally: Any, stop: Any) -> Any:
-        result = original(job, tally, stop)
+    def reduce(job: Any, plan: Any, tally: Any, asked: Any) -> Any:
+        result = original(job, plan, tally, asked)
         loads.append(tally.load.clone())
         if job.is_main:
             torch.save(loads, folder / "loads.pt")

@@ -202,12 +202,12 @@ def load_counted_where_routers_run() -> Iterator[None]:
         counted[id(self)] = counted.get(id(self), 0) + found
         return found
 
-    def reduce(job: Any, tally: Any, stop: Any, original: Any = loop.reduce) -> Any:
+    def reduce(job: Any, plan: Any, tally: Any, asked: Any, original: Any = loop.reduce) -> Any:
         tally.load.zero_()
         for model in job.models:
             for number, router in model.routers().items():
                 tally.load[number] += counted.pop(id(router), 0)
-        return original(job, tally, stop)
+        return original(job, plan, tally, asked)
 
     with mock.patch.object(Router, "_load", load), mock.patch.object(loop, "reduce", reduce):
         yield

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.runs import DENSE, SMALL, Finished, prepare_text, read_checkpoint, run_in, train_main
 from tests.spawn import Ranks
-from train import __main__ as program
+from train import rank as program
 from train.compose import load
 from train.job import Job
 from train.precision import reference, torch_engine

@@ -235,9 +235,9 @@ def load_counted_twice() -> Iterator[None]:
     """Some ranks count the first router's tokens again, as a recomputed forward would."""
     from train import loop
 
-    def twice(job: Any, tally: Any, stop: Any, original: Any = loop.reduce) -> Any:
+    def twice(job: Any, plan: Any, tally: Any, asked: Any, original: Any = loop.reduce) -> Any:
         tally.load[0] += tally.load[0] * (1 + job.groups.mesh.rank)
-        return original(job, tally, stop)
+        return original(job, plan, tally, asked)
 
     with mock.patch.object(loop, "reduce", twice):
         yield

@@ -267,7 +267,8 @@ def llama(config: ModelConfig, state: dict[str, Tensor], dtype: torch.dtype) -> 
 def share_frequencies(oracle: Any, config: ModelConfig) -> None:
     """Let the oracle rotate by our frequencies: YaRN's are blends, which both round to float32 in another order."""
     ours, theirs = _frequencies(config, torch.device("cpu")), oracle.model.rotary_emb.inv_freq
-    unstretched = config.rope_theta ** -(torch.arange(0, config.rope_dim, 2).double() / config.rope_dim)
+    rope_dim = config.attention_sizes.rope_dim
+    unstretched = config.rope_theta ** -(torch.arange(0, rope_dim, 2).double() / rope_dim)
     # A power, quotients, a product with a share of at most 1, a sum.
     assert bool(((ours.double() - theirs).abs() <= 2 * gamma(8, torch.float32) * unstretched).all())
     theirs.copy_(ours)
