@@ -184,7 +184,7 @@ def _model(body: Any) -> ModelConfig:
         sizes |= {"n_routed_experts": 0, "first_k_dense_replace": sizes.get("num_hidden_layers")}
         sizes |= dict.fromkeys(EXPERT_SIZES)
         sizes = {key: value for key, value in sizes.items() if key not in EXPERT_CHOICES}
-    # None is a size of models that lack it; a file has to say whether it does, as its readers take defaults of their own.
+    # None stands for a size that a model lacks. A file has to say so: its readers take defaults of their own.
     needed = {field.name for field in fields(ModelConfig) if field.default is MISSING} | set(EXPERT_SIZES)
     if missing := sorted(needed - set(sizes)):
         raise ValueError(f"{', '.join(missing)} missing: the model's sizes are not known")
