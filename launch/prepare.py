@@ -10,7 +10,7 @@ from train.data.config import DataConfig
 from train.data.meta import Meta
 from train.data.prepare.all_sources import prepare_sources
 from train.data.read.trouble import BAD, REASONS
-from train.data.rows.blend import check_epochs, exposure_table, open_stream
+from train.data.rows.blend import Stream, check_epochs, exposure_table, open_stream
 
 
 def prepare(settings: Sequence[str]) -> int:
@@ -30,7 +30,7 @@ def prepare_run(config: RunConfig, histogram: bool = False) -> None:
     """
     prepare_command(config.data, histogram)
     try:
-        rows = open_stream(config.data, "train", config.train.seq_len, config.train.seed)
+        rows = _train_rows(config)
     except ValueError as error:  # prepared all the same, for a run with shorter sequences
         print(f"This run cannot read it: {error}", flush=True)
         return
@@ -41,8 +41,11 @@ def prepare_run(config: RunConfig, histogram: bool = False) -> None:
 
 def check_epochs_of(config: RunConfig) -> None:
     """ValueError where `data.max_epochs` forbids a run whose data are prepared."""
-    rows = open_stream(config.data, "train", config.train.seq_len, config.train.seed)
-    check_epochs(rows, config.num_sequences, config.data.max_epochs)
+    check_epochs(_train_rows(config), config.num_sequences, config.data.max_epochs)
+
+
+def _train_rows(config: RunConfig) -> Stream:
+    return open_stream(config.data, "train", config.train.seq_len, config.train.seed, past=config.readings)
 
 
 def prepare_command(config: DataConfig, histogram: bool = False) -> None:

@@ -269,18 +269,34 @@ class PlainModel:
 
 
 class PlainAdamW:
-    """AdamW (arXiv 1711.05101, Algorithm 2), tensor by tensor; its moments are rounded to `dtype` after every step."""
+    """AdamW (arXiv 1711.05101, Algorithm 2), tensor by tensor; its moments are rounded to `dtype` after every step.
 
-    def __init__(self, params: list[Tensor], config: OptimizerConfig, dtype: torch.dtype) -> None:
-        self.params, self.config, self.dtype, self.step_count = params, config, dtype, 0
-        self.moments = [[torch.zeros_like(p, dtype=dtype) for _ in range(2)] for p in params]
+    frozen: names of those that stay as they are.
+    """
+
+    def __init__(
+        self,
+        params: dict[str, Tensor],
+        config: OptimizerConfig,
+        dtype: torch.dtype,
+        frozen: frozenset[str] = frozenset(),
+    ) -> None:
+        self.config, self.dtype, self.step_count = config, dtype, 0
+        self.params = {name: p for name, p in params.items() if name not in frozen}
+        self.moments = {name: [torch.zeros_like(p, dtype=dtype) for _ in range(2)] for name, p in params.items()}
+
+    def go_on_from(self, other: PlainAdamW) -> None:
+        """Take the moments and the number of steps of another one."""
+        self.step_count = other.step_count
+        self.moments = {name: [each.to(self.dtype) for each in pair] for name, pair in other.moments.items()}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         c = self.config
         self.step_count += 1
-        for p, moments in zip(self.params, self.moments, strict=True):
+        for name, p in self.params.items():
             assert p.grad is not None
+            moments = self.moments[name]
             first = moments[0].to(p) * c.beta1 + p.grad * (1 - c.beta1)
             second = moments[1].to(p) * c.beta2 + p.grad**2 * (1 - c.beta2)
             moments[:] = first.to(self.dtype), second.to(self.dtype)
@@ -293,33 +309,46 @@ class PlainAdamW:
 
 @dataclass
 class PlainRun:
-    """A plain run's rows, with the keys of metrics.jsonl, and its last weights."""
+    """A plain run's rows, with the keys of metrics.jsonl, its last weights and what updates them."""
 
     rows: list[dict[str, float]]
     weights: dict[str, Tensor]
     biases: Tensor  # [num_routers, E]; [0, E] where routers have none
     routes: list[tuple[Tensor, Tensor]]
     loads: list[Tensor]  # of every step, [num_routers, E]
+    optimizer: PlainAdamW
 
 
-def plain_run(config: RunConfig) -> PlainRun:
-    """Train `config` from its first step to its last, with the evaluations on the way."""
+def plain_run(config: RunConfig, parent: PlainRun | None = None, until: int | None = None) -> PlainRun:
+    """Train `config` from its first step to its last, with the evaluations on the way.
+
+    parent: a run whose weights, moments, biases and steps this one goes on from.
+    until: the step after which it ends, where that is not its last.
+    """
     weights, model = _initial(config)
-    params = list(weights.values())
-    optimizer = PlainAdamW(params, config.optimizer, _moments_dtype(config))
+    optimizer = PlainAdamW(weights, config.optimizer, _moments_dtype(config), config.frozen)
     schedule = config.recipe()
-    train_rows = open_stream(config.data, "train", config.train.seq_len, config.train.seed)
+    train_rows = open_stream(config.data, "train", config.train.seq_len, config.train.seed, past=config.readings)
     rows, loads = [], []
-    for step in range(schedule.num_steps):
+    if parent is not None:
+        rows, loads = [*parent.rows], [*parent.loads]
+        for name, weight in weights.items():
+            weight.data.copy_(parent.weights[name])
+        optimizer.go_on_from(parent.optimizer)
+        if len(parent.biases):
+            model.biases.copy_(parent.biases)
+    params = list(optimizer.params.values())
+    for step in range(len(rows), until or schedule.num_steps):
         plan = schedule.at(step)
         sums = model(train_rows.rows(plan.first_sequence, plan.num_sequences))
-        for p in params:
+        for p in weights.values():
             p.grad = torch.zeros_like(p)
         _loss(config, plan, sums).backward()
         norm = torch.nn.utils.clip_grad_norm_(params, config.optimizer.clip_grad_norm or float("inf"))
         optimizer.step(plan.lr)
         mean = sums.load.double().mean(-1, keepdim=True)
-        model.biases += plan.bias_update_rate * torch.sign(mean - sums.load).to(model.biases)
+        moves = plan.bias_update_rate * torch.sign(mean - sums.load).to(model.biases)
+        model.biases += moves * _moving_routers(config).unsqueeze(-1)
         row = _row(config, plan, sums) | {"train/grad_norm": float(norm)}
         interval = config.evaluate.interval
         if step + 1 == schedule.num_steps or (interval and (step + 1) % interval == 0):
@@ -327,7 +356,19 @@ def plain_run(config: RunConfig) -> PlainRun:
         rows.append(row)
         loads.append(sums.load)
     biases = model.biases if config.model.topk_method == "noaux_tc" else model.biases[:0]
-    return PlainRun(rows, {name: p.detach() for name, p in weights.items()}, biases, model.routes, loads)
+    trained = {name: p.detach() for name, p in weights.items()}
+    return PlainRun(rows, trained, biases, model.routes, loads, optimizer)
+
+
+def _moving_routers(config: RunConfig) -> Tensor:
+    """1 for every router whose weights are trained, else 0."""
+    model = config.model
+    layers = [
+        f"layers.{index}" for index in range(model.num_hidden_layers - model.num_moe_layers, model.num_hidden_layers)
+    ]
+    depths = [f"mtp.{k}.layer" for k in range(model.num_nextn_predict_layers)]
+    names = [f"{each}.mlp.gate.weight" for each in [*layers, *depths]][: model.num_routers]
+    return torch.tensor([float(name not in config.frozen) for name in names])
 
 
 def _loss(config: RunConfig, plan: StepPlan, sums: Sums) -> Tensor:

@@ -39,6 +39,7 @@ from train.precision.config import PrecisionConfig
 from train.precision.engine import Engine
 from train.precision.grads import attach_main_grads
 from train.precision.transformer_engine import LibraryModules
+from train.recipe.balance import freeze_routers
 from train.recipe.ema import Ema
 from train.recipe.optimizer import rules as update_rules
 from train.split import split
@@ -84,7 +85,7 @@ def assemble(config: RunConfig, groups: Groups, make_engines: MakeEngines = buil
     """
     torch.manual_seed(config.train.seed)  # nothing in a step draws from it; what ever will does so reproducibly
     train, data = config.train, config.data
-    train_rows = open_stream(data, "train", train.seq_len, train.seed)
+    train_rows = open_stream(data, "train", train.seq_len, train.seed, past=config.readings)
     valid_rows = open_stream(data, "valid", train.seq_len, order="sequential")
     check_epochs(train_rows, config.num_sequences, data.max_epochs)
     dispatch = build_dispatch(
@@ -97,12 +98,15 @@ def assemble(config: RunConfig, groups: Groups, make_engines: MakeEngines = buil
     if isinstance(weights, LibraryModules):
         for model in models:
             check_widths(model, config.precision)
-    rule = update_rules(config.optimizer)
+    rule, frozen = update_rules(config.optimizer), config.frozen
+    for model in models:
+        freeze_routers(model, frozen)
     optimizer = build_optimizer(
         config.zero.engine,
         [(info, param, *rule(info.name, info.global_shape)) for info, param in held(models)],
         ReplicaGroups(groups.dense, groups.expert, groups.embedding, groups.world),
         clip_grad_norm=config.optimizer.clip_grad_norm,
+        frozen=frozen,
         host=groups.host,
         watch=groups.watch,
         on_new_weights=weights.changed,

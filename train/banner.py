@@ -22,7 +22,7 @@ def banner(
     """
     recipe = config.recipe()
     tokens = recipe.tokens_before(recipe.num_steps)
-    sizes = sorted({recipe.at(step).num_sequences for step in (0, recipe.num_steps - 1)})
+    sizes = sorted({recipe.at(step).num_sequences for step in (recipe.first_step, recipe.num_steps - 1)})
     per_step = " to ".join(short(size * config.train.seq_len) for size in sizes)
     begins = f"from step {finished_steps + 1} on, " if finished_steps else ""
     phases = len(config.lr_scheduler.phases)

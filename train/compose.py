@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train import follows
+from train import branch, follows
 from train.cli import refusals
 from train.config import RunConfig
 from train.settings import CONFIGS, defaults, unlocked
@@ -126,6 +126,7 @@ def checked(tree: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ValueError(refusals.sentence(error)) from None
     assert isinstance(config, RunConfig)
+    config = branch.with_ancestry(config, text)
     config.check()
     return config
 
@@ -211,6 +212,8 @@ def _changed(file: Path, overrides: Sequence[Override]) -> DictConfig:
     """The resolved config in a file, laid over the defaults, with single keys changed."""
     tree = OmegaConf.merge(defaults(RunConfig), _tree(file))
     assert isinstance(tree, DictConfig)
+    if overrides:  # what a branch has changed is to be found anew
+        tree.checkpoint.ancestry = []
     for override in overrides:
         key = override.key_or_group
         if override.is_delete():

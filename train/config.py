@@ -11,13 +11,17 @@ from parallel.mesh import ParallelConfig
 from parallel.pipeline import registry
 from parallel.pipeline.placement import Placement
 from parallel.pipeline.schedule import Schedule
+from train.ancestry import Ancestor, ancestors
 from train.checkpoint.config import CheckpointConfig
 from train.data.config import DataConfig
+from train.data.past import Reading
+from train.hf.names import parameters
 from train.model.attention.kinds import LatentSizes
 from train.model.config import ModelConfig, given
 from train.model.recompute_config import RecomputeConfig
 from train.precision.config import PrecisionConfig
 from train.recipe.config import LrSchedulerConfig, MoeConfig, MtpConfig, TrainConfig
+from train.recipe.frozen import frozen_names
 from train.recipe.optimizer import OptimizerConfig
 from train.recipe.ramp import batch_sizes
 from train.recipe.recipe import Recipe
@@ -201,13 +205,30 @@ class RunConfig:
 
     def recipe(self) -> Recipe:
         """The recipe over tokens. ValueError for one that cannot be."""
-        return Recipe(self.train, self.lr_scheduler, self.moe, self.mtp)
+        history = [each.stretch for each in self.ancestors]
+        return Recipe(self.train, self.lr_scheduler, self.moe, self.mtp, history)
+
+    @property
+    def ancestors(self) -> tuple[Ancestor, ...]:
+        """The runs that a branch goes on from, the first one first; none for a run that is no branch."""
+        return ancestors(self.checkpoint.ancestry)
+
+    @property
+    def readings(self) -> list[Reading]:
+        """What those runs have read."""
+        recipe = self.recipe()
+        return [each.reading(recipe.sequences_before(each.step)) for each in self.ancestors]
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of the parameters that stay as they are. ValueError for a pattern of `train.freeze` that cannot be."""
+        return frozen_names(self.train.freeze, parameters(self.model)) if self.train.freeze else frozenset()
 
     @property
     def num_sequences(self) -> int:
-        """Sequences of the whole run."""
+        """Sequences of the whole run, with those of the runs that it goes on from."""
         recipe = self.recipe()
-        return recipe.tokens_before(recipe.num_steps) // self.train.seq_len
+        return recipe.sequences_before(recipe.num_steps)
 
     def check(self) -> None:
         """Every rule of every room and between rooms; ValueError names field, value and rule.
@@ -230,6 +251,7 @@ class RunConfig:
         )
         for room in rooms:
             room.check()
+        _ = self.frozen
         mesh.check(self.parallel, self.mirrored)
         split(self.model, self.placement.num_slices, self.train.seq_len, self.pipeline.layers)
         num_steps = self.recipe().num_steps

@@ -8,10 +8,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
 
-from train import compose
 from train.checkpoint import step_folders
+from train.checkpoint.config import CheckpointConfig
 from train.checkpoint.step_folders import CONFIG_FILE
 from train.files import locked
+from train.settings import dotted
 
 log = logging.getLogger("train")
 
@@ -67,7 +68,8 @@ def find_checkpoint(path: Path) -> Path:
         step_folders.check_complete(path)
         return path
     resolved = path / CONFIG_FILE
-    root = compose.load(resolved).checkpoint.folder(path) if resolved.exists() else path
+    elsewhere = dotted(resolved.read_text(errors="replace")).get("checkpoint.dir") if resolved.exists() else None
+    root = CheckpointConfig(dir=elsewhere).folder(path) if resolved.exists() else path
     found = step_folders.find_latest(root)
     if found is None:
         raise ValueError(f"checkpoint={path} holds no complete checkpoint (looked for step folders in {root})")

@@ -12,7 +12,7 @@ from pathlib import Path
 from launch.ranks import Ended
 from launch.sweep.config import SweepConfig
 from launch.sweep.search import Proposal, Result
-from train import compose
+from train import branch, compose
 from train.checkpoint import step_folders
 from train.config import RunConfig
 from train.files import replace_durably
@@ -57,7 +57,8 @@ def configure(fixed: Sequence[str], proposal: Proposal, root: Path) -> RunConfig
     """The config of a job, in a folder of its own, in wandb one of the sweep's group. ValueError if it is refused."""
     config = compose.compose([*fixed, *(f"{key}={value}" for key, value in proposal.values.items())])
     track = replace(config.track, group=config.track.group or root.name, name=config.track.name or proposal.name)
-    return replace(config, run=replace(config.run, dir=str(root / proposal.name)), track=track)
+    moved = replace(config, run=replace(config.run, dir=str(root / proposal.name)), track=track)
+    return branch.with_ancestry(moved, compose.text)  # a branch of its own, or what is left of it in its folder
 
 
 def is_finished(config: RunConfig) -> bool:

@@ -8,7 +8,7 @@ gradients reduced once per step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,6 +73,8 @@ class ZeroOptimizer:
             for param, view in zip(each.params, views(flat, layout, each.params), strict=True):
                 param.main_grad = view  # type: ignore[attr-defined]
         self._create_state()
+        for optimizer in engine.optimizers:
+            optimizer.register_step_pre_hook(self._leave_frozen)
 
     def zero_grad(self) -> None:
         """Set all `main_grad` to zero."""
@@ -87,13 +89,14 @@ class ZeroOptimizer:
         until `zero_grad`.
         """
         grads = self._reduce()
-        norm = global_norm(grads, self._groups.world, self._host, self._watch)
+        live = [grad for grad, each in zip(grads, self._sets, strict=True) if not each.frozen]
+        norm = global_norm(live, self._groups.world, self._host, self._watch)
         if not math.isfinite(norm):
             return StepResult(norm, False)
         # The factor of torch.nn.utils.clip_grad_norm_, in double.
         factor = self._clip_grad_norm / (norm + 1e-6) if self._clip_grad_norm else 1.0
         if factor < 1:
-            for grad in grads:
+            for grad in live:
                 grad.mul_(factor)
         self._set_lr(lr)
         self._engine.update(grads)
@@ -102,10 +105,13 @@ class ZeroOptimizer:
         return StepResult(norm, True)
 
     def _reduce(self) -> list[Tensor]:
-        """This rank's shard of each set's gradient, summed over the replicas; in a world of one the buffer itself."""
+        """This rank's shard of each set's gradient, summed over the replicas; in a world of one the buffer itself.
+
+        Nobody reads the gradients of a frozen set, which are not summed.
+        """
         pending = [
-            flat
-            if each.group is None or each.num_shards == 1
+            flat[layout.shard_slice(each.shard)]
+            if each.group is None or each.num_shards == 1 or each.frozen
             else self._reduce_scatter(flat, each.group, layout.shard_numels)
             for each, layout, flat in zip(self._sets, self._engine.layouts, self._engine.main_grads, strict=True)
         ]
@@ -114,6 +120,12 @@ class ZeroOptimizer:
     def _reduce_scatter(self, flat: Tensor, group: dist.ProcessGroup, numels: Sequence[int]) -> Watched[Tensor]:
         gradients = Need("optimizer", "the gradients from {peers}", group)
         return self._watch.launch(gradients, lambda: reduce_scatter(flat, group, numels))
+
+    def _leave_frozen(self, *_: Any) -> None:
+        """Before a step of torch's optimizers, which leave masters without a gradient alone, and their moments."""
+        for each, master in zip(self._sets, self._engine.masters, strict=True):
+            if each.frozen:
+                master.grad = None
 
     def _set_lr(self, lr: float) -> None:
         for optimizer in self._engine.optimizers:
@@ -198,6 +210,7 @@ def build(
     groups: ReplicaGroups,
     *,
     clip_grad_norm: float = 1.0,
+    frozen: Collection[str] = (),
     host: Host | None = None,
     watch: Watch | None = None,
     on_new_weights: Callable[[], None] = lambda: None,
@@ -210,6 +223,7 @@ def build(
             decay), in an order that is the same on all replicas. `main_grad` is fp32, and fp64 for an fp64 parameter. A
             rank whose pipeline stages hold no layer has none; it still takes part in the norm.
         clip_grad_norm: largest global norm; 0 for no clipping.
+        frozen: names of parameters that stay as they are, moments and all; their gradients count in no norm.
         host: where the norm is read; None for a CPU's.
         watch: through which this rank waits for others.
         on_new_weights: called after every change of the weights: a step, a checkpoint read.
@@ -218,7 +232,7 @@ def build(
     """
     if engine not in _ENGINES:
         raise ValueError(f"zero.engine={engine} is not one of {', '.join(_ENGINES)}")
-    sets = split_sets(params, groups)
+    sets = split_sets(params, groups, frozen)
     host, watch = host or Host(), watch or Watch()
     # Without parameters there is nothing for DeepSpeed to hold.
     make_engine = _ENGINES[engine] if sets else NativeEngine

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,13 +44,17 @@ def group_rank(group: dist.ProcessGroup | None) -> int:
 
 @dataclass(frozen=True)
 class ParamSet:
-    """Parameters of one replica group, inner optimizer, weight decay and dtype, in the order of the model."""
+    """Parameters of one replica group, inner optimizer, weight decay and dtype, in the order of the model.
+
+    frozen: whether they stay as they are. They keep their masters and moments, and have no part in steps and norms.
+    """
 
     infos: tuple[ParamInfo, ...]
     params: tuple[nn.Parameter, ...]
     group: dist.ProcessGroup | None
     inner: InnerOptimizer
     weight_decay: float
+    frozen: bool = False
 
     @property
     def num_shards(self) -> int:
@@ -83,13 +87,15 @@ class ParamSet:
 
 
 def split_sets(
-    params: Sequence[tuple[ParamInfo, nn.Parameter, InnerOptimizer, float]], groups: ReplicaGroups
+    params: Sequence[tuple[ParamInfo, nn.Parameter, InnerOptimizer, float]],
+    groups: ReplicaGroups,
+    frozen: Collection[str] = (),
 ) -> list[ParamSet]:
     """Sort (place, parameter, inner optimizer, weight decay) into sets: in one order on all replicas."""
-    kinds: dict[tuple[str, bool, float, str, str], list[tuple[ParamInfo, nn.Parameter, InnerOptimizer]]] = {}
+    kinds: dict[tuple[str, bool, float, str, str, bool], list[tuple[ParamInfo, nn.Parameter, InnerOptimizer]]] = {}
     for info, param, inner, weight_decay in params:
         if param.numel():
-            key = (info.replicas, not weight_decay, weight_decay, str(param.dtype), inner.name)
+            key = (info.replicas, not weight_decay, weight_decay, str(param.dtype), inner.name, info.name in frozen)
             kinds.setdefault(key, []).append((info, param, inner))
     return [
         ParamSet(
@@ -98,8 +104,9 @@ def split_sets(
             group=groups.of(replicas),
             inner=members[0][2],
             weight_decay=weight_decay,
+            frozen=is_frozen,
         )
-        for (replicas, _, weight_decay, _, _), members in sorted(kinds.items(), key=lambda item: item[0])
+        for (replicas, _, weight_decay, _, _, is_frozen), members in sorted(kinds.items(), key=lambda item: item[0])
     ]
 
 

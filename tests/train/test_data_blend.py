@@ -239,7 +239,7 @@ def test_one_tokenizer_is_trained_on_all_and_other_settings_are_refused(blend: D
 
 def test_a_blend_of_one_is_that_source(blend: DataConfig) -> None:
     tokens = Tokens.open(blend.sources["web"].folder, "train")
-    one, straight = Blend({"web": Rows(tokens, 9, 4)}, {"web": 2.0}, 1), OneSource(tokens, 9, 4)
+    one, straight = Blend({"web": Rows(tokens, 9, 4)}, {"web": 2.0}, 1), OneSource(Rows(tokens, 9, 4))
     assert torch.equal(one.rows(5, 40), straight.rows(5, 40))
     streams: list[Stream] = [one, straight]
     assert len({stream.num_rows for stream in streams}) == 1

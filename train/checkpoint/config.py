@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,10 @@ class CheckpointConfig:
             earlier run (docs/checkpoints.md).
         init_from: a checkpoint whose weights and router biases a fresh start begins with; None: random weights. It is
             of another run or imported; its steps, moments and data do not count (docs/export.md).
+        branch_from: a run, or one of its step folders, that a new run goes on from under changed settings, with
+            everything that it has learned: weights, moments, router biases, step and position in the data
+            (docs/branches.md).
+        ancestry: of a branch, the runs that it goes on from; written by the program, never set.
     """
 
     dir: str | None = None
@@ -28,6 +33,8 @@ class CheckpointConfig:
     async_mode: bool | str = "async"
     resume: str = "auto"
     init_from: str | None = None
+    branch_from: str | None = None
+    ancestry: list[dict[str, Any]] = field(default_factory=list)
 
     def check(self) -> None:
         """ValueError for an interval, a number to keep, a mode or a way to resume that cannot be."""
@@ -43,11 +50,20 @@ class CheckpointConfig:
             raise ValueError("checkpoint.resume is empty: it must be auto, never or the path of a step folder")
         if self.init_from is not None and not self.init_from:
             raise ValueError("checkpoint.init_from is empty: name a checkpoint, or null for random weights")
-        if self.init_from is not None and self.resume not in ("auto", "never"):
-            raise ValueError(
-                f"checkpoint.init_from={self.init_from} starts a run and checkpoint.resume={self.resume} goes on with "
-                "another one: give one of them"
-            )
+        if self.branch_from is not None and not self.branch_from:
+            raise ValueError("checkpoint.branch_from is empty: name a run or a step folder, or null for no branch")
+        self._check_one_beginning()
+
+    def _check_one_beginning(self) -> None:
+        """A run begins in one way."""
+        begins = {
+            f"checkpoint.resume={self.resume} goes on with another one": self.resume not in ("auto", "never"),
+            f"checkpoint.init_from={self.init_from} starts with another one's weights": self.init_from is not None,
+            f"checkpoint.branch_from={self.branch_from} branches off another one": self.branch_from is not None,
+        }
+        given = [words for words, is_given in begins.items() if is_given]
+        if len(given) > 1:
+            raise ValueError(f"a run begins in one way, and {' and '.join(given)}: give one of them")
 
     @property
     def in_background(self) -> bool:

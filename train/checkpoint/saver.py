@@ -11,7 +11,7 @@ import logging
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -111,18 +111,18 @@ class Checkpoints:
         self.wait()
         return self._ranks.on_first(lambda: resume_decision(self._config, self.root, now))
 
-    def check(self, path: Path, check: Callable[[TrainState], None]) -> None:
-        """`check` on the state of the checkpoint at `path` as rank 0 sees it; all ranks raise what it raises.
+    def state_of(self, path: Path) -> TrainState:
+        """The small state of the checkpoint at `path` as rank 0 sees it, for all ranks.
 
-        Raises ValueError also when there is no complete checkpoint.
+        Raises ValueError when there is no complete checkpoint.
         """
         self.wait()
 
-        def complete() -> None:
+        def read() -> TrainState:
             step_folders.check_complete(path)
-            check(read_state(path))
+            return read_state(path)
 
-        self._ranks.on_first(complete)
+        return self._ranks.on_first(read)
 
     def load(self, path: Path, pieces: Pieces, sizes: Mapping[str, int]) -> None:
         """Copy a checkpoint's values into `pieces`, in place, whatever layout it was saved under.
@@ -275,6 +275,7 @@ def resume_decision(config: CheckpointConfig, root: Path, now: TrainState) -> tu
         more = f"; and {len(differ) - MAX_NAMED_DIFFERENCES} more" if len(differ) > MAX_NAMED_DIFFERENCES else ""
         raise ValueError(
             f"checkpoint.resume={config.resume} would go on from {found}, which is of another run: {shown}{more}. "
-            "Use those settings or another run.dir"
+            "Use those settings; or go on from there under these, in a folder of its own: "
+            f"checkpoint.branch_from={found} run.dir=ANOTHER_FOLDER"
         )
     return found, saved

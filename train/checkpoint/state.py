@@ -19,7 +19,16 @@ MAX_NAMED_DIFFERENCES = 8
 _SECTIONS = {
     "model": ("model.",),
     "data": ("data.",),
-    "recipe": ("train.", "optimizer.", "lr_scheduler.", "moe.", "mtp.", "precision.", "checkpoint.init_from"),
+    "recipe": (
+        "train.",
+        "optimizer.",
+        "lr_scheduler.",
+        "moe.",
+        "mtp.",
+        "precision.",
+        "checkpoint.init_from",
+        "checkpoint.branch_from",
+    ),
 }
 # These are how a run is computed, not what; where it ends is part of the recipe only if a phase's border depends on it.
 _FREE = ("train.micro_batch_size", "data.num_workers", "precision.engine")
@@ -59,6 +68,7 @@ class TrainState:
         wandb_id: run id of Weights & Biases, None without one.
         fingerprints: text of the model, the data and the recipe (keys of that name).
         config: resolved config as YAML; kept in a file of its own.
+        sources: what a branch has to know of what the run has read, as plain values (train/data/past.py).
     """
 
     step: int
@@ -69,6 +79,7 @@ class TrainState:
     wandb_id: str | None
     fingerprints: dict[str, str]
     config: str
+    sources: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> str:
         """All fields but `config`."""

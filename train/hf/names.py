@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from train.model.config import ModelConfig, given
 
+BIAS = "e_score_correction_bias"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -37,6 +39,11 @@ def table(config: ModelConfig) -> Iterator[Entry]:
         yield from _layer(config, f"mtp.{k}.layer", prefix, is_moe=config.n_routed_experts > 0)
 
 
+def parameters(config: ModelConfig) -> list[str]:
+    """Our names of all parameters, router biases excepted, which are none."""
+    return list(dict.fromkeys(each.ours for each in table(config) if not each.ours.endswith(BIAS)))
+
+
 def copies(config: ModelConfig) -> Iterator[Entry]:
     """The copies of embedding and head that a checkpoint stores with every prediction depth."""
     for prefix in _mtp_prefixes(config):
@@ -56,9 +63,9 @@ def _layer(config: ModelConfig, ours: str, theirs: str, is_moe: bool) -> Iterato
     if not is_moe:
         yield from _feed_forward(f"{ours}.mlp", f"{theirs}.mlp", config.intermediate_size)
         return
-    bias, inter = "mlp.gate.e_score_correction_bias", given(config.moe_intermediate_size)
+    inter = given(config.moe_intermediate_size)
     if config.has_router_bias:
-        yield Entry(f"{ours}.{bias}", f"{theirs}.{bias}")
+        yield Entry(f"{ours}.mlp.gate.{BIAS}", f"{theirs}.mlp.gate.{BIAS}")
     if config.shared_intermediate_size:
         shared = "mlp.shared_experts"
         yield from _feed_forward(f"{ours}.{shared}", f"{theirs}.{shared}", config.shared_intermediate_size)

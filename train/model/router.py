@@ -205,6 +205,8 @@ class BiasedRouter(Router):
 
     def __init__(self, config: ModelConfig, backend: Backend, limit: Callable[[Tensor], Tensor]) -> None:
         super().__init__(config, backend, limit)
+        #: Whether the bias stays, as the weights do.
+        self.is_frozen = False
         self.register_buffer("e_score_correction_bias", torch.empty(self.num_experts))
 
     def select(self, scores: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ class TrainConfig:
         max_steps: end of the run in steps.
         max_tokens: end of the run in tokens; with both, whichever comes first.
         seed: draws the initial weights and the order of the data.
+        freeze: patterns of parameters that stay as they are, as in `'train.freeze=[embed_tokens.*,*.mlp.gate.*]'`
+            (docs/branches.md).
     """
 
     seq_len: int = 256
@@ -44,6 +46,7 @@ class TrainConfig:
     max_steps: int | None = 300
     max_tokens: int | None = None
     seed: int = 0
+    freeze: list[str] = field(default_factory=list)
     batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
 
 

@@ -10,6 +10,11 @@ of that axis, and two rules say what it does:
   `warmup_steps - 1` is the first at full rate, and warm-up takes exactly `warmup_steps` steps as papers count them.
   It is published in steps; the batch ramp turns that into tokens once, here.
 
+The axis of a branch is that of the runs before it: tokens and steps are counted from the beginning of the first. Before
+the branch they go by the settings of those runs, after it by its own; every border (of a phase, of the ramp, of a
+change, the end of the run) lies on the whole axis. So a warm-up that is over is not repeated; a `linear` phase from a
+rate of 0 that begins where the branch does is one.
+
 DeepSeek-V3's numbers (technical report, section 4.2): LR 0 -> 2.2e-4 in 2K steps, constant to 10T tokens, cosine to
 2.2e-5 over 4.3T, 2.2e-5 for 333B, 7.3e-6 for 167B; batch 3072 -> 15360 sequences over 469B tokens; bias speed 1e-3,
 0 after 14.3T; MTP weight 0.3, 0.1 after 10T.
@@ -20,12 +25,13 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from train.recipe.config import LrSchedulerConfig, MoeConfig, MtpConfig, TrainConfig
 from train.recipe.phases import resolve_phases
-from train.recipe.ramp import batch_runs
+from train.recipe.ramp import BatchRun, Stretch, batch_runs
 from train.recipe.rules import check_positive, refuse
 
 AUX_COEFFS = ("seq_aux_coeff", "device_aux_coeff", "comm_aux_coeff")
@@ -50,13 +56,24 @@ class Recipe:
     Raises ValueError naming field, value and rule for anything illegal.
     """
 
-    def __init__(self, train: TrainConfig, lr_scheduler: LrSchedulerConfig, moe: MoeConfig, mtp: MtpConfig) -> None:
+    def __init__(
+        self,
+        train: TrainConfig,
+        lr_scheduler: LrSchedulerConfig,
+        moe: MoeConfig,
+        mtp: MtpConfig,
+        history: Sequence[Stretch] = (),
+    ) -> None:
+        """history: of a branch, the runs before it, in order."""
         self.train, self.lr_scheduler, self.moe, self.mtp = train, lr_scheduler, moe, mtp
         self._check()
-        self._runs = batch_runs(train)
+        self._runs = batch_runs(train, history)
         self._run_steps = [run.first_step for run in self._runs]
-        self._run_tokens = [run.first_sequence * train.seq_len for run in self._runs]
+        self._run_tokens = [run.first_token for run in self._runs]
+        #: Steps before the branch; 0 for a run that is none.
+        self.first_step = history[-1].until_step if history else 0
         self.num_steps = self._count_steps()
+        self._check_begins()
         limits = [] if train.max_tokens is None else [train.max_tokens]
         #: Tokens that a share of the run refers to: `max_tokens` as written, or what `max_steps` will consume.
         self.nominal_tokens = min([*limits, self.tokens_before(self.num_steps)])
@@ -93,6 +110,15 @@ class Recipe:
                 f"mtp.loss_weight_changes[{index}].from_tokens={after} is not past the change before it ({before})",
             )
 
+    def _check_begins(self) -> None:
+        train, first, tokens = self.train, self.first_step, self.tokens_before(self.first_step)
+        refuse(
+            first > 0 and self.num_steps <= first,
+            f"train.max_steps={train.max_steps}, train.max_tokens={train.max_tokens}: steps and tokens count from the "
+            f"beginning of the run that is branched off, and the branch begins after step {first} and {tokens} tokens: "
+            "it must end later",
+        )
+
     def _check_covered(self) -> None:
         until = self.phases[-1].until_tokens
         last_step_from = self.tokens_before(self.num_steps - 1)
@@ -108,20 +134,21 @@ class Recipe:
             limits.append(self.step_at(self.train.max_tokens))
         return min(limits)
 
-    def _sequences_before(self, step: int) -> tuple[int, int]:
-        """Sequences before a step (of any number, past the run's end too), and its own."""
-        run = self._runs[bisect_right(self._run_steps, step) - 1]
-        return run.first_sequence + (step - run.first_step) * run.num_sequences, run.num_sequences
+    def _run_of(self, step: int) -> BatchRun:
+        return self._runs[bisect_right(self._run_steps, step) - 1]
+
+    def sequences_before(self, step: int) -> int:
+        """Sequences of all steps before this one (of any number, past the run's end too)."""
+        return self._run_of(step).at(step)[0]
 
     def tokens_before(self, step: int) -> int:
         """Position of a step's first token on the run's axis."""
-        return self._sequences_before(step)[0] * self.train.seq_len
+        return self._run_of(step).at(step)[1]
 
     def step_at(self, tokens: int) -> int:
         """The first step that begins at or past a position: the first of a phase whose border lies there."""
-        index = bisect_right(self._run_tokens, tokens) - 1
-        run = self._runs[index]
-        return run.first_step - (self._run_tokens[index] - tokens) // (run.num_sequences * self.train.seq_len)
+        run = self._runs[bisect_right(self._run_tokens, tokens) - 1]
+        return run.first_step - (run.first_token - tokens) // (run.num_sequences * run.seq_len)
 
     def _lr(self, first_token: int, last_token: int) -> float:
         phase = self.phases[bisect_right(self._phase_tokens, first_token) - 1]
@@ -132,15 +159,15 @@ class Recipe:
         """The plan of step 0 <= `step` < num_steps, in time logarithmic in the number of batch sizes."""
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} is not in a run of {self.num_steps} steps")
-        first_sequence, num_sequences = self._sequences_before(step)
-        first_token = first_sequence * self.train.seq_len
-        last_token = first_token + num_sequences * self.train.seq_len
+        run = self._run_of(step)
+        first_sequence, first_token = run.at(step)
+        last_token = first_token + run.num_sequences * run.seq_len
         stop = self.moe.bias_update_until_tokens
         weights = [c.loss_weight for c in self.mtp.loss_weight_changes if c.from_tokens <= first_token]
         return StepPlan(
             step=step,
             lr=self._lr(first_token, last_token),
-            num_sequences=num_sequences,
+            num_sequences=run.num_sequences,
             first_sequence=first_sequence,
             consumed_tokens=last_token,
             bias_update_rate=self.moe.bias_update_rate if stop is None or first_token < stop else 0.0,
@@ -150,6 +177,8 @@ class Recipe:
     def borders(self) -> tuple[tuple[int, str], ...]:
         """(tokens, what begins there), ascending, for people: the recipe's events inside the run."""
         events = [(self.warmup_tokens, "warm-up ends")] if self.warmup_tokens else []
+        if self.first_step:
+            events.append((self.tokens_before(self.first_step), "the branch begins"))
         if self.train.batch_ramp.start is not None:
             events.append((self.train.batch_ramp.tokens, f"batch {self.train.global_batch_size} sequences"))
         for phase in self.phases:
@@ -165,8 +194,10 @@ class Recipe:
 
         Where the run ends is not part of it (a run may be prolonged), unless a phase's border depends on the end.
         """
+        history = [(run.first_step, run.seq_len) for run in self._runs if run.first_step < self.first_step]
         return json.dumps(
             {
+                **({"branched": (self.first_step, history)} if history else {}),
                 "seed": self.train.seed,
                 "seq_len": self.train.seq_len,
                 "batch_runs": [(run.first_step, run.num_sequences) for run in self._runs],

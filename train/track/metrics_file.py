@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.files import sync_handle
+from train.files import replacing, sync_handle
 from train.track.metrics import StepReport
 from train.track.sinks import say as say_to_people
 
+METRICS, LOADS = "metrics.jsonl", "loads.jsonl"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -86,6 +87,26 @@ class _StepLines:
     def close(self, failed: bool) -> None:
         """Closes the file."""
         self._file.close()
+
+
+def begin_with(parent: Path, run_dir: Path, finished_steps: int) -> list[str]:
+    """Let the files of a branch's folder begin with the lines of the run that it branches off, up to its last step.
+
+    Returns a sentence for people where there is none of these lines, or not all.
+    """
+    said = []
+    for name in (METRICS, LOADS):
+        end = last = 0
+        content = (parent / name).read_bytes() if (parent / name).exists() else b""
+        for step, line_end in _steps(content.splitlines(keepends=True)):
+            if step > finished_steps:
+                break
+            end, last = line_end, step
+        if name == METRICS and last < finished_steps:
+            said.append(f"{parent / name} has steps up to {last} of {finished_steps}: curves show no others before it")
+        with replacing(run_dir / name) as aside:
+            aside.write_bytes(content[:end])
+    return said
 
 
 class JsonlSink(_StepLines):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -14,7 +14,9 @@ import torch
 
 from train.data.config import DataConfig
 from train.data.meta import TOKENIZER, Meta
+from train.data.past import Reading
 from train.data.rows.epochs import Rows
+from train.data.rows.follow import Followed, follow
 from train.data.rows.shares import Shares
 from train.data.rows.tokens import DocumentSpan, Tokens
 
@@ -55,7 +57,12 @@ class Stream(Protocol):
         ...
 
     def exposures(self, num_positions: int) -> list[Exposure]:
-        """What a run over so many positions sees of each source."""
+        """What a run over so many positions sees of each source, what the runs saw that it branches off included."""
+        ...
+
+    @property
+    def followed(self) -> Followed:
+        """How it goes on in its sources after earlier runs, and what a branch has to know so as to do that."""
         ...
 
 
@@ -68,24 +75,43 @@ class Exposure(NamedTuple):
     num_epochs: float
 
 
-class OneSource(Rows):
+class OneSource:
     """The rows of one source."""
+
+    def __init__(self, source: Rows, followed: Followed | None = None) -> None:
+        self._source, self.followed = source, followed or Followed()
+        place = self.followed.place
+        # From positions of the run to those of the source, which differ where an earlier run read others beside it.
+        self._ahead = sum(place.before.values()) - place.first
+
+    @property
+    def num_rows(self) -> int:
+        return self._source.num_rows
 
     @property
     def fingerprint(self) -> str:
-        return self.tokens.fingerprint
+        return self._source.tokens.fingerprint
 
     @property
     def end_of_document(self) -> int:
-        return self.tokens.eod
+        return self._source.tokens.eod
 
     @property
     def unigram_entropy_nats(self) -> float | None:
-        return self.tokens.unigram_entropy_nats
+        return self._source.tokens.unigram_entropy_nats
+
+    def rows(self, first: int, count: int) -> torch.Tensor:
+        return self._source.rows(first + self._ahead, count)
+
+    def num_targets(self, first: int, count: int) -> int:
+        return self._source.num_targets(first + self._ahead, count)
+
+    def documents(self, position: int) -> list[DocumentSpan]:
+        return self._source.documents(position + self._ahead)
 
     def exposures(self, num_positions: int) -> list[Exposure]:
-        name = self.tokens.folder.name
-        return [Exposure(name, 1.0, num_positions * self.seq_len, num_positions / self.num_rows)]
+        rows, end = self._source, num_positions + self._ahead
+        return [Exposure(rows.tokens.folder.name, 1.0, rows.cut.tokens(end), rows.cut.epochs(end))]
 
 
 class Blend:
@@ -94,8 +120,16 @@ class Blend:
     Each source is an endless stream of its own, with its own permutation for each epoch, drawn by (seed, its name).
     """
 
-    def __init__(self, sources: Mapping[str, Rows], weights: Mapping[str, float], seed: int) -> None:
-        self.sources, self._shares = dict(sources), Shares(weights, seed)
+    def __init__(
+        self,
+        sources: Mapping[str, Rows],
+        weights: Mapping[str, float],
+        seed: int,
+        followed: Followed | None = None,
+    ) -> None:
+        self.sources, self._shares, self.followed = dict(sources), Shares(weights, seed), followed or Followed()
+        # Since which position these weights hold, and how many rows of each source lay before it.
+        self._first, self._before = self.followed.place
 
     @property
     def num_rows(self) -> int:
@@ -124,20 +158,25 @@ class Blend:
         return torch.cat([empty, *found])
 
     def num_targets(self, first: int, count: int) -> int:
-        before, after = self._shares.counts(first), self._shares.counts(first + count)
+        before, after = self._counts(first), self._counts(first + count)
         return sum(rows.num_targets(before[name], after[name] - before[name]) for name, rows in self.sources.items())
 
     def documents(self, position: int) -> list[DocumentSpan]:
-        name, index = self._shares.at(position)
+        ((name, index),) = self._places(position, 1)
         return self.sources[name].documents(index)
 
     def exposures(self, num_positions: int) -> list[Exposure]:
-        counts = self._shares.counts(num_positions)
+        counts = self._counts(num_positions)
         return [
-            Exposure(name, float(weight), counts[name] * rows.seq_len, counts[name] / rows.num_rows)
+            Exposure(name, float(weight), rows.cut.tokens(counts[name]), rows.cut.epochs(counts[name]))
             for name, weight in self._weights()
             for rows in [self.sources[name]]
         ]
+
+    def _counts(self, num_positions: int) -> dict[str, int]:
+        """How many rows of each source lie at the first positions."""
+        counts = self._shares.counts(num_positions - self._first)
+        return {name: self._before.get(name, 0) + count for name, count in counts.items()}
 
     def _weights(self) -> list[tuple[str, Fraction]]:
         return list(self._shares.weights.items())
@@ -145,21 +184,36 @@ class Blend:
     def _places(self, first: int, count: int) -> list[tuple[str, int]]:
         if first < 0 or count < 0:
             raise ValueError(f"first={first} and count={count} must not be negative")
-        return [self._shares.at(position) for position in range(first, first + count)]
+        found = [self._shares.at(position - self._first) for position in range(first, first + count)]
+        return [(name, self._before.get(name, 0) + index) for name, index in found]
 
 
-def open_stream(config: DataConfig, split: str, seq_len: int, seed: int = 0, order: str = "shuffled") -> Stream:
-    """The rows of a split that `prepare_sources` has prepared. ValueError where a source is not whole or too short."""
-    if not config.blend:
-        return OneSource(Tokens.open(config.folder, split), seq_len, seed, order, config.document_mask)
-    sources = {
-        name: Rows(Tokens.open(source.folder, split), seq_len, seed_of(seed, name), order, config.document_mask)
-        for name, source in config.sources.items()
-    }
-    tokenizers = {rows.tokens.meta.tokenizer_digest for rows in sources.values()}
+def open_stream(
+    config: DataConfig,
+    split: str,
+    seq_len: int,
+    seed: int = 0,
+    order: str = "shuffled",
+    past: Sequence[Reading] = (),
+) -> Stream:
+    """The rows of a split that `prepare_sources` has prepared. ValueError where a source is not whole or too short.
+
+    past: of a branch, what the runs before it have read, in order; it goes on from there (docs/branches.md).
+    """
+    opened = {name: Tokens.open(source.folder, split) for name, source in config.sources.items()}
+    tokenizers = {tokens.meta.tokenizer_digest for tokens in opened.values()}
     if len(tokenizers) > 1:
         raise ValueError(f"the sources of data.blend in {config.folder} are of several tokenizers: prepare them again")
-    return Blend(sources, {each.name: each.weight for each in config.blend}, seed)
+    weights = {each.name: each.weight for each in config.blend} or dict.fromkeys(opened, 1.0)
+    seeds = {name: seed_of(seed, name) if config.blend else seed for name in opened}
+    followed = follow(past, opened, weights, seeds, seed, seq_len)
+    sources = {
+        name: Rows(tokens, seq_len, seeds[name], order, config.document_mask, followed.cuts.get(name))
+        for name, tokens in opened.items()
+    }
+    if config.blend:
+        return Blend(sources, weights, seed, followed)
+    return OneSource(next(iter(sources.values())), followed)
 
 
 def prepared_fingerprint(config: DataConfig) -> str:

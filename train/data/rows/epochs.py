@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import numpy as np
 import torch
 
-from train.data.rows.permutation import Permutation
+from train.data.rows.cut import ORDERS, Cut
 from train.data.rows.tokens import DocumentSpan, Tokens
-
-ORDERS = ("shuffled", "sequential")
-# Positions are permuted this many at a time and the last results kept: a micro-batch asks for only a few.
-_BLOCK_ROWS = 1024
 
 
 class Rows:
@@ -25,9 +19,17 @@ class Rows:
     """
 
     def __init__(
-        self, tokens: Tokens, seq_len: int, seed: int = 0, order: str = "shuffled", document_mask: bool = False
+        self,
+        tokens: Tokens,
+        seq_len: int,
+        seed: int = 0,
+        order: str = "shuffled",
+        document_mask: bool = False,
+        cut: Cut | None = None,
     ) -> None:
         """document_mask: whether the first token of a document is no target of the one before it.
+
+        cut: in which order rows are read, where a run before has read some of them.
 
         Raises ValueError when the split is too short for one row.
         """
@@ -35,7 +37,8 @@ class Rows:
             raise ValueError(f"seq_len={seq_len} must be at least 1")
         if order not in ORDERS:
             raise ValueError(f"order={order} must be one of {', '.join(ORDERS)}")
-        self.num_rows = (tokens.num_tokens - 1) // seq_len
+        self.cut = cut or Cut(tokens.num_tokens, seq_len, seed, order)
+        self.num_rows = self.cut.num_rows
         if self.num_rows < 1:
             raise ValueError(
                 f"seq_len={seq_len} needs at least {seq_len + 1} tokens, and the {tokens.split} split of "
@@ -43,7 +46,6 @@ class Rows:
             )
         self.tokens, self.seq_len, self.seed, self.order = tokens, seq_len, seed, order
         self.document_mask = document_mask
-        self._block = functools.lru_cache(maxsize=4)(self._permuted)
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """Rows at positions [first, first + count) of the endless stream: int64 [count, seq_len + 1].
@@ -69,20 +71,7 @@ class Rows:
 
     def indices(self, first: int, count: int) -> list[int]:
         """Which rows of the split lie at positions [first, first + count): `count` numbers below num_rows."""
-        if first < 0 or count < 0:
-            raise ValueError(f"first={first} and count={count} must not be negative")
-        found: list[int] = []
-        while True:
-            epoch, place = divmod(first + len(found), self.num_rows)
-            block, offset = divmod(place, _BLOCK_ROWS)
-            found += self._block(epoch, block)[offset : offset + count - len(found)]
-            if len(found) == count:
-                return found
-
-    def _permuted(self, epoch: int, block: int) -> list[int]:
-        """The rows at one block of an epoch's places; the last block of an epoch is shorter."""
-        places = np.arange(block * _BLOCK_ROWS, min((block + 1) * _BLOCK_ROWS, self.num_rows))
-        return (Permutation(self.num_rows, self.seed, epoch)(places) if self.order == "shuffled" else places).tolist()
+        return self.cut.indices(first, count)
 
     def documents(self, position: int) -> list[DocumentSpan]:
         """The documents that the row at this position is cut from: to find the text behind a bad step."""

@@ -37,11 +37,26 @@ class Permutation:
             out[beyond] = self._once(out[beyond])
         return out.astype(np.int64)
 
+    def inverse(self, values: np.ndarray) -> np.ndarray:
+        """The positions that the permutation sends to `values` (any shape, in [0, n)): int64 of the same shape."""
+        out = self._undone(values.astype(np.uint64))
+        while (beyond := out >= self._n).any():
+            out[beyond] = self._undone(out[beyond])
+        return out.astype(np.int64)
+
     def _once(self, values: np.ndarray) -> np.ndarray:
         left, right = np.divmod(values, self._b)
         for key_left, key_right in self._keys:
             left = (left + _hash(right, key_left)) % self._a
             right = (right + _hash(left, key_right)) % self._b
+        return left * self._b + right
+
+    def _undone(self, values: np.ndarray) -> np.ndarray:
+        left, right = np.divmod(values, self._b)
+        for key_left, key_right in self._keys[::-1]:
+            # Less than nothing cannot be told apart in unsigned numbers, so the range is added first.
+            right = (right + self._b - _hash(left, key_right) % self._b) % self._b
+            left = (left + self._a - _hash(right, key_left) % self._a) % self._a
         return left * self._b + right
 
 
