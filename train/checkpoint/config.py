@@ -21,9 +21,8 @@ class CheckpointConfig:
             earlier run (docs/checkpoints.md).
         init_from: a checkpoint whose weights and router biases a fresh start begins with; None: random weights. It is
             of another run or imported; its steps, moments and data do not count (docs/export.md).
-        branch_from: a run, or one of its step folders, that a new run goes on from under changed settings, with
-            everything that it has learned: weights, moments, router biases, step and position in the data
-            (docs/branches.md).
+        branch_from: a run, or one of its step folders, that a new run goes on from under changed settings. It keeps
+            weights, moments, router biases, steps and the position in the data (docs/branches.md).
         ancestry: of a branch, the runs that it goes on from; written by the program, never set.
     """
 

@@ -38,6 +38,7 @@ def page(runs: Sequence[Run], entropy: float | None = None) -> str:
     body = [f"<h1>{html.escape(title)}</h1>"]
     body += [_facts(runs[0])] if len(runs) == 1 else [_toggles(runs), _table_of_runs(runs), _differences(runs)]
     body.append('<h2>Over tokens</h2><div class="panels">' + panels + "</div>")
+    body += [_ancestry(run) for run in runs]
     body += [_heatmaps(run, number, len(runs) > 1) for number, run in enumerate(runs)]
     body += [_checkpoints(run) for run in runs]
     body += [_settings(run) for run in runs]
@@ -94,9 +95,9 @@ def _facts(run: Run) -> str:
     kind = ' class="bad"' if run.trouble else ""
     facts = "".join(f"<div><small>{name}</small><b>{value}</b></div>" for name, value in _numbers(run) if value != "-")
     resumed = f"; resumed after step {', '.join(map(str, run.resumed))}" if run.resumed else ""
-    return (
-        f'<p class="note"><span{kind}>{html.escape(run.standing + resumed)}</span></p><div class="facts">{facts}</div>'
-    )
+    begun = f"; branched off {run.branches[-1].run} after step {run.branches[-1].step}" if run.branches else ""
+    said = html.escape(run.standing + begun + resumed)
+    return f'<p class="note"><span{kind}>{said}</span></p><div class="facts">{facts}</div>'
 
 
 def _toggles(runs: Sequence[Run]) -> str:
@@ -134,6 +135,20 @@ def _differences(runs: Sequence[Run]) -> str:
 
 def _as_text(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _ancestry(run: Run) -> str:
+    """The runs that a branch goes on from, and what was changed at each border; nothing for a run that is none."""
+    if not run.branches:
+        return ""
+    rows = []
+    for branch in run.branches:
+        where = [f"{branch.run}, after step {branch.step}", short_tokens(branch.tokens)]
+        for key, was, now in branch.changes or [("nothing", "", "")]:
+            rows.append([*where, key, _as_text(was), _as_text(now)])
+            where = ["", ""]
+    header = ["branches off", "tokens", "setting", "was", "is"]
+    return f"<h2>Ancestry of {html.escape(run.name)}</h2>" + _table(header, rows)
 
 
 def _heatmaps(run: Run, number: int, is_one_of_many: bool) -> str:

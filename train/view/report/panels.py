@@ -71,6 +71,7 @@ def _loss(runs: Sequence[Run], entropy: float | None) -> Chart:
             curves.append(Curve(label, number, x[at], valid[at], "dots", color))
         by_step = dict(zip(column(run.steps, "step"), x, strict=True))
         found = [(by_step[step], f"{run.name} resumed after step {step}") for step in run.resumed if step in by_step]
+        found += [(float(each.tokens), f"{run.name} branches off {each.run}") for each in run.branches]
         marks += [(where, word, number, False) for where, word in found]
         marks += [(where, f"{run.name}: loss not finite", number, True) for where in x[~np.isfinite(loss)]]
     level = None if entropy is None else (entropy, f"unigram entropy {entropy:.2f}")

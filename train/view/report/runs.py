@@ -16,6 +16,16 @@ MAX_CHECKPOINTS = 50
 
 
 @dataclass(frozen=True)
+class Branch:
+    """Where a run branched off another one: after how many steps and tokens, and (key, was, is) of what it changed."""
+
+    run: str
+    step: int
+    tokens: int
+    changes: list[tuple[str, Any, Any]]
+
+
+@dataclass(frozen=True)
 class Run:
     """One run as its files have it.
 
@@ -26,6 +36,7 @@ class Run:
         checkpoints: (name, bytes) of the complete ones, newest first.
         resumed: steps after which it went on from a checkpoint.
         trouble: why it was stopped; empty where it was not.
+        branches: from the first run to this one; its curves begin with those of the runs before.
     """
 
     name: str
@@ -36,6 +47,7 @@ class Run:
     checkpoints: list[tuple[str, int]] = field(default_factory=list)
     resumed: list[int] = field(default_factory=list)
     trouble: str = ""
+    branches: list[Branch] = field(default_factory=list)
 
     @property
     def first_dense(self) -> int:
@@ -74,6 +86,7 @@ def read_run(folder: Path) -> Run:
         checkpoints=_checkpoints(checkpoints),
         resumed=sorted({int(step) for step in resumed}),
         trouble=_trouble(folder / "not_finite.json", int(steps[-1]["step"]) if steps else 0),
+        branches=_branches(settings.get("checkpoint.ancestry") or []),
     )
 
 
@@ -85,6 +98,13 @@ def find_runs(folder: Path) -> list[Path]:
     if not jobs:
         raise ValueError(f"run={folder} is no folder of a run or of a sweep: there is no metrics.jsonl in it")
     return jobs
+
+
+def _branches(ancestry: list[dict[str, Any]]) -> list[Branch]:
+    def changes(each: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+        return [(change["key"], change["was"], change["now"]) for change in each["changes"]]
+
+    return [Branch(each["run"], each["step"], each["tokens"], changes(each)) for each in ancestry]
 
 
 def _checkpoints(root: Path) -> list[tuple[str, int]]:
