@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.test_metrics import report
-from train.track.metrics_file import JsonlSink, read_metrics
+from train.track.metrics_file import JsonlSink, begin_with, read_metrics
 
 
 def write_steps(path: Path, first: int, last: int, finished_steps: int = 0, **values: Any) -> list[str]:
@@ -73,6 +73,20 @@ def test_a_reader_passes_over_a_torn_line(tmp_path: Path) -> None:
         path.write_bytes(whole + tail)
         assert [values["step"] for values in read_metrics(path)] == [1, 2]
         path.write_bytes(whole)
+
+
+def test_a_branch_begins_with_its_parents_steps(tmp_path: Path) -> None:
+    parent, branch = tmp_path / "parent", tmp_path / "branch"
+    branch.mkdir()
+    write_steps(parent / "metrics.jsonl", 1, 9)
+    write_steps(branch / "metrics.jsonl", 1, 7)  # of a start that was killed before its first checkpoint
+    assert begin_with(parent, branch, 5) == []
+    lines = (parent / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert (branch / "metrics.jsonl").read_bytes() == b"".join(lines[:5])
+    (said,) = begin_with(parent, branch, 12)
+    assert "has steps up to 9 of 12" in said
+    (said,) = begin_with(tmp_path / "gone", branch, 3)
+    assert "has steps up to 0 of 3" in said and read_metrics(branch / "metrics.jsonl") == []
 
 
 def test_every_step_survives_a_kill(tmp_path: Path) -> None:

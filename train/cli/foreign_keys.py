@@ -78,6 +78,9 @@ CALLED = {
     "checkpoint.resume": "load load_step resume_from_checkpoint resume_checkpoint_path resume_if_exists resume_step",
     "checkpoint.init_from": "initial_load_path pretrained_checkpoint model_name_or_path restore_from_path "
     "init_from_checkpoint",
+    "checkpoint.branch_from": "fork_from fork_run warm_start_from",
+    "train.freeze": "freeze freeze_layers frozen_layers freeze_parameters freeze_modules frozen_params "
+    "non_trainable_modules",
     "evaluate.interval": "eval_interval eval_steps val_check_interval validation.freq eval_every",
     "evaluate.num_sequences": "eval_samples limit_val_batches",
     "track.log_interval": "logging_steps steps_per_print log_every_n_steps log_freq metrics.log_freq",
