@@ -35,7 +35,7 @@ def report(settings: Sequence[str]) -> int:
 
 
 def unigram_entropy_nats(run: Path) -> float | None:
-    """Of the validation text that a run reads, in nats per token.
+    """Unigram entropy of the validation text that a run reads, in nats per token.
 
     None where that is not known any more: without config, checkpoint or data, or with data that were prepared anew.
     """

@@ -366,7 +366,7 @@ def test_import_refuses(exported: Path, tmp_path: Path, capfd: Any, spoil: Any, 
 
 
 def test_single_file_without_copies_is_the_same(exported: Path, tmp_path: Path) -> None:
-    """As other tools write it: one file, no copies of what prediction depths share."""
+    """A model as other tools write it: one file, no copies of what prediction depths share."""
     folder = tmp_path / "hf"
     shutil.copytree(exported, folder)
     copies = [
