@@ -58,7 +58,9 @@ VERBS = {
         "train on this machine's processes; with --multirun sweep over a grid: a=1,2 b=3",
         ((SweepConfig, "sweep."), RUN),
     ),
-    "train": Verb("train.__main__:main", "train, as one rank of the run: what torchrun starts on every device", (RUN,)),
+    "train": Verb(
+        "train.__main__:program", "train, as one rank of the run: what torchrun starts on every device", (RUN,)
+    ),
     "config": Verb("train.compose:show", "print the whole tree of settings as YAML, checked and resolved", (RUN,)),
     "prepare": Verb(
         "launch.prepare:prepare",

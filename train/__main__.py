@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 from train import compose
 from train.cli import usage
 from train.config import RunConfig
+from train.stopping import end_now, stop_signals
 
 # The exit code of settings that were refused (`train.rank` has the others).
 REFUSED = 2
@@ -25,22 +27,38 @@ def main(arguments: Sequence[str]) -> int:
     if any(word in usage.HELP for word in arguments):
         print(usage.run_help("python -m train"))
         return 0
-    rank, speaks = int(os.environ.get("RANK", "0")), os.environ.get("LOCAL_RANK", "0") == "0"
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    with stop_signals(lambda code, sentence: end_now(code, sentence if speaks else "")) as stop:
 
-    def start(config: RunConfig) -> int:
-        from train.rank import run_rank
+        def start(config: RunConfig) -> int:
+            from train.rank import run_rank
 
-        return run_rank(config, rank, speaks)
+            return run_rank(config, lambda: compose.asked(arguments), stop, speaks)
 
+        try:
+            return compose.started(arguments, start)
+        except ValueError as error:  # of the settings: those of the run itself are exit codes by now
+            if speaks:
+                print(error, file=sys.stderr)
+            else:
+                time.sleep(LET_RANK_0_SPEAK_S)
+            return REFUSED
+
+
+def program(arguments: Sequence[str]) -> int:
+    """`main` in a process of its own, which a failure ends at once. Python's way of ending would wait for the library's
+    threads, and they for ranks that are gone, for minutes."""
     try:
-        return compose.started(arguments, start)
-    except ValueError as error:  # of the settings: those of the run itself are exit codes by now
-        if speaks:
-            print(error, file=sys.stderr)
-        else:
-            time.sleep(LET_RANK_0_SPEAK_S)
-        return REFUSED
+        code = main(arguments)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        end_now(code)
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(program(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from train import follows
 from train.cli import refusals
 from train.config import RunConfig
-from train.settings import CONFIGS, defaults, unlocked
+from train.settings import CONFIGS, defaults, flat, unlocked
 
 # What configs/run.yaml lays its own choices over: every key with its default.
 ConfigStore.instance().store("settings", defaults(RunConfig))
@@ -135,8 +136,23 @@ def load(path: Path) -> RunConfig:
     return checked(_tree(path))
 
 
+def asked(words: Iterable[str]) -> dict[str, str]:
+    """Every key of the tree that these words describe, with its value as text: what follows from other keys, from the
+    time or from the environment as it is written, not as what it is here and now. ValueError as `compose` raises it."""
+    tree = OmegaConf.to_container(raw(words), resolve=False)
+    assert isinstance(tree, dict)
+    return {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in flat(tree)}
+
+
+def of_text(text: str) -> RunConfig:
+    """The checked RunConfig of what `text` made, elsewhere."""
+    tree = OmegaConf.create(text)
+    assert isinstance(tree, DictConfig)
+    return checked(tree)
+
+
 def text(config: RunConfig) -> str:
-    """The resolved config as YAML; `load` reads it back."""
+    """The resolved config as YAML; `load` and `of_text` read it back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 

@@ -74,6 +74,14 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
+def make(key: str, folder: Path) -> None:
+    """A folder that the setting `key` names. ValueError when it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{key}={folder} cannot be written: {error.strerror}, {error.filename}") from None
+
+
 def _append(path: Path) -> IO[str]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
