@@ -93,7 +93,7 @@ class Meeting:
         if self.rank != 0:
             failure, result = self._take({0: key})[0]
             _raise(failure)
-            return result  # type: ignore[no-any-return]
+            return result
         self.doing = doing
         try:
             done = work()
@@ -165,7 +165,7 @@ class Meeting:
         keys = {rank: f"{self._round}/{rank}" for rank in range(1, self.world_size)}
         if self.rank != 0:
             self._put(keys[self.rank], thing)
-            return self._take({0: f"{self._round}/all"})[0]  # type: ignore[no-any-return]
+            return self._take({0: f"{self._round}/all"})[0]
         everyone = {rank: each for rank, each in {0: thing, **self._take(keys)}.items() if each}
         self._put(f"{self._round}/all", everyone)
         return everyone
@@ -178,7 +178,7 @@ class Meeting:
         return self.watch.wait(Need("numbers", f"an answer at {address()}{keeper}", None), lambda: call(store))
 
     def _put(self, key: str, thing: Any) -> None:
-        self._ask(lambda store: store.set(key, pickle.dumps(thing)))
+        self._ask(lambda store: store.set(key, pickle.dumps(thing)))  # type: ignore[arg-type]
 
     def _there(self, keys: Mapping[int, str]) -> dict[int, Any]:
         """Those things that have been put already."""
