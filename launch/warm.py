@@ -117,7 +117,7 @@ def _rank(module: str, arguments: list[str], environment: dict[str, str], log: s
             os.close(file)
     torch = importlib.import_module("torch")
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    sys.exit(importlib.import_module(module).program(arguments))
+    importlib.import_module(module).program(arguments)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from parallel.store import Wait, address, by_agent, machines_of, open_store
+from parallel.store import Place, Wait, address, by_agent, has_ended, machines_of, open_store, own_place
 from parallel.watch import HangError, Need, PeerError, Watch, Watchdog, named
 
 T = TypeVar("T")
@@ -50,6 +50,7 @@ class Meeting:
         self.doing = ""
         self._limit_s, self._say = limit_s, say
         self._round = 0
+        self._places: dict[int, Place] = {}
         self._over = threading.Event()
 
     def come(self) -> None:
@@ -70,15 +71,17 @@ class Meeting:
         if self._ask(lambda store: store.add(f"come/{self.rank}", 1)) > 1:
             raise ValueError(f"RANK={self.rank} is the rank of two processes of this job: give each its own")
         if self.rank != 0:
-            self._put(f"here/{self.rank}", self.world_size)
-            failure = self._take({0: "here/all"})[0]
+            self._put(f"here/{self.rank}", (self.world_size, own_place()))
+            failure, place = self._take({0: "here/all"})[0]
+            self._places = {0: place}
             self._ask(lambda store: store.add("heard", 1))
         else:
-            sizes = {0: self.world_size}
-            failure = self._await_all(sizes) or _miscounted(sizes)
-            self._put("here/all", failure)
+            found: dict[int, tuple[int, Place]] = {0: (self.world_size, own_place())}
+            failure = self._await_all(found) or _miscounted({rank: size for rank, (size, _) in found.items()})
+            self._places = {rank: place for rank, (_, place) in found.items()}
+            self._put("here/all", (failure, self._places[0]))
             if failure is not None:
-                self._stay("heard", len(sizes) - 1)
+                self._stay("heard", len(found) - 1)
         _raise(failure)
 
     def from_first(self, doing: str, work: Callable[[], T]) -> T:
@@ -196,7 +199,11 @@ class Meeting:
             found |= there
             missing = {rank: key for rank, key in missing.items() if rank not in there}
             if not missing:
+                self.doing = "" if self.rank == 0 else self.doing
                 return found
+            if gone := [rank for rank in missing if rank in self._places and has_ended(self._places[rank])]:
+                who = f"rank {self.rank} has waited {wait.lasted_s:.0f} s for {named(gone)}"
+                raise PeerError(f"{who}, and that failed: the process has ended before the first step")
             wait.hear(self._beat_of(min(missing)))
             words = f"rank {self.rank} has waited {wait.lasted_s:.0f} s for {_whom(list(missing), wait.heard)}"
             if wait.is_due():
@@ -207,22 +214,23 @@ class Meeting:
                 self.doing = f"waits for {named(list(missing))}"
             wait.rest()
 
-    def _await_all(self, sizes: dict[int, int]) -> tuple[str, str] | None:
+    def _await_all(self, found: dict[int, tuple[int, Place]]) -> tuple[str, str] | None:
         """Rank 0 waits for all, and says while ranks are missing how many have come, and which have not.
 
-        sizes: is given what each rank that comes takes for the number of ranks. Returns a failure where some never do.
+        found: is given what each rank that comes takes for the number of ranks, and where it lives. Returns a failure
+        where some never come.
         """
         wait = Wait(self._limit_s)
         while True:
-            missing = {rank: f"here/{rank}" for rank in range(1, self.world_size) if rank not in sizes}
-            sizes |= self._there(missing)
-            wait.hear(str(len(sizes)))
-            absent = [rank for rank in missing if rank not in sizes]
+            missing = {rank: f"here/{rank}" for rank in range(1, self.world_size) if rank not in found}
+            found |= self._there(missing)
+            wait.hear(str(len(found)))
+            absent = [rank for rank in missing if rank not in found]
             if not absent:
                 return None
             which = f"{named(absent)}{machines_of(absent)} {'is' if len(absent) == 1 else 'are'} missing"
             self.doing = f"waits for all ranks to come: {which}"
-            words = f"{len(sizes)} of {self.world_size} ranks have come to {address()} within {wait.lasted_s:.0f} s"
+            words = f"{len(found)} of {self.world_size} ranks have come to {address()} within {wait.lasted_s:.0f} s"
             if wait.is_due():
                 self._say(f"{words}; {which}")
             if wait.is_too_long():

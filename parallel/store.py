@@ -7,6 +7,8 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -55,6 +57,39 @@ class Wait:
         self._looked_s = now_s
         self.lasted_s += ran_s
         self._silent_s += ran_s
+
+
+class Place(NamedTuple):
+    """Where a process lives: this start of a machine and its space of process ids, the id, and when it was started."""
+
+    machine: str
+    pid: int
+    started: str
+
+
+def own_place() -> Place:
+    """Of this process. Where the system does not say, no other one takes it for a neighbour."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Place(f"{boot} {os.readlink('/proc/self/ns/pid')}", os.getpid(), _stat_of(os.getpid())[19])
+    except OSError:
+        return Place("", os.getpid(), "")
+
+
+def has_ended(place: Place) -> bool:
+    """Whether a process of this machine has ended; False for one of another machine, of which nothing is known."""
+    if not place.machine or place.machine != own_place().machine:
+        return False
+    try:
+        fields = _stat_of(place.pid)
+    except OSError:
+        return True
+    return fields[0] in "ZX" or fields[19] != place.started
+
+
+def _stat_of(pid: int) -> list[str]:
+    """What /proc/PID/stat says from the state on."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
 
 
 def by_agent() -> bool:

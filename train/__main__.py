@@ -5,11 +5,13 @@ Settings are read before torch is imported, so that help and mistakes cost a mom
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from train import compose
 from train.cli import usage
@@ -45,20 +47,19 @@ def main(arguments: Sequence[str]) -> int:
             return REFUSED
 
 
-def program(arguments: Sequence[str]) -> int:
-    """`main` in a process of its own, which a failure ends at once. Python's way of ending would wait for the library's
-    threads, and they for ranks that are gone, for minutes."""
+def program(arguments: Sequence[str]) -> NoReturn:
+    """`main` in a process of its own, which ends at once when that returns. Python's way of ending waits for threads of
+    libraries, which after a failure wait for ranks that are gone, for minutes."""
     try:
         code = main(arguments)
     except Exception:
         traceback.print_exc()
         code = 1
-    if code:
-        for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # of a console that is gone
             stream.flush()
-        end_now(code)
-    return code
+    end_now(code)
 
 
 if __name__ == "__main__":
-    sys.exit(program(sys.argv[1:]))
+    program(sys.argv[1:])

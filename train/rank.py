@@ -30,7 +30,7 @@ from train.loop import run
 from train.not_finite import NotFiniteError
 from train.precision.build import choose_engine
 from train.resume import resume
-from train.stopping import StopRequest, end_now, within
+from train.stopping import StopRequest, end_now, tell_torchrun, within
 from train.track import gauges
 from train.track.console import ConsoleSink
 from train.track.metrics_file import JsonlSink, LoadsSink, read_metrics
@@ -71,6 +71,8 @@ def run_rank(config: RunConfig, settings: Callable[[], Mapping[str, str]], stop:
             stop.leave()
             if speaks or isinstance(error, OF_PEERS):
                 print(error, file=sys.stderr, flush=True)
+            if isinstance(error, OF_PEERS):
+                tell_torchrun(str(error))
             if isinstance(error, ValueError):
                 meeting.part()
             return _code_of(error)
@@ -141,6 +143,7 @@ def _end_hung(sentence: str) -> NoReturn:
 def _end(error: Exception) -> NoReturn:
     if logging.getLogger().hasHandlers():
         log.error("%s", error)
+    tell_torchrun(str(error))
     end_now(_code_of(error), str(error))
 
 

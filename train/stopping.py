@@ -7,6 +7,7 @@ once wherever it is. One of another kind is the same request: torchrun sends SIG
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -87,6 +89,9 @@ def stop_signals(
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
 
+    def note(*_: object) -> None:
+        stop.asked = True  # at once where the main thread runs; all else is the thread's to decide
+
     def listen() -> None:
         while numbers := ours.recv(64):
             for number in numbers:
@@ -96,7 +101,7 @@ def stop_signals(
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
     thread = threading.Thread(target=listen, name="signals", daemon=True)
     wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS if number not in ignored}
+    before = {number: signal.signal(number, note) for number in SIGNALS if number not in ignored}
     thread.start()
     try:
         yield stop
@@ -119,6 +124,15 @@ def within(limit_s: float, end: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def tell_torchrun(sentence: str) -> None:
+    """Leave this process's last words where torchrun looks for them: it shows them last, in its table of failures."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        body = {"message": {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps(body))
 
 
 def end_now(code: int, sentence: str = "") -> NoReturn:
