@@ -169,7 +169,7 @@ class Meeting:
         if self.rank != 0:
             self._put(keys[self.rank], thing)
             return self._take({0: f"{self._round}/all"})[0]
-        everyone = {rank: each for rank, each in {0: thing, **self._take(keys)}.items() if each}
+        everyone = {rank: each for rank, each in sorted({0: thing, **self._take(keys)}.items()) if each}
         self._put(f"{self._round}/all", everyone)
         return everyone
 

@@ -20,7 +20,8 @@ from train.stopping import end_now, stop_signals
 
 # The exit code of settings that were refused (`train.rank` has the others).
 REFUSED = 2
-# All ranks meet the same mistake in the settings, and torchrun ends the rest when the first one exits.
+# All ranks meet the same mistake in the settings, one of a machine says it, and torchrun ends the rest when that exits.
+# A rank that nobody ends within this time has a mistake of its own.
 LET_RANK_0_SPEAK_S = 10.0
 
 
@@ -40,10 +41,14 @@ def main(arguments: Sequence[str]) -> int:
         try:
             return compose.started(arguments, start)
         except ValueError as error:  # of the settings: those of the run itself are exit codes by now
+            stop.leave()
+            end_s = time.monotonic() + LET_RANK_0_SPEAK_S
+            while not speaks and not stop.asked and time.monotonic() < end_s:
+                time.sleep(0.05)
             if speaks:
                 print(error, file=sys.stderr)
-            else:
-                time.sleep(LET_RANK_0_SPEAK_S)
+            elif not stop.asked:
+                print(f"rank {os.environ.get('RANK')}: {error}", file=sys.stderr)
             return REFUSED
 
 

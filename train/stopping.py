@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -17,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
+
+log = logging.getLogger("train")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _IMPATIENT = (signal.SIGINT, signal.SIGTERM)
@@ -61,14 +64,24 @@ class StopRequest:
         """A signal has come."""
         now_s, name = self._clock(), signal.Signals(number).name
         is_second = number in self._first_s and now_s - self._first_s[number] >= self._apart_s
+        is_first, self.asked = not self._first_s, True
         self._first_s.setdefault(number, now_s)
-        self.asked = True
         if not self._is_honoured:
             _call(self._end, 128 + number, f"stopped by {name} before the first step: there was nothing to save")
         elif is_second and number in _IMPATIENT:
             self.insisted = True
             words = f"asked a second time to stop, by {name}: ended at once, without a further checkpoint"
             _call(self._insist, 128 + number, words)
+        elif is_first and self._end is not None:
+            say(f"asked to stop by {name}: saves after the step that it is in; the same signal again ends it at once")
+
+
+def say(sentence: str) -> None:
+    """In the log, and for people who look at a terminal and wait."""
+    log.info("%s", sentence)
+    if os.environ.get("LOCAL_RANK", "0") == "0" and os.isatty(2):
+        with contextlib.suppress(OSError):
+            os.write(2, f"{sentence}\n".encode())
 
 
 def _call(end: Callable[[int, str], object] | None, code: int, sentence: str) -> None:
