@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,19 @@ def test_a_rank_0_that_dies_while_it_prepares_is_missed_at_once(tmp_path: Path, 
     # One line, and none of the library's.
     assert len(job.said().splitlines()) == 1
     assert job.said().startswith("rank 1") and " from rank 0, and that failed: " in job.said()
+
+
+@pytest.mark.slow
+def test_a_rank_0_that_is_stopped_while_it_prepares_is_given_up(tmp_path: Path, text: list[str]) -> None:
+    """It keeps the ranks' meeting point, which then does not answer at all."""
+    with another_prepares(tmp_path / "tokens"):
+        job = Forked([*SMALL, *text, *WATCHED, f"data.dir={tmp_path / 'tokens'}"], tmp_path / "run", 2)
+        log = tmp_path / "run" / "logs" / "rank_0.log"
+        job.wait_for(lambda: log.exists() and "is preparing" in log.read_text())
+        assert job.processes[0].pid is not None
+        os.kill(job.processes[0].pid, signal.SIGSTOP)
+        job.wait_for(lambda: False)  # until a rank has ended
+        assert job.codes() == [-signal.SIGKILL, 5]
 
 
 def test_asked_to_stop_while_it_prepares_a_run_ends_at_once(tmp_path: Path, text: list[str]) -> None:

@@ -63,9 +63,11 @@ def sweep(settings: Sequence[str], machine: Machine) -> int:
     first = _first_legal(fixed, swept)
     root = Path(f"{first.run.dir}-sweep")
     with _alone(root):
-        search = build(config, fixed, swept, root)
-        machine.prepare(first)
-        return _Sweep(config, fixed, swept, search, root, machine).run()
+        jobs = _Sweep(config, fixed, swept, build(config, fixed, swept, root), root, machine)
+        with stop_signals(end_now, insist=jobs.end) as stop:
+            machine.prepare(first)
+            stop.honour()
+            return jobs.run(stop)
 
 
 class _Sweep:
@@ -83,27 +85,25 @@ class _Sweep:
         self.outcomes: list[Outcome] = []
         self.jobs: list[_Job] = []
 
-    def run(self) -> int:
-        with stop_signals(end_now, insist=self._end) as stop:
-            stop.honour()
-            try:
-                proposal = self.search.ask()
-                while self.jobs or (proposal is not None and not stop.asked):
-                    while proposal is not None and not stop.asked and len(self.jobs) < self.config.num_parallel:
-                        self._begin(proposal)
-                        proposal = self.search.ask() if self._has_room(stop) else None
-                    self._look(stop)
-                    if proposal is None and self._has_room(stop):
-                        proposal = self.search.ask()
-                while not self.search.learns and (proposal := proposal or self.search.ask()) is not None:
-                    self.outcomes.append(Outcome(proposal, self.root / proposal.name))
-                    proposal = None
-            finally:
-                for job in self.jobs:
-                    job.running.kill()
+    def run(self, stop: StopRequest) -> int:
+        try:
+            proposal = self.search.ask()
+            while self.jobs or (proposal is not None and not stop.asked):
+                while proposal is not None and not stop.asked and len(self.jobs) < self.config.num_parallel:
+                    self._begin(proposal)
+                    proposal = self.search.ask() if self._has_room(stop) else None
+                self._look(stop)
+                if proposal is None and self._has_room(stop):
+                    proposal = self.search.ask()
+            while not self.search.learns and (proposal := proposal or self.search.ask()) is not None:
+                self.outcomes.append(Outcome(proposal, self.root / proposal.name))
+                proposal = None
+        finally:
+            for job in self.jobs:
+                job.running.kill()
         return self._close()
 
-    def _end(self, code: int, sentence: str) -> None:
+    def end(self, code: int, sentence: str) -> None:
         """At once, whatever this process is at; what was written of the table stays, and the same command goes on."""
         for job in list(self.jobs):
             job.running.stop(at_once=True)
