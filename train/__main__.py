@@ -5,18 +5,16 @@ Settings are read before torch is imported, so that help and mistakes cost a mom
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from train import compose
 from train.cli import usage
 from train.config import RunConfig
-from train.stopping import end_now, stop_signals
+from train.stopping import end_now, ended, stop_signals
 
 # The exit code of settings that were refused (`train.rank` has the others).
 REFUSED = 2
@@ -53,17 +51,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def program(arguments: Sequence[str]) -> NoReturn:
-    """`main` in a process of its own, which ends at once when that returns. Python's way of ending waits for threads of
-    libraries, which after a failure wait for ranks that are gone, for minutes."""
-    try:
-        code = main(arguments)
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # of a console that is gone
-            stream.flush()
-    end_now(code)
+    """`main` in a process of its own."""
+    ended(lambda: main(arguments))
 
 
 if __name__ == "__main__":
