@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from tests.launched import Forked, Launched, alone, last_step, local, torchrun
-from tests.runs import SMALL, last_checkpoint, prepare_text
-from tests.spawn import STOP_S
+from tests.runs import SMALL, last_checkpoint, prepare_text, run_in, train_main
+from tests.spawn import STOP_S, Ranks
 
 TWO = ["parallel.dp=2"]
 # Ranks that wait say so after a quarter of the limit; none may be taken for dead however busy the machine is.
@@ -124,6 +128,45 @@ def test_a_signal_saves(
     step = last_step(tmp_path / "run")
     assert f"stopped and saved after step {step}\n" in out
     assert last_checkpoint(tmp_path / "run").name == f"step-{step:08d}"
+
+
+@contextmanager
+def asked_in(where: str, name: str) -> Iterator[None]:
+    """Rank 1 alone gets SIGTERM as it enters this function, for the first time."""
+    module = importlib.import_module(where)
+    original, asked = getattr(module, name), list[int]()
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        if os.environ["RANK"] == "1" and not asked:
+            asked.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    with mock.patch.object(module, name, ask):
+        yield
+
+
+def test_asked_in_an_evaluation_a_run_saves_after_it(ranks: Ranks, tmp_path: Path, text: list[str]) -> None:
+    run = run_in(ranks, tmp_path, [*SMALL, *text, *TWO], 2, partial(asked_in, "train.loop", "evaluate"))
+    assert len(run.rows) == 5 and "valid/loss" in run.rows[-1]
+    assert last_checkpoint(tmp_path).name == "step-00000005"
+
+
+def test_asked_before_the_first_step_a_run_ends_without_one(ranks: Ranks, tmp_path: Path, text: list[str]) -> None:
+    settings = [*SMALL, *text, *TWO]
+    run = run_in(ranks, tmp_path, settings, 2, partial(asked_in, "train.rank", "assemble"))
+    assert run.rows == [] and not list(tmp_path.rglob("step-*"))
+    assert len(run_in(ranks, tmp_path, settings, 2).rows) == 10, "and the same command begins"
+
+
+def test_a_mistake_of_one_rank_alone_is_said_by_it(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Nobody ends it, so no other one has said it."""
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("train.__main__.LET_RANK_0_SPEAK_S", 0.1)
+    assert train_main([*SMALL, *TWO, "lr_scheduler.lr=-1"]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("rank 1: lr_scheduler.lr=-1") and len(said.splitlines()) == 1
 
 
 # A step of many sequences, in which a first request is not honoured before the second one.
