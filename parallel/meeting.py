@@ -126,7 +126,7 @@ class Meeting:
         return done[0]
 
     def differing(self, facts: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
-        """Of facts by name those that are not the same on all ranks, each with its value by rank; None is "not there".
+        """Facts by name that are not the same on all ranks, each with its value by rank; None is "not there".
 
         Only what differs from rank 0's travels back.
         """

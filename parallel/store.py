@@ -68,7 +68,7 @@ class Place(NamedTuple):
 
 
 def own_place() -> Place:
-    """Of this process. Where the system does not say, no other one takes it for a neighbour."""
+    """The place of this process. Where the system does not say, no other one takes it for a neighbour."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return Place(f"{boot} {os.readlink('/proc/self/ns/pid')}", os.getpid(), _stat_of(os.getpid())[19])
