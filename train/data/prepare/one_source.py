@@ -26,7 +26,7 @@ from train.data.prepare.encoder import Variations
 from train.data.prepare.folder import PARTIAL, READY, alone_in, check_prepared, clear, given_tokenizer, refuse_strangers
 from train.data.prepare.journal import Progressed
 from train.data.prepare.progress import Progress
-from train.data.prepare.report import REPORT, report_of
+from train.data.prepare.report import REPORT, read_as, report_of
 from train.data.prepare.sample import SAMPLE_BYTES, sample
 from train.data.prepare.workers import encode_in_order
 from train.data.prepare.writer import HASHES, Writer
@@ -154,7 +154,7 @@ class _Preparation:
             splits, files = writer.close()
             num_documents = sum(split.num_documents for split in splits.values())
             if not num_documents:
-                raise ValueError(f"{said} holds no text: {_in_words(self._troubles(since))}")
+                raise ValueError(f"{said} holds no text: {_in_words(self._troubles(since), config)}")
             bare = [name for name in SPLITS if not splits[name].num_documents]
             if not bare or not config.valid_fraction:
                 return since, splits, files
@@ -209,7 +209,7 @@ class _Preparation:
     ) -> Meta:
         """Write what goes beside the tokens, and say so where the next call finds it."""
         source, partial = self._source, self._partial
-        report = report_of(partial, len(source.files), splits, end.troubles)
+        report = report_of(partial, len(source.files), splits, end.troubles) | {"read_as": read_as(source)}
         names = ",\n".join(json.dumps(file.name) for file in source.files)
         files = {
             **files,
@@ -291,10 +291,14 @@ def _threshold(config: DataConfig) -> int:
     return int(config.valid_fraction * 2.0**64)
 
 
-def _in_words(troubles: Troubles) -> str:
+def _in_words(troubles: Troubles, config: DataConfig) -> str:
     """What became of all documents when none was one."""
     found = troubles.found()
-    return f"its documents are {found} (text is UTF-8)" if found else "its files hold no documents"
+    if not found:
+        return "its files hold no documents"
+    other = any(troubles.skipped()[reason].count for reason in ("missing", "wrong_type", "ambiguous"))
+    remedy = f"; data.text_field names the field or column of the text, and is {config.text_field}" if other else ""
+    return f"its documents are {found}{remedy}"
 
 
 def _num_workers(config: DataConfig, num_bytes: int) -> int:

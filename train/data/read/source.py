@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from train.data.config import DATASETS, DataConfig
-from train.data.read.blocks import LINES, ROWS, TEXT, Block, DamagedError, Position, Trouble, line_blocks, text_blocks
+from train.data.read.blocks import JSON, LINES, ROWS, TEXT, Block, DamagedError, Position, Trouble, line_blocks, text_blocks
+from train.data.read.forms import form_of
 from train.data.read.hub import DatasetRows, is_saved, load
-from train.data.read.streams import FileStream, form_of, split_name, stamp
+from train.data.read.json_documents import json_blocks
+from train.data.read.streams import FileStream, stamp
 
 # Folders of the standard library's place that are not the library, or that not every machine has.
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
@@ -51,6 +53,9 @@ class Source(Protocol):
 
     def path(self, file: int) -> str:
         """Where the file with this index lies, for a message."""
+
+    def form(self, file: int) -> str | None:
+        """What the file with this index is read as; None where that cannot be told."""
 
 
 def num_bytes_of(source: Source) -> int:
@@ -89,6 +94,14 @@ class FileSource:
         """Where the file with this index lies."""
         return str(self.root / self.files[file].name if self.is_folder else self.root)
 
+    def form(self, file: int) -> str | None:
+        """What the file with this index is read as, by its first bytes; None for one that cannot be read."""
+        listed = self.files[file]
+        try:
+            return form_of(Path(self.path(file)), listed.name, (listed.num_bytes, listed.changed_ns), self.config)
+        except (DamagedError, OSError):
+            return None
+
     def blocks(self, at: Position) -> Iterator[Block]:
         """The blocks of one file. Trouble with it is the last one's; never raises."""
         file, place = self.files[at.file], at
@@ -105,10 +118,8 @@ class FileSource:
 
     def _blocks(self, file: SourceFile, at: Position) -> Iterator[Block]:
         path, expected = Path(self.path(at.file)), (file.num_bytes, file.changed_ns)
-        form = form_of(file.name, self.config.format)
+        form = form_of(path, file.name, expected, self.config)
         if form == ROWS:
-            if split_name(file.name)[1]:
-                raise DamagedError("unreadable", "Parquet has its own compression, and cannot be read through another")
             if stamp(path.stat()) != expected:
                 raise DamagedError("changed", f"{path.stat().st_size} bytes, not {file.num_bytes}")
             from train.data.read.tables import (
@@ -117,8 +128,10 @@ class FileSource:
 
             yield from table_blocks(path, file.num_bytes, at, self.config.text_field)
             return
-        with FileStream(path, expected, at.place) as stream:
-            if form == LINES:
+        with FileStream(path, expected, 0 if form == JSON else at.place) as stream:
+            if form == JSON:
+                yield from json_blocks(stream, at, self.config.text_field)
+            elif form == LINES:
                 yield from line_blocks(stream, at)
             else:
                 yield from text_blocks(stream, at, self.config.max_document_bytes)
@@ -167,6 +180,10 @@ class DatasetSource:
     def path(self, file: int) -> str:
         """What the split is called."""
         return self.files[file].name
+
+    def form(self, file: int) -> str | None:
+        """A table, whatever it was made from."""
+        return ROWS
 
     def blocks(self, at: Position) -> Iterator[Block]:
         """The rows from `at` on."""
