@@ -350,7 +350,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
         (configured(hidden_size="gone"), "config.json: hidden_size missing"),
         (configured(hidden_size="wide"), "model.hidden_size: Value 'wide'"),
         (configured(model_type="gpt2"), "config.json: model_type=gpt2 is not one of deepseek_v3"),
-        (configured(attention_bias=True), "attention_bias=True cannot be imported: it must be False"),
+        (configured(attention_bias=True), "attention_bias=true cannot be imported: it must be false or null"),
         (configured(qk_rope_head_dim=5), "model.qk_rope_head_dim=5 must be even"),
         (configured(quantization_config={"quant_method": "awq"}), "quant_method must be fp8"),
     ],
