@@ -34,7 +34,6 @@ from train.hf.layout import DiskTensor, disk_tensors
 from train.hf.tensor_files import INDEX, Spec, all_finite, read_specs, write_index, write_shard
 from train.model.config import ModelConfig
 from train.precision.published import to_published
-from train.run_folder import find_checkpoint
 from train.settings import read, section
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -62,7 +61,7 @@ class Item:
 def export(settings: Sequence[str]) -> int:
     """Export the checkpoint that `key=value` settings name, and say what was written. ValueError for bad settings."""
     given = read(ExportSettings, settings, "export")
-    source, target = find_checkpoint(given.checkpoint), given.to
+    source, target = step_folders.find_checkpoint(given.checkpoint, "checkpoint"), given.to
     state = read_state(source)
     tree = yaml.safe_load(state.config)
     model = section(ModelConfig, tree["model"], "model")

@@ -20,6 +20,7 @@ from train import follows
 from train.cli import refusals
 from train.config import RunConfig
 from train.settings import CONFIGS, defaults, unlocked
+from train.typed import as_typed, bare
 
 # What configs/run.yaml lays its own choices over: every key with its default.
 ConfigStore.instance().store("settings", defaults(RunConfig))
@@ -104,14 +105,15 @@ def compose(words: Iterable[str]) -> RunConfig:
 def raw(words: Iterable[str]) -> DictConfig:
     """The composed tree before types and rules are checked; ValueError for settings that Hydra cannot place."""
     asked = Asked.of(words)
-    overrides = _parsed(asked.settings)
+    settings = as_typed(asked.settings)
+    overrides = _parsed(settings)
     for override in overrides:
         refusals.check(override, asked.file)
     try:
         if asked.file is not None:
             return _changed(asked.file, overrides)
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return hydra.compose("run", asked.settings)
+            return hydra.compose("run", settings)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(refusals.sentence(error)) from None
 
@@ -173,7 +175,7 @@ def space(overrides: Iterable[str]) -> tuple[list[str], list[Swept]]:
 
     Raises ValueError for what cannot be read, for a range without a value, and for an interval that is none.
     """
-    parsed = _parsed(list(overrides))
+    parsed = _parsed(as_typed(overrides, sweeps=True))
     fixed = [str(item.input_line) for item in parsed if not item.is_sweep_override()]
     return fixed, [_swept(item) for item in parsed if item.is_sweep_override()]
 
@@ -190,7 +192,7 @@ def _swept(item: Override) -> Swept:
         return Swept(key, low=value.start, high=value.end, is_log=is_log, is_int=is_int)
     if isinstance(value, Glob):
         raise ValueError(f"{item.input_line}: glob is not known here; list the choices, as in {key}=a,b")
-    choices = tuple(item.sweep_string_iterator())
+    choices = tuple(bare(key, choice) for choice in item.sweep_string_iterator())
     if not choices:
         raise ValueError(f"{item.input_line} is an empty range: the grid would have no job")
     return Swept(key, choices, is_range=isinstance(value, RangeSweep) and not value.shuffle)

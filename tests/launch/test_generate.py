@@ -21,7 +21,7 @@ from train.data.meta import TOKENIZER
 from train.data.prepare.all_sources import prepare_sources
 from train.data.tokenizer import TextStream, Tokenizer
 from train.generate import Transcript, generate
-from train.run_folder import find_checkpoint
+from train.checkpoint.step_folders import find_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_sampling_repeats_with_its_seed(run: Path, capsys: pytest.CaptureFixture
 
 def test_a_checkpoint_is_found(run: Path) -> None:
     last = last_checkpoint(run)
-    assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == find_checkpoint(last) == last
+    assert {find_checkpoint(each, "checkpoint") for each in (run, run / "checkpoints", last)} == {last}
 
 
 @pytest.mark.parametrize(

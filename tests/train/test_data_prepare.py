@@ -228,7 +228,7 @@ def test_what_is_no_text_is_counted_and_named(tmp_path: Path) -> None:
     )  # fmt: skip
     meta = prepare(config, quiet)
     assert meta.skipped["undecodable"].examples == (
-        "binary.txt (invalid start byte at its byte 0)",
+        "binary.txt (it begins as UTF-16 does: convert it if it is text)",
         "latin.txt (invalid continuation byte at its byte 2)",
         "nul.txt (it holds a zero byte)",
     )

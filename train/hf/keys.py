@@ -73,7 +73,9 @@ def check_keys(body: Mapping[str, Any], understood: Collection[str], neutral: Ma
     """ValueError, naming key and value, for one that would change the model, or that nobody here has looked at."""
     for key, values in neutral.items():
         if body.get(key, values[0]) not in values:
-            raise ValueError(f"{key}={_json(body[key])} cannot be imported: it must be {' or '.join(map(_json, values))}")
+            raise ValueError(
+                f"{key}={_json(body[key])} cannot be imported: it must be {' or '.join(map(_json, values))}"
+            )
     known = {*understood, *neutral, *WITHOUT_EFFECT}
     for key, value in body.items():
         if key not in known:

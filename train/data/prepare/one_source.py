@@ -21,6 +21,7 @@ import numpy as np
 from train.data.config import DataConfig
 from train.data.meta import FILES, META, SPLITS, TOKENIZER, Meta, Split
 from train.data.prepare import journal
+from train.data.prepare.contents import CONTENTS, write_contents, write_stamps
 from train.data.prepare.encode import Encoding, Task
 from train.data.prepare.encoder import Variations
 from train.data.prepare.folder import PARTIAL, READY, alone_in, check_prepared, clear, given_tokenizer, refuse_strangers
@@ -51,6 +52,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Meta:
     folder = config.folder
     if (folder / META).exists():
         return check_prepared(config, folder, say)
+    listed_ns = time.time_ns()
     source = open_source(config)
     tokenizer = given_tokenizer(config)
     try:
@@ -59,7 +61,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Meta:
         with alone_in(folder, say):
             if (folder / META).exists():  # by the process that this one has waited for
                 return check_prepared(config, folder, say)
-            return _Preparation(config, source, tokenizer, folder, say).run()
+            return _Preparation(config, source, tokenizer, folder, say, listed_ns).run()
     except OSError as error:
         raise ValueError(f"data.dir={folder} could not be prepared: {error}") from None
 
@@ -74,9 +76,11 @@ class _Preparation:
         tokenizer: Tokenizer | None,
         folder: Path,
         say: Callable[[str], None],
+        listed_ns: int,
     ) -> None:
         self._config, self._source, self._folder, self._say = config, source, folder, say
         self._given, self._partial = tokenizer, folder / PARTIAL
+        self._listed_ns = listed_ns
         self._dtype = "<u2" if config.vocab_size <= 1 << 16 else "<u4"
         parts = [config.settings(), digest_of(source, times=True), tokenizer.digest if tokenizer else None]
         self._identity = checksum_of(parts, SHA256)
@@ -97,6 +101,10 @@ class _Preparation:
         source, threshold = self._source, _threshold(self._config)
         size = f"{len(source.files)} files, {num_bytes_of(source) / 1e6:.1f} MB"
         self._say(f"preparing {source.said.removeprefix('data.source=')}: {size}, into {self._folder}")
+        if source.left_out:
+            more = f" and {len(source.left_out) - 3} more" if len(source.left_out) > 3 else ""
+            named = ", ".join(source.left_out[:3])
+            self._say(f"left out of it, as runs and preparations wrote them: {named}{more}")
         troubles = self._troubles(None)
         troubles.add_unlisted(source.unreadable)
         tokenizer = self._given
@@ -214,6 +222,7 @@ class _Preparation:
         files = {
             **files,
             TOKENIZER: FileRecord((partial / TOKENIZER).stat().st_size, SHA256, tokenizer.digest),
+            CONTENTS: write_contents(partial, source),
             FILES: write_durably(partial / FILES, f"[\n{names}\n]\n".encode(), SHA256),
             REPORT: write_durably(partial / REPORT, (json.dumps(report, indent=1) + "\n").encode(), SHA256),
         }
@@ -257,6 +266,7 @@ class _Preparation:
                 (self._partial / name).unlink(missing_ok=True)
             shutil.rmtree(self._partial)
         sync(self._folder)
+        write_stamps(self._folder, self._source, self._listed_ns)
         (self._folder / READY).replace(self._folder / META)
         sync(self._folder)
         return meta

@@ -54,7 +54,7 @@ def form_of(path: Path, name: str, expected: tuple[int, int], config: DataConfig
     start, is_whole = _start(path, expected)
     for mark, encoding in _ENCODINGS.items():
         if start.startswith(mark):
-            raise DamagedError("undecodable", f"{encoding}, by its first bytes: convert it to UTF-8")
+            raise DamagedError("undecodable", f"it begins as {encoding} does: convert it if it is text")
     found = _look(start.removeprefix(MARK).decode(errors="ignore"), is_whole)
     if named in (LINES, JSON):
         return found.form if found else named
