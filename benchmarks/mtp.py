@@ -31,12 +31,12 @@ from benchmarks._sides import Neighbours
 from launch.prepare import prepare_command
 from train import compose
 from train.assemble import load_model
+from train.checkpoint.step_folders import find_checkpoint
 from train.data.rows.blend import open_stream
 from train.files import replace_durably
 from train.generate import Transcript, generate
 from train.model.decode import Decoder, Drafter
 from train.model.transformer import Transformer
-from train.checkpoint.step_folders import find_checkpoint
 from train.track.metrics_file import read_metrics
 from train.view.curves import COLORS, FAINT, INK, headline, paper, save
 

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from train import follows
 from train.cli import refusals
 from train.config import RunConfig
+from train.own_files import placed
 from train.settings import CONFIGS, defaults, unlocked
 from train.typed import as_typed, bare
 
@@ -105,15 +106,20 @@ def compose(words: Iterable[str]) -> RunConfig:
 def raw(words: Iterable[str]) -> DictConfig:
     """The composed tree before types and rules are checked; ValueError for settings that Hydra cannot place."""
     asked = Asked.of(words)
-    settings = as_typed(asked.settings)
+    # Files of one's own are Hydra's from here on; with a resolved config there are no groups to choose of.
+    with placed(asked.settings, () if asked.file else refusals.groups()) as (others, own):
+        return _composed(as_typed(others), own, asked.file)
+
+
+def _composed(settings: list[str], own: list[str], file: Path | None) -> DictConfig:
     overrides = _parsed(settings)
     for override in overrides:
-        refusals.check(override, asked.file)
+        refusals.check(override, file)
     try:
-        if asked.file is not None:
-            return _changed(asked.file, overrides)
+        if file is not None:
+            return _changed(file, overrides)
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return hydra.compose("run", settings)
+            return hydra.compose("run", [*settings, *own])
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(refusals.sentence(error)) from None
 

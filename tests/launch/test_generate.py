@@ -17,11 +17,11 @@ from tests.texts import write_library
 from train import compose
 from train.assemble import load_model
 from train.checkpoint.state import TrainState
+from train.checkpoint.step_folders import find_checkpoint
 from train.data.meta import TOKENIZER
 from train.data.prepare.all_sources import prepare_sources
 from train.data.tokenizer import TextStream, Tokenizer
 from train.generate import Transcript, generate
-from train.checkpoint.step_folders import find_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import zstandard
 
 from train.data.config import DataConfig
 from train.data.meta import Meta
-from train.data.prepare.one_source import prepare
 from train.data.prepare.contents import STAMPS
+from train.data.prepare.one_source import prepare
 from train.data.read.streams import OPENERS, split_name
 from train.data.rows.tokens import Tokens
 from train.data.tokenizer import Tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -45,7 +46,7 @@ def check(word: Override, file: Path | None) -> None:
         if word.is_add() or word.is_force_add():
             raise ValueError(f"{line}: the group is there, so a file is chosen without a +: {line.lstrip('+')}")
         if not word.is_delete() and word.value() not in groups()[key]:
-            raise ValueError(f"{line} is not one of {', '.join(groups()[key])}")
+            raise ValueError(f"{line} {_no_file(key, str(word.value()))}")
         return
     dotted = _dotted(key)
     if not _is_known(dotted):
@@ -57,6 +58,15 @@ def check(word: Override, file: Path | None) -> None:
         raise ValueError(f"{line}: a key cannot be taken out of the config; set it, as in {key}=VALUE")
     elif word.is_add() and not word.is_force_add() and dotted in keys():
         raise ValueError(f"{line}: the key is there, so it is set without a +: {line.lstrip('+')}")
+
+
+def _no_file(group: str, name: str) -> str:
+    near = difflib.get_close_matches(name, groups()[group], n=1)
+    meant = f"did you mean {near[0]}? There" if near else "there"
+    return (
+        f"names no file of configs/{group}: {meant} are {', '.join(groups()[group])}; a file of your own is named by its "
+        f"path, {group}=PATH.yaml"
+    )
 
 
 def check_tree(tree: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -169,8 +169,8 @@ class _Preparation:
             if writer.least_hash == writer.largest_hash:
                 raise ValueError(
                     f"{said} holds one document ({num_documents} times), and data.valid_fraction="
-                    f"{config.valid_fraction} asks for two splits: add text, lower data.max_document_bytes="
-                    f"{config.max_document_bytes} so that it is cut, or set data.valid_fraction=0"
+                    f"{config.valid_fraction} asks for two splits: add text, or cut it into several documents with "
+                    f"data.max_document_bytes={_cut_size(splits, num_documents)}"
                 )
             note = (
                 f"data.valid_fraction={config.valid_fraction} left no document to {bare[0]} among {num_documents}: "
@@ -294,6 +294,11 @@ def sample_text(config: DataConfig, num_bytes: int) -> Iterator[str]:
 def _duplicate(place: np.ndarray) -> Trouble:
     file, start, _ = (int(value) for value in place)
     return Trouble("duplicate", file, f"at {start}" if start else "")
+
+
+def _cut_size(splits: Mapping[str, Split], num_documents: int) -> int:
+    """A limit that cuts the one document that there is into about twenty, as many as leave some to validation."""
+    return max(64, sum(split.num_bytes for split in splits.values()) // num_documents // 20)
 
 
 def _threshold(config: DataConfig) -> int:

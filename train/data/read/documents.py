@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from train.data.read.blocks import JSON, LINES, MARK, TEXT, Block, Trouble, cut
 
-
 # Of an object's fields so many are named where the one with the text is missing.
 _NUM_NAMES, _NAME_CHARS = 8, 40
 
@@ -52,15 +51,15 @@ def documents(block: Block, text_field: str, max_document_bytes: int) -> Iterato
 
 
 def _text_document(data: bytes, file: int, start: int) -> Document | Trouble:
-    if start == 0 and data.startswith(MARK):
-        data, start = data[len(MARK) :], len(MARK)
+    skipped = len(MARK) if start == 0 and data.startswith(MARK) else 0
+    data = data[skipped:]
     try:
         text = _decoded(data)
         if "\0" in text:  # text files have none; binary ones that happen to decode nearly always do
             raise BadError("undecodable", "it holds a zero byte")
     except BadError as bad:
         return Trouble(bad.reason, file, f"from byte {start}" if start else "", bad.detail)
-    return Document(text, data, file, start, start + len(data))
+    return Document(text, data, file, start + skipped, start + skipped + len(data))
 
 
 def _line_documents(

@@ -17,8 +17,8 @@ BAD = {
     "not_json": "no JSON",
     "missing": "without data.text_field",
     "wrong_type": "data.text_field is no text",
-    "ambiguous": "JSON lines without data.text_field under a name that says nothing of them (data.format=text trains on "
-    "them as they stand)",
+    "ambiguous": "JSON lines without data.text_field under a name that says nothing of them (data.format=text trains "
+    "on them as they stand)",
     "giant": f"a line longer than {MAX_LINE_BYTES >> 20} MiB",
 }
 # What is only noted.
