@@ -27,6 +27,7 @@ from train.hf import config as hf_config
 from train.hf.keys import ALIASES, NEUTRAL, WITHOUT_EFFECT
 
 # Values of each kind that a key of another model may have.
+YARN = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
 OTHER = (True, False, 0, 1, 7, 0.5, "gelu", [1], {"a": 1})
 
 
@@ -81,17 +82,15 @@ def test_a_value_that_changes_the_model_is_refused_and_a_key_without_effect_is_n
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}, "rope_theta": 6.0}, "rope_theta is 5.0 and 6.0"),
+        ({"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}, "rope_theta": 6.0}, "is 5.0 and 6.0 in one"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type=.*linear.* must be yarn"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling.type=.*llama3.* must be yarn"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling has factor, and no type"),
         ({"rope_scaling": {"type": "yarn", "rope_type": "linear"}}, "of the types linear and yarn at once"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 cannot"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "truncate": False}},
-         "truncate=false cannot"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "attention_factor": 2.0}},
-         "attention_factor=2.0 cannot"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "odd": 1}}, "odd"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rotary_factor=0.5 cannot"),
+        ({"rope_scaling": {**YARN, "truncate": False}}, "truncate=false cannot"),
+        ({"rope_scaling": {**YARN, "attention_factor": 2.0}}, "attention_factor=2.0 cannot"),
+        ({"rope_scaling": {**YARN, "odd": 1}}, "odd"),
         ({"rope_scaling": [1]}, "rope_scaling=.* must be a mapping"),
         ({"num_mtp_layers": 3, "num_nextn_predict_layers": 1}, "two values of one thing"),
         ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "quant_method must be fp8"),

@@ -13,6 +13,8 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
+
 _WORD = re.compile(r"(\w+)=(.*)", re.DOTALL)
 ENDINGS = (".yaml", ".yml")
 
@@ -50,6 +52,12 @@ def own_file(word: str, groups: Collection[str]) -> tuple[str, Path] | None:
         raise ValueError(f"{word}: there is no such file{_near(path)}")
     if path.suffix not in ENDINGS:
         raise ValueError(f"{word}: a file of settings ends in {' or '.join(ENDINGS)}")
+    try:
+        yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{word} cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{word} is no YAML: {' '.join(str(error).split())}") from None
     return group, path
 
 

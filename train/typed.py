@@ -45,11 +45,12 @@ def quoted(key: str, text: str) -> str:
 def bare(key: str, value: str) -> str:
     """A choice of a sweep as people write it: without quotes where `key=` before it is read as the same."""
     found = _parsed(value)
-    if key not in _kinds()[0] or found is None or not isinstance(found.value(), str):
+    text = found.value() if found is not None else None
+    if key not in _kinds()[0] or not isinstance(text, str):
         return value
-    again = _parsed(_value(found.value(), key in _nullable(), False))
-    same = again is not None and not again.is_sweep_override() and again.value() == found.value()
-    return str(found.value()) if same else value
+    again = _parsed(_value(text, key in _nullable(), False))
+    same = again is not None and not again.is_sweep_override() and again.value() == text
+    return text if same else value
 
 
 def holds_text(key: str) -> bool:

@@ -112,7 +112,7 @@ def test_json_without_the_field_is_named_with_the_fields_there_are(tmp_path: Pat
         texts, trouble = read(config_of(path))
         assert not texts and {each[0] for each in trouble} == {reason}
         assert "no text among url, body" in trouble[0][2]
-        with pytest.raises(ValueError, match="no text among url, body.*; data.text_field names the field") as error:
+        with pytest.raises(ValueError, match=r"no text among url, body.*; data.text_field names the field") as error:
             prepare(config_of(path), lambda line: None)
         assert reason != "ambiguous" or "data.format=text" in str(error.value)
         assert read(config_of(path, text_field="body"))[0] == TEXTS

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from train.cli import foreign_keys
 from train.config import RunConfig
 from train.settings import CONFIGS, Setting, as_section, hint, nearest, settings_of
+from train.typed import holds_text, quoted
 
 # What other programs take with dashes, and this one by other means.
 MULTIRUN = ("--multirun", "-m")
@@ -37,7 +38,8 @@ def check(word: Override, file: Path | None) -> None:
     """
     key, line = word.key_or_group, word.input_line or word.key_or_group
     if word.is_sweep_override():
-        raise ValueError(f"{line} has several values: sweeps are started by python -m launch local --multirun")
+        text = f"; as one text, type {quoted(key, line.partition('=')[2])}" if holds_text(key) else ""
+        raise ValueError(f"{line} has several values: sweeps are started by python -m launch local --multirun{text}")
     if key in groups() and (word.is_delete() or not isinstance(word.value(), dict)):
         if file is not None:
             raise ValueError(
@@ -64,8 +66,8 @@ def _no_file(group: str, name: str) -> str:
     near = difflib.get_close_matches(name, groups()[group], n=1)
     meant = f"did you mean {near[0]}? There" if near else "there"
     return (
-        f"names no file of configs/{group}: {meant} are {', '.join(groups()[group])}; a file of your own is named by its "
-        f"path, {group}=PATH.yaml"
+        f"names no file of configs/{group}: {meant} are {', '.join(groups()[group])}; a file of your own is named by "
+        f"its path, {group}=PATH.yaml"
     )
 
 

@@ -31,9 +31,9 @@ class TrainConfig:
 
     Attributes:
         seq_len: predicted tokens of a sequence.
-        micro_batch_size: sequences of one forward and backward on a rank. Gradient accumulation follows from it: a step
-            adds up the gradients of `train.global_batch_size` / (`parallel.dp` x `train.micro_batch_size`) micro-batches
-            on each rank, and there is no key for their number.
+        micro_batch_size: sequences of one forward and backward on a rank. Gradient accumulation follows from it:
+            a step adds up the gradients of `train.global_batch_size` / (`parallel.dp` x `train.micro_batch_size`)
+            micro-batches on each rank, and there is no key for their number.
         global_batch_size: sequences of a step over all ranks, gradient accumulation included; a multiple of
             `parallel.dp` x `train.micro_batch_size`.
         max_steps: end of the run in steps.

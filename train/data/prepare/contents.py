@@ -44,10 +44,7 @@ def write_stamps(folder: Path, source: Source, at_ns: int) -> None:
 
 
 def changed_files(folder: Path, source: Source) -> list[str]:
-    """Names of the files whose contents are not those that were prepared; `source` has the same names in the same order.
-
-    FileNotFoundError where an earlier version prepared them, which kept no contents.
-    """
+    """Names of the files whose contents are not those that were prepared; `source` has all of them, in their order."""
     at_ns = time.time_ns()
     meant: list[str] = json.loads((folder / CONTENTS).read_bytes())
     known = _read_stamps(folder, len(meant))

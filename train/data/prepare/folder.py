@@ -86,13 +86,13 @@ def _check_source(config: DataConfig, folder: Path, meta: Meta, say: Callable[[s
     if CONTENTS not in meta.files:
         if asked != there:
             raise ValueError(f"{folder} was prepared with data.source={there}, not {asked}: {remedy}")
-        say(f"{folder} is prepared already, by an earlier version: sizes of the source's files are the same, no more is "
-            "known of them")  # fmt: skip
+        say(f"{folder} is prepared already, by an earlier version: of its source only names and sizes were compared")
         return
     if changed := changed_files(folder, source):
         more = f" and {len(changed) - 1} other files" if len(changed) > 1 else ""
         raise ValueError(
-            f"{folder} was prepared from other contents of {changed[0]}{more} in {source.said}, of the same size: {remedy}"
+            f"{folder} was prepared from other contents of {changed[0]}{more} in {source.said}, of the same size: "
+            f"{remedy}"
         )
     moved = f", of the same contents as {there} before" if there != asked else ""
     say(f"{folder} is prepared already and whole{moved}: nothing to do")

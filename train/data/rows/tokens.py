@@ -95,7 +95,7 @@ class Tokens:
             with open(self._paths[shard], "rb", buffering=0) as file:
                 same = stamp(os.fstat(file.fileno())) == self._stamps[shard]
                 file.seek(offset * self._dtype.itemsize)
-                same = same and file.readinto(memoryview(part).cast("B")) == part.nbytes
+                same = same and file.readinto(part.view(np.uint8).data) == part.nbytes
         except FileNotFoundError:
             same = False
         if not same:
