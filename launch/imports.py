@@ -1,7 +1,8 @@
 """`python -m launch import`: a model in Hugging Face's layout as a checkpoint that a run can start from.
 
     python -m launch import from=downloads/model to=imported/model
-    python -m launch local model=NAME checkpoint.init_from=imported/model data.tokenizer=imported/model/tokenizer.json
+    python -m launch local model=imported/model/model.yaml checkpoint.init_from=imported/model \\
+        data.tokenizer=imported/model/tokenizer.json
 
 Weights in float32, bfloat16, float16, float64 or the published FP8 blocks become masters in float32; moments are fresh
 when a run starts. Like a checkpoint of a run, `to` is whole from its first moment.
@@ -10,6 +11,7 @@ when a run starts. Like a checkpoint of a run, `to` is whole from its first mome
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -173,8 +175,9 @@ def _is_fp8(spec: Spec | None) -> bool:
 
 def _next(target: Path, carried: Sequence[str]) -> str:
     lines = [
-        f"To train on: copy {target / MODEL_FILE} to configs/model/NAME.yaml, then",
-        f"  python -m launch local model=NAME checkpoint.init_from={target}"
-        + (f" data.tokenizer={target / carried[0]}" if carried else ""),
+        "To train on:",
+        f"  python -m launch local {shlex.quote(f'model={target / MODEL_FILE}')} "
+        f"{shlex.quote(f'checkpoint.init_from={target}')}"
+        + (f" {shlex.quote(f'data.tokenizer={target / carried[0]}')}" if carried else ""),
     ]
     return "\n".join([*lines, *([] if carried else ["There was no tokenizer.json beside the weights."])])
