@@ -82,7 +82,7 @@ def test_names_stay_what_was_typed_in_the_tree_and_in_its_file(tmp_path: Path) -
         assert (config.run.name, config.run.dir) == (name, f"runs/{name}")
         (tmp_path / "config.yaml").write_text(compose.text(config))
         assert compose.load(tmp_path / "config.yaml") == config
-        assert compose.compose(["--config", str(tmp_path / "config.yaml"), f"track.name={name}"]).track.name == name
+        assert compose.compose(["--config", str(tmp_path / "config.yaml"), f"track.name=_{name}"]).track.name == f"_{name}"
 
 
 PATHS = (
@@ -120,9 +120,9 @@ def test_paths_are_taken_as_they_are_by_every_verb(tmp_path: Path, path: str, mo
 def test_home_null_lists_and_interpolations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/x")
     config = compose.compose(
-        ["data.source=~/texts", "run.name=a=${train.seed}", "run.dir=${run.name}-1,2", "data.tokenizer=null"]
+        ["data.source=~/texts", "run.name=a=${train.seed}", "run.dir=${run.name}-b=1,2", "data.tokenizer=null"]
     )
-    assert (config.data.source, config.run.name, config.run.dir) == ("/home/x/texts", "a=0", "a=0-1,2")
+    assert (config.data.source, config.run.name, config.run.dir) == ("/home/x/texts", "a=0", "a=0-b=1,2")
     assert config.data.tokenizer is None
     assert compose.compose(["data.suffixes=[1.10,.md,'a,b',x=y]"]).data.suffixes == ("1.10", ".md", "a,b", "x=y")
     assert compose.compose(["checkpoint.async_mode=true"]).checkpoint.async_mode is True

@@ -98,7 +98,8 @@ def _parsed(text: str) -> Override | None:
 
 
 def _in_quotes(text: str) -> str:
-    return QuotedString(text=text, quote=Quote.single).with_quotes()
+    # Double quotes are easier to read within the single ones of a shell.
+    return QuotedString(text=text, quote=Quote.single if '"' in text else Quote.double).with_quotes()
 
 
 def _at_home(text: str) -> str:
