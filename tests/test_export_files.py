@@ -244,7 +244,7 @@ def test_export_refuses_places(tiny: Path, tmp_path: Path, capfd: Any) -> None:
         return error
 
     assert "to=... is missing" in said(f"checkpoint={tiny}")
-    assert "holds no complete checkpoint" in said(f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
+    assert "holds no checkpoint: name a run's folder" in said(f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
     assert "exists already" in said(f"checkpoint={tiny}", f"to={tmp_path}", "tokenizer=none")
     damaged = tmp_path / "damaged"
     shutil.copytree(tiny, damaged)

@@ -82,7 +82,8 @@ def test_names_stay_what_was_typed_in_the_tree_and_in_its_file(tmp_path: Path) -
         assert (config.run.name, config.run.dir) == (name, f"runs/{name}")
         (tmp_path / "config.yaml").write_text(compose.text(config))
         assert compose.load(tmp_path / "config.yaml") == config
-        assert compose.compose(["--config", str(tmp_path / "config.yaml"), f"track.name=_{name}"]).track.name == f"_{name}"
+        changed = compose.compose(["--config", str(tmp_path / "config.yaml"), f"track.name=_{name}"])
+        assert changed.track.name == f"_{name}"
 
 
 PATHS = (

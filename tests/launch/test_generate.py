@@ -132,7 +132,7 @@ def test_refuses_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["generate", "checkpoint=/nowhere", "prompt=a"]) == 2
     assert "checkpoint=/nowhere is no folder" in capsys.readouterr().err
     assert main(["generate", f"checkpoint={tmp_path}", "prompt=a"]) == 2
-    assert f"checkpoint={tmp_path} holds no complete checkpoint" in capsys.readouterr().err
+    assert f"checkpoint={tmp_path} holds no checkpoint: name a run's folder" in capsys.readouterr().err
 
 
 def copy_of(run: Path, tmp_path: Path) -> Path:
