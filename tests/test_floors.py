@@ -18,7 +18,7 @@ RELATIVE = [path.relative_to(ROOT).as_posix() for path in FILES]
 DOORS = {
     "deepspeed": {"parallel/zero/deepspeed_engine.py"},
     "wandb": {"train/track/wandb.py"},
-    "hydra": {"train/compose.py"},
+    "hydra": {"train/compose.py", "train/typed.py"},
     "tokenizers": {"train/data/tokenizer.py"},
     "matplotlib": {"train/view/curves.py", "train/view/rows.py", "launch/sweep/picture.py"},
     "optuna": {"launch/sweep/optuna_search.py"},
