@@ -228,7 +228,7 @@ def test_all_are_refused_in_a_sentence(
         f"checkpoint.init_from={parent.folder}": "a run begins in one way",
         f"checkpoint.resume={parent.folder}": "a run begins in one way",
         f"run.dir={parent.folder}": "a branch is a new run, so choose another run.dir",
-        "checkpoint.branch_from=nowhere": "checkpoint.branch_from=nowhere cannot be branched off",
+        "checkpoint.branch_from=nowhere": "checkpoint.branch_from=nowhere does not exist",
         "checkpoint.branch_from=''": "checkpoint.branch_from is empty",
     }
     for setting, said in cases.items():

@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 
-from train import run_folder
 from train.ancestry import Ancestor, Change, ancestors
 from train.checkpoint import step_folders
 from train.checkpoint.step_folders import CONFIG_FILE, STATE_FILE
@@ -56,8 +55,8 @@ def _ancestry(config: RunConfig, text: Callable[[RunConfig], str]) -> tuple[Ance
         return given
     if own := _own(config, named):
         return own
+    folder = step_folders.find_checkpoint(Path(named), "checkpoint.branch_from")
     try:
-        folder = run_folder.find_checkpoint(Path(named))
         state, was = _read(folder)
     except ValueError as error:
         raise ValueError(f"checkpoint.branch_from={named} cannot be branched off: {error}") from None

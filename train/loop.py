@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from train.not_finite import check_validation, stop_not_finite
 from train.recipe.balance import update_bias
 from train.recipe.recipe import StepPlan
 from train.resume import save
+from train.stopping import StopRequest
 from train.tally import Tally, describe, reduce, tally_of
 from train.track.gauges import StepTimer
 from train.track.sinks import Tracker
@@ -21,20 +21,15 @@ from train.track.sinks import Tracker
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class StopRequest:
-    """Set by a signal on any rank; the ranks agree on it at the end of a step."""
-
-    asked: bool = False
-
-
 def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) -> bool:
-    """Train until the recipe is done or a stop was asked for; True when it is done. Saved either way.
+    """Train until the recipe is done or a stop was asked for; True when it is done. What was trained is saved.
 
     Raises NotFiniteError; the last good checkpoint then stays as it is.
     """
     config, recipe, timer = job.config, job.recipe, StepTimer()
     job.meet()
+    if job.any_rank(stop.asked):
+        return False
     while job.step < recipe.num_steps:
         plan = recipe.at(job.step)
         terms = loss_terms(job, plan)
@@ -48,7 +43,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
             update_bias(model, tally.load, plan.bias_update_rate)
         job.step += 1
 
-        last = job.step == recipe.num_steps
+        last, stopping = job.step == recipe.num_steps, bool(totals.values["run/asked_to_stop"])
         values = totals.values | describe(job, plan, update.grad_norm, timer.stop(), peak_flops_per_s)
         if job.step in config.profile.steps:
             job.write_timeline(len(list(job.micro_batches(plan))))
@@ -56,10 +51,10 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
         if evaluation_due(job):
             values |= evaluate(job)
             check_validation(job, values)
+            stopping = job.any_rank(stop.asked) or stopping
             timer.stop()
         tracker.write(job.metrics.report(values, totals.loads))
 
-        stopping = bool(totals.values["run/asked_to_stop"])
         if stopping or config.checkpoint.due(job.step, recipe.num_steps):
             tracker.checkpoint()
             save(job)

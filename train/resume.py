@@ -78,11 +78,7 @@ def fingerprints(job: Job) -> dict[str, str]:
         recipe["init_from"] = config.checkpoint.init_from
     if config.checkpoint.branch_from is not None:
         recipe["branched"] = [config.checkpoint.branch_from, [each.checkpoint for each in config.ancestors]]
-    tokens = {
-        "train": job.train_rows.fingerprint,
-        "source": config.data.name,
-        "document_mask": config.data.document_mask,
-    }
+    tokens = {"train": job.train_rows.fingerprint, "document_mask": config.data.document_mask}
     return {
         "model": fingerprint({"model": asdict(config.model)}),
         "data": fingerprint({"data": tokens}),
@@ -139,12 +135,14 @@ def _branch_off(job: Job, ancestor: Ancestor) -> None:
         say("\n  ".join(lines))
 
 
-def _begin_with_weights(job: Job, folder: Path) -> None:
+def _begin_with_weights(job: Job, named: Path) -> None:
     """Take the weights and biases of a checkpoint; everything else begins anew.
 
     Raises ValueError when it is damaged, or of a model that its weights do not fit.
     """
-    check_weights_fit(job.config.model, job.checkpoints.state_of(folder), folder)
+    folder = job.checkpoints.find(
+        named, "checkpoint.init_from", lambda found, saved: check_weights_fit(job.config.model, saved, found)
+    )
     _load(job, folder, with_moments=False, with_average=False)
     job.optimizer.load_finished(num_steps=0)
     if job.ema is not None:

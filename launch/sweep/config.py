@@ -40,7 +40,7 @@ class SweepConfig:
 
     def check(self) -> None:
         """ValueError for an unknown word, or a count below what makes sense."""
-        from train.track.metrics import UNITS
+        from train.track.metrics import UNITS  # not above: who measures needs torch, who asks for help does not
 
         known = {"sampler": (*SAMPLERS, None), "pruner": PRUNERS, "direction": DIRECTIONS, "metric": tuple(UNITS)}
         for name, words in known.items():

@@ -16,12 +16,12 @@ class CheckpointConfig:
         interval: steps between checkpoints; 0 saves at the end only.
         keep_latest_k: checkpoints that stay; 0 keeps all.
         async_mode: `async` (or true) writes in the background, `disabled` (or false) waits for the disk.
-        resume: `auto` goes on from the run's own latest checkpoint; `never`; or the path of a step folder. `auto` takes
-            one of the same model, data and recipe alone; `never` starts anew, and is refused beside checkpoints of an
-            earlier run (docs/checkpoints.md).
-        init_from: a checkpoint whose weights and router biases a fresh start begins with; None: random weights. It is
-            of another run or imported; its steps, moments and data do not count (docs/export.md).
-        branch_from: a run, or one of its step folders, that a new run goes on from under changed settings. It keeps
+        resume: `auto` goes on from the run's own latest checkpoint; `never`; or the path of a step folder, or of a run
+            or folder of checkpoints, of which the latest is taken. `auto` takes one of the same model, data and recipe
+            alone; `never` starts anew, and is refused beside checkpoints of an earlier run (docs/checkpoints.md).
+        init_from: a checkpoint whose weights and router biases a fresh start begins with, a path as in `resume`; None:
+            random weights. It is of another run or imported; its steps, moments and data do not count (docs/export.md).
+        branch_from: a checkpoint that a new run goes on from under changed settings, a path as in `resume`. It keeps
             weights, moments, router biases, steps and the position in the data (docs/branches.md).
         ancestry: of a branch, the runs that it goes on from; written by the program, never set.
     """

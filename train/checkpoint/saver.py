@@ -11,7 +11,7 @@ import logging
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -123,6 +123,20 @@ class Checkpoints:
             return read_state(path)
 
         return self._ranks.on_first(read)
+
+    def find(self, path: Path, key: str, check: Callable[[Path, TrainState], None]) -> Path:
+        """The checkpoint that `key=path` means, for all ranks, after `check` on it and its state as rank 0 sees it.
+
+        Raises ValueError when there is no complete checkpoint, and what `check` raises.
+        """
+        self.wait()
+
+        def found() -> Path:
+            folder = step_folders.find_checkpoint(path, key)
+            check(folder, read_state(folder))
+            return folder
+
+        return self._ranks.on_first(found)
 
     def load(self, path: Path, pieces: Pieces, sizes: Mapping[str, int]) -> None:
         """Copy a checkpoint's values into `pieces`, in place, whatever layout it was saved under.
@@ -265,8 +279,7 @@ def resume_decision(config: CheckpointConfig, root: Path, now: TrainState) -> tu
                 "them away, or start anew with checkpoint.resume=never"
             )
     else:
-        found = Path(config.resume)
-        step_folders.check_complete(found)
+        found = step_folders.find_checkpoint(Path(config.resume), "checkpoint.resume")
     if found is None:
         return None
     saved = read_state(found)

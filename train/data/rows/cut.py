@@ -81,7 +81,7 @@ class Cut:
         return (position - first) % self.num_rows * self.seq_len
 
     def is_read(self, position: int, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """Of each range [start, stop) of predicted tokens, whether any of it lies before a position in its epoch.
+        """Whether any of each range [start, stop) of predicted tokens lies before a position in its epoch.
 
         A row predicts `seq_len` tokens, beginning with its second one; ranges are counted like the starts of rows.
         """
@@ -156,7 +156,7 @@ class Cut:
         return Permutation(self.num_rows, self.seed, epoch)(places).tolist()
 
     def _touches(self, epoch: int, place: int, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """Of each range, whether any row that it shares tokens with lies at a place before this one."""
+        """Whether any row that each range shares tokens with lies at a place before this one."""
         found = np.zeros(len(starts), dtype=bool)
         if not place or not len(starts):
             return found
