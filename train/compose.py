@@ -109,7 +109,7 @@ def raw(words: Iterable[str]) -> DictConfig:
         refusals.check(override, asked.file)
     try:
         if asked.file is not None:
-            return _changed(asked.file, overrides)
+            return _changed(_tree(asked.file), overrides)
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return hydra.compose("run", asked.settings)
     except (HydraException, OmegaConfBaseException) as error:
@@ -128,6 +128,19 @@ def checked(tree: DictConfig) -> RunConfig:
     assert isinstance(config, RunConfig)
     config.check()
     return config
+
+
+def changed(config: RunConfig, words: Iterable[str]) -> RunConfig:
+    """The run with single keys changed by `key=value` words, checked. ValueError as `compose` raises it."""
+    overrides = _parsed(list(words))
+    for override in overrides:
+        refusals.check(override, None)
+    try:
+        tree = OmegaConf.create(text(config))
+        assert isinstance(tree, DictConfig)
+        return checked(_changed(tree, overrides))
+    except OmegaConfBaseException as error:
+        raise ValueError(refusals.sentence(error)) from None
 
 
 def load(path: Path) -> RunConfig:
@@ -207,9 +220,9 @@ def _parsed(settings: Sequence[str]) -> list[Override]:
     return found
 
 
-def _changed(file: Path, overrides: Sequence[Override]) -> DictConfig:
-    """The resolved config in a file, laid over the defaults, with single keys changed."""
-    tree = OmegaConf.merge(defaults(RunConfig), _tree(file))
+def _changed(resolved: DictConfig, overrides: Sequence[Override]) -> DictConfig:
+    """A resolved config, laid over the defaults, with single keys changed."""
+    tree = OmegaConf.merge(defaults(RunConfig), resolved)
     assert isinstance(tree, DictConfig)
     for override in overrides:
         key = override.key_or_group

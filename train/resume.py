@@ -55,6 +55,8 @@ def small_state(job: Job) -> TrainState:
         wandb_id=job.wandb_id,
         fingerprints=fingerprints(job),
         config=compose.text(job.config),
+        best_valid_loss=job.patience.best,
+        num_evaluations_since_best=job.patience.num_since,
     )
 
 
@@ -103,6 +105,7 @@ def _go_on(job: Job, folder: Path, state: TrainState) -> None:
     job.checkpoints.load(folder, *pieces(job))
     job.optimizer.load_finished(state.num_optimizer_steps)
     job.step, job.wandb_id = state.step, state.wandb_id
+    job.patience.best, job.patience.num_since = state.best_valid_loss, state.num_evaluations_since_best
     restore_rng(state.rng)
 
 

@@ -22,7 +22,7 @@ _SECTIONS = {
     "recipe": ("train.", "optimizer.", "lr_scheduler.", "moe.", "mtp.", "precision.", "checkpoint.init_from"),
 }
 # These are how a run is computed, not what; where it ends is part of the recipe only if a phase's border depends on it.
-_FREE = ("train.micro_batch_size", "data.num_workers", "precision.engine")
+_FREE = ("train.micro_batch_size", "data.num_workers", "data.valid_sources", "precision.engine")
 _END = ("train.max_steps", "train.max_tokens")
 
 
@@ -59,6 +59,8 @@ class TrainState:
         wandb_id: run id of Weights & Biases, None without one.
         fingerprints: text of the model, the data and the recipe (keys of that name).
         config: resolved config as YAML; kept in a file of its own.
+        best_valid_loss: what `evaluate.patience` compares with, None before the first evaluation.
+        num_evaluations_since_best: and how many evaluations there were since then.
     """
 
     step: int
@@ -69,6 +71,8 @@ class TrainState:
     wandb_id: str | None
     fingerprints: dict[str, str]
     config: str
+    best_valid_loss: float | None = None
+    num_evaluations_since_best: int = 0
 
     def to_json(self) -> str:
         """All fields but `config`."""
