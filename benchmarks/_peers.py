@@ -1,4 +1,4 @@
-"""The same DeepSeek-V3-shaped model with the same AdamW in other frameworks: sides of `benchmarks.step`.
+"""A DeepSeek-V3-shaped model and AdamW in other frameworks: sides of `benchmarks.step`.
 
 Each builder takes a `ModelConfig` and gives (model, loss), where loss(inputs [B, S], labels [B, S]) is the mean
 cross-entropy in nats to call backward on. A framework that is not installed raises ImportError.
@@ -40,7 +40,7 @@ def transformers(config: ModelConfig) -> Peer:
 
 
 def transformers_compiled(config: ModelConfig) -> Peer:
-    """The same behind torch.compile."""
+    """The model of transformers behind torch.compile."""
     model, loss = transformers(config)
     model.forward = torch.compile(model.forward)
     return model, loss

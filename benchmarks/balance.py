@@ -150,7 +150,7 @@ class Training:
 
 
 def max_vio(load: Tensor) -> list[float]:
-    """Of each router, from its experts' loads [num_routers, E]."""
+    """MaxVio of each router, from its experts' loads [num_routers, E]."""
     mean = load.double().mean(1)
     return ((load.amax(1) - mean) / mean).tolist()
 

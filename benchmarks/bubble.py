@@ -193,7 +193,7 @@ class _Through(torch.autograd.Function):
 
 
 class SleepingModule(nn.Module):
-    """The same stage for engines that split autograd's graph: one path to the input sleeps B, one to a weight W."""
+    """A sleeping stage for engines that split autograd's graph: one path to the input sleeps B, one to a weight W."""
 
     def __init__(self, sleeper: Sleeper, part_s: float) -> None:
         super().__init__()

@@ -37,14 +37,15 @@ import torch
 from benchmarks import _engines
 from benchmarks._sides import Neighbours
 from train import compose, run_folder
-from train.assemble import assemble, join
+from train.assemble import assemble, join, meet
 from train.config import RunConfig
 from train.data.prepare.one_source import prepare
 from train.flops import parameter_counts
-from train.loop import StopRequest, run
+from train.loop import run
 from train.not_finite import NotFiniteError
 from train.precision.build import build_engines
 from train.resume import resume
+from train.stopping import StopRequest
 from train.track.metrics_file import JsonlSink, read_metrics
 from train.track.sinks import Tracker
 from train.view.curves import COLORS, FAINT, INK, headline, paper, save
@@ -182,7 +183,8 @@ def work(bench: Bench, side: str, seed: int) -> None:
     config, engines = bench.config(side, seed), SIDES[side][1]
     torch.set_num_threads(1)
     folder = Path(config.run.dir)
-    with run_folder.opened(folder, 0, (ValueError, NotFiniteError)), join(config, _end) as groups:
+    opened = run_folder.opened(folder, 0, (ValueError, NotFiniteError))
+    with opened, meet(config, print, _end) as met, join(config, met, _end) as groups:
         job = assemble(config, groups, engines)
         resume(job)
         tracker = Tracker([JsonlSink(folder / "metrics.jsonl", job.step)])

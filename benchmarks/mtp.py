@@ -31,12 +31,12 @@ from benchmarks._sides import Neighbours
 from launch.prepare import prepare_command
 from train import compose
 from train.assemble import load_model
+from train.checkpoint.step_folders import find_checkpoint
 from train.data.rows.blend import open_stream
 from train.files import replace_durably
 from train.generate import Transcript, generate
 from train.model.decode import Decoder, Drafter
 from train.model.transformer import Transformer
-from train.run_folder import find_checkpoint
 from train.track.metrics_file import read_metrics
 from train.view.curves import COLORS, FAINT, INK, headline, paper, save
 
@@ -99,7 +99,7 @@ def result(side: str, seed: int, steps: int, out: Path, more: list[str]) -> dict
 def drafts(folder: Path) -> dict[str, float]:
     """How many of a run's drafts hold."""
     config = compose.load(folder / "config.yaml")
-    checkpoint = find_checkpoint(folder)
+    checkpoint = find_checkpoint(folder, "checkpoint")
     model = load_model(checkpoint, config.model, config.precision, torch.device("cpu"))
     rows = open_stream(config.data, "valid", config.train.seq_len, order="sequential")
     texts = rows.rows(0, min(NUM_TEXTS, rows.num_rows)).tolist()

@@ -127,7 +127,7 @@ class Side:
 
 
 class Batches:
-    """The same endless stream of token ids [B, S + 1] for every side: four batches, over and over."""
+    """An endless stream of token ids [B, S + 1], equal for every side: four batches, over and over."""
 
     def __init__(self, config: ModelConfig) -> None:
         shape = (4, BATCH, config.max_position_embeddings + 1)

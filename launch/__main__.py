@@ -24,6 +24,7 @@ from train.cli import usage
 from train.config import RunConfig
 from train.data.config import DataConfig
 from train.settings import hint
+from train.stopping import ended
 
 # A run's settings among those of a verb.
 RUN = (RunConfig, "")
@@ -142,10 +143,12 @@ def verb_help(program: str, name: str) -> str:
     return "\n".join(lines)
 
 
-def command() -> int:
-    """The installed `halocline`."""
-    return main(sys.argv[1:], "halocline")
+def command(program: str = "halocline") -> int:
+    """The installed `halocline`, or `python -m launch`."""
+    if sys.argv[1:2] == ["train"]:  # a rank, which has its own way of ending
+        ended(lambda: main(sys.argv[1:], program))
+    return main(sys.argv[1:], program)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command("python -m launch"))

@@ -27,7 +27,7 @@ from train import compose
 from train.assemble import load_model, packing, run_metrics
 from train.checkpoint.saver import read_state
 from train.checkpoint.state import TrainState
-from train.checkpoint.step_folders import CONFIG_FILE
+from train.checkpoint.step_folders import CONFIG_FILE, find_checkpoint
 from train.config import RunConfig
 from train.data.config import DataConfig
 from train.data.meta import META, TOKENIZER, Meta
@@ -40,7 +40,6 @@ from train.files import replace_durably
 from train.model.loss import NO_LOSS
 from train.model.tape import Inline, drive
 from train.model.transformer import Transformer
-from train.run_folder import find_checkpoint
 from train.settings import read
 from train.track.vector import Metrics
 
@@ -52,7 +51,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     """Prints a table of losses, and writes them as JSON. ValueError, before anything is loaded, for what cannot be."""
     ours = [word for word in words if not word.startswith("data.")]
     request = read(EvaluateSettings, ours, "evaluate")
-    device, folder = device_of(request.device), find_checkpoint(request.checkpoint)
+    device, folder = device_of(request.device), find_checkpoint(request.checkpoint, "checkpoint")
     state, config = read_state(folder), compose.load(folder / CONFIG_FILE)
     if request.weights == "ema":
         check_average(folder)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -34,7 +33,6 @@ from train.hf.layout import DiskTensor, disk_tensors
 from train.hf.tensor_files import INDEX, Spec, all_finite, read_specs, write_index, write_shard
 from train.model.config import ModelConfig
 from train.precision.published import to_published
-from train.run_folder import find_checkpoint
 from train.settings import read, section
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -62,12 +60,16 @@ class Item:
 def export(settings: Sequence[str]) -> int:
     """Export the checkpoint that `key=value` settings name, and say what was written. ValueError for bad settings."""
     given = read(ExportSettings, settings, "export")
-    source, target = find_checkpoint(given.checkpoint), given.to
+    source, target = step_folders.find_checkpoint(given.checkpoint, "checkpoint"), given.to
     state = read_state(source)
     tree = yaml.safe_load(state.config)
     model = section(ModelConfig, tree["model"], "model")
     hf_config.layout_of(model)  # refused before anything is written
-    tokenizer = _tokenizer(given.tokenizer, source, tree, state, model)
+    data = section(DataConfig, tree["data"], "data") if tree.get("data") else None
+    end_of_document = data.end_of_document if data else None
+    tokenizer = _tokenizer(given.tokenizer, source, data, state)
+    if tokenizer is not None:
+        hf_tokenizer.check(tokenizer, model.vocab_size, end_of_document)
     with new_folder(target) as partial:
         manifest = step_folders.read_manifest(source)
         with Progress("comparing checksums", _total_bytes(manifest), _say) as progress:
@@ -75,7 +77,9 @@ def export(settings: Sequence[str]) -> int:
                 check_contents(source, manifest, [name])
                 progress.add(entry.num_bytes)
         files = write_model(source, partial, model, given.dtype, STATES[given.weights], given.max_shard_bytes)
-        eod = hf_tokenizer.write(tokenizer, partial, model.max_position_embeddings) if tokenizer else None
+        eod = None
+        if tokenizer is not None:
+            eod = hf_tokenizer.write(tokenizer, partial, model.max_position_embeddings, end_of_document)
         (partial / hf_config.GENERATION_CONFIG).write_text(hf_config.generation_config_json(eod))
         # The file that makes it a model comes last.
         text = hf_config.config_json(model, given.dtype, eod)
@@ -181,15 +185,12 @@ def _read_back(path: Path, meant: FileRecord, specs: Sequence[Spec] | None = Non
         raise OSError(f"{path} does not read back as the tensors that were written")
 
 
-def _tokenizer(
-    choice: str, source: Path, tree: Mapping[str, Any], state: TrainState, model: ModelConfig
-) -> Path | None:
+def _tokenizer(choice: str, source: Path, data: DataConfig | None, state: TrainState) -> Path | None:
     """The `tokenizer.json` to export: the one named, the checkpoint's own, or that of the run's prepared tokens."""
     if choice == "none":
         return None
     places = [source / TOKENIZER if choice == "auto" else Path(choice)]
-    data = section(DataConfig, tree["data"], "data") if choice == "auto" and tree.get("data") else None
-    if data is not None:
+    if choice == "auto" and data is not None:
         places.append(prepared_tokenizer(data))
     found = next((place for place in places if place.is_file()), None)
     if found is None:
@@ -197,9 +198,8 @@ def _tokenizer(
             f"no tokenizer at {' or '.join(map(str, places))}: name one with tokenizer=FILE, or leave it out with "
             "tokenizer=none"
         )
-    if data is not None and found == places[1]:
+    if data is not None and found in places[1:]:
         check_same_tokens(data, state.fingerprints["data"])
-    hf_tokenizer.check(found, model.vocab_size)
     return found
 
 

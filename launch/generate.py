@@ -22,7 +22,7 @@ from train.assemble import load_model
 from train.checkpoint.reader import RangeReader
 from train.checkpoint.saver import read_state
 from train.checkpoint.state import TrainState
-from train.checkpoint.step_folders import CONFIG_FILE
+from train.checkpoint.step_folders import CONFIG_FILE, find_checkpoint
 from train.config import RunConfig
 from train.data.rows.blend import check_same_tokens, prepared_tokenizer
 from train.data.tokenizer import TextStream, Tokenizer
@@ -39,7 +39,6 @@ from train.generate import (
 )
 from train.model.transformer import Transformer
 from train.precision.config import PrecisionConfig
-from train.run_folder import find_checkpoint
 from train.settings import group, read
 
 # Which state of a checkpoint each word of `weights` means.
@@ -52,7 +51,7 @@ def generate_command(settings: Sequence[str]) -> int:
     """Says the text and the figures. ValueError, before anything is loaded, for what cannot be done."""
     request = read(GenerateSettings, settings, "generate")
     text, device = _prompt(request), device_of(request.device)
-    folder = find_checkpoint(request.checkpoint)
+    folder = find_checkpoint(request.checkpoint, "checkpoint")
     state, config = read_state(folder), compose.load(folder / CONFIG_FILE)
     tokenizer = find_tokenizer(config, state, request.tokenizer)
     prompt, max_new_tokens = _fit(text, request.max_new_tokens, config, tokenizer)

@@ -1,7 +1,8 @@
 """`python -m launch import`: a model in Hugging Face's layout as a checkpoint that a run can start from.
 
     python -m launch import from=downloads/model to=imported/model
-    python -m launch local model=NAME checkpoint.init_from=imported/model data.tokenizer=imported/model/tokenizer.json
+    python -m launch local model=imported/model/model.yaml checkpoint.init_from=imported/model \\
+        data.tokenizer=imported/model/tokenizer.json
 
 Weights in float32, bfloat16, float16, float64 or the published FP8 blocks become masters in float32; moments are fresh
 when a run starts. Like a checkpoint of a run, `to` is whole from its first moment.
@@ -10,6 +11,7 @@ when a run starts. Like a checkpoint of a run, `to` is whole from its first mome
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +29,8 @@ from train.data.prepare.progress import Progress
 from train.files import CRC32, check_read_back, new_folder, record_of, write_durably
 from train.hf import config as hf_config
 from train.hf import tokenizer as hf_tokenizer
-from train.hf.layout import DiskTensor, disk_tensors
+from train.hf.config import Published
+from train.hf.layout import BLOCK_ROWS, DiskTensor, disk_tensors, rows_of_halves
 from train.hf.tensor_files import Spec, TensorFolder, all_finite, some
 from train.model.config import ModelConfig
 from train.precision.published import from_published
@@ -44,12 +47,13 @@ def import_model(settings: Sequence[str]) -> int:
     """
     given = read(ImportSettings, settings, "import")
     source, target = given.from_, given.to
-    model = hf_config.read_config(source)
+    published = hf_config.read_config(source)
+    model = published.model
     with TensorFolder(source) as folder, new_folder(target) as partial:
         tensors, copies = disk_tensors(model), disk_tensors(model, copies=True)
         check_tensors(folder.specs, tensors, copies, source)
         check_copies(folder, copies)
-        records = write_ranges(partial, _sizes(tensors), _ranges(folder, tensors))
+        records = write_ranges(partial, _sizes(tensors), _ranges(folder, tensors, published))
         files = {STATE_FILE: start_state(model).to_json(), CONFIG_FILE: yaml.safe_dump({"model": asdict(model)})}
         files[MODEL_FILE] = model_yaml(model, source)
         for name, text in files.items():
@@ -128,23 +132,41 @@ def _state_name(disk: DiskTensor) -> str:
     return disk.entry.ours if disk.is_bias else f"{MASTER}{disk.entry.ours}"
 
 
-def _ranges(folder: TensorFolder, tensors: Sequence[DiskTensor]) -> Iterator[tuple[str, int, Tensor]]:
+def _ranges(
+    folder: TensorFolder, tensors: Sequence[DiskTensor], published: Published
+) -> Iterator[tuple[str, int, Tensor]]:
     """Every weight in float32, band by band. ValueError, naming it, for one that is not finite."""
     total_bytes = sum(4 * disk.numel for disk in tensors)
     with Progress("importing", total_bytes, lambda line: print(line, flush=True)) as progress:
         for disk in tensors:
+            order = rows_of_halves(published.model, disk) if published.halves else None
             scales = folder.read(disk.scale_name) if _is_fp8(folder.specs[disk.name]) else None
             for rows, offset, _ in disk.bands():
-                values = folder.read(disk.name, rows)
-                if scales is None:
-                    values = values.float()
-                else:
-                    values = from_published(values, scales[rows.start // 128 : -(-rows.stop // 128)])
+                values = _band(folder, disk.name, rows, scales, order)
                 if not all_finite(values):
                     raise ValueError(f"{disk.name} holds infinities or NaN: it cannot be imported")
                 progress.add(values.nbytes)
                 yield _state_name(disk), offset, values.flatten()
                 del values  # before the next band is made
+
+
+def _band(folder: TensorFolder, name: str, rows: slice, scales: Tensor | None, order: Tensor | None) -> Tensor:
+    """Our rows of a tensor, in float32, from wherever they lie on disk.
+
+    scales: of blocks, for quantised ones. order: the row on disk of each of ours; None where they are the same.
+    """
+    wanted = None
+    if order is not None:
+        # Rows are moved within a head, so they lie close to each other; whole blocks keep scales simple.
+        first, last = int(order[rows].min()), int(order[rows].max())
+        start = first // BLOCK_ROWS * BLOCK_ROWS
+        rows, wanted = slice(start, last + 1), order[rows] - start
+    values = folder.read(name, rows)
+    if scales is None:
+        values = values.float()
+    else:
+        values = from_published(values, scales[rows.start // BLOCK_ROWS : -(-rows.stop // BLOCK_ROWS)])
+    return values if wanted is None else values[wanted]
 
 
 def _is_fp8(spec: Spec | None) -> bool:
@@ -153,8 +175,9 @@ def _is_fp8(spec: Spec | None) -> bool:
 
 def _next(target: Path, carried: Sequence[str]) -> str:
     lines = [
-        f"To train on: copy {target / MODEL_FILE} to configs/model/NAME.yaml, then",
-        f"  python -m launch local model=NAME checkpoint.init_from={target}"
-        + (f" data.tokenizer={target / carried[0]}" if carried else ""),
+        "To train on:",
+        f"  python -m launch local {shlex.quote(f'model={target / MODEL_FILE}')} "
+        f"{shlex.quote(f'checkpoint.init_from={target}')}"
+        + (f" {shlex.quote(f'data.tokenizer={target / carried[0]}')}" if carried else ""),
     ]
     return "\n".join([*lines, *([] if carried else ["There was no tokenizer.json beside the weights."])])

@@ -42,9 +42,9 @@ class LocalJob:
         """How it ended; None while it runs."""
         return self._ranks.poll()
 
-    def stop(self) -> None:
-        """Ask the ranks to save and end."""
-        self._ranks.stop()
+    def stop(self, at_once: bool = False) -> None:
+        """Ask the ranks to save and end, or end them at once."""
+        self._ranks.stop(at_once)
 
     def kill(self) -> None:
         """End the ranks at once."""

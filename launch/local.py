@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch.job import LocalJob, warm
-from launch.ranks import POLL_S, Ended, stop_signals
+from launch.ranks import Ended, await_end, noted
 from train import compose, run_folder
 from train.config import RunConfig
+from train.stopping import end_now, stop_signals
 
 
 def local(settings: Sequence[str]) -> int:
@@ -38,18 +38,15 @@ def local(settings: Sequence[str]) -> int:
 def run(config: RunConfig) -> Ended:
     """One job: pp x dp processes on this machine that all read the same resolved config."""
     config.track.check_installed()
-    run_folder.refuse_if_in_use(Path(config.run.dir))
-    warm(config)  # so that it imports beside the preparation, and beside what that imports
-    from launch.prepare import prepare_run
+    with stop_signals(end_now, insist=noted) as stop:
+        run_folder.refuse_if_in_use(Path(config.run.dir))
+        warm(config)  # so that it imports beside the preparation, and beside what that imports
+        from launch.prepare import prepare_run
 
-    prepare_run(config)
-    job = LocalJob(config)
-    try:
-        with stop_signals() as asked:
-            while (ended := job.poll()) is None:
-                if asked:
-                    job.stop()
-                time.sleep(POLL_S)
-            return ended
-    finally:
-        job.kill()
+        prepare_run(config)
+        stop.honour()
+        job = LocalJob(config)
+        try:
+            return await_end(job, stop)
+        finally:
+            job.kill()

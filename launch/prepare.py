@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from train import compose
 from train.config import RunConfig
@@ -11,6 +11,9 @@ from train.data.meta import Meta
 from train.data.prepare.all_sources import prepare_sources
 from train.data.read.trouble import BAD, REASONS
 from train.data.rows.blend import check_epochs, exposure_table, open_stream
+
+# So many endings of files are named of each form.
+_NUM_ENDINGS = 4
 
 
 def prepare(settings: Sequence[str]) -> int:
@@ -79,6 +82,20 @@ def report(meta: Meta, histogram: bool = False) -> str:
     return "\n".join(lines)
 
 
+def _read_as(forms: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """What the files were read as, with the most frequent endings of their names. Folders of before have no word of it.
+
+    Those endings are the ones to look at: a file's contents decide, and may be something else than they say.
+    """
+    said = []
+    for form, endings in forms.items():
+        often = sorted(endings, key=lambda ending: (-endings[ending], ending))
+        named = ", ".join(f"{endings[ending]:,} {ending or 'without an ending'}" for ending in often[:_NUM_ENDINGS])
+        more = f" and {len(often) - _NUM_ENDINGS} other endings" if len(often) > _NUM_ENDINGS else ""
+        said.append(f"{form}: {named}{more}")
+    return [f"read as {'; '.join(said)}"] if said else []
+
+
 def _of_the_source(meta: Meta, histogram: bool) -> list[str]:
     """Its counts and its documents' lengths; with `histogram` a bar for each power of two."""
     report = meta.report
@@ -87,6 +104,7 @@ def _of_the_source(meta: Meta, histogram: bool) -> list[str]:
     lines = [
         f"source: {report['files']:,} files, {report['documents']:,} documents, {report['bytes'] / 1e6:.2f} MB, "
         f"{report['tokens']:,} tokens, {report['bytes_per_token']:.2f} bytes/token",
+        *_read_as(report.get("read_as", {})),
         f"tokens of a document: {lengths['least']:,} to {lengths['most']:,}, mean {lengths['mean']:.1f}; "
         f"no more than {shares}",
     ]

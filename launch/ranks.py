@@ -9,20 +9,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
+from launch.patience import Patience
 from launch.warm import ForkedRank, follow_into_death, own_path
 from parallel.watch import blamed
+from train.stopping import StopRequest, end_now, stop_signals
 
 # A worker saves after the step it is in; past this it is killed, and the launcher says so.
 GRACE_S = 60.0
-# Ranks whose peer died fail by themselves within moments; a little patience finds the one that failed first.
-PATIENCE_S = 2.0
 POLL_S = 0.05
 # What a rank's libraries read as they are loaded, where the environment does not say otherwise.
 POLITE = {
@@ -46,6 +45,19 @@ class Ended:
     code: int
     reason: str = ""
     was_asked: bool = False
+
+
+class Running(Protocol):
+    """A job whose ranks have been started."""
+
+    def poll(self) -> Ended | None:
+        """How it ended; None while it runs."""
+
+    def stop(self, at_once: bool = False) -> None:
+        """Ask it to save and end, or end it at once."""
+
+    def kill(self) -> None:
+        """End it at once, unheard."""
 
 
 class Process(Protocol):
@@ -81,7 +93,7 @@ def program(command: Sequence[str]) -> Start:
                 stdin=subprocess.DEVNULL,
                 stdout=None if out is None else files.enter_context(out.open("ab")),
                 stderr=files.enter_context(log.open("ab")),
-                # A terminal's Ctrl-C reaches this process alone, which then asks the ranks to save.
+                # A terminal's Ctrl-C reaches the launcher alone, which then asks the ranks to save.
                 start_new_session=True,
                 preexec_fn=follow_into_death if sys.platform == "linux" else None,
             )
@@ -90,7 +102,7 @@ def program(command: Sequence[str]) -> Start:
 
 
 def forked(module: str, arguments: Sequence[str]) -> Start:
-    """Ranks that call `module.main(arguments)`, forked from the process of `launch.warm.warm_up`."""
+    """Ranks that call `module.program(arguments)`, forked from the process of `launch.warm.warm_up`."""
     return lambda environment, log, out: ForkedRank(module, arguments, environment, log, out)
 
 
@@ -105,16 +117,27 @@ def start_ranks(command: Sequence[str], num_ranks: int, logs: Path) -> Ended:
     """Run `command` once per rank with torchrun's environment, and wait for all of them.
 
     Rank 0 keeps this process's standard output; everything else that a rank prints goes to `logs/rank_R.log`.
-    SIGTERM and SIGINT are passed on as SIGTERM: the ranks save and end. If this process dies, they do so too.
+    A signal that asks to stop is passed on as SIGTERM: the ranks save and end. A second SIGINT or SIGTERM ends them at
+    once. If this process dies, they save and end, too.
 
     The job's exit code is 0, or that of the rank that failed first, which the reason names.
     """
-    with stop_signals() as asked, Ranks(program(command), num_ranks, logs) as ranks:
-        while (ended := ranks.poll()) is None:
-            if asked:
-                ranks.stop()
-            time.sleep(POLL_S)
-        return ended
+    with stop_signals(end_now, insist=noted) as stop, Ranks(program(command), num_ranks, logs) as ranks:
+        stop.honour()
+        return await_end(ranks, stop)
+
+
+def noted(_code: int, _sentence: str) -> None:
+    """For `stop_signals`: a second request is noted, for `await_end` to see."""
+
+
+def await_end(job: Running, stop: StopRequest) -> Ended:
+    """How a job ends, which is told of requests to stop."""
+    while (ended := job.poll()) is None:
+        if stop.asked:
+            job.stop(at_once=stop.insisted)
+        time.sleep(POLL_S)
+    return ended
 
 
 class Ranks:
@@ -138,8 +161,9 @@ class Ranks:
         self._port = HeldPort()
         self._ranks: list[_Rank] = []
         self._asked_at_s: float | None = None
+        self._insisted = False
         self._failed: list[int] = []  # in the order of their ends
-        self._failed_at_s: float | None = None
+        self._patience = Patience()
         environment = _shared_environment(num_ranks, self._port.number, num_neighbours)
         try:
             for rank in range(num_ranks):
@@ -157,8 +181,12 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def stop(self) -> None:
-        """Ask all ranks, once, to save and end."""
+    def stop(self, at_once: bool = False) -> None:
+        """Ask all ranks, once, to save and end; or end them at once, and say so."""
+        if at_once and not self._insisted:
+            self._insisted = any(rank.process.poll() is None for rank in self._ranks)
+            for rank in self._ranks:
+                rank.process.kill()
         if self._asked_at_s is None:
             self._asked_at_s = time.monotonic()
             for rank in self._ranks:
@@ -167,19 +195,19 @@ class Ranks:
     def poll(self) -> Ended | None:
         """How the job ended; None while it runs.
 
-        It has ended when all ranks have, when a failed one has had its peers' patience, or when the grace of a stop is
-        over; what lives on then is killed.
+        It has ended when all ranks have, when one has failed and the others have had time to say what they did, or when
+        the grace of a stop is over; what lives on then is killed.
         """
         now_s = time.monotonic()
-        is_running = any(rank.process.poll() is None for rank in self._ranks)
+        living = [rank.process.pid for rank in self._ranks if rank.process.poll() is None]
         self._failed += _newly_failed(self._ranks, self._failed)
-        if self._failed and self._failed_at_s is None:
-            self._failed_at_s = now_s
-        if is_running and not (self._failed_at_s is not None and now_s - self._failed_at_s > PATIENCE_S):
+        if living and not (self._failed and self._patience.is_over(now_s, living)):
             if self._asked_at_s is None or now_s - self._asked_at_s <= GRACE_S:
                 return None
             late = ", ".join(str(number) for number, rank in enumerate(self._ranks) if rank.process.poll() is None)
             ended = Ended(1, f"asked to stop, ranks {late} did not save and end within {GRACE_S:.0f} s: killed", True)
+        elif self._insisted:
+            ended = Ended(128 + signal.SIGKILL, "asked a second time to stop: the ranks were ended at once", True)
         else:
             ended = _verdict(self._ranks, self._failed, self._asked_at_s is not None)
         self.kill()
@@ -238,8 +266,8 @@ def _verdict(ranks: list[_Rank], failed: list[int], was_asked: bool) -> Ended:
         return Ended(code, words, was_asked)
     if code in (HUNG, LOST) and words:
         return Ended(code, "; ".join([*_accused(ranks, cause), words]), was_asked)
-    if code == -signal.SIGTERM and was_asked:
-        return Ended(128 - code, "stopped before the ranks had met: there was nothing to save", True)
+    if code in (-signal.SIGTERM, 128 + signal.SIGTERM) and was_asked:
+        return Ended(128 + signal.SIGTERM, "stopped before the first step: there was nothing to save", True)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
     why = f" ({words})" if words and code != -signal.SIGKILL else ""
     return Ended(code if code > 0 else 128 - code, f"rank {cause} {how}{why}; its log: {log}", was_asked)
@@ -276,22 +304,6 @@ def _last_words(rank: _Rank) -> str:
         lines = file.read().decode(errors="replace").strip().splitlines()
     errors = [found[1] for line in lines if (found := re.fullmatch(r"\d{4}-\S+ \S+ ERROR (.+)", line))]
     return (errors or lines or [""])[-1].strip()
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of dying of them."""
-    asked: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        asked.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class HeldPort:

@@ -38,7 +38,8 @@ def table(schedule: Recipe) -> str:
     last = schedule.at(schedule.num_steps - 1)
     rows.append((short_tokens(last.consumed_tokens), f"{schedule.num_steps:,}", "the run ends"))
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return "\n".join(f"{tokens:>{widths[0]}}  {step:>{widths[1]}}  {event}" for tokens, step, event in rows)
+    lines = [f"{tokens:>{widths[0]}}  {step:>{widths[1]}}  {event}" for tokens, step, event in rows]
+    return "\n".join([*lines, *(f"note: {remark}" for remark in schedule.remarks())])
 
 
 def _drawn_steps(schedule: Recipe) -> list[int]:

@@ -89,7 +89,7 @@ def numbers(result: Simulation, recorded: Sequence[Event] = ()) -> dict[str, Any
 
 
 def table(result: Simulation, recorded: Sequence[Event] = ()) -> str:
-    """The same as lines of text."""
+    """A simulated pipeline's step, with the recorded one beside it if there is one, as lines of text."""
     rows = [["rank", "step", "bubble", "of step", "peak activations"]]
     for rank, (idle, peak) in enumerate(zip(result.bubble, result.peak_activations, strict=True)):
         rows.append([str(rank), _short(result.step), _short(idle), f"{idle / result.step:.1%}", _short(peak)])

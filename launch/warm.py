@@ -24,6 +24,9 @@ from pathlib import Path
 MODULES = ("launch.warm_parent", "train.rank", "train.assemble", "train.recipe.adamw", "torch._dynamo", "deepspeed")
 # Where the packages of this program lie.
 PROGRAM = Path(__file__).resolve().parent.parent
+# What a terminal that closes, or a scheduler, sends to all processes of a job. The one that ranks are forked from must
+# live on, or the launcher would not hear how they end.
+IGNORED = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
@@ -89,17 +92,19 @@ class ForkedRank:
         self._process.kill()
 
 
-def follow_into_death() -> None:
-    """The kernel sends this process SIGTERM when the one that started it dies. Else it would go on unwatched."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def follow_into_death(by: int = signal.SIGTERM) -> None:
+    """The kernel sends this process a signal when the one that started it dies. Else it would go on unwatched."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
 
 
 def _rank(module: str, arguments: list[str], environment: dict[str, str], log: str, out: str | None) -> None:
-    """Body of a forked rank: what a program of its own gets from the system, then `module.main(arguments)`.
+    """Body of a forked rank: what a program of its own gets from the system, then `module.program(arguments)`.
 
     out: file for standard output; None for that of the launcher. Standard error goes to the log.
     """
     follow_into_death()
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_DFL)
     # A terminal's Ctrl-C reaches the launcher alone, which then asks the ranks to save.
     os.setsid()
     os.environ.update(environment)
@@ -112,7 +117,7 @@ def _rank(module: str, arguments: list[str], environment: dict[str, str], log: s
             os.close(file)
     torch = importlib.import_module("torch")
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    sys.exit(importlib.import_module(module).main(arguments))
+    importlib.import_module(module).program(arguments)
 
 
 @contextmanager

@@ -53,23 +53,18 @@ def start(
     mirrored: bool = False,
     shared_ends: bool = False,
     timeout_s: float = 600,
+    store: dist.Store | None = None,
 ) -> Groups:
     """Join the job and make its groups; blocks until all ranks have.
 
     Uses the default process group if there is one, else the environment of torchrun (RANK, WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT), else this process alone is the world. `device` is "cpu" (gloo) or "cuda" (NCCL, one device per
-    LOCAL_RANK). Raises ValueError for sizes the mesh refuses or that differ from the number of processes.
+    LOCAL_RANK). store: where the ranks have met already. Raises ValueError as `check_size` does.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r} is not one of cpu, cuda")
-    # Refuse before connecting: a wrong size must be a sentence on every rank, not a time-out.
-    in_job = dist.is_initialized()
-    world_size = dist.get_world_size() if in_job else int(os.environ.get("WORLD_SIZE", "1"))
-    rank = dist.get_rank() if in_job else int(os.environ.get("RANK", "0"))
-    if config.world_size != world_size:
-        raise ValueError(
-            f"parallel.pp={config.pp} times parallel.dp={config.dp} must equal the number of processes, {world_size}"
-        )
+    check_size(config)
+    in_job, (rank, world_size) = dist.is_initialized(), _place()
     mesh = Mesh(config, rank, mirrored, shared_ends)
     place = torch.device("cpu")
     if device == "cuda":
@@ -77,7 +72,11 @@ def start(
         torch.cuda.set_device(place)
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = "nccl" if device == "cuda" else "gloo"
-    if not in_job:
+    if not in_job and store is not None:
+        found = dist.PrefixStore("groups", store)
+        found.set_timeout(timeout)
+        dist.init_process_group(backend, store=found, rank=rank, world_size=world_size, timeout=timeout)
+    elif not in_job:
         _join(backend, rank, world_size, timeout)
     everyone = (tuple(range(world_size)),)
     made = {kind: _own_group(rank, mesh.groups(kind), kind, backend, timeout) for kind in KINDS}
@@ -98,6 +97,15 @@ def start(
     )
 
 
+def check_size(config: ParallelConfig) -> None:
+    """ValueError for a mesh of another size than the job: a sentence on every rank before they meet, not a time-out."""
+    _, world_size = _place()
+    if config.world_size != world_size:
+        raise ValueError(
+            f"parallel.pp={config.pp} times parallel.dp={config.dp} must equal the number of processes, {world_size}"
+        )
+
+
 def stop(groups: Groups) -> None:
     """Wait for all ranks, then end the groups that `start` made. For a job that ended well; see the module's text."""
     # A connection closed while a peer still reads from it would look like a death to that peer.
@@ -108,6 +116,13 @@ def stop(groups: Groups) -> None:
         dist.destroy_process_group(group)
     if groups.started_default:
         dist.destroy_process_group()
+
+
+def _place() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _join(backend: str, rank: int, world_size: int, timeout: datetime.timedelta) -> None:

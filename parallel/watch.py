@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -24,6 +25,10 @@ MAX_NAMED = 8
 
 class PeerError(RuntimeError):
     """Another rank could not be reached, or broke off. Says what this rank did and what it waited for, from whom."""
+
+
+class HangError(RuntimeError):
+    """Another rank did not come, or was not heard, for longer than this one waits. Says for whom and where."""
 
 
 class Doing(Protocol):
@@ -58,10 +63,7 @@ class Need(NamedTuple):
             return "no rank"
         ranks = dist.get_process_group_ranks(self.group)
         late = [rank for rank in ranks if rank != dist.get_rank()] if peer is None else [ranks[peer]]
-        if len(late) == 1:
-            return f"rank {late[0]}"
-        more = f" and {len(late) - MAX_NAMED} more" if len(late) > MAX_NAMED else ""
-        return f"ranks {', '.join(map(str, late[:MAX_NAMED]))}{more}"
+        return named(late)
 
 
 class Waiting(NamedTuple):
@@ -119,7 +121,7 @@ class Watch:
         except RuntimeError as error:
             waited = f"waited {self.clock() - start_s:.1f} s for {_words(self.waiting)}, and that failed"
             self.waiting = None
-            raise PeerError(f"{self.place()}: {waited}: {_gist(error)}") from error
+            raise PeerError(f"{self.place()}: {waited}: {gist(error)}") from error
         if not self._behind:
             self.waiting = None
         if self.listener is not None:
@@ -134,11 +136,21 @@ class Watch:
             raise
         except RuntimeError as error:
             began = f"was about to wait for {need.words(None)}, and that failed"
-            raise PeerError(f"{self.place()}: {began}: {_gist(error)}") from error
+            raise PeerError(f"{self.place()}: {began}: {gist(error)}") from error
 
     def launch(self, need: Need, start: Callable[[], Pending[T]]) -> Watched[T]:
         """Start a communication; the handle's `wait` is watched."""
         return Watched(self, need, self.reach(need, start))
+
+    @contextmanager
+    def losses(self) -> Iterator[None]:
+        """Inside, an error of the library's about a connection is a PeerError also where no wait has been named."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, (PeerError, HangError)) or not _is_about_a_connection(error):
+                raise
+            raise PeerError(f"{self.place()}: lost another rank: {gist(error)}") from error
 
     def place(self) -> str:
         """Which rank this is, and where in its work."""
@@ -204,6 +216,14 @@ class Watchdog:
                 return
 
 
+def named(ranks: Sequence[int]) -> str:
+    """Ranks in a sentence: "rank 3", "ranks 0, 2, 5", the first few of many."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    more = f" and {len(ranks) - MAX_NAMED} more" if len(ranks) > MAX_NAMED else ""
+    return f"ranks {', '.join(map(str, ranks[:MAX_NAMED]))}{more}"
+
+
 def blamed(sentence: str) -> list[int]:
     """The ranks for which the rank waits that said this: the last that the sentence names before it goes on."""
     found = re.search(
@@ -212,11 +232,18 @@ def blamed(sentence: str) -> list[int]:
     return [int(rank) for rank in found[1].split(", ")] if found else []
 
 
+def _is_about_a_connection(error: RuntimeError) -> bool:
+    """gloo's errors have no type of their own: they begin with the file of its that raised them."""
+    import torch.distributed as dist  # not above: the launcher reads sentences and needs no torch
+
+    return isinstance(error, dist.DistError) or re.match(r"\[[^]]*gloo[^]]*\]", str(error)) is not None
+
+
 def _words(waiting: Waiting) -> str:
     return waiting.need.words(waiting.peer() if waiting.peer is not None else None)
 
 
-def _gist(error: BaseException) -> str:
+def gist(error: BaseException) -> str:
     """What the library says, without its place in the source and its advice."""
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"^\[[^]]*\.\w+:\d+\] ", "", first_line).split(". ")[0]

@@ -41,7 +41,7 @@ class Composition:
 
     @property
     def alone(self) -> Composition:
-        """The same run in one process, with the same micro-batches."""
+        """This run in one process, with its micro-batches."""
         places = ("parallel.", "pipeline.", "zero.")
         kept = (setting for setting in self.settings if not setting.startswith(places))
         return Composition(1, (*kept, "zero.engine=native"))
@@ -78,7 +78,7 @@ class Generator:
         return self.draw(seed, index, max_ranks, fixed)
 
     def move(self, composition: Composition, seed: int, index: int, max_ranks: int = 8) -> Composition:
-        """The same run somewhere else: only what changes no number is drawn anew."""
+        """This run somewhere else: only what changes no number is drawn anew."""
         dice = random.Random(f"move {seed}/{index}")
         here = dict(setting.split("=", 1) for setting in composition.settings)
         kept = {key: value for key, value in here.items() if not key.startswith(("parallel.", "pipeline."))}

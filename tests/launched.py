@@ -96,6 +96,11 @@ def local(settings: Sequence[str], run_dir: Path) -> Launched:
     return Launched(["-m", "launch", "local", *settings, f"run.dir={run_dir}"], run_dir)
 
 
+def alone(settings: Sequence[str], run_dir: Path) -> Launched:
+    """`python -m train`, one process."""
+    return Launched(["-m", "train", *settings, f"run.dir={run_dir}"], run_dir)
+
+
 def torchrun(settings: Sequence[str], run_dir: Path, num_ranks: int) -> Launched:
     """`torchrun --standalone ... -m train`."""
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks), "-m", "train"]
@@ -105,19 +110,37 @@ def torchrun(settings: Sequence[str], run_dir: Path, num_ranks: int) -> Launched
 class Forked:
     """The ranks of one job, forked from a process that has everything imported: a start takes a moment, not seconds."""
 
-    def __init__(self, settings: Sequence[str], run_dir: Path, num_ranks: int) -> None:
+    def __init__(
+        self, settings: Sequence[str], run_dir: Path, num_ranks: int, own: Callable[[int], list[str]] = lambda _: []
+    ) -> None:
+        """own: settings of a rank that the others do not get. All print to `self.console`."""
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train.rank", "torch._dynamo", "deepspeed"])
         arguments = [*settings, f"run.dir={run_dir}"]
-        log = run_dir.with_suffix(".log")
+        self.console = run_dir.with_suffix(".log")
         self._port = HeldPort()
         self.run_dir = run_dir
         self.processes = [
-            context.Process(target=_forked_rank, args=(rank, num_ranks, self._port.number, arguments, log), daemon=True)
+            context.Process(
+                target=_forked_rank,
+                args=(rank, num_ranks, self._port.number, [*arguments, *own(rank)], self.console),
+                daemon=True,
+            )
             for rank in range(num_ranks)
         ]
         for process in self.processes:
             process.start()
+
+    def said(self) -> str:
+        """What all ranks have printed so far."""
+        return self.console.read_text() if self.console.exists() else ""
+
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        """Return when it has happened, or a rank has ended."""
+        end_s = time.monotonic() + STOP_S
+        while not happened() and all(process.is_alive() for process in self.processes):
+            assert time.monotonic() < end_s, "nothing happened"
+            time.sleep(0.005)
 
     def codes(self, patience_s: float = 2.0) -> list[int | None]:
         """The exit codes of all ranks once they have ended; minus the signal's number for one ended by a signal.
@@ -138,10 +161,7 @@ class Forked:
 
     def wait_for_step(self, step: int) -> None:
         """Return when `metrics.jsonl` has this step, or a rank has ended."""
-        end_s = time.monotonic() + STOP_S
-        while last_step(self.run_dir) < step and all(process.is_alive() for process in self.processes):
-            assert time.monotonic() < end_s, "nothing happened"
-            time.sleep(0.005)
+        self.wait_for(lambda: last_step(self.run_dir) >= step)
 
 
 def _forked_rank(rank: int, num_ranks: int, port: int, arguments: list[str], log: Path) -> None:

@@ -104,7 +104,7 @@ class PlainModel:
         return rms_norm(x, self.weights[name], self.config.rms_norm_eps)
 
     def _cross_entropy(self, hidden: Tensor, labels: Tensor, depth: int) -> Tensor:
-        """Of every target that is in its position's own document."""
+        """The loss of every target that is in its position's own document."""
         kept = [i for i in range(len(labels)) if self.documents[i] == self.documents[i + depth + 1]]
         logits = hidden[kept] @ self.weights["lm_head.weight"].t()
         return F.cross_entropy(logits, labels[kept], reduction="sum")
@@ -238,7 +238,7 @@ class PlainModel:
         return y
 
     def _strongest(self) -> int:
-        """Of how many experts a group's strength is the sum: V3, section 2.1.2; V2, section 2.2.2."""
+        """The number of experts whose scores add up to a group's strength: V3, section 2.1.2; V2, section 2.2.2."""
         return 2 if self.config.topk_method == "noaux_tc" else 1
 
     def _balance(self, scores: Tensor, chosen: Tensor, sums: Sums) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import balance, bubble, data, emulate, mtp, recompute, runtime, step
+from benchmarks import balance, bubble, data, emulate, load, mtp, recompute, runtime, start, step
 from parallel.pipeline.registry import build
 from parallel.pipeline.simulate import simulate
 from tests.runs import SMALL, prepare_text
@@ -275,3 +275,18 @@ def test_mtp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_mtp_refuses(argument: str, sentence: str) -> None:
     with pytest.raises(SystemExit, match=sentence):
         mtp.read([argument])
+
+
+def test_start_refuses() -> None:
+    for words, sentence in ((["rounds=0"], "rounds=0 must be"), (["round=3"], "did you mean rounds?")):
+        with pytest.raises(SystemExit, match=re.escape(sentence)):
+            start.main(words)
+
+
+def test_load(capsys: pytest.CaptureFixture[str]) -> None:
+    load.main(["tensors=3", "numel=1001", "ranges=4", "rounds=2"])
+    said = capsys.readouterr().out
+    assert said.startswith("3 tensors in 4 ranges each, 0 MB\n")
+    assert all(f"\n{side}" in said for side in (load.OURS, load.THEIRS, load.CHECKSUMS))
+    with pytest.raises(SystemExit, match="ranges=7 must be at most numel=5"):
+        load.main(["numel=5", "ranges=7"])

@@ -164,4 +164,5 @@ def test_settings_shown_in_one_command_compose(page: Path) -> None:
         for line in block.replace("\\\n", " ").splitlines():
             if re.search(r"-m (train|launch (local|schedule|config))\b", line) and "--multirun" not in line:
                 words = [word.strip("'\"") for word in line.split("#")[0].split() if re.match(r"['\"]?[a-z_.]+=", word)]
-                compose([word for word in words if not word.startswith("out=")])
+                # A file of the reader's own is not here.
+                compose([word for word in words if not word.startswith("out=") and not word.endswith("/model.yaml")])

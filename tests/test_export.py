@@ -137,7 +137,7 @@ OTHERS = [
     (["model.hidden_size=48"], "holds another model: model.hidden_size was 32 there and is 48 here"),
     (["model.rope_theta=500.0"], "holds another model: model.rope_theta was 10000.0 there and is 500.0 here"),
     (["checkpoint.resume=/nowhere"], "checkpoint.resume=/nowhere goes on with another one: give one of them"),
-    (["checkpoint.init_from=/nowhere"], "/nowhere/manifest.json is missing: the checkpoint was never completed"),
+    (["checkpoint.init_from=/nowhere"], "checkpoint.init_from=/nowhere does not exist"),
 ]
 
 

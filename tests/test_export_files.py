@@ -244,7 +244,7 @@ def test_export_refuses_places(tiny: Path, tmp_path: Path, capfd: Any) -> None:
         return error
 
     assert "to=... is missing" in said(f"checkpoint={tiny}")
-    assert "holds no complete checkpoint" in said(f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
+    assert "holds no checkpoint: name a run's folder" in said(f"checkpoint={tmp_path}", f"to={tmp_path / 'hf'}")
     assert "exists already" in said(f"checkpoint={tiny}", f"to={tmp_path}", "tokenizer=none")
     damaged = tmp_path / "damaged"
     shutil.copytree(tiny, damaged)
@@ -350,7 +350,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
         (configured(hidden_size="gone"), "config.json: hidden_size missing"),
         (configured(hidden_size="wide"), "model.hidden_size: Value 'wide'"),
         (configured(model_type="gpt2"), "config.json: model_type=gpt2 is not one of deepseek_v3"),
-        (configured(attention_bias=True), "attention_bias=True cannot be imported: it must be False"),
+        (configured(attention_bias=True), "attention_bias=true cannot be imported: it must be false or null"),
         (configured(qk_rope_head_dim=5), "model.qk_rope_head_dim=5 must be even"),
         (configured(quantization_config={"quant_method": "awq"}), "quant_method must be fp8"),
     ],
@@ -366,7 +366,7 @@ def test_import_refuses(exported: Path, tmp_path: Path, capfd: Any, spoil: Any, 
 
 
 def test_single_file_without_copies_is_the_same(exported: Path, tmp_path: Path) -> None:
-    """As other tools write it: one file, no copies of what prediction depths share."""
+    """A model as other tools write it: one file, no copies of what prediction depths share."""
     folder = tmp_path / "hf"
     shutil.copytree(exported, folder)
     copies = [

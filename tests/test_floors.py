@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ DOORS = {
     "wandb": {"train/track/wandb.py"},
     "tensorboard": {"train/track/tensorboard.py"},
     "torch.utils.tensorboard": {"train/track/tensorboard.py"},
-    "hydra": {"train/compose.py"},
+    "hydra": {"train/compose.py", "train/typed.py"},
     "tokenizers": {"train/data/tokenizer.py"},
     "matplotlib": {"train/view/curves.py", "train/view/rows.py", "launch/sweep/picture.py"},
     "optuna": {"launch/sweep/optuna_search.py"},
@@ -172,6 +173,14 @@ def test_sizes(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno + 1 <= MAX_FUNCTION_LINES, f"{path.name}:{node.lineno} {node.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=RELATIVE)
+def test_docstrings_stand_alone(path: Path) -> None:
+    """A reader meets them one at a time: none opens as if the one before it had been read."""
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef
+    said = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    assert [text for text in said if re.match(r"(Of|The same|As above|Likewise|Ditto)\b", text)] == []
 
 
 @pytest.mark.parametrize(

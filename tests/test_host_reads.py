@@ -34,13 +34,14 @@ TOPOLOGIES = {
 def reads_of_a_run(settings: list[str]) -> tuple[Counter[str], dict[str, int]]:
     """On each rank: what the host has read in a whole run, and what it must have."""
     from parallel.pipeline.schedule import Schedule
-    from train.assemble import assemble, join
+    from train.assemble import assemble, join, meet
     from train.compose import compose
-    from train.loop import StopRequest, run
+    from train.loop import run
+    from train.stopping import StopRequest
     from train.track.sinks import Tracker
 
     config = compose(settings)
-    with join(config, end_hung=print) as groups:
+    with meet(config, print, print) as met, join(config, met, print) as groups:
         job = assemble(config, groups)
         assert run(job, Tracker(), 1.0, StopRequest())
 
@@ -53,7 +54,7 @@ def reads_of_a_run(settings: list[str]) -> tuple[Counter[str], dict[str, int]]:
         config.forward_schedule(NUM_VALID // dp)
     )
     names = ("rail counts", "node counts") if config.parallel.dispatch == "two_hop" else ("expert counts",)
-    expected = dict.fromkeys(names, forwards) | {"gradient norm": STEPS, "step": STEPS, "validation loss": 1}
+    expected = dict.fromkeys(names, forwards) | {"gradient norm": STEPS, "step": STEPS, "validation loss": 1, "stop": 2}
     return groups.host.num_reads, expected
 
 

@@ -145,7 +145,7 @@ def fake_job(rank: int) -> Iterator[Job]:
 
 
 def dense_parameters(config: RunConfig, layer: int) -> int:
-    """Of one layer: all but routed experts."""
+    """Parameters of one layer: all but routed experts."""
     model, d = config.model, config.model.hidden_size
     heads, rope = model.num_attention_heads, model.qk_rope_head_dim
     assert model.q_lora_rank is not None

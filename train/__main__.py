@@ -9,14 +9,17 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from train import compose
 from train.cli import usage
 from train.config import RunConfig
+from train.stopping import end_now, ended, stop_signals
 
 # The exit code of settings that were refused (`train.rank` has the others).
 REFUSED = 2
-# All ranks meet the same mistake in the settings, and torchrun ends the rest when the first one exits.
+# All ranks meet the same mistake in the settings, one of a machine says it, and torchrun ends the rest when that exits.
+# A rank that nobody ends within this time has a mistake of its own.
 LET_RANK_0_SPEAK_S = 10.0
 
 
@@ -25,22 +28,32 @@ def main(arguments: Sequence[str]) -> int:
     if any(word in usage.HELP for word in arguments):
         print(usage.run_help("python -m train"))
         return 0
-    rank, speaks = int(os.environ.get("RANK", "0")), os.environ.get("LOCAL_RANK", "0") == "0"
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    with stop_signals(lambda code, sentence: end_now(code, sentence if speaks else "")) as stop:
 
-    def start(config: RunConfig) -> int:
-        from train.rank import run_rank
+        def start(config: RunConfig) -> int:
+            from train.rank import run_rank
 
-        return run_rank(config, rank, speaks)
+            return run_rank(config, lambda: compose.asked(arguments), stop, speaks)
 
-    try:
-        return compose.started(arguments, start)
-    except ValueError as error:  # of the settings: those of the run itself are exit codes by now
-        if speaks:
-            print(error, file=sys.stderr)
-        else:
-            time.sleep(LET_RANK_0_SPEAK_S)
-        return REFUSED
+        try:
+            return compose.started(arguments, start)
+        except ValueError as error:  # of the settings: those of the run itself are exit codes by now
+            stop.leave()
+            end_s = time.monotonic() + LET_RANK_0_SPEAK_S
+            while not speaks and not stop.asked and time.monotonic() < end_s:
+                time.sleep(0.05)
+            if speaks:
+                print(error, file=sys.stderr)
+            elif not stop.asked:
+                print(f"rank {os.environ.get('RANK')}: {error}", file=sys.stderr)
+            return REFUSED
+
+
+def program(arguments: Sequence[str]) -> NoReturn:
+    """`main` in a process of its own."""
+    ended(lambda: main(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    program(sys.argv[1:])

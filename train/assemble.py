@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from parallel import process
+from parallel import meeting, process
 from parallel.expert.build import build as build_dispatch
 from parallel.expert.dispatch import Dispatch, LocalDispatch
+from parallel.meeting import Meeting
 from parallel.pipeline.links import Links, connect
 from parallel.pipeline.record import Recorder
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.segments import Segments
 from parallel.process import Groups
 from parallel.shards import Piece
-from parallel.watch import PeerError, Watchdog
+from parallel.watch import HangError, Need, PeerError, Watchdog
 from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
 from train import flops
@@ -50,7 +51,7 @@ from train.track.metrics import METRICS, of_run
 from train.track.patience import Patience
 from train.track.vector import Metrics
 
-__all__ = ["PeerError", "assemble", "join", "load_model"]
+__all__ = ["HangError", "Meeting", "PeerError", "assemble", "device_of", "join", "load_model", "meet"]
 
 MakeEngines = Callable[..., Mapping[str, Engine]]
 # After which process groups give up by themselves, at least; and how much earlier the watchdog speaks.
@@ -59,22 +60,43 @@ GROUP_TIMEOUT_S, WATCHDOG_LEAD_S = 600.0, 120.0
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
-@contextmanager
-def join(config: RunConfig, end_hung: Callable[[str], object]) -> Iterator[Groups]:
-    """This rank's process groups, from the moment that all ranks have met until all leave.
-
-    end_hung: called from another thread, with a sentence, when this rank has waited `run.hang_timeout_s` for others.
-    After an exception nobody waits for the others: the process is expected to end, which is how they hear of it.
-    """
+def device_of(config: RunConfig) -> str:
+    """The kind of device that this rank computes on. ValueError for what cannot be done there, or by so many ranks."""
+    process.check_size(config.parallel)
     cuda = torch.cuda.is_available() if config.run.device == "auto" else config.run.device == "cuda"
     if cuda and config.profile.steps:
         raise ValueError(f"profile.steps={config.profile.steps}: steps can be recorded with run.device=cpu only")
-    timeout_s = max(GROUP_TIMEOUT_S, (config.run.hang_timeout_s or 0) + WATCHDOG_LEAD_S)
+    device = "cuda" if cuda else "cpu"
     if config.precision.name == "fp8":
-        choose_engine(config.precision, "cuda" if cuda else "cpu")
-    groups = process.start(config.parallel, "cuda" if cuda else "cpu", config.mirrored, config.shared_ends, timeout_s)
+        choose_engine(config.precision, device)
+    return device
+
+
+def meet(
+    config: RunConfig, say: Callable[[str], object], end_hung: Callable[[str], object]
+) -> AbstractContextManager[Meeting]:
+    """Where the ranks of a run come together before there are process groups; `parallel.meeting.meet` says more."""
+    return meeting.meet(config.run.hang_timeout_s or GROUP_TIMEOUT_S, say, end_hung)
+
+
+@contextmanager
+def join(config: RunConfig, met: Meeting, end_hung: Callable[[str], object]) -> Iterator[Groups]:
+    """This rank's process groups, for ranks that have met, until all leave.
+
+    end_hung: called from another thread, with a sentence, when this rank has waited `run.hang_timeout_s` for others.
+    After an exception nobody waits for the others: the process is expected to end, which is how they hear of it.
+    Whatever torch says of a lost rank is a PeerError.
+    """
     limit_s = config.run.hang_timeout_s
-    with Watchdog(groups.watch, limit_s, end_hung) if limit_s is not None else nullcontext():
+    timeout_s = max(GROUP_TIMEOUT_S, (limit_s or 0) + WATCHDOG_LEAD_S)
+    groups = met.watch.wait(
+        Need("numbers", "the process groups of all ranks", None),
+        lambda: process.start(
+            config.parallel, device_of(config), config.mirrored, config.shared_ends, timeout_s, met.store
+        ),
+    )
+    met.close()
+    with Watchdog(groups.watch, limit_s, end_hung) if limit_s is not None else nullcontext(), groups.watch.losses():
         yield groups
         process.stop(groups)
 

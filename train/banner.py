@@ -11,7 +11,7 @@ from train.track.console import short
 def banner(
     config: RunConfig, device: str, num_threads: int, engines: str, exposures: list[Exposure], finished_steps: int
 ) -> str:
-    """Model, machine, recipe and data of a run, a line each.
+    """Model, machine, recipe and data of a run, a line each, and one for what of the recipe is seldom meant.
 
     Args:
         device: where rank 0 computes, as "cpu" or "cuda:0 (NVIDIA H800)".
@@ -35,6 +35,7 @@ def banner(
             f"recipe  {begins}{recipe.num_steps:,} steps of {per_step} tokens, {short(tokens)} in all; learning rate "
             f"{config.lr_scheduler.lr:g} after {config.lr_scheduler.warmup_steps:,} steps of warm-up, then "
             f"{f'{phases} phases' if phases else 'constant'}",
+            *(f"note    {remark}" for remark in recipe.remarks()),
             f"data    {', '.join(_source(each) for each in exposures)}; everything of the run lies in {config.run.dir}",
         ]
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from train import follows
 from train.cli import refusals
 from train.config import RunConfig
-from train.settings import CONFIGS, defaults, unlocked
+from train.own_files import placed
+from train.settings import CONFIGS, defaults, flat, unlocked
+from train.typed import as_typed, bare
 
 # What configs/run.yaml lays its own choices over: every key with its default.
 ConfigStore.instance().store("settings", defaults(RunConfig))
@@ -104,14 +107,20 @@ def compose(words: Iterable[str]) -> RunConfig:
 def raw(words: Iterable[str]) -> DictConfig:
     """The composed tree before types and rules are checked; ValueError for settings that Hydra cannot place."""
     asked = Asked.of(words)
-    overrides = _parsed(asked.settings)
+    # Files of one's own are Hydra's from here on; with a resolved config there are no groups to choose of.
+    with placed(asked.settings, () if asked.file else refusals.groups()) as (others, own):
+        return _composed(as_typed(others), own, asked.file)
+
+
+def _composed(settings: list[str], own: list[str], file: Path | None) -> DictConfig:
+    overrides = _parsed(settings)
     for override in overrides:
-        refusals.check(override, asked.file)
+        refusals.check(override, file)
     try:
-        if asked.file is not None:
-            return _changed(_tree(asked.file), overrides)
+        if file is not None:
+            return _changed(_tree(file), overrides)
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return hydra.compose("run", asked.settings)
+            return hydra.compose("run", [*settings, *own])
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(refusals.sentence(error)) from None
 
@@ -148,8 +157,23 @@ def load(path: Path) -> RunConfig:
     return checked(_tree(path))
 
 
+def asked(words: Iterable[str]) -> dict[str, str]:
+    """Every key of the tree that these words describe, with its value as text: what follows from other keys, from the
+    time or from the environment as it is written, not as what it is here and now. ValueError as `compose` raises it."""
+    tree = OmegaConf.to_container(raw(words), resolve=False)
+    assert isinstance(tree, dict)
+    return {key: value if isinstance(value, str) else json.dumps(value, default=str) for key, value in flat(tree)}
+
+
+def of_text(text: str) -> RunConfig:
+    """The checked RunConfig of what `text` made, elsewhere."""
+    tree = OmegaConf.create(text)
+    assert isinstance(tree, DictConfig)
+    return checked(tree)
+
+
 def text(config: RunConfig) -> str:
-    """The resolved config as YAML; `load` reads it back."""
+    """The resolved config as YAML; `load` and `of_text` read it back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
@@ -186,7 +210,7 @@ def space(overrides: Iterable[str]) -> tuple[list[str], list[Swept]]:
 
     Raises ValueError for what cannot be read, for a range without a value, and for an interval that is none.
     """
-    parsed = _parsed(list(overrides))
+    parsed = _parsed(as_typed(overrides, sweeps=True))
     fixed = [str(item.input_line) for item in parsed if not item.is_sweep_override()]
     return fixed, [_swept(item) for item in parsed if item.is_sweep_override()]
 
@@ -203,7 +227,7 @@ def _swept(item: Override) -> Swept:
         return Swept(key, low=value.start, high=value.end, is_log=is_log, is_int=is_int)
     if isinstance(value, Glob):
         raise ValueError(f"{item.input_line}: glob is not known here; list the choices, as in {key}=a,b")
-    choices = tuple(item.sweep_string_iterator())
+    choices = tuple(bare(key, choice) for choice in item.sweep_string_iterator())
     if not choices:
         raise ValueError(f"{item.input_line} is an empty range: the grid would have no job")
     return Swept(key, choices, is_range=isinstance(value, RangeSweep) and not value.shuffle)

@@ -39,8 +39,9 @@ class FolderConfig:
         compile: `torch.compile` for the element-wise kernels; needs a C++ compiler.
         hang_timeout_s: longest wait of a rank for another one. It then says what it waits for and from whom, and the
             job ends (exit code 5). At least 1; an evaluation, a picture or a wandb start on rank 0 must fit, as the
-            others wait for it meanwhile. None leaves it to the communication library, which gives up after 10 minutes
-            in words of its own.
+            others wait for it meanwhile. Before the first step it counts silence alone, so that preparing data may take
+            any time (docs/running.md). None leaves it to the communication library, which gives up after 10 minutes in
+            words of its own.
     """
 
     name: str = "tiny"

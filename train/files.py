@@ -148,7 +148,7 @@ class SummedFile:
 
     @property
     def record(self) -> FileRecord:
-        """Of what was written so far."""
+        """Size and checksum of what was written so far."""
         return FileRecord(self.num_bytes, self._algorithm, self._sum.hexdigest())
 
     def write(self, data: Any) -> int:

@@ -192,6 +192,11 @@ class Job:
         self.watch.wait(need, lambda: dist.all_reduce(counts, group=self.groups.world))
         return counts
 
+    def any_rank(self, says_so: bool) -> bool:
+        """Whether any rank says so; all call it together."""
+        count = self.sum_counts(self.host.put(torch.tensor([int(says_so)])))
+        return bool(self.host.read("stop", count)[0][0])
+
     def gather_objects(self, thing: Any) -> list[Any]:
         """One small object of every rank, in rank order. Not for the hot path."""
         self.checkpoints.wait()

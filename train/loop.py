@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from train.recipe.balance import update_bias
 from train.recipe.recipe import StepPlan
 from train.resume import save
 from train.samples import samples
+from train.stopping import StopRequest
 from train.tally import Tally, describe, reduce, tally_of
 from train.track.gauges import StepTimer
 from train.track.metrics import Sample
@@ -23,15 +23,8 @@ from train.track.sinks import Tracker
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class StopRequest:
-    """Set by a signal on any rank; the ranks agree on it at the end of a step."""
-
-    asked: bool = False
-
-
 def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) -> bool:
-    """Train until the run is done or a stop was asked for; True when it is done. Saved either way.
+    """Train until the run is done or a stop was asked for; True when it is done. What was trained is saved.
 
     Raises NotFiniteError; the last good checkpoint then stays as it is.
     """
@@ -42,6 +35,8 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
         tracker.write(job.metrics.report({"step": 0, "train/consumed_tokens": 0, **measured}, samples=found))
     timer = StepTimer()
     job.meet()
+    if job.any_rank(stop.asked):
+        return False
     while not job.is_done:
         plan = recipe.at(job.step)
         terms = loss_terms(job, plan)
@@ -55,6 +50,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
             update_bias(model, tally.load, plan.bias_update_rate)
         job.step += 1
 
+        stopping = bool(totals.values["run/asked_to_stop"])
         values = totals.values | describe(job, plan, update.grad_norm, timer.stop(), peak_flops_per_s)
         if job.step in config.profile.steps:
             job.write_timeline(len(list(job.micro_batches(plan))))
@@ -63,10 +59,10 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
         if evaluation_due(job):
             measured, found = look(job)
             values |= measured
+            stopping = job.any_rank(stop.asked) or stopping
             timer.stop()
         tracker.write(job.metrics.report(values, totals.loads, found))
 
-        stopping = bool(totals.values["run/asked_to_stop"])
         if stopping or job.is_done or config.checkpoint.due(job.step, recipe.num_steps):
             tracker.checkpoint()
             save(job)

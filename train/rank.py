@@ -5,30 +5,32 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 import torch
 
 from train import compose, run_folder
-from train.assemble import PeerError, assemble, join
+from train.agree import same_device, same_run, same_tokens, shared
+from train.assemble import HangError, Meeting, PeerError, assemble, device_of, join, meet
 from train.banner import banner
 from train.checkpoint.agreement import CheckpointError
 from train.config import RunConfig
+from train.data.config import DataConfig
 from train.data.prepare.all_sources import prepare_sources
 from train.data.rows.blend import exposure_table
 from train.files import replace_durably
 from train.job import Job
-from train.loop import StopRequest, run
+from train.loop import run
 from train.not_finite import NotFiniteError
 from train.precision.build import choose_engine
 from train.resume import resume
+from train.stopping import StopRequest, end_now, tell_torchrun, within
 from train.track import gauges
 from train.track.console import ConsoleSink
 from train.track.metrics_file import JsonlSink, LoadsSink, SamplesSink, read_metrics
@@ -40,42 +42,82 @@ from train.view.sinks import PictureSink, ReportSink
 log = logging.getLogger("train")
 
 # A sentence explains these: the settings, the data or a checkpoint were refused before anything was changed; a loss or
-# gradient was not finite; a checkpoint could not be written; another rank was lost.
-EXIT_CODES = {ValueError: 2, NotFiniteError: 3, CheckpointError: 4, PeerError: 6}
-# The watchdog ended this rank, which waited too long for another one.
-HUNG = 5
+# gradient was not finite; a checkpoint could not be written; another rank did not come or was silent; one was lost.
+EXIT_CODES = {ValueError: 2, NotFiniteError: 3, CheckpointError: 4, HangError: 5, PeerError: 6}
+# Of these every rank has its own to tell.
+OF_PEERS = (HangError, PeerError)
+# What is left to report of a run that has lost a rank may take so long: a launcher kills before long.
+CLOSE_S = 15.0
 
 
-def run_rank(config: RunConfig, rank: int, speaks: bool) -> int:
+def run_rank(config: RunConfig, settings: Callable[[], Mapping[str, str]], stop: StopRequest, speaks: bool) -> int:
     """Run this rank to the end; returns the exit code.
 
-    0: the schedule is done, or a checkpoint was saved on SIGTERM. Others: `EXIT_CODES`. Anything unexpected is raised,
-    so that the launcher ends the other ranks.
+    0: the schedule is done, or was left after a checkpoint because a signal asked for it. Others: `EXIT_CODES`.
+    Anything unexpected is raised, so that the launcher ends the other ranks.
 
-    speaks: whether a refusal is printed, as one rank of a machine does for all.
+    Args:
+        settings: as `agree.same_run` takes them.
+        speaks: whether a refusal is printed, as one rank of a machine does for all.
     """
-    expected = tuple(EXIT_CODES)
-    try:
-        with run_folder.opened(Path(config.run.dir), rank, expected):
-            _rank(config)
-    except expected as error:
-        if speaks or isinstance(error, PeerError):  # of which every rank has its own to tell
-            print(error, file=sys.stderr)
-        return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
-    return 0
+    with meet(config, partial(_say, speaks), _end_hung) as meeting:
+        try:
+            meeting.come()
+            config = same_run(meeting, config, settings)
+            same_device(meeting, lambda: device_of(config))
+            with _folders(config, meeting):
+                _rank(config, meeting, stop)
+            return 0
+        except tuple(EXIT_CODES) as error:
+            stop.leave()
+            if speaks or isinstance(error, OF_PEERS):
+                print(error, file=sys.stderr, flush=True)
+            if isinstance(error, OF_PEERS):
+                tell_torchrun(str(error))
+            if isinstance(error, ValueError):
+                meeting.part()
+            return _code_of(error)
 
 
-def _rank(config: RunConfig) -> None:
+def _code_of(error: Exception) -> int:
+    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+
+
+def _say(speaks: bool, sentence: str) -> None:
+    """While this rank waits for others to begin. Beside rank 0, which may be at work, rank 1 tells people."""
+    log.info("%s", sentence)
+    if speaks or os.environ.get("RANK") == "1":
+        print(sentence, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _folders(config: RunConfig, meeting: Meeting) -> Iterator[None]:
+    """The run's folders, which all ranks see, and this rank's log in one of them."""
+    folder = Path(config.run.dir)
+
+    def open_log(stack: ExitStack) -> None:
+        stack.enter_context(run_folder.opened(folder, meeting.rank, tuple(EXIT_CODES)))
+
+    with ExitStack() as folders:
+        folders.enter_context(shared(meeting, "run.dir", folder, open_log))
+        if config.checkpoint.dir is not None:
+            root = config.checkpoint.folder(folder)
+            folders.enter_context(
+                shared(meeting, "checkpoint.dir", root, lambda _: run_folder.make("checkpoint.dir", root))
+            )
+        yield
+
+
+def _rank(config: RunConfig, meeting: Meeting, stop: StopRequest) -> None:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if config.run.num_threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(config.run.num_threads or max(1, (os.cpu_count() or 1) // local_world_size))
     config.track.check_installed()
-    if int(os.environ.get("RANK", "0")) == 0:
-        # The others wait for this rank when the process groups are made.
-        prepare_sources(config.data, log.info)
+    meeting.from_first("prepares the data", lambda: _prepare(config.data, meeting))
+    same_tokens(meeting, config.data)
     together: Exception | None = None
-    # Until all ranks have met, SIGTERM simply ends them: there is nothing to save.
-    with join(config, _end_hung) as groups, _stop_on_sigterm() as stop:
+    with join(config, meeting, _end_hung) as groups:
+        stop.honour()
         try:
             _train(assemble(config, groups), stop)
         except (NotFiniteError, CheckpointError) as error:
@@ -85,11 +127,26 @@ def _rank(config: RunConfig) -> None:
         raise together
 
 
+def _prepare(data: DataConfig, meeting: Meeting) -> None:
+    """Rank 0's alone; the others, who wait, hear how far it is."""
+
+    def say(line: str) -> None:
+        log.info("%s", line)
+        meeting.doing = f"prepares the data: {line}"
+
+    prepare_sources(data, say)
+
+
 def _end_hung(sentence: str) -> NoReturn:
     """End this process, from the watchdog's thread: the main one waits where nothing reaches it."""
-    log.error("%s", sentence)
-    print(sentence, file=sys.stderr, flush=True)
-    os._exit(HUNG)
+    _end(HangError(sentence))
+
+
+def _end(error: Exception) -> NoReturn:
+    if logging.getLogger().hasHandlers():
+        log.error("%s", error)
+    tell_torchrun(str(error))
+    end_now(_code_of(error), str(error))
 
 
 def _train(job: Job, stop: StopRequest) -> None:
@@ -101,14 +158,23 @@ def _train(job: Job, stop: StopRequest) -> None:
         return
     if job.is_main:
         _introduce(job)
-    tracker = _track(job)
-    failed = True
+    tracker, first = _track(job), job.step
     try:
         done = run(job, tracker, _peak_flops_per_s(job), stop)
-        failed = False
-    finally:
-        tracker.close(failed)
-    _say_where(job, _done(job) if done else f"stopped and saved after step {job.step}")
+    except PeerError as error:
+        with within(CLOSE_S, partial(_end, error)):
+            tracker.close(failed=True)
+        raise
+    except BaseException:
+        tracker.close(failed=True)
+        raise
+    tracker.close()
+    if done:
+        _say_where(job, _done(job))
+    elif job.step > first:
+        _say_where(job, f"stopped and saved after step {job.step}")
+    elif job.is_main:
+        print(f"stopped before step {job.step + 1}: there was nothing new to save", flush=True)
 
 
 def _done(job: Job) -> str:
@@ -194,17 +260,3 @@ def _verdict(job: Job) -> str:
         return ""
     side = "below" if valid < entropy else "not below"
     return f": validation loss {valid:.4f} nats per token, {side} the {entropy:.4f} of the same tokens' unigrams"
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[StopRequest]:
-    stop = StopRequest()
-
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        stop.asked = True
-
-    before = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -70,11 +70,7 @@ def fingerprints(job: Job) -> dict[str, str]:
     }
     if config.checkpoint.init_from is not None:
         recipe["init_from"] = config.checkpoint.init_from
-    tokens = {
-        "train": job.train_rows.fingerprint,
-        "source": config.data.name,
-        "document_mask": config.data.document_mask,
-    }
+    tokens = {"train": job.train_rows.fingerprint, "document_mask": config.data.document_mask}
     return {
         "model": fingerprint({"model": asdict(config.model)}),
         "data": fingerprint({"data": tokens}),
@@ -109,12 +105,14 @@ def _go_on(job: Job, folder: Path, state: TrainState) -> None:
     restore_rng(state.rng)
 
 
-def _begin_with_weights(job: Job, folder: Path) -> None:
+def _begin_with_weights(job: Job, named: Path) -> None:
     """Take the weights and biases of a checkpoint; everything else begins anew.
 
     Raises ValueError when it is damaged, or of a model that its weights do not fit.
     """
-    job.checkpoints.check(folder, lambda saved: check_weights_fit(job.config.model, saved, folder))
+    folder = job.checkpoints.find(
+        named, "checkpoint.init_from", lambda found, saved: check_weights_fit(job.config.model, saved, found)
+    )
     everything, sizes = pieces(job)
     anew = {name for name in job.optimizer.state_sizes() if not name.startswith(f"{MASTER}.")}
     if job.ema is not None:

@@ -1,4 +1,4 @@
-"""`run.dir`: one job at a time writes it, every rank keeps a log there, and its checkpoints are found again."""
+"""`run.dir`: one job at a time writes it, and every rank keeps a log there."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
 
-from train import compose
-from train.checkpoint import step_folders
-from train.checkpoint.step_folders import CONFIG_FILE
 from train.files import locked
 
 log = logging.getLogger("train")
@@ -56,22 +53,12 @@ def refuse_if_in_use(folder: Path) -> None:
             pass
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The step folder that is meant: `path` itself, or the newest one of the run or folder of checkpoints `path`.
-
-    ValueError when there is none that is complete.
-    """
-    if not path.is_dir():
-        raise ValueError(f"checkpoint={path} is no folder: name a run's folder or one of its step folders")
-    if (path / step_folders.MANIFEST).exists():
-        step_folders.check_complete(path)
-        return path
-    resolved = path / CONFIG_FILE
-    root = compose.load(resolved).checkpoint.folder(path) if resolved.exists() else path
-    found = step_folders.find_latest(root)
-    if found is None:
-        raise ValueError(f"checkpoint={path} holds no complete checkpoint (looked for step folders in {root})")
-    return found
+def make(key: str, folder: Path) -> None:
+    """A folder that the setting `key` names. ValueError when it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{key}={folder} cannot be written: {error.strerror}, {error.filename}") from None
 
 
 def _append(path: Path) -> IO[str]:

@@ -142,7 +142,7 @@ def read(kind: type[T], words: Sequence[str], verb: str, prefix: str = "") -> T:
     Raises ValueError for a word that is no `key=value`, an unknown key, one given twice, an empty or missing one, a
     value of another type, and what the settings' own `check` refuses.
     """
-    hints = dict(_leaves(kind, prefix))
+    hints = dict(leaves(kind, prefix))
     given: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -235,13 +235,13 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(key, type) of every key that a word may set."""
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         key = f"{prefix}{_key(field.name)}"
         if inner := as_section(hints[field.name]):
-            yield from _leaves(inner, f"{key}.")
+            yield from leaves(inner, f"{key}.")
         else:
             yield key, hints[field.name]
 
@@ -262,7 +262,7 @@ def _value(key: str, text: str, hint: Any) -> Any:
             return float(text)
     except (ValueError, OverflowError):
         raise ValueError(f"{key}={text} must be a {'whole ' if int in options else ''}number") from None
-    return Path(text) if Path in options else text
+    return Path(text).expanduser() if Path in options else text
 
 
 def _whole(text: str) -> int:

@@ -41,6 +41,7 @@ class SweepConfig:
 
     def check(self) -> None:
         """ValueError for an unknown word, or a count below what makes sense."""
+        # Not above: who measures needs torch, who asks for help does not.
         from train.track.metrics import UNITS, source_of
 
         known = {"sampler": (*SAMPLERS, None), "pruner": PRUNERS, "direction": DIRECTIONS}

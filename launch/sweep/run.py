@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from launch.ranks import GRACE_S, POLL_S, Ended, stop_signals
+from launch.ranks import GRACE_S, POLL_S, Ended, Running
 from launch.sweep import table
 from launch.sweep.build import build, sampler_of
 from launch.sweep.config import SweepConfig, split
@@ -23,23 +23,11 @@ from train import compose, run_folder
 from train.compose import Swept
 from train.config import RunConfig
 from train.files import locked
+from train.stopping import StopRequest, end_now, stop_signals
 from train.view.report.page import write_report
 from train.view.report.runs import read_run
 
 PRUNE_INTERVAL_S = 1.0
-
-
-class Running(Protocol):
-    """A job whose ranks have been started."""
-
-    def poll(self) -> Ended | None:
-        """How it ended; None while it runs."""
-
-    def stop(self) -> None:
-        """Ask it to save and end."""
-
-    def kill(self) -> None:
-        """End it at once."""
 
 
 class Machine(Protocol):
@@ -77,9 +65,11 @@ def sweep(settings: Sequence[str], machine: Machine) -> int:
     config.check_source(first.data.valid_names)
     root = Path(f"{first.run.dir}-sweep")
     with _alone(root):
-        search = build(config, fixed, swept, root)
-        machine.prepare(first)
-        return _Sweep(config, fixed, swept, search, root, machine).run()
+        jobs = _Sweep(config, fixed, swept, build(config, fixed, swept, root), root, machine)
+        with stop_signals(end_now, insist=jobs.end) as stop:
+            machine.prepare(first)
+            stop.honour()
+            return jobs.run(stop)
 
 
 class _Sweep:
@@ -97,28 +87,33 @@ class _Sweep:
         self.outcomes: list[Outcome] = []
         self.jobs: list[_Job] = []
 
-    def run(self) -> int:
-        with stop_signals() as asked:
-            try:
-                proposal = self.search.ask()
-                while self.jobs or (proposal is not None and not asked):
-                    while proposal is not None and not asked and len(self.jobs) < self.config.num_parallel:
-                        self._begin(proposal)
-                        proposal = self.search.ask() if self._has_room(asked) else None
-                    self._look(asked)
-                    if proposal is None and self._has_room(asked):
-                        proposal = self.search.ask()
-                while not self.search.learns and (proposal := proposal or self.search.ask()) is not None:
-                    self.outcomes.append(Outcome(proposal, self.root / proposal.name))
-                    proposal = None
-            finally:
-                for job in self.jobs:
-                    job.running.kill()
+    def run(self, stop: StopRequest) -> int:
+        try:
+            proposal = self.search.ask()
+            while self.jobs or (proposal is not None and not stop.asked):
+                while proposal is not None and not stop.asked and len(self.jobs) < self.config.num_parallel:
+                    self._begin(proposal)
+                    proposal = self.search.ask() if self._has_room(stop) else None
+                self._look(stop)
+                if proposal is None and self._has_room(stop):
+                    proposal = self.search.ask()
+            while not self.search.learns and (proposal := proposal or self.search.ask()) is not None:
+                self.outcomes.append(Outcome(proposal, self.root / proposal.name))
+                proposal = None
+        finally:
+            for job in self.jobs:
+                job.running.kill()
         return self._close()
 
-    def _has_room(self, asked: Sequence[int]) -> bool:
+    def end(self, code: int, sentence: str) -> None:
+        """At once, whatever this process is at; what was written of the table stays, and the same command goes on."""
+        for job in list(self.jobs):
+            job.running.stop(at_once=True)
+        end_now(code, sentence)
+
+    def _has_room(self, stop: StopRequest) -> bool:
         """A sampler is asked at the last moment: the more jobs have ended, the more it knows."""
-        return not asked and len(self.jobs) < self.config.num_parallel
+        return not stop.asked and len(self.jobs) < self.config.num_parallel
 
     def _begin(self, proposal: Proposal) -> None:
         outcome = Outcome(proposal, self.root / proposal.name)
@@ -141,10 +136,10 @@ class _Sweep:
             outcome.status, outcome.reason = "failed", str(error)
             self._ended(outcome, "failed")
 
-    def _look(self, asked: Sequence[int]) -> None:
+    def _look(self, stop: StopRequest) -> None:
         """Once over all running jobs, and a moment of rest."""
         for job in list(self.jobs):
-            if asked:
+            if stop.asked:
                 job.running.stop()
             self._prune(job)
             ended = job.running.poll()

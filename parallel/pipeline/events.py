@@ -50,7 +50,7 @@ class Event:
         return sum(wait.stop_s - wait.start_s for wait in self.waits if wait.kind == "experts")
 
     def moved(self, by_s: float) -> Event:
-        """The same, later."""
+        """This event and its waits, moved by `by_s` seconds."""
         waits = tuple(Wait(wait.kind, wait.start_s + by_s, wait.stop_s + by_s) for wait in self.waits)
         return Event(self.rank, self.start_s + by_s, self.stop_s + by_s, self.action, waits)
 

@@ -78,7 +78,7 @@ class Recorder:
         self._action = self._start_s = None
 
     def times(self) -> Times:
-        """Of the step so far."""
+        """When the step so far began and ended on this rank, and for how long the rank was busy."""
         first_s = self._last_s if self._first_s is None else self._first_s
         return Times(first_s - self._origin_s, self._last_s - self._origin_s, self._busy_s)
 

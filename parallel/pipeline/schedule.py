@@ -38,7 +38,7 @@ class Schedule:
         return any(isinstance(action, Pair) for actions in self.ranks for action in actions)
 
     def apart(self) -> Schedule:
-        """The same order with each pair as its forward and then its backward: what overlap is measured against."""
+        """This schedule with each pair as its forward and then its backward: what overlap is measured against."""
         split = tuple(tuple(chunk for action in actions for chunk in _chunks(action)) for actions in self.ranks)
         return replace(self, ranks=split)
 

@@ -17,11 +17,11 @@ from tests.texts import write_library
 from train import compose
 from train.assemble import load_model
 from train.checkpoint.state import TrainState
+from train.checkpoint.step_folders import find_checkpoint
 from train.data.meta import TOKENIZER
 from train.data.prepare.all_sources import prepare_sources
 from train.data.tokenizer import TextStream, Tokenizer
 from train.generate import Transcript, generate
-from train.run_folder import find_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_sampling_repeats_with_its_seed(run: Path, capsys: pytest.CaptureFixture
 
 def test_a_checkpoint_is_found(run: Path) -> None:
     last = last_checkpoint(run)
-    assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == find_checkpoint(last) == last
+    assert {find_checkpoint(each, "checkpoint") for each in (run, run / "checkpoints", last)} == {last}
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_refuses_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["generate", "checkpoint=/nowhere", "prompt=a"]) == 2
     assert "checkpoint=/nowhere is no folder" in capsys.readouterr().err
     assert main(["generate", f"checkpoint={tmp_path}", "prompt=a"]) == 2
-    assert f"checkpoint={tmp_path} holds no complete checkpoint" in capsys.readouterr().err
+    assert f"checkpoint={tmp_path} holds no checkpoint: name a run's folder" in capsys.readouterr().err
 
 
 def copy_of(run: Path, tmp_path: Path) -> Path:

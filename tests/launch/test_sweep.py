@@ -46,7 +46,7 @@ class FakeJob:
         self.machine.num_running -= 1
         return self.ended
 
-    def stop(self) -> None:
+    def stop(self, at_once: bool = False) -> None:
         self.ended, self.num_polls = Ended(0, "", True), 1
 
     def kill(self) -> None:

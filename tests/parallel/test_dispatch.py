@@ -356,5 +356,7 @@ def test_the_kernel_counts_the_same_bytes_between_nodes(dispatch: str) -> None:
         result = lab.run([sys.executable, "-c", ACROSS.replace("{dispatch}", dispatch)], per_node=2, timeout_s=STOP_S)
     assert result.ok, result.outputs
     counted = int(result.outputs[0].split("sent")[1])
-    # Headers and acknowledgements are 0.1 % of large packets, meeting at the start and the counts some kilobytes.
-    assert counted > 20e6 and 1.0 < sum(result.internode_bytes) / counted < 1.02
+    # Headers and acknowledgements are 0.1 % of large packets, meeting at the start and the counts some kilobytes. What
+    # a link drops while its queue is full is sent and counted again, and how much that is goes by the machine's load.
+    # Rows, results and the gradients of both are a quarter each: one that is sent twice or not counted makes 25 %.
+    assert counted > 20e6 and 1.0 < sum(result.internode_bytes) / counted < 1.2

@@ -179,9 +179,9 @@ def test_a_small_loss_changes_exponents_alone(single: Step) -> None:
 
 
 def test_float32_scales_are_the_reference_up_to_borders() -> None:
-    """As the report has scales: one value in a thousand lies on a border of E4M3 and falls the other way, and every
-    quantiser behind it makes more of the difference, up to what FP8 itself is from the truth: so the two have to be
-    nearer to each other than to bfloat16. Without experts, of which one such value can choose another."""
+    """Scales as the report has them: one value in a thousand lies on a border of E4M3 and falls the other way, and
+    every quantiser behind it makes more of the difference, up to what FP8 itself is from the truth: so the two have to
+    be nearer to each other than to bfloat16. Without experts, of which one such value can choose another."""
     dense = replace(CONFIG, first_k_dense_replace=2, num_nextn_predict_layers=0)
     ours = step(build_engines(FP8, "cpu", LibraryModules()), config=dense)
     theirs = step(build_engines(FP8, "cpu", QuantisedWeights()), config=dense)

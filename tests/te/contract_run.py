@@ -51,7 +51,7 @@ def _claimed() -> Iterator[None]:
 
 @contextmanager
 def over_the_twin() -> Iterator[None]:
-    """The same in a rank, a process without this one's plugin. It ends with these tests."""
+    """Transformer Engine over its twin in a rank, a process without this one's plugin. It ends with these tests."""
     if "transformer_engine" not in sys.modules:
         twin.install()
     with claimed(), order_free_products():

@@ -15,6 +15,7 @@ import zstandard
 
 from train.data.config import DataConfig
 from train.data.meta import Meta
+from train.data.prepare.contents import STAMPS
 from train.data.prepare.one_source import prepare
 from train.data.read.streams import OPENERS, split_name
 from train.data.rows.tokens import Tokens
@@ -48,8 +49,9 @@ def prepared(tmp_path: Path, num_documents: int = 40, **settings: object) -> tup
 
 
 def all_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder with its contents."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file of a folder with its contents, but for the note that spares reading the source again."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != STAMPS)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def write_mixture(root: Path, seed: int = 0, num_documents: int = 8) -> dict[str, list[str]]:

@@ -23,7 +23,7 @@ def main_states(model: Transformer, tokens: list[int]) -> Tensor:
 
 @torch.no_grad()
 def whole_states(model: Transformer, tokens: list[int]) -> list[Tensor]:
-    """The same, then those of each depth k, [S - k, hidden]."""
+    """The hidden states of the main model, then those of each depth k, [S - k, hidden]."""
     hidden = main_states(model, tokens)
     normed: list[Tensor] = []
     hooks = [module.norm.register_forward_hook(lambda _m, _i, out: normed.append(out[0])) for module in model.mtp]

@@ -51,7 +51,7 @@ TINY = ModelConfig(
 
 
 def without_experts(config: ModelConfig) -> ModelConfig:
-    """The same model with dense layers alone."""
+    """The small model with dense layers alone."""
     sizes = ("moe_intermediate_size", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group")
     layers = {"n_routed_experts": 0, "first_k_dense_replace": config.num_hidden_layers}
     choices = {"routed_scaling_factor": 2.5, "norm_topk_prob": True}
@@ -59,7 +59,7 @@ def without_experts(config: ModelConfig) -> ModelConfig:
 
 
 def with_grouped_attention(config: ModelConfig, num_key_value_heads: int, head_dim: int) -> ModelConfig:
-    """The same model with grouped-query attention."""
+    """The small model with grouped-query attention."""
     latent = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     grouped = {"num_key_value_heads": num_key_value_heads, "head_dim": head_dim}
     return replace(config, attention="gqa", **dict.fromkeys(latent), **grouped)

@@ -22,8 +22,9 @@ def test_the_published_job_introduces_itself() -> None:
 def test_a_resumed_run_on_one_process_says_where_it_goes_on() -> None:
     config = compose(["train.max_steps=30"])
     exposures = [Exposure("web", 0.75, 10, 2.0), Exposure("code", 0.25, 10, 0.031)]
-    model, ranks, recipe, data = banner(config, "cpu", 3, "torch", exposures, 12).splitlines()
+    model, ranks, recipe, note, data = banner(config, "cpu", 3, "torch", exposures, 12).splitlines()
     assert ranks.split()[1:4] == ["1", "on", "cpu,"] and "3 threads each" in ranks
     assert "from step 13 on, 30 steps of" in recipe
+    assert note.startswith("note ") and "before the warm-up" in note
     assert "web 75.0% 2 epochs, code 25.0% 0.031 epochs" in data
     assert "activated per token" in model

@@ -31,7 +31,7 @@ BAD_LINES = {
     b'{"text": ' + b"9" * 5000 + b"}\n": ("not_json", None),
     b"plain words\n": ("not_json", "Expecting value at its character 0"),
     b'{"text": NaN}\n': ("wrong_type", "text is a number"),
-    b'{"body": "x"}\n': ("missing", "no text"),
+    b'{"body": "x"}\n': ("missing", "no text among body"),
     line(None): ("missing", "text is null"),
     line(["x"]): ("wrong_type", "text is a list"),
     line(3): ("wrong_type", "text is a number"),

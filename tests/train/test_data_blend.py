@@ -74,7 +74,7 @@ def test_the_order_of_sources_is_no_part_of_a_blend() -> None:
 
 @pytest.mark.parametrize("weights", [[1, 1], [1, 3], [2, 3, 5], [1, 1, 1, 1]])
 def test_no_position_of_a_batch_keeps_to_one_source(weights: list[float]) -> None:
-    """Of every 2nd, 3rd, ... 16th position, each source has its share (6 sigma over independent draws)."""
+    """Each source has its share of every 2nd, 3rd, ... 16th position (6 sigma over independent draws)."""
     num_positions = 6000
     shares = Shares(named(weights), 1)
     names = np.array([shares.at(position)[0] for position in range(num_positions)])

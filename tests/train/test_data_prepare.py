@@ -228,7 +228,7 @@ def test_what_is_no_text_is_counted_and_named(tmp_path: Path) -> None:
     )  # fmt: skip
     meta = prepare(config, quiet)
     assert meta.skipped["undecodable"].examples == (
-        "binary.txt (invalid start byte at its byte 0)",
+        "binary.txt (it begins as UTF-16 does: convert it if it is text)",
         "latin.txt (invalid continuation byte at its byte 2)",
         "nul.txt (it holds a zero byte)",
     )
@@ -262,7 +262,7 @@ def test_sources_without_text_are_refused_in_a_sentence(tmp_path: Path) -> None:
     for name, change, why in (
         ("missing", {}, "missing does not exist"),
         ("bare", {}, "holds no file"),
-        ("junk", {}, r"holds no text: its documents are 1 empty, 1 undecodable"),
+        ("junk", {}, r"holds no text: its documents are 1 empty, as in .*; 1 not UTF-8 text, as in "),
         ("junk", {"suffixes": (".txt", ".md")}, r"holds no file whose name ends in .txt or .md"),
         ("junk/b.bin", {}, "holds no text: its documents are 1 empty"),
         ("junk", {"tokenizer": str(tmp_path / "no.json")}, "no.json cannot be used"),

@@ -268,7 +268,7 @@ def test_a_library_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "a.txt.zst"
     write_as(path, ["salt"])
     monkeypatch.setattr("train.data.read.streams.zstandard", None)
-    with pytest.raises(ValueError, match=r"holds no text: its documents are 1 unreadable"):
+    with pytest.raises(ValueError, match=r"holds no text: its documents are 1 could not be read, as in a.txt.zst"):
         prepare(config_of(path, tmp_path / "t"), quiet)
     with pytest.raises(ValueError, match=r"a.txt.zst \(reading .zst needs the package zstandard\)"):
         prepare(config_of(path, tmp_path / "t", on_bad_document="refuse"), quiet)

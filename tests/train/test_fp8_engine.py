@@ -93,7 +93,7 @@ def test_products(num_tokens: int, k: int, n: int, seed: int, engine: tuple[Fp8,
 @given(st.lists(st.sampled_from([0, 1, 3, 127, 130]), min_size=1, max_size=5), st.integers(0, 2**31), engines)
 @settings(max_examples=20, deadline=None)
 def test_grouped_products_are_those_of_each_group(splits: list[int], seed: int, engine: tuple[Fp8, bool]) -> None:
-    """Also of groups without a row; no tile reaches from one group into the next."""
+    """Grouped products, groups without a row among them; no tile reaches from one group into the next."""
     x, dy = matrix((sum(splits), 140), seed), matrix((sum(splits), 70), seed + 1)
     weight = torch.randn(len(splits), 70, 140, generator=torch.Generator().manual_seed(seed))
     dense = Fp8Engine(engine[0], QuantisedWeights(engine[1]), engine[1])

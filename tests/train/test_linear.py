@@ -46,7 +46,7 @@ def test_grouped_products(device: str, dtype: torch.dtype) -> None:
 
 
 def test_bfloat16_without_hardware_is_one_rounding_of_the_exact_product() -> None:
-    """Of whole numbers, whose sums float32 holds exactly in any order."""
+    """Tensors of whole numbers, whose sums float32 holds exactly in any order."""
     engine = TorchEngine()
     engine._widen = True
     draw = torch.Generator().manual_seed(0)

@@ -48,7 +48,7 @@ def put(tensor: Tensor) -> Tensor:
 
 
 def scalars(measured: Mapping[str, float]) -> dict[str, Tensor]:
-    """As a device has them."""
+    """Numbers as a device has them: float64 tensors without dimensions."""
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in measured.items()}
 
 

@@ -118,7 +118,7 @@ def test_the_shapes_cover_what_they_claim() -> None:
 
 
 def test_neighbours_are_not_the_pairs_of_a_grouped_head() -> None:
-    """The same weights rotated as in latent attention give other logits: the comparison sees the layout."""
+    """Weights rotated as in latent attention give other logits: the comparison sees the layout."""
     from train.model.attention import kernels
 
     config = random_dense_config(1, head_dim=8)

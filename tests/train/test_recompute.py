@@ -207,7 +207,7 @@ def drive_back(model: Transformer, tokens: Tensor) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_rerun_takes_the_same_ways(dtype: torch.dtype) -> None:
-    """The same arithmetic on the same inputs: in backward order, each router chooses what it chose before."""
+    """The second pass computes what the first did, in backward order: each router chooses what it chose before."""
     tokens = random_tokens(TINY, 2, 33)
     once, twice = routes(make(NONE, dtype=dtype), tokens), routes(make(WHOLE, dtype=dtype), tokens)
     num_routers = TINY.num_routers

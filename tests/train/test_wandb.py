@@ -193,7 +193,7 @@ def test_sync_sends_every_step_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sync_between_starts_sends_no_step_twice(tmp_path: Path) -> None:
-    """Of a start that was killed and sent as it was, the server has the beginning; the next goes on from there."""
+    """The server has the beginning of a start that was killed and sent as it was; the next goes on from there."""
     with serving() as server:
         kill_after(tmp_path, 1, 60, num_bytes=20_000)  # of 45,000
         sync(tmp_path, server)

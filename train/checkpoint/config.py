@@ -15,11 +15,11 @@ class CheckpointConfig:
         interval: steps between checkpoints; 0 saves at the end only.
         keep_latest_k: checkpoints that stay; 0 keeps all.
         async_mode: `async` (or true) writes in the background, `disabled` (or false) waits for the disk.
-        resume: `auto` goes on from the run's own latest checkpoint; `never`; or the path of a step folder. `auto` takes
-            one of the same model, data and recipe alone; `never` starts anew, and is refused beside checkpoints of an
-            earlier run (docs/checkpoints.md).
-        init_from: a checkpoint whose weights and router biases a fresh start begins with; None: random weights. It is
-            of another run or imported; its steps, moments and data do not count (docs/export.md).
+        resume: `auto` goes on from the run's own latest checkpoint; `never`; or the path of a step folder, or of a run
+            or folder of checkpoints, of which the latest is taken. `auto` takes one of the same model, data and recipe
+            alone; `never` starts anew, and is refused beside checkpoints of an earlier run (docs/checkpoints.md).
+        init_from: a checkpoint whose weights and router biases a fresh start begins with, a path as in `resume`; None:
+            random weights. It is of another run or imported; its steps, moments and data do not count (docs/export.md).
     """
 
     dir: str | None = None

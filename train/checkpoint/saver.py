@@ -111,18 +111,19 @@ class Checkpoints:
         self.wait()
         return self._ranks.on_first(lambda: resume_decision(self._config, self.root, now))
 
-    def check(self, path: Path, check: Callable[[TrainState], None]) -> None:
-        """`check` on the state of the checkpoint at `path` as rank 0 sees it; all ranks raise what it raises.
+    def find(self, path: Path, key: str, check: Callable[[Path, TrainState], None]) -> Path:
+        """The checkpoint that `key=path` means, for all ranks, after `check` on it and its state as rank 0 sees it.
 
-        Raises ValueError also when there is no complete checkpoint.
+        Raises ValueError when there is no complete checkpoint, and what `check` raises.
         """
         self.wait()
 
-        def complete() -> None:
-            step_folders.check_complete(path)
-            check(read_state(path))
+        def found() -> Path:
+            folder = step_folders.find_checkpoint(path, key)
+            check(folder, read_state(folder))
+            return folder
 
-        self._ranks.on_first(complete)
+        return self._ranks.on_first(found)
 
     def load(self, path: Path, pieces: Pieces, sizes: Mapping[str, int]) -> None:
         """Copy a checkpoint's values into `pieces`, in place, whatever layout it was saved under.
@@ -265,8 +266,7 @@ def resume_decision(config: CheckpointConfig, root: Path, now: TrainState) -> tu
                 "them away, or start anew with checkpoint.resume=never"
             )
     else:
-        found = Path(config.resume)
-        step_folders.check_complete(found)
+        found = step_folders.find_checkpoint(Path(config.resume), "checkpoint.resume")
     if found is None:
         return None
     saved = read_state(found)

@@ -8,6 +8,7 @@ communicates.
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from train.files import (
     sync,
     write_durably,
 )
+from train.settings import dotted
 
 MANIFEST = "manifest.json"
 # The small state of a run, and its resolved config.
@@ -103,6 +105,69 @@ def find_latest(root: Path) -> Path | None:
     choice = complete[0] if complete else None
     log.warning("%s: %s", trouble, f"falling back to {choice.name}" if choice else "and no other one is complete")
     return choice
+
+
+def find_checkpoint(path: Path, key: str) -> Path:
+    """The step folder that is meant: `path` itself, or the newest one of the run or folder of checkpoints `path`.
+
+    key: the setting that names it. ValueError in a sentence of its own for each way in which there is none.
+    """
+    said = f"{key}={path}"
+    if not path.is_dir():
+        raise ValueError(f"{said} {_absence(path)}")
+    if (path / MANIFEST).exists():
+        check_complete(path)
+        return path
+    if _STEP.fullmatch(path.name):
+        raise ValueError(f"{said} was never completed: it has no {MANIFEST}{_others(path)}")
+    root = _checkpoints_of(path)
+    found = find_latest(root)
+    if found is not None:
+        return found
+    broken = survey(root)[1]
+    if broken:
+        raise ValueError(f"{said} holds no complete checkpoint, only broken ones: {'; '.join(broken.values())}")
+    if root != path:
+        raise ValueError(f"{said} is a run that has no checkpoint yet: there is no step folder in {root}")
+    raise ValueError(f"{said} holds no checkpoint: {_WANTED}")
+
+
+def run_of(path: Path) -> Path:
+    """The folder of the run that has its checkpoints, or this one, in `path`; `path` itself where there is none."""
+    root = path.parent if _STEP.fullmatch(path.name) else path
+    above = root.parent
+    return above if root.name == "checkpoints" and (above / CONFIG_FILE).exists() else path
+
+
+_WANTED = "name a run's folder, a folder of checkpoints, or one step-XXXXXXXX of it"
+
+
+def _absence(path: Path) -> str:
+    """What is wrong with a path that is no folder."""
+    if path.exists():
+        return f"is a file: {_WANTED}"
+    if _STEP.fullmatch(path.name) and path.parent.is_dir():
+        return f"is not there (checkpoint.keep_latest_k says how many stay){_others(path)}"
+    there = [each.name for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=3)
+    return f"does not exist{f'; did you mean {path.with_name(near[0])}?' if near else ''}"
+
+
+def _others(path: Path) -> str:
+    complete = [each.name for each in survey(path.parent)[0]]
+    return f"; {path.parent} has {', '.join(complete[:4])}" if complete else f"; {path.parent} has no complete one"
+
+
+def _checkpoints_of(path: Path) -> Path:
+    """Where the run in `path` keeps its checkpoints; `path` itself where it is no run's folder."""
+    try:
+        named = dotted((path / CONFIG_FILE).read_text()).get("checkpoint.dir")
+    except (OSError, UnicodeDecodeError):
+        named = None
+    if named:
+        return Path(str(named))
+    inner = path / "checkpoints"
+    return inner if inner.is_dir() or (path / CONFIG_FILE).exists() else path
 
 
 def publish(partial: Path, final: Path) -> None:

@@ -103,8 +103,11 @@ ANSWERED = {
     "the arithmetic is a group of files here: say precision=bf16": "bf16 bf16.enabled dtype params_dtype "
     "mixed_precision mixed_precision_param",
     "the arithmetic is a group of files here: say precision=fp8": "fp8 fp8_format fp8_recipe fp8_hybrid enable_fp8",
-    "how often micro-batches are accumulated follows: train.global_batch_size divided by parallel.dp times "
-    "train.micro_batch_size": "gradient_accumulation_steps accumulate_grad_batches num_microbatches grad_accum",
+    "gradient accumulation follows from the batch: a step adds up train.global_batch_size / (parallel.dp x "
+    "train.micro_batch_size) micro-batches on each rank; for more of them make train.micro_batch_size smaller or "
+    "train.global_batch_size larger": "gradient_accumulation_steps gradient_accumulation accumulate_grad_batches "
+    "num_microbatches num_micro_batches grad_accum grad_accum_steps grad_acc_steps gas accumulation_steps "
+    "gradient_accumulation_iters global_grad_accum",
     "the curve of the learning rate is a list of stretches here: lr_scheduler.phases=[{kind:constant,share:0.5},"
     "{kind:cosine,end_lr:1e-5}], or a published one by lr_scheduler=v3": "lr_decay_style lr_decay_iters "
     "lr_decay_samples lr_wsd_decay_style lr_wsd_decay_iters lr_scheduler_type decay_ratio decay_type min_lr "

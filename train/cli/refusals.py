@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 from train.cli import foreign_keys
 from train.config import RunConfig
 from train.settings import CONFIGS, Setting, as_section, hint, nearest, settings_of
+from train.typed import holds_text, quoted
 
 # What other programs take with dashes, and this one by other means.
 MULTIRUN = ("--multirun", "-m")
@@ -36,7 +38,8 @@ def check(word: Override, file: Path | None) -> None:
     """
     key, line = word.key_or_group, word.input_line or word.key_or_group
     if word.is_sweep_override():
-        raise ValueError(f"{line} has several values: sweeps are started by python -m launch local --multirun")
+        text = f"; as one text, type {quoted(key, line.partition('=')[2])}" if holds_text(key) else ""
+        raise ValueError(f"{line} has several values: sweeps are started by python -m launch local --multirun{text}")
     if key in groups() and (word.is_delete() or not isinstance(word.value(), dict)):
         if file is not None:
             raise ValueError(
@@ -45,7 +48,7 @@ def check(word: Override, file: Path | None) -> None:
         if word.is_add() or word.is_force_add():
             raise ValueError(f"{line}: the group is there, so a file is chosen without a +: {line.lstrip('+')}")
         if not word.is_delete() and word.value() not in groups()[key]:
-            raise ValueError(f"{line} is not one of {', '.join(groups()[key])}")
+            raise ValueError(f"{line} {_no_file(key, str(word.value()))}")
         return
     dotted = _dotted(key)
     if not _is_known(dotted):
@@ -57,6 +60,15 @@ def check(word: Override, file: Path | None) -> None:
         raise ValueError(f"{line}: a key cannot be taken out of the config; set it, as in {key}=VALUE")
     elif word.is_add() and not word.is_force_add() and dotted in keys():
         raise ValueError(f"{line}: the key is there, so it is set without a +: {line.lstrip('+')}")
+
+
+def _no_file(group: str, name: str) -> str:
+    near = difflib.get_close_matches(name, groups()[group], n=1)
+    meant = f"did you mean {near[0]}? There" if near else "there"
+    return (
+        f"names no file of configs/{group}: {meant} are {', '.join(groups()[group])}; a file of your own is named by "
+        f"its path, {group}=PATH.yaml"
+    )
 
 
 def check_tree(tree: Mapping[str, Any]) -> None:

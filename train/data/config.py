@@ -18,7 +18,7 @@ from train.files import SHA256, checksum_of
 MIN_VOCAB_SIZE = 257
 # Before the name of a data set of the `datasets` library.
 DATASETS = "datasets:"
-FORMATS = ("auto", "text", "jsonl", "parquet")
+FORMATS = ("auto", "text", "jsonl", "json", "parquet")
 ON_BAD_DOCUMENT = ("skip", "refuse")
 
 
@@ -106,8 +106,9 @@ class DataConfig:
             another place by themselves.
         suffixes: of a folder, only files whose names end so, as in `'data.suffixes=[.md,.txt]'`; `[]` takes every file
             that holds text.
-        format: what every file is: `auto` (by the endings of names, and plain text where they say nothing), `text`,
-            `jsonl`, `parquet`.
+        format: what every file is: `auto` (by its first bytes, whatever it is called), `text`, `jsonl`, `json`,
+            `parquet`. JSON lines have one object a line; `json` is one document, several, or an array of them.
+            `prepare` reports what was taken for what.
         text_field: field of a line's object or column of a table that holds the text.
         dataset_name: of `datasets:NAME`: the data set's configuration.
         dataset_split: of a data set: its split.

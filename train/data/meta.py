@@ -3,6 +3,7 @@
 meta.json              counts, settings, checksums
 tokenizer.json         the tokenizer of these tokens
 files.json             paths of the source's files, one a line
+contents.json          SHA-256 of each of them (see train/data/prepare/contents.py, which may leave .stamps.json)
 report.json            counts and lengths of the source (see train/data/prepare/report.py)
 train-00000.bin ...    token ids, little-endian, `shard_tokens` a file, the last one shorter
 train-documents.bin    int64 [num_documents, 4]: token after the document, file, and its place there: first byte and
@@ -127,6 +128,11 @@ class Meta:
                         f"{error.path} is another tokenizer than the one that these tokens were made with"
                     ) from None
                 raise ValueError(f"{error.path} does not have the checksum that {META} holds: it was changed") from None
+
+
+def is_meta(body: Mapping[str, Any]) -> bool:
+    """Whether plain values are those of a `meta.json`, of any version."""
+    return str(body.get("format", "")).startswith(_FORMAT.rpartition(" ")[0])
 
 
 def plain_record(record: FileRecord) -> dict[str, Any]:

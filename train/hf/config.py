@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from train.hf.keys import NEUTRAL, check_keys, in_our_names, rope_of
 from train.model.attention.kinds import AttentionSizes, GroupedSizes, LatentSizes, absent_keys
 from train.model.config import EXPERT_CHOICES, EXPERT_SIZES, ModelConfig
 from train.settings import section
@@ -26,6 +27,8 @@ class Layout:
         has_experts: whether it always (or never) has some; None: either.
         allowed: the values that a key may have there. The first one is meant where a file leaves the key out.
         defaults: what else a file may leave out.
+        neutral: keys that its readers know beside, and the values under which they change nothing.
+        choices: keys of its readers that `Published` answers.
         free_head_dim: whether a head may be wider or narrower than its share of the hidden size.
     """
 
@@ -36,6 +39,8 @@ class Layout:
     allowed: Mapping[str, tuple[Any, ...]]
     defaults: Mapping[str, Any]
     free_head_dim: bool = True
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    choices: tuple[str, ...] = ()
 
     def holds(self, model: ModelConfig) -> bool:
         """Whether a reader of this layout computes what the model does."""
@@ -49,7 +54,7 @@ class Layout:
         )
 
 
-_EVERYWHERE = {"attention_bias": (False,), "hidden_act": ("silu",), "tie_word_embeddings": (False,)}
+_EVERYWHERE = {key: NEUTRAL[key] for key in ("attention_bias", "hidden_act", "tie_word_embeddings")}
 _EXPERTS = {**_EVERYWHERE, "moe_layer_freq": (1,)}
 _COMMON = {"num_nextn_predict_layers": 0, "initializer_range": 0.02, "rope_theta": 10000.0, "rope_scaling": None}
 LAYOUTS = (
@@ -60,6 +65,7 @@ LAYOUTS = (
         None,
         {**_EXPERTS, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
         {**_COMMON, "q_lora_rank": None},
+        choices=("rope_interleave",),
     ),
     Layout(
         "deepseek_v2",
@@ -74,6 +80,7 @@ LAYOUTS = (
             "norm_topk_prob": (False,),
         },
         {**_COMMON, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0},
+        neutral={"mlp_bias": (False, None), "rope_interleave": (True,)},
     ),
     Layout(
         "deepseek",
@@ -84,7 +91,7 @@ LAYOUTS = (
         {**_COMMON, "n_group": 1, "topk_group": 1, "norm_topk_prob": False},
         free_head_dim=False,
     ),
-    Layout("llama", "LlamaForCausalLM", GroupedSizes, False, {**_EVERYWHERE, "mlp_bias": (False,)}, _COMMON),
+    Layout("llama", "LlamaForCausalLM", GroupedSizes, False, {**_EVERYWHERE, "mlp_bias": (False, None)}, _COMMON),
 )
 # What readers of the layouts expect beside, and which changes nothing here.
 _BESIDE = {"attention_dropout": 0.0, "pretraining_tp": 1, "use_cache": True}
@@ -143,10 +150,24 @@ def layout_of(model: ModelConfig) -> Layout:
     return found
 
 
-def read_config(folder: Path) -> ModelConfig:
+@dataclass(frozen=True)
+class Published:
+    """A model as a folder holds it.
+
+    Attributes:
+        halves: latent attention rotates element j of a head's rotated part with element j + d / 2, not neighbours with
+            each other as here (`rope_interleave: false`): the rows that make them lie in another order.
+    """
+
+    model: ModelConfig
+    halves: bool = False
+
+
+def read_config(folder: Path) -> Published:
     """The model that a folder's `config.json` describes.
 
-    Raises ValueError, naming the key, for a model of another kind, a missing key, or what cannot be built here.
+    Raises ValueError, naming the key, for a model of another kind, a missing key, what cannot be built here, and a key
+    that is not known to be without effect (`train/hf/keys.py`).
     """
     path = folder / CONFIG
     try:
@@ -156,26 +177,31 @@ def read_config(folder: Path) -> ModelConfig:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     try:
-        return _model(body)
+        return _published(body)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _model(body: Any) -> ModelConfig:
+def _published(body: Any) -> Published:
     if not isinstance(body, dict):
         raise ValueError("this is no mapping of keys")
     layout = next((each for each in LAYOUTS if each.model_type == body.get("model_type")), None)
     if layout is None:
         known = ", ".join(each.model_type for each in LAYOUTS)
         raise ValueError(f"model_type={body.get('model_type')} is not one of {known}")
-    for key, values in layout.allowed.items():
-        if body.get(key, values[0]) not in values:
-            must = " or ".join(map(str, values))
-            raise ValueError(f"{key}={body[key]} cannot be imported: it must be {must}")
+    body = in_our_names(body)
+    names = {field.name for field in fields(ModelConfig)} - {"attention"}
+    understood = {*names, *layout.choices, "model_type", "rope_parameters", "quantization_config"}
+    check_keys(body, understood, {**NEUTRAL, **layout.allowed, **layout.neutral})
     _check_quantisation(body.get("quantization_config"))
-    names = {field.name for field in fields(ModelConfig)}
+    # `transformers` takes null for false.
+    halves = "rope_interleave" in layout.choices and not body.get("rope_interleave", True)
+    return Published(_model(layout, body, names), halves)
+
+
+def _model(layout: Layout, body: Mapping[str, Any], names: Collection[str]) -> ModelConfig:
     meant = {key: values[0] for key, values in layout.allowed.items() if key in names}
-    given = {key: value for key, value in {**body, **_rope(body)}.items() if key in names and value is not None}
+    given = {key: value for key, value in {**body, **rope_of(body)}.items() if key in names and value is not None}
     sizes = {**layout.defaults, **meant, **given}
     if body.get("n_shared_experts", 0) is None:  # as the code published with DeepSeek's models says that there are none
         sizes["n_shared_experts"] = None
@@ -198,17 +224,14 @@ def _attention(kind: type[AttentionSizes], found: Mapping[str, Any]) -> dict[str
     return {"attention": kind.name, **dict.fromkeys(absent_keys(kind)), **kind.from_published(found)}
 
 
-def _rope(body: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling`, which newer files have together as `rope_parameters`."""
-    found = body.get("rope_parameters") or body.get("rope_scaling") or {}
-    if not isinstance(found, dict):
-        raise ValueError(f"rope_scaling={found} must be a mapping")
-    found = dict(found)
-    theta = found.pop("rope_theta", body.get("rope_theta"))
-    kind = found.get("rope_type", found.get("type", "default"))
-    stretch = {key: value for key, value in found.items() if key not in ("type", "rope_type") and value is not None}
-    scaling = None if kind == "default" else {"type": kind, **stretch}
-    return {"rope_scaling": scaling, "rope_theta": theta}
+# What else a file may say of its quantisation, and the values under which it says nothing new: which tensors are
+# quantised, and by which scales, is read from the tensors. None: any.
+_QUANTISATION: Mapping[str, tuple[Any, ...] | None] = {
+    "activation_scheme": ("dynamic",),
+    "scale_fmt": (None, "ue8m0"),
+    "modules_to_not_convert": None,
+    "dequantize": None,
+}
 
 
 def _check_quantisation(found: Any) -> None:
@@ -218,3 +241,8 @@ def _check_quantisation(found: Any) -> None:
     for key, value in wanted.items():
         if not isinstance(found, dict) or found.get(key, value) != value:
             raise ValueError(f"quantization_config={found} cannot be imported: {key} must be {value}")
+    for key in found.keys() - wanted.keys():
+        values = _QUANTISATION.get(key, ())
+        if values is not None and found[key] not in values:
+            must = f"must be {' or '.join(map(str, values))}" if values else "is not known here"
+            raise ValueError(f"quantization_config={found} cannot be imported: {key} {must}")

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from train.hf import names
 from train.hf.names import Entry
+from train.model.attention.kinds import LatentSizes
 from train.model.config import ModelConfig
 from train.model.transformer import Transformer
 from train.precision.build import everywhere
@@ -19,6 +21,8 @@ from train.precision.torch_engine import TorchEngine
 # Published weights are scaled in blocks of so many rows, so bands are multiples of them.
 BLOCK_ROWS = 128
 BAND_NUMEL = 1 << 20
+# The modules of latent attention that make what is rotated: queries, with and without a latent, and the shared key.
+_ROTATED = ("q_proj", "q_b_proj", "kv_a_proj_with_mqa")
 
 
 @dataclass(frozen=True)
@@ -99,3 +103,18 @@ def _place(entry: Entry, shape: tuple[int, ...]) -> DiskTensor:
         offset += entry.rows.start * math.prod(shape[1:])
         shape = (entry.rows.stop - entry.rows.start, *shape[1:])
     return DiskTensor(entry, offset, shape)
+
+
+def rows_of_halves(config: ModelConfig, disk: DiskTensor) -> Tensor | None:
+    """For each of our rows its row on disk, int64, where a file rotates halves: `Published.halves`.
+
+    None for a tensor in which nothing is rotated. Queries and keys are permuted alike, so their products stay.
+    """
+    module = disk.name.split(".")[-2]
+    rotated, attention = config.attention_sizes.rope_dim, config.attention_sizes
+    if not isinstance(attention, LatentSizes) or module not in _ROTATED:
+        return None
+    before = attention.kv_lora_rank if module == "kv_a_proj_with_mqa" else attention.qk_nope_head_dim
+    rows = torch.arange(disk.shape[0]).view(-1, before + rotated)
+    pairs = rows[:, before:].view(-1, 2, rotated // 2).transpose(1, 2)
+    return torch.cat([rows[:, :before], pairs.flatten(1)], 1).flatten()

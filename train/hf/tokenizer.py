@@ -14,19 +14,24 @@ SETTINGS, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 FILES = (TOKENIZER, SETTINGS, SPECIAL_TOKENS)
 
 
-def check(path: Path, vocab_size: int) -> None:
-    """ValueError unless this is a tokenizer all of whose tokens the model has."""
-    found = Tokenizer.load(path).vocab_size
+def check(path: Path, vocab_size: int, end_of_document: str | None = None) -> None:
+    """ValueError unless this is a tokenizer all of whose tokens the model has, and which has the end of a document.
+
+    end_of_document: its name; None takes one that is known.
+    """
+    found = Tokenizer.load(path, end_of_document).vocab_size
     if found > vocab_size:
         raise ValueError(f"{path} has {found} tokens, more than model.vocab_size={vocab_size}")
 
 
-def write(path: Path, folder: Path, max_tokens: int) -> int:
+def write(path: Path, folder: Path, max_tokens: int, end_of_document: str | None = None) -> int:
     """Write the tokenizer's files beside a model that takes `max_tokens`; returns the token that ends a document.
+
+    end_of_document: its name; None takes one that is known.
 
     Files that lie beside `path` in the same layout are kept as they are.
     """
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path, end_of_document)
     end = tokenizer.end_of_document
     made = {
         SETTINGS: {

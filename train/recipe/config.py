@@ -31,8 +31,11 @@ class TrainConfig:
 
     Attributes:
         seq_len: predicted tokens of a sequence.
-        micro_batch_size: sequences of one forward and backward on a rank.
-        global_batch_size: sequences of a step over all ranks; a multiple of `parallel.dp` x `train.micro_batch_size`.
+        micro_batch_size: sequences of one forward and backward on a rank. Gradient accumulation follows from it:
+            a step adds up the gradients of `train.global_batch_size` / (`parallel.dp` x `train.micro_batch_size`)
+            micro-batches on each rank, and there is no key for their number.
+        global_batch_size: sequences of a step over all ranks, gradient accumulation included; a multiple of
+            `parallel.dp` x `train.micro_batch_size`.
         max_steps: end of the run in steps.
         max_tokens: end of the run in tokens; with both, whichever comes first.
         seed: draws the initial weights and the order of the data.

@@ -160,6 +160,26 @@ class Recipe:
         events += [(c.from_tokens, f"MTP weight {c.loss_weight:g}") for c in self.mtp.loss_weight_changes]
         return tuple(sorted(event for event in events if event[0] < self.tokens_before(self.num_steps)))
 
+    def remarks(self) -> tuple[str, ...]:
+        """What is legal, and seldom meant, in sentences for people."""
+        found = []
+        end = self.tokens_before(self.num_steps)
+        if self.warmup_tokens > end:
+            found.append(
+                f"the warm-up of lr_scheduler.warmup_steps={self.lr_scheduler.warmup_steps} does not end within the "
+                f"{self.num_steps} steps of the run: its full learning rate is never reached"
+            )
+        before = [self.lr_scheduler.lr, *(phase.end_lr for phase in self.phases)]
+        falls = (phase for phase, rate in zip(self.phases, before, strict=False) if min(phase.lr, phase.end_lr) < rate)
+        first = next(falls, None)
+        if first is not None and first.from_tokens < min(self.warmup_tokens, end):
+            found.append(
+                f"the learning rate begins to fall after {self.step_at(first.from_tokens):,} steps (phase {first.kind} "
+                f"from {first.from_tokens:,} tokens), before the warm-up of "
+                f"lr_scheduler.warmup_steps={self.lr_scheduler.warmup_steps} ends: both are multiplied"
+            )
+        return tuple(found)
+
     def fingerprint(self) -> str:
         """Text that is equal for two recipes exactly when they give equal plans at every step both have.
 

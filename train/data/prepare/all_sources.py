@@ -103,10 +103,17 @@ def _refuse_other(record: Path, asked: dict[str, object]) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{record} cannot be read: {error}; remove {record.parent} to prepare it again") from None
     for key, value in asked.items():
-        if there.get(key) != value:
+        if _without_places(there.get(key)) != _without_places(value):
             raise ValueError(
                 f"{record.parent} was prepared with data.{key}={there.get(key)}, not {value}: "
                 f"name another data.dir, or remove {record.parent} to prepare it again"
             )
     if Tokenizer.load(record.parent / TOKENIZER).digest != digest:
         raise ValueError(f"{record.parent / TOKENIZER} was changed: remove {record.parent} to prepare it again")
+
+
+def _without_places(value: object) -> object:
+    """A setting without where a blend's sources lie, which each source compares by its contents."""
+    if not isinstance(value, dict):
+        return value
+    return {name: each[1:] if isinstance(each, list | tuple) else each for name, each in value.items()}

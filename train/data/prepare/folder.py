@@ -9,6 +9,7 @@ from pathlib import Path
 
 from train.data.config import DATASETS, DataConfig
 from train.data.meta import FILES, META, SPLITS, TOKENIZER, Meta
+from train.data.prepare.contents import CONTENTS, STAMPS, changed_files
 from train.data.prepare.encoder import fim_ids
 from train.data.prepare.report import REPORT
 from train.data.read.source import digest_of, num_bytes_of, open_source
@@ -17,6 +18,8 @@ from train.data.tokenizer import Tokenizer
 from train.files import aside, locked
 
 PARTIAL, LOCK = "partial", ".lock"
+# Settings that say where something lies.
+_PLACES = ("source", "tokenizer")
 READY = "meta.ready.json"  # all is written and described, and being moved into place
 
 
@@ -44,30 +47,55 @@ def check_prepared(config: DataConfig, folder: Path, say: Callable[[str], None])
     """Prepared data that is there already: whole, unchanged, and what `config` asks for. ValueError otherwise."""
     meta = Meta.load(folder)
     remedy = f"name another data.dir, or remove {folder} to prepare it again"
-    for key, asked in config.settings().items():
-        if meta.settings.get(key) != asked:
-            raise ValueError(f"{folder} was prepared with data.{key}={meta.settings.get(key)}, not {asked}: {remedy}")
+    asked, there = config.settings(), meta.settings
+    for key in asked:
+        # Where it lies does not matter, only what it holds, which is compared below.
+        if there.get(key) != asked[key] and not (key in _PLACES and asked[key] and there.get(key)):
+            raise ValueError(f"{folder} was prepared with data.{key}={there.get(key)}, not {asked[key]}: {remedy}")
     if config.tokenizer is not None:
         tokenizer = given_tokenizer(config)
         if tokenizer is not None and tokenizer.digest != meta.tokenizer_digest:
             raise ValueError(f"{folder} was prepared with another text of data.tokenizer={config.tokenizer}: {remedy}")
     _check_refused(config, folder, meta, remedy)
     meta.check_contents(folder)
-    if config.source is not None and not config.source.startswith(DATASETS) and not Path(config.source).exists():
+    _check_source(config, folder, meta, say)
+    return meta
+
+
+def _check_source(config: DataConfig, folder: Path, meta: Meta, say: Callable[[str], None]) -> None:
+    """ValueError unless the source holds what was prepared, wherever it lies now; what was asked is said."""
+    asked, there = config.settings()["source"], meta.settings["source"]
+    remedy = f"name another data.dir, or remove {folder} to prepare it again"
+    is_named = config.source is not None and config.source.startswith(DATASETS)
+    is_gone = config.source is not None and not is_named and not Path(config.source).exists()
+    if asked != there and (is_named or is_gone or config.source is None or str(there).startswith(DATASETS)):
+        raise ValueError(f"{folder} was prepared with data.source={there}, not {asked}: {remedy}")
+    if is_gone:
         say(f"{folder} is prepared and whole; its source {config.source} is no longer there, the tokens are used")
-        return meta
-    if config.source is not None and config.source.startswith(DATASETS):
+        return
+    if is_named:
         say(f"{folder} is prepared already and whole: {config.source} was not asked again")
-        return meta
+        return
     source = open_source(config)
     if digest_of(source) != meta.source_digest:
         raise ValueError(
-            f"{folder} was prepared from {meta.source_num_files} files with {meta.source_num_bytes} bytes, and "
-            f"{source.said} now holds {len(source.files)} with {num_bytes_of(source)}: its names or sizes changed; "
+            f"{folder} was prepared from {meta.source_num_files} files with {meta.source_num_bytes} bytes"
+            f"{f' in {there}' if there != asked else ''}, and {source.said} now holds {len(source.files)} with "
+            f"{num_bytes_of(source)}: its names or sizes changed; {remedy}"
+        )
+    if CONTENTS not in meta.files:
+        if asked != there:
+            raise ValueError(f"{folder} was prepared with data.source={there}, not {asked}: {remedy}")
+        say(f"{folder} is prepared already, by an earlier version: of its source only names and sizes were compared")
+        return
+    if changed := changed_files(folder, source):
+        more = f" and {len(changed) - 1} other files" if len(changed) > 1 else ""
+        raise ValueError(
+            f"{folder} was prepared from other contents of {changed[0]}{more} in {source.said}, of the same size: "
             f"{remedy}"
         )
-    say(f"{folder} is prepared already and whole: nothing to do")
-    return meta
+    moved = f", of the same contents as {there} before" if there != asked else ""
+    say(f"{folder} is prepared already and whole{moved}: nothing to do")
 
 
 def _check_refused(config: DataConfig, folder: Path, meta: Meta, remedy: str) -> None:
@@ -88,7 +116,8 @@ def alone_in(folder: Path, say: Callable[[str], None]) -> AbstractContextManager
 
 def refuse_strangers(folder: Path) -> None:
     """ValueError when the folder holds anything that no call of `prepare` has left."""
-    ours = {PARTIAL, LOCK, READY, TOKENIZER, FILES, REPORT, META, aside(folder / READY).name}
+    ours = {PARTIAL, LOCK, READY, TOKENIZER, FILES, REPORT, META, CONTENTS, STAMPS}
+    ours |= {aside(folder / name).name for name in (READY, STAMPS)}
     for path in sorted(folder.iterdir()):
         shard = path.suffix == ".bin" and path.name.startswith(tuple(f"{split}-" for split in SPLITS))
         if path.name not in ours and not shard:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,13 @@ import numpy as np
 from train.data.config import DataConfig
 from train.data.meta import FILES, META, SPLITS, TOKENIZER, Meta, Split
 from train.data.prepare import journal
+from train.data.prepare.contents import CONTENTS, write_contents, write_stamps
 from train.data.prepare.encode import Encoding, Task
 from train.data.prepare.encoder import Variations
 from train.data.prepare.folder import PARTIAL, READY, alone_in, check_prepared, clear, given_tokenizer, refuse_strangers
 from train.data.prepare.journal import Progressed
 from train.data.prepare.progress import Progress
-from train.data.prepare.report import REPORT, report_of
+from train.data.prepare.report import REPORT, read_as, report_of
 from train.data.prepare.sample import SAMPLE_BYTES, sample
 from train.data.prepare.workers import encode_in_order
 from train.data.prepare.writer import HASHES, Writer
@@ -51,6 +52,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Meta:
     folder = config.folder
     if (folder / META).exists():
         return check_prepared(config, folder, say)
+    listed_ns = time.time_ns()
     source = open_source(config)
     tokenizer = given_tokenizer(config)
     try:
@@ -59,7 +61,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Meta:
         with alone_in(folder, say):
             if (folder / META).exists():  # by the process that this one has waited for
                 return check_prepared(config, folder, say)
-            return _Preparation(config, source, tokenizer, folder, say).run()
+            return _Preparation(config, source, tokenizer, folder, say, listed_ns).run()
     except OSError as error:
         raise ValueError(f"data.dir={folder} could not be prepared: {error}") from None
 
@@ -74,9 +76,11 @@ class _Preparation:
         tokenizer: Tokenizer | None,
         folder: Path,
         say: Callable[[str], None],
+        listed_ns: int,
     ) -> None:
         self._config, self._source, self._folder, self._say = config, source, folder, say
         self._given, self._partial = tokenizer, folder / PARTIAL
+        self._listed_ns = listed_ns
         self._dtype = "<u2" if config.vocab_size <= 1 << 16 else "<u4"
         parts = [config.settings(), digest_of(source, times=True), tokenizer.digest if tokenizer else None]
         self._identity = checksum_of(parts, SHA256)
@@ -97,6 +101,10 @@ class _Preparation:
         source, threshold = self._source, _threshold(self._config)
         size = f"{len(source.files)} files, {num_bytes_of(source) / 1e6:.1f} MB"
         self._say(f"preparing {source.said.removeprefix('data.source=')}: {size}, into {self._folder}")
+        if source.left_out:
+            more = f" and {len(source.left_out) - 3} more" if len(source.left_out) > 3 else ""
+            named = ", ".join(source.left_out[:3])
+            self._say(f"left out of it, as runs and preparations wrote them: {named}{more}")
         troubles = self._troubles(None)
         troubles.add_unlisted(source.unreadable)
         tokenizer = self._given
@@ -154,15 +162,15 @@ class _Preparation:
             splits, files = writer.close()
             num_documents = sum(split.num_documents for split in splits.values())
             if not num_documents:
-                raise ValueError(f"{said} holds no text: {_in_words(self._troubles(since))}")
+                raise ValueError(f"{said} holds no text: {_in_words(self._troubles(since), config)}")
             bare = [name for name in SPLITS if not splits[name].num_documents]
             if not bare or config.valid_fraction in (0, 1):
                 return since, splits, files
             if writer.least_hash == writer.largest_hash:
                 raise ValueError(
                     f"{said} holds one document ({num_documents} times), and data.valid_fraction="
-                    f"{config.valid_fraction} asks for two splits: add text, lower data.max_document_bytes="
-                    f"{config.max_document_bytes} so that it is cut, or set data.valid_fraction=0"
+                    f"{config.valid_fraction} asks for two splits: add text, or cut it into several documents with "
+                    f"data.max_document_bytes={_cut_size(splits, num_documents)}"
                 )
             note = (
                 f"data.valid_fraction={config.valid_fraction} left no document to {bare[0]} among {num_documents}: "
@@ -209,11 +217,12 @@ class _Preparation:
     ) -> Meta:
         """Write what goes beside the tokens, and say so where the next call finds it."""
         source, partial = self._source, self._partial
-        report = report_of(partial, len(source.files), splits, end.troubles)
+        report = report_of(partial, len(source.files), splits, end.troubles) | {"read_as": read_as(source)}
         names = ",\n".join(json.dumps(file.name) for file in source.files)
         files = {
             **files,
             TOKENIZER: FileRecord((partial / TOKENIZER).stat().st_size, SHA256, tokenizer.digest),
+            CONTENTS: write_contents(partial, source),
             FILES: write_durably(partial / FILES, f"[\n{names}\n]\n".encode(), SHA256),
             REPORT: write_durably(partial / REPORT, (json.dumps(report, indent=1) + "\n").encode(), SHA256),
         }
@@ -257,6 +266,7 @@ class _Preparation:
                 (self._partial / name).unlink(missing_ok=True)
             shutil.rmtree(self._partial)
         sync(self._folder)
+        write_stamps(self._folder, self._source, self._listed_ns)
         (self._folder / READY).replace(self._folder / META)
         sync(self._folder)
         return meta
@@ -286,15 +296,24 @@ def _duplicate(place: np.ndarray) -> Trouble:
     return Trouble("duplicate", file, f"at {start}" if start else "")
 
 
+def _cut_size(splits: Mapping[str, Split], num_documents: int) -> int:
+    """A limit that cuts the one document that there is into about twenty, as many as leave some to validation."""
+    return max(64, sum(split.num_bytes for split in splits.values()) // num_documents // 20)
+
+
 def _threshold(config: DataConfig) -> int:
     """Documents whose hash is below it validate."""
     return int(config.valid_fraction * 2.0**64)
 
 
-def _in_words(troubles: Troubles) -> str:
+def _in_words(troubles: Troubles, config: DataConfig) -> str:
     """What became of all documents when none was one."""
     found = troubles.found()
-    return f"its documents are {found} (text is UTF-8)" if found else "its files hold no documents"
+    if not found:
+        return "its files hold no documents"
+    other = any(troubles.skipped()[reason].count for reason in ("missing", "wrong_type", "ambiguous"))
+    remedy = f"; data.text_field names the field or column of the text, and is {config.text_field}" if other else ""
+    return f"its documents are {found}{remedy}"
 
 
 def _num_workers(config: DataConfig, num_bytes: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 
 from train.data.meta import SPLITS, Split
+from train.data.read.forms import SPOKEN
+from train.data.read.source import Source
+from train.data.read.streams import split_name
 from train.data.read.trouble import BAD, Skipped
 
 REPORT = "report.json"
@@ -38,6 +42,22 @@ def report_of(
         "bytes_per_token": num_bytes / num_tokens,
         "document_tokens": _lengths(np.concatenate([_split_lengths(folder, split) for split in SPLITS])),
     }
+
+
+def read_as(source: Source) -> dict[str, dict[str, int]]:
+    """How many files were read as what, by the endings of their names: form -> ending -> files. Looks into each file.
+
+    Files that cannot be read are left out: they are counted as trouble.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for index, file in enumerate(source.files):
+        form = source.form(index)
+        if form is not None:
+            inner, compression = split_name(file.name)
+            endings = found.setdefault(SPOKEN[form], {})
+            ending = os.path.splitext(inner)[1].lower() + compression
+            endings[ending] = endings.get(ending, 0) + 1
+    return {form: dict(sorted(endings.items())) for form, endings in sorted(found.items())}
 
 
 def _split_lengths(folder: Path, split: str) -> np.ndarray:

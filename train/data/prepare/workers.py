@@ -90,7 +90,8 @@ def encode_in_order(tasks: Iterable[Task], num_workers: int) -> Iterator[Encoded
 
 def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
     """Answer tasks until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the parent's to handle, whose end closes the input
     while True:
         try:
             task = pickle.load(requests)

@@ -16,7 +16,9 @@ MAX_LINE_BYTES = 64 << 20
 _CUT_WINDOW_BYTES = 16384
 
 # Forms of a block's data, which are also the forms of a file.
-TEXT, LINES, ROWS = "text", "jsonl", "parquet"
+TEXT, LINES, JSON, ROWS = "text", "jsonl", "json", "parquet"
+# What some programs put before UTF-8.
+MARK = b"\xef\xbb\xbf"
 
 
 class Position(NamedTuple):
@@ -42,14 +44,15 @@ class Trouble(NamedTuple):
 class Block(NamedTuple):
     """Raw documents that lie side by side in one file.
 
-    form: TEXT (bytes, one document), LINES (bytes, whole lines of JSON) or ROWS (a tuple: bytes, or None for null).
+    form: TEXT (bytes, one document), LINES (bytes, whole lines of JSON), or JSON and ROWS (a tuple: bytes, None for
+        null, or the trouble with that document).
     at, next: where the block begins, and where reading goes on behind it.
     disk_bytes: how much of the file on the disk it took.
     troubles: what was found around it.
     """
 
     form: str
-    data: bytes | tuple[bytes | None, ...]
+    data: bytes | tuple[bytes | Trouble | None, ...]
     at: Position
     next: Position
     disk_bytes: int = 0
@@ -58,7 +61,8 @@ class Block(NamedTuple):
     @property
     def weight(self) -> int:
         """Roughly the bytes that travel to a worker."""
-        return 200 + (len(self.data) if isinstance(self.data, bytes) else sum(len(row or b"") for row in self.data))
+        rows = (self.data,) if isinstance(self.data, bytes) else self.data
+        return 200 + sum(len(row) for row in rows if isinstance(row, bytes))
 
 
 class Bytes(Protocol):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from train.data.read.blocks import LINES, TEXT, Block, Trouble, cut
+from train.data.read.blocks import JSON, LINES, MARK, TEXT, Block, Trouble, cut
+
+# Of an object's fields so many are named where the one with the text is missing.
+_NUM_NAMES, _NAME_CHARS = 8, 40
 
 
 class Document(NamedTuple):
     """One document: its text, the same as UTF-8, and its place in the file.
 
-    start, stop: bytes of a text file, bytes of the line in JSON lines, rows of a table; several documents have the
-    same place where a line's or row's text was cut.
+    start, stop: bytes of a text file, bytes of the line in JSON lines, rows of a table, numbers (from 0) of JSON
+    documents; several documents have the same place where a line's or row's text was cut.
     """
 
     text: str
@@ -23,7 +26,9 @@ class Document(NamedTuple):
     stop: int
 
 
-class _BadError(Exception):
+class BadError(Exception):
+    """There is no text: a reason of `train/data/read/trouble.py`, and what else is known."""
+
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
         self.reason, self.detail = reason, detail
@@ -32,8 +37,12 @@ class _BadError(Exception):
 def documents(block: Block, text_field: str, max_document_bytes: int) -> Iterator[Document | Trouble]:
     """The documents of a block, in order, and what is wrong with the others. Never raises for what a file holds."""
     if isinstance(block.data, tuple):
+        called = "document" if block.form == JSON else "row"
         for row, value in enumerate(block.data, block.at.place):
-            yield from _parts(value, block.at.file, row, row + 1, f"row {row}", max_document_bytes)
+            if isinstance(value, Trouble):
+                yield value
+                continue
+            yield from _parts(value, block.at.file, row, row + 1, f"{called} {row}", max_document_bytes)
     elif block.form == LINES:
         yield from _line_documents(block.data, block, text_field, max_document_bytes)
     elif block.form == TEXT:
@@ -42,13 +51,15 @@ def documents(block: Block, text_field: str, max_document_bytes: int) -> Iterato
 
 
 def _text_document(data: bytes, file: int, start: int) -> Document | Trouble:
+    skipped = len(MARK) if start == 0 and data.startswith(MARK) else 0
+    data = data[skipped:]
     try:
         text = _decoded(data)
         if "\0" in text:  # text files have none; binary ones that happen to decode nearly always do
-            raise _BadError("undecodable", "it holds a zero byte")
-    except _BadError as bad:
+            raise BadError("undecodable", "it holds a zero byte")
+    except BadError as bad:
         return Trouble(bad.reason, file, f"from byte {start}" if start else "", bad.detail)
-    return Document(text, data, file, start, start + len(data))
+    return Document(text, data, file, start + skipped, start + skipped + len(data))
 
 
 def _line_documents(
@@ -58,11 +69,11 @@ def _line_documents(
     for line in data.split(b"\n"):
         stop, number = min(start + len(line) + 1, block.at.place + len(data)), number + 1
         # The mark that some programs put before UTF-8 is no part of the first object.
-        stripped = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
+        stripped = (line.removeprefix(MARK) if number == 1 else line).strip()
         if stripped:
             try:
                 value = _field(stripped, text_field)
-            except _BadError as bad:
+            except BadError as bad:
                 yield Trouble(bad.reason, file, f"line {number}", bad.detail)
             else:
                 yield from _parts(value, file, start, stop, f"line {number}", max_document_bytes)
@@ -80,7 +91,7 @@ def _parts(
     for part in parts:
         try:
             yield Document(_decoded(part), part, file, start, stop)
-        except _BadError as bad:
+        except BadError as bad:
             yield Trouble(bad.reason, file, where, bad.detail)
     if len(parts) > 1:
         yield Trouble("cut", file, where, f"{len(data)} bytes, into {len(parts)} documents")
@@ -90,9 +101,9 @@ def _decoded(data: bytes) -> str:
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise _BadError("undecodable", f"{error.reason} at its byte {error.start}") from None
+        raise BadError("undecodable", f"{error.reason} at its byte {error.start}") from None
     if not text or text.isspace():
-        raise _BadError("empty")
+        raise BadError("empty")
     return text
 
 
@@ -101,22 +112,34 @@ def _field(line: bytes, text_field: str) -> bytes:
     try:
         entry = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise _BadError("undecodable", f"{error.reason} at its byte {error.start}") from None
+        raise BadError("undecodable", f"{error.reason} at its byte {error.start}") from None
     except json.JSONDecodeError as error:
-        raise _BadError("not_json", f"{error.msg} at its character {error.pos}") from None
+        raise BadError("not_json", f"{error.msg} at its character {error.pos}") from None
     except (ValueError, RecursionError) as error:  # digits without end, brackets without end
-        raise _BadError("not_json", str(error).splitlines()[0]) from None
+        raise BadError("not_json", str(error).splitlines()[0]) from None
+    return text_of(entry, text_field)
+
+
+def text_of(entry: object, text_field: str) -> bytes:
+    """The text in a JSON document, as UTF-8. BadError where there is none, which names the fields that there are."""
     if not isinstance(entry, dict):
-        raise _BadError("wrong_type", f"{_kind(entry)}, not an object")
+        raise BadError("wrong_type", f"{_kind(entry)}, not an object")
     if text_field not in entry:
-        raise _BadError("missing", f"no {text_field}")
+        raise BadError("missing", f"no {text_field}{among(entry)}")
     value = entry[text_field]
     if not isinstance(value, str):
-        raise _BadError("missing" if value is None else "wrong_type", f"{text_field} is {_kind(value)}")
+        raise BadError("missing" if value is None else "wrong_type", f"{text_field} is {_kind(value)}")
     try:
         return value.encode()
     except UnicodeEncodeError as error:  # \ud800 alone is JSON, and no character
-        raise _BadError("undecodable", f"{error.reason} at its character {error.start}") from None
+        raise BadError("undecodable", f"{error.reason} at its character {error.start}") from None
+
+
+def among(names: Iterable[str]) -> str:
+    """The end of a phrase on a field or column that is missing: those that there are."""
+    found = [str(name)[:_NAME_CHARS] for name in names]
+    more = f" and {len(found) - _NUM_NAMES} more" if len(found) > _NUM_NAMES else ""
+    return f" among {', '.join(found[:_NUM_NAMES])}{more}" if found else " and no other field"
 
 
 def _kind(value: object) -> str:

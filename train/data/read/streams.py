@@ -1,12 +1,13 @@
-"""Files as streams of bytes, uncompressed on the way; what a file is, by its name.
+"""Files as streams of bytes, uncompressed on the way.
 
-The compression comes from the last ending (.gz, .bz2, .xz, .zst), the form from the one before it. Streams are read
-once, in order; damage is found by the formats' own checksums and ends, and named.
+How a file is compressed is what its first bytes say (gzip, bzip2, xz, Zstandard), whatever it is called. Streams are
+read once, in order; damage is found by the formats' own checksums and ends, and named.
 """
 
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import lzma
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, Protocol
 
-from train.data.read.blocks import LINES, ROWS, TEXT, DamagedError
+from train.data.read.blocks import DamagedError
 
 zstandard: ModuleType | None
 try:
@@ -24,9 +25,8 @@ try:
 except ImportError:  # no wheel for this platform: everything else works without
     zstandard = None
 
-# What a file holds, by its last ending but for a compression; any other is text.
-FORMS = {".jsonl": LINES, ".ndjson": LINES, ".parquet": ROWS, ".pq": ROWS}
 _CHUNK_BYTES = 1 << 14
+_HEAD_BYTES = 512
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -37,11 +37,25 @@ def split_name(name: str) -> tuple[str, str]:
     return name, ""
 
 
-def form_of(name: str, wanted: str) -> str:
-    """TEXT, LINES or ROWS: as `data.format` says, or by the file's name where that is `auto`."""
-    if wanted != "auto":
-        return wanted
-    return FORMS.get(os.path.splitext(split_name(name)[0])[1].lower(), TEXT)
+def compression_of(file: BinaryIO, name: str) -> str:
+    """The ending that stands for a file's compression, by its first bytes; nothing where it is not compressed.
+
+    A file that is called compressed and begins with neither its format nor text is a damaged one of its name.
+    """
+    head = file.read(_HEAD_BYTES)
+    file.seek(0)
+    for ending, beginnings in _BEGINNINGS.items():
+        if head.startswith(beginnings):
+            return ending
+    return "" if head.startswith(PARQUET) or is_text(head) else split_name(name)[1]
+
+
+def is_text(head: bytes) -> bool:
+    """Whether the first bytes of a file are text: UTF-8 whose last character may be cut, without a zero byte."""
+    try:
+        return bool(head) and "\0" not in codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
 
 
 class _Reader(Protocol):
@@ -74,7 +88,16 @@ class _Frames:
         return part
 
 
-# What reads a compression, by the last ending.
+# What a Parquet file begins with.
+PARQUET = b"PAR1"
+# What compressed files begin with; Zstandard's frames may come behind ones that are to be skipped.
+_BEGINNINGS: dict[str, tuple[bytes, ...]] = {
+    ".gz": (b"\x1f\x8b",),
+    ".bz2": (b"BZh",),
+    ".xz": (b"\xfd7zXZ\0",),
+    ".zst": (b"\x28\xb5\x2f\xfd", *(bytes([0x50 + number]) + b"\x2a\x4d\x18" for number in range(16))),
+}
+# What reads a compression, by the ending that stands for it.
 OPENERS: dict[str, Callable[[BinaryIO], _Reader]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file, mode="rb"),
     ".bz2": lambda file: bz2.BZ2File(file, "rb"),
@@ -99,7 +122,7 @@ class FileStream:
         self._file, self._expected, self._told = path.open("rb"), expected, 0
         try:
             self._check()
-            compression = split_name(path.name)[1]
+            compression = compression_of(self._file, path.name)
             if compression:
                 self._reader: _Reader = OPENERS[compression](self._file)
                 while start > 0 and (part := self.read(min(start, 1 << 20))):

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from train.data.read.blocks import BLOCK_BYTES, ROWS, Block, DamagedError, Position, Trouble
+from train.data.read.documents import among
 
 _MAX_ROWS = 1 << 14
 
@@ -73,7 +74,7 @@ def _group_blocks(
 def check_column(schema: pa.Schema, text_field: str) -> None:
     """DamagedError, with the reason `missing` or `wrong_type`, when a table's `text_field` does not hold text."""
     if text_field not in schema.names:
-        raise DamagedError("missing", f"no column {text_field} among {', '.join(schema.names)}")
+        raise DamagedError("missing", f"no column {text_field}{among(schema.names)}")
     kind = schema.field(text_field).type
     inner = kind.value_type if pa.types.is_dictionary(kind) else kind
     texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)

@@ -17,6 +17,8 @@ BAD = {
     "not_json": "no JSON",
     "missing": "without data.text_field",
     "wrong_type": "data.text_field is no text",
+    "ambiguous": "JSON lines without data.text_field under a name that says nothing of them (data.format=text trains "
+    "on them as they stand)",
     "giant": f"a line longer than {MAX_LINE_BYTES >> 20} MiB",
 }
 # What is only noted.
@@ -71,8 +73,12 @@ class Troubles:
         return f"{self._name(trouble.file)}{where}{detail}"
 
     def found(self) -> str:
-        """How many of each bad reason, in words; empty when there are none."""
-        return ", ".join(f"{self._counts[reason]} {reason.replace('_', ' ')}" for reason in BAD if self._counts[reason])
+        """How many of each bad reason, in words, and the first of them; empty when there are none."""
+        return "; ".join(
+            f"{self._counts[reason]} {BAD[reason]}, as in {self._examples[reason][0]}"
+            for reason in BAD
+            if self._counts[reason]
+        )
 
     def skipped(self) -> dict[str, Skipped]:
         """Counts and examples of every reason."""

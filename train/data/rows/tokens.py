@@ -1,4 +1,4 @@
-"""Reading prepared tokens: one long memory-mapped stream per split, whatever the number of shards."""
+"""Reading prepared tokens: one long stream per split, whatever the number of shards. No file is held open."""
 
 from __future__ import annotations
 
@@ -42,12 +42,9 @@ class Tokens:
         self.vocab_size = meta.vocab_size
         self.eod = meta.eod
         self._shard_tokens = int(meta.settings["shard_tokens"])
-        # Plain arrays over the maps: slicing np.memmap itself costs several times as much.
-        self._shards = [np.asarray(np.memmap(folder / name, dtype=meta.dtype, mode="r")) for name in counts.shards]
+        self._dtype = np.dtype(meta.dtype)
         self._paths = [str(folder / name) for name in counts.shards]
         self._stamps = [stamp(os.stat(path)) for path in self._paths]
-        documents = np.memmap(folder / f"{split}-documents.bin", dtype="<i8", mode="r").reshape(-1, 4)
-        self._documents = np.asarray(documents)
 
     @classmethod
     def open(cls, folder: str | Path, split: str, verify: bool | None = None) -> Tokens:
@@ -87,21 +84,31 @@ class Tokens:
         done = 0
         while done < len(out):
             shard, offset = divmod(start + done, self._shard_tokens)
-            self._check(shard)
-            part = self._shards[shard][offset : offset + len(out) - done]
-            out[done : done + len(part)] = part
-            done += len(part)
+            count = min(len(out) - done, self._shard_tokens - offset)
+            out[done : done + count] = self._part(shard, offset, count)
+            done += count
 
-    def _check(self, shard: int) -> None:
+    def _part(self, shard: int, offset: int, count: int) -> np.ndarray:
+        """Tokens of one shard. It is opened for it: a process may not have as many files open as there are shards."""
+        part = np.empty(count, dtype=self._dtype)
         try:
-            same = stamp(os.stat(self._paths[shard])) == self._stamps[shard]
-        except OSError:
+            with open(self._paths[shard], "rb", buffering=0) as file:
+                same = stamp(os.fstat(file.fileno())) == self._stamps[shard]
+                file.seek(offset * self._dtype.itemsize)
+                same = same and file.readinto(part.view(np.uint8).data) == part.nbytes
+        except FileNotFoundError:
             same = False
         if not same:
             raise ValueError(
                 f"{self._paths[shard]} was changed or removed while it was read: leave prepared tokens alone as long "
                 "as a run reads them; prepare them again before the next one"
             )
+        return part
+
+    def _documents(self) -> np.ndarray:
+        """The table of documents, int64 [num_documents, 4], mapped into memory as long as it is used."""
+        path = self.folder / f"{self.split}-documents.bin"
+        return np.asarray(np.memmap(path, dtype="<i8", mode="r").reshape(-1, 4))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop), int64. ValueError when they are not all in the split."""
@@ -117,19 +124,20 @@ class Tokens:
 
     def _num_ends_before(self, positions: np.ndarray) -> np.ndarray:
         """Documents whose last token lies before each position."""
-        return np.searchsorted(self._documents[:, 0], positions, side="right")
+        return np.searchsorted(self._documents()[:, 0], positions, side="right")
 
     def documents(self, start: int, stop: int) -> list[DocumentSpan]:
         """The documents that own the tokens [start, stop), in order. ValueError when they are not in the split."""
         if not 0 <= start < stop <= self.num_tokens:
             raise ValueError(f"tokens {start} to {stop} are not within the {self.num_tokens} of {self.split}")
-        ends = self._documents[:, 0]
+        table = self._documents()
+        ends = table[:, 0]
         first = int(np.searchsorted(ends, start, side="right"))
         last = int(np.searchsorted(ends, stop - 1, side="right"))
         files = json.loads((self.folder / FILES).read_text(encoding="utf-8"))
         found = []
         for index in range(first, last + 1):
-            end, file, first_byte, stop_byte = (int(value) for value in self._documents[index])
+            end, file, first_byte, stop_byte = (int(value) for value in table[index])
             begin = int(ends[index - 1]) if index else 0
             found.append(DocumentSpan(files[file], first_byte, stop_byte, begin, end))
         return found

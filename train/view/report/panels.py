@@ -122,7 +122,7 @@ def _batch(runs: Sequence[Run]) -> Chart:
 
 
 def _step_time(runs: Sequence[Run]) -> Chart:
-    """Of one run its parts; of several the whole of each."""
+    """Seconds of a step: its parts where there is one run, the whole step of each run where there are several."""
     whole = [
         Curve(run.name, number, tokens_of(run), column(run.steps, "perf/step_s")) for number, run in enumerate(runs)
     ]

@@ -118,7 +118,7 @@ def _checkpoints(root: Path) -> list[tuple[str, int]]:
 
 
 def _trouble(path: Path, last_step: int) -> str:
-    """Of a run that stopped at a number that is not finite and has not come past it since."""
+    """What a report says of a run that stopped at a number that is not finite and has not come past it since."""
     try:
         step = int(json.loads(path.read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError):
