@@ -33,7 +33,7 @@ class Group:
 
     @property
     def value(self) -> Spread:
-        """Of the metric that jobs are judged by."""
+        """Mean and deviation of the metric that jobs are judged by."""
         return Spread.of([each.value for each in self.counted])
 
     @property
