@@ -130,7 +130,7 @@ def test_refuses_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["generate", "prompt=a"]) == 2
     assert "checkpoint=... is missing: generate needs checkpoint" in capsys.readouterr().err
     assert main(["generate", "checkpoint=/nowhere", "prompt=a"]) == 2
-    assert "checkpoint=/nowhere is no folder" in capsys.readouterr().err
+    assert "checkpoint=/nowhere does not exist" in capsys.readouterr().err
     assert main(["generate", f"checkpoint={tmp_path}", "prompt=a"]) == 2
     assert f"checkpoint={tmp_path} holds no checkpoint: name a run's folder" in capsys.readouterr().err
 
