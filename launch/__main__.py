@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from launch.settings import (
+    EvaluateSettings,
     ExportSettings,
     GenerateSettings,
     ImportSettings,
@@ -21,6 +22,7 @@ from launch.settings import (
 from launch.sweep.config import SweepConfig
 from train.cli import usage
 from train.config import RunConfig
+from train.data.config import DataConfig
 from train.settings import hint
 from train.stopping import ended
 
@@ -70,6 +72,11 @@ VERBS = {
         "launch.generate:generate_command",
         "go on with a text: checkpoint=FOLDER prompt=TEXT speculative=true",
         ((GenerateSettings, ""),),
+    ),
+    "evaluate": Verb(
+        "launch.evaluate:evaluate_command",
+        "loss and perplexity by source, without a run: checkpoint=FOLDER [data.source=PATH] out=FILE",
+        ((EvaluateSettings, ""), (DataConfig, "data.")),
     ),
     "export": Verb(
         "launch.export:export",

@@ -50,7 +50,7 @@ WARMUP_TOKENS = 3
 def generate_command(settings: Sequence[str]) -> int:
     """Says the text and the figures. ValueError, before anything is loaded, for what cannot be done."""
     request = read(GenerateSettings, settings, "generate")
-    text, device = _prompt(request), _device(request.device)
+    text, device = _prompt(request), device_of(request.device)
     folder = find_checkpoint(request.checkpoint, "checkpoint")
     state, config = read_state(folder), compose.load(folder / CONFIG_FILE)
     tokenizer = find_tokenizer(config, state, request.tokenizer)
@@ -58,10 +58,8 @@ def generate_command(settings: Sequence[str]) -> int:
     if request.speculative and not config.model.num_nextn_predict_layers:
         raise ValueError("speculative=true needs prediction depths, and model.num_nextn_predict_layers=0 in the run")
     if request.weights == "ema":
-        _check_average(folder)
-    precision = config.precision
-    if request.precision not in (None, precision.name):
-        precision = group(PrecisionConfig, "precision", request.precision)
+        check_average(folder)
+    precision = precision_of(config, request.precision)
     model = load_model(folder, config.model, precision, device, STATES[request.weights])
     print(f"{folder}: {request.weights} weights in {precision.name} on {device}\n\n{text}", end="", flush=True)
 
@@ -188,7 +186,16 @@ def _fit(text: str, asked: int | None, config: RunConfig, tokenizer: Tokenizer) 
     return prompt, asked or min(NUM_NEW_TOKENS, most - len(prompt))
 
 
-def _check_average(folder: Path) -> None:
+def precision_of(config: RunConfig, asked: str | None) -> PrecisionConfig:
+    """The precision of this name, or the run's."""
+    if asked in (None, config.precision.name):
+        return config.precision
+    assert asked is not None
+    return group(PrecisionConfig, "precision", asked)
+
+
+def check_average(folder: Path) -> None:
+    """ValueError where a checkpoint holds no moving average of the weights."""
     with RangeReader(folder) as reader:
         names = list(reader.tensors)
     if not any(name.startswith("ema.") for name in names):
@@ -210,7 +217,8 @@ def _prompt(request: GenerateSettings) -> str:
     return text
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """What `device` means on this machine. ValueError for one that it has not."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("device=cuda: this machine has no CUDA device")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")

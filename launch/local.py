@@ -37,6 +37,7 @@ def local(settings: Sequence[str]) -> int:
 
 def run(config: RunConfig) -> Ended:
     """One job: pp x dp processes on this machine that all read the same resolved config."""
+    config.track.check_installed()
     with stop_signals(end_now, insist=noted) as stop:
         run_folder.refuse_if_in_use(Path(config.run.dir))
         warm(config)  # so that it imports beside the preparation, and beside what that imports

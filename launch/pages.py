@@ -1,7 +1,8 @@
 """`python -m launch.pages`: writes the tables of settings in docs/ from the dataclasses that own them (`make docs`).
 
 A page says between two marks whose keys it shows: `<!-- settings of train -->` ... `<!-- end of settings -->` are those
-of a section of a run's config, `sweep` those of a sweep, and the name of a verb the verb's own.
+of a section of a run's config, `sweep` those of a sweep, and the name of a verb the verb's own; `launch NAME` where a
+section has that name, too.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ MARKED = re.compile(r"(<!-- settings of ([\w, ]+) -->\n).*?(<!-- end of settings
 
 def tables() -> dict[str, str]:
     """The table of each name that a page may show."""
-    found = dict(usage.run_tables())
+    sections = dict(usage.run_tables())
+    found = dict(sections)
     for name, verb in VERBS.items():
         for kind, prefix in verb.settings:
-            if (kind, prefix) != RUN:
-                found[prefix.rstrip(".") or name] = usage.table(kind, prefix)
+            if (kind, prefix) != RUN and prefix.rstrip(".") not in sections:
+                own = f"launch {name}" if name in sections else name
+                found[prefix.rstrip(".") or own] = usage.table(kind, prefix)
     return found
 
 

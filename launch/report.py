@@ -11,7 +11,8 @@ from launch.settings import ReportSettings
 from train import compose
 from train.checkpoint.saver import read_state
 from train.checkpoint.step_folders import CONFIG_FILE, find_checkpoint, run_of
-from train.data.rows.blend import open_stream, prepared_fingerprint
+from train.data.rows.blend import prepared_fingerprint
+from train.data.rows.valid import open_validation
 from train.settings import read
 from train.view.report.page import write_report
 from train.view.report.runs import find_runs, read_run
@@ -43,6 +44,6 @@ def unigram_entropy_nats(run: Path) -> float | None:
         known = read_state(find_checkpoint(run, "run")).fingerprints["data"]
         if prepared_fingerprint(config.data) not in known:
             return None
-        return open_stream(config.data, "valid", config.train.seq_len, order="sequential").unigram_entropy_nats
+        return open_validation(config.data, config.train.seq_len, config.evaluate.num_sequences).unigram_entropy_nats
     except (OSError, ValueError, yaml.YAMLError):
         return None

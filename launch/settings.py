@@ -118,6 +118,50 @@ class GenerateSettings:
 
 
 @dataclass(frozen=True)
+class EvaluateSettings:
+    """`evaluate`: which model reads which text. Keys of `data` name another text than the run's.
+
+    Attributes:
+        checkpoint: a run's folder (its newest complete checkpoint), a folder of checkpoints, or one step folder.
+        num_sequences: how many of each source, evenly over it, or `all`; None: `evaluate.num_sequences` of the run.
+        seq_len: tokens of a sequence; None: the run's.
+        weights: `model`, or `ema` for the moving average of a run with `optimizer.ema_decay`.
+        precision: `fp64`, `fp32`, `bf16` or `fp8`; None: the run's.
+        device: `auto` (CUDA where there is a device), `cpu`, `cuda`; not yet run on a GPU.
+        tokenizer: a `tokenizer.json`, where the folder of the run's tokens is elsewhere or was prepared anew; None: the
+            one beside the run's tokens.
+        out: file to write the numbers to, as JSON.
+    """
+
+    checkpoint: Path
+    num_sequences: str | None = None
+    seq_len: int | None = None
+    weights: str = "model"
+    precision: str | None = None
+    device: str = "auto"
+    tokenizer: Path | None = None
+    out: Path | None = None
+
+    def num_sequences_of(self, of_the_run: int) -> int | None:
+        """How many sequences are asked for; None: all."""
+        if self.num_sequences is None:
+            return of_the_run
+        return None if self.num_sequences == "all" else int(self.num_sequences)
+
+    def check(self) -> None:
+        """ValueError for what cannot be, whatever the checkpoint."""
+        asked = self.num_sequences
+        if asked is not None and asked != "all" and not (asked.isdecimal() and int(asked) > 0):
+            raise ValueError(f"num_sequences={asked} must be a whole number of at least 1, or all")
+        if self.seq_len is not None and self.seq_len < 1:
+            raise ValueError(f"seq_len={self.seq_len} must be at least 1")
+        _one_of("weights", self.weights, WEIGHTS)
+        _one_of("device", self.device, DEVICES)
+        if self.precision is not None:
+            _one_of("precision", self.precision, PRECISIONS)
+
+
+@dataclass(frozen=True)
 class ReportSettings:
     """`report`: which runs are drawn over each other, and where.
 

@@ -20,6 +20,7 @@ from tests.reference import LocalDispatch as ReferenceDispatch
 from tests.reference import rms_norm, select
 from train.config import RunConfig
 from train.data.rows.blend import open_stream
+from train.data.rows.shares import Shares
 from train.model.config import ModelConfig
 from train.model.init import init_weights
 from train.model.transformer import Transformer
@@ -352,7 +353,7 @@ def plain_run(config: RunConfig, parent: PlainRun | None = None, until: int | No
         row = _row(config, plan, sums) | {"train/grad_norm": float(norm)}
         interval = config.evaluate.interval
         if step + 1 == schedule.num_steps or (interval and (step + 1) % interval == 0):
-            row["valid/loss"] = _evaluate(config, weights, model.biases)
+            row |= _evaluate(config, weights, model.biases)
         rows.append(row)
         loads.append(sums.load)
     biases = model.biases if config.model.topk_method == "noaux_tc" else model.biases[:0]
@@ -398,12 +399,25 @@ def _row(config: RunConfig, plan: StepPlan, sums: Sums) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _evaluate(config: RunConfig, weights: dict[str, Tensor], biases: Tensor) -> float:
-    """Mean cross-entropy of the first sequences of the validation split."""
-    rows = open_stream(config.data, "valid", config.train.seq_len, order="sequential")
-    num_sequences = min(config.evaluate.num_sequences, rows.num_rows)
-    sums = PlainModel(config.model, weights, biases, _border(config))(rows.rows(0, num_sequences))
-    return sums.main.item() / max(1, sums.num_targets)
+def _evaluate(config: RunConfig, weights: dict[str, Tensor], biases: Tensor) -> dict[str, float]:
+    """Mean cross-entropy of sequences evenly over the validation split, and of each source that has its own."""
+    data, number = config.data, config.evaluate.num_sequences
+    counts = dict.fromkeys((*data.sources, *data.evaluated), number)
+    if data.blend:
+        shares = Shares({each.name: each.weight for each in data.blend}, seed=0)
+        counts |= {name: max(1, count) for name, count in shares.counts(number).items()}
+    found: dict[str, float] = {}
+    total, num_targets = 0.0, 0
+    for name, source in {**data.sources, **data.evaluated}.items():
+        rows = open_stream(source, "valid", config.train.seq_len, order="sequential")
+        num_rows, count = rows.num_rows, min(counts[name], rows.num_rows)
+        taken = torch.cat([rows.rows(num_rows * number // count, 1) for number in range(count)])
+        sums = PlainModel(config.model, weights, biases, _border(config))(taken)
+        if name in data.sources:
+            total, num_targets = total + sums.main.item(), num_targets + sums.num_targets
+        if data.blend or name in data.evaluated:
+            found[f"valid/{name}/loss"] = sums.main.item() / max(1, sums.num_targets)
+    return {"valid/loss": total / max(1, num_targets), **found}
 
 
 def _moments_dtype(config: RunConfig) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -60,6 +61,13 @@ def numbers(run: Finished) -> list[dict[str, float]]:
     return [{k: v for k, v in row.items() if k.startswith(("step", "train/", "valid/", "moe/"))} for row in run.rows]
 
 
+def patience_of(run: Finished, step: int | None = None) -> tuple[float | None, int]:
+    """What a checkpoint of the run, the last one by default, keeps of the validation losses so far."""
+    folder = last_checkpoint(run.folder) if step is None else run.folder / "checkpoints" / f"step-{step:08d}"
+    state = json.loads((folder / "state.json").read_text())
+    return state["best_valid_loss"], state["num_evaluations_since_best"]
+
+
 def assert_same_bits(run: Finished, other: Finished) -> None:
     assert numbers(run) == numbers(other)
     ours, theirs = run.masters, other.masters
@@ -84,6 +92,7 @@ def test_one_that_changes_nothing_is_its_parent_going_on(
     branch = run_in(ranks, tmp_path / "branch", [*settings, branch_of(parent)], 2)
     assert any(name.startswith("ema.") for name in branch.masters)
     assert_same_bits(branch, parent)
+    assert patience_of(branch) == patience_of(parent)
     assert read_loads(branch.folder / "loads.jsonl") == read_loads(parent.folder / "loads.jsonl")
 
 
@@ -212,6 +221,21 @@ def test_an_average_that_the_parent_had_not_begins_with_the_weights(
     for name in (name for name in after if name.startswith("ema.")):
         master = "master." + name.removeprefix("ema.")
         assert torch.allclose(after[name], (before[master] + after[master]) / 2, rtol=1e-12, atol=0)
+
+
+def test_patience_counts_anew_where_another_loss_is_measured(
+    ranks: Ranks, tmp_path: Path, fp64: list[str], parent: Finished
+) -> None:
+    """No loss comes below one that is said to be lower by more than `min_improvement`: the first stays the best."""
+    first = {row["step"]: row["valid/loss"] for row in parent.rows if "valid/loss" in row}[2]
+    settings = [*fp64, branch_of(parent), "evaluate.min_improvement=100"]
+    # Another bound on improvement is a change of what is evaluated, so the losses before it are forgotten.
+    branch = run_in(ranks, tmp_path / "anew", [*settings, "train.max_steps=4"], 1)
+    best, since = patience_of(branch)
+    assert best == next(row["valid/loss"] for row in branch.rows if row["step"] == 4) and since == 0
+    kept = run_in(ranks, tmp_path / "kept", [*fp64, branch_of(parent), "lr_scheduler.lr=0"], 1)
+    assert patience_of(parent, LEFT_AT) == (first, 0)
+    assert patience_of(kept)[0] <= first
 
 
 def test_all_are_refused_in_a_sentence(

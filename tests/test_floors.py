@@ -18,6 +18,8 @@ RELATIVE = [path.relative_to(ROOT).as_posix() for path in FILES]
 DOORS = {
     "deepspeed": {"parallel/zero/deepspeed_engine.py"},
     "wandb": {"train/track/wandb.py"},
+    "tensorboard": {"train/track/tensorboard.py"},
+    "torch.utils.tensorboard": {"train/track/tensorboard.py"},
     "hydra": {"train/compose.py", "train/typed.py"},
     "tokenizers": {"train/data/tokenizer.py"},
     "matplotlib": {"train/view/curves.py", "train/view/rows.py", "launch/sweep/picture.py"},
@@ -141,7 +143,9 @@ def test_a_model_is_checked_and_counted_without_torch(name: str) -> None:
 @pytest.mark.parametrize("library", sorted(DOORS))
 def test_heavy_libraries_have_one_door(library: str) -> None:
     users = {
-        path.relative_to(ROOT).as_posix() for path in FILES if any(n.split(".")[0] == library for n in imports(path))
+        path.relative_to(ROOT).as_posix()
+        for path in FILES
+        if any(f"{name}.".startswith(f"{library}.") for name in imports(path))
     }
     assert users <= DOORS[library]
 

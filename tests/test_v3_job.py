@@ -126,6 +126,7 @@ def fake_job(rank: int) -> Iterator[Job]:
             for where, name, what in [
                 (dist, "new_group", new_group),
                 (assemble, "open_stream", FakeStream),
+                (assemble, "open_validation", mock.MagicMock()),
                 (assemble, "Checkpoints", mock.MagicMock()),
                 # What a GPU gets.
                 (build, "TorchEngine", lambda device: TorchEngine("cuda")),

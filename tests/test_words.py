@@ -348,9 +348,9 @@ def test_a_checkpoint_of_more_files_than_may_be_open_is_read(tmp_path: Path) -> 
     index = {"metadata": {}, "weight_map": {name: file for file, name in files.items()}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    spare = len(os.listdir("/proc/self/fd")) + 20
-    assert len(files) > spare, "the limit has to be below the number of files"
-    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
+    free = 20
+    assert len(files) > free, "fewer files may be opened than there are"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + free, limits[1]))
     try:
         back = import_from(folder, tmp_path / "back")
         again = export(back, tmp_path / "again", "dtype=fp32", "tokenizer=none", "max_shard_bytes=1")

@@ -118,7 +118,7 @@ def same_tokens(meeting: Meeting, data: DataConfig) -> None:
 
     def look() -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for name, source in data.sources.items():
+        for name, source in {**data.sources, **data.evaluated}.items():
             try:
                 _comes(lambda folder=source.folder: (folder / "meta.json").exists())  # type: ignore[misc]
                 found[f"the tokens of {name} in data.dir={source.folder}"] = Meta.load(source.folder).fingerprint[:16]

@@ -22,17 +22,20 @@ from parallel.pipeline.segments import Segments
 from parallel.process import Groups
 from parallel.shards import Piece
 from parallel.watch import HangError, Need, PeerError, Watchdog
+from parallel.zero.optimizer import ZeroOptimizer
 from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
 from train import flops
 from train.checkpoint.saver import Checkpoints, read_pieces
 from train.config import RunConfig
 from train.data.rows.blend import check_epochs, open_stream
+from train.data.rows.valid import open_validation
 from train.job import Job, held
 from train.model.config import ModelConfig
 from train.model.init import InitialValues, init_weights, materialise
 from train.model.kernels import Kernels
 from train.model.packing import ByDocument, OneText, Packing
+from train.model.parts import Parts
 from train.model.recompute import Recompute
 from train.model.transformer import Transformer
 from train.precision.build import build_engines, check_widths, choose_engine, fp8_weights, row_codec
@@ -40,12 +43,14 @@ from train.precision.config import PrecisionConfig
 from train.precision.engine import Engine
 from train.precision.grads import attach_main_grads
 from train.precision.transformer_engine import LibraryModules
+from train.prompts import read_prompts
 from train.recipe.balance import freeze_routers
 from train.recipe.ema import Ema
 from train.recipe.optimizer import rules as update_rules
 from train.split import split
-from train.stage import Stage, WeightGradients
-from train.track.metrics import METRICS
+from train.stage import Reader, Stage, WeightGradients
+from train.track.metrics import METRICS, of_run
+from train.track.patience import Patience
 from train.track.vector import Metrics
 
 __all__ = ["HangError", "Meeting", "PeerError", "assemble", "device_of", "join", "load_model", "meet"]
@@ -108,7 +113,7 @@ def assemble(config: RunConfig, groups: Groups, make_engines: MakeEngines = buil
     torch.manual_seed(config.train.seed)  # nothing in a step draws from it; what ever will does so reproducibly
     train, data = config.train, config.data
     train_rows = open_stream(data, "train", train.seq_len, train.seed, past=config.readings)
-    valid_rows = open_stream(data, "valid", train.seq_len, order="sequential")
+    validation = open_validation(data, train.seq_len, config.evaluate.num_sequences)
     check_epochs(train_rows, config.num_sequences, data.max_epochs)
     dispatch = build_dispatch(
         config.model.n_routed_experts, groups, row_codec(config.precision, config.model.hidden_size)
@@ -120,6 +125,36 @@ def assemble(config: RunConfig, groups: Groups, make_engines: MakeEngines = buil
     if isinstance(weights, LibraryModules):
         for model in models:
             check_widths(model, config.precision)
+    optimizer = optimizer_of(config, groups, models, weights.changed)
+    rank, links, recorder = groups.mesh.pp_rank, connected(config, groups), Recorder(groups.mesh.pp_rank, groups.watch)
+    readers = {number: Reader(stage.model) for number, stage in stages.items()}
+    return Job(
+        config=config,
+        groups=groups,
+        recipe=config.recipe(),
+        stages=stages,
+        runtime=Runtime(rank, stages, links, recorder),
+        readers=readers,
+        reading=Runtime(rank, readers, links, recorder),
+        recorder=recorder,
+        dispatch=dispatch,
+        optimizer=optimizer,
+        ema=Ema(optimizer.state(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
+        train_rows=train_rows,
+        validation=validation,
+        prompts=read_prompts(config),
+        patience=Patience(config.evaluate.patience, config.evaluate.min_improvement),
+        metrics=run_metrics(config),
+        checkpoints=Checkpoints(config.checkpoint.folder(config.run.dir), config.checkpoint, groups.checkpoint),
+        flops_per_token=flops.training_flops_per_token(config.model, train.seq_len),
+        one_machine=os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"),
+    )
+
+
+def optimizer_of(
+    config: RunConfig, groups: Groups, models: Sequence[Transformer], on_new_weights: Callable[[], object]
+) -> ZeroOptimizer:
+    """What updates these slices of the model, with masters as drawn; their parameters get a `main_grad` each."""
     rule, frozen = update_rules(config.optimizer), config.frozen
     for model in models:
         freeze_routers(model, frozen)
@@ -131,43 +166,34 @@ def assemble(config: RunConfig, groups: Groups, make_engines: MakeEngines = buil
         frozen=frozen,
         host=groups.host,
         watch=groups.watch,
-        on_new_weights=weights.changed,
+        on_new_weights=on_new_weights,
     )
     for model in models:
-        init_masters(model, train.seed, optimizer.state())
+        init_masters(model, config.train.seed, optimizer.state())
         attach_main_grads(model)
-    mesh = groups.mesh
-    dtype = DTYPES[config.precision.name]
-    link_groups = connect(config.placement, mesh, groups.device, groups.timeout)
-    links = Links(mesh.pp_rank, link_groups, dtype, groups.device, groups.watch)
-    recorder = Recorder(mesh.pp_rank, groups.watch)
-    return Job(
-        config=config,
-        groups=groups,
-        recipe=config.recipe(),
-        stages=stages,
-        runtime=Runtime(mesh.pp_rank, stages, links, recorder),
-        recorder=recorder,
-        dispatch=dispatch,
-        optimizer=optimizer,
-        ema=Ema(optimizer.state(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
-        train_rows=train_rows,
-        valid_rows=valid_rows,
-        metrics=run_metrics(config),
-        checkpoints=Checkpoints(config.checkpoint.folder(config.run.dir), config.checkpoint, groups.checkpoint),
-        flops_per_token=flops.training_flops_per_token(config.model, train.seq_len),
-        one_machine=os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"),
-    )
+    return optimizer
 
 
-def run_metrics(config: RunConfig) -> Metrics:
-    """What this run reports: the balance losses of devices and of communication only where they weigh something."""
+def connected(config: RunConfig, groups: Groups) -> Links:
+    """This rank's links to the stages before and behind its own."""
+    link_groups = connect(config.placement, groups.mesh, groups.device, groups.timeout)
+    return Links(groups.mesh.pp_rank, link_groups, DTYPES[config.precision.name], groups.device, groups.watch)
+
+
+def run_metrics(config: RunConfig, sources: Sequence[str] | None = None) -> Metrics:
+    """What this run reports: the balance losses of devices and of communication only where they weigh something.
+
+    sources: those that validate, where they are others than the run's.
+    """
     weights = {
         "train/device_balance_loss": config.moe.device_aux_coeff,
         "train/comm_balance_loss": config.moe.comm_aux_coeff,
     }
     unreported = {name for name, weight in weights.items() if not weight}
-    return Metrics(replace(each, is_reported=each.is_reported and each.name not in unreported) for each in METRICS)
+    return Metrics(
+        replace(each, is_reported=each.is_reported and each.name not in unreported)
+        for each in of_run(METRICS, config.data.valid_names if sources is None else sources)
+    )
 
 
 def init_masters(model: Transformer, seed: int, state: Mapping[str, Sequence[Piece]]) -> None:
@@ -220,17 +246,21 @@ def load_model(
     device: torch.device,
     weights: str = "master",
     make_engines: MakeEngines = build_engines,
+    packing: Packing | None = None,
+    with_depths: bool = True,
 ) -> Transformer:
     """The whole model of a step folder in this process, whatever ranks saved it: for forward passes, without a run.
 
     weights: "master", or "ema" for the moving average. They are rounded to `precision`, which need not be the run's.
-    make_engines: as `assemble` takes it.
+    make_engines: as `assemble` takes it. with_depths: whether prediction depths are needed, too.
     Raises ValueError as `read_pieces` and `fp8_weights` do, and for matrices that the engine cannot multiply by.
     """
     dtype, quantised = DTYPES[precision.name], fp8_weights(precision, device)
     engines = make_engines(precision, device, quantised)
     with torch.device("meta"):
-        model = Transformer(config, LocalDispatch(config.n_routed_experts), engines)
+        whole = Parts.all(config)
+        parts = whole if with_depths else replace(whole, mtp=False)
+        model = Transformer(config, LocalDispatch(config.n_routed_experts), engines, parts=parts, packing=packing)
     if isinstance(quantised, LibraryModules):
         check_widths(model, precision)
     materialise(model, dtype, device)

@@ -118,7 +118,7 @@ def _composed(settings: list[str], own: list[str], file: Path | None) -> DictCon
         refusals.check(override, file)
     try:
         if file is not None:
-            return _changed(file, overrides)
+            return _changed(_tree(file), overrides)
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return hydra.compose("run", [*settings, *own])
     except (HydraException, OmegaConfBaseException) as error:
@@ -138,6 +138,19 @@ def checked(tree: DictConfig) -> RunConfig:
     config = branch.with_ancestry(config, text)
     config.check()
     return config
+
+
+def changed(config: RunConfig, words: Iterable[str]) -> RunConfig:
+    """The run with single keys changed by `key=value` words, checked. ValueError as `compose` raises it."""
+    overrides = _parsed(list(words))
+    for override in overrides:
+        refusals.check(override, None)
+    try:
+        tree = OmegaConf.create(text(config))
+        assert isinstance(tree, DictConfig)
+        return checked(_changed(tree, overrides))
+    except OmegaConfBaseException as error:
+        raise ValueError(refusals.sentence(error)) from None
 
 
 def load(path: Path) -> RunConfig:
@@ -232,9 +245,9 @@ def _parsed(settings: Sequence[str]) -> list[Override]:
     return found
 
 
-def _changed(file: Path, overrides: Sequence[Override]) -> DictConfig:
-    """The resolved config in a file, laid over the defaults, with single keys changed."""
-    tree = OmegaConf.merge(defaults(RunConfig), _tree(file))
+def _changed(resolved: DictConfig, overrides: Sequence[Override]) -> DictConfig:
+    """A resolved config, laid over the defaults, with single keys changed."""
+    tree = OmegaConf.merge(defaults(RunConfig), resolved)
     assert isinstance(tree, DictConfig)
     if overrides:  # what a branch has changed is to be found anew
         tree.checkpoint.ancestry = []

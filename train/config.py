@@ -135,18 +135,58 @@ class EvaluateConfig:
 
     Attributes:
         interval: steps between evaluations; 0 is at the end only.
-        num_sequences: sequences of the validation split, always the first ones.
+        num_sequences: sequences of the validation split, evenly over it and always the same ones; of a blend by weight,
+            at least one of each source. As many of each of `data.valid_sources`.
+        at_start: evaluate before the first step, too, as step 0.
+        patience: end the run after so many evaluations in a row that have not improved `valid/loss`; None: never. It
+            then ends as at its last step.
+        min_improvement: by how much `valid/loss` must be below the best one before to improve on it, in nats per token.
+        prompts: texts that the model goes on with at evaluations, into `samples.jsonl`, the report, wandb and
+            TensorBoard.
+        prompts_interval: evaluations from one such generation to the next; the last evaluation has one, too.
+        prompt_tokens: most tokens to generate per prompt. Each costs a forward pass over the text so far.
+        prompt_temperature: 0 takes the best token, else tokens are drawn, by a generator of their own.
     """
 
     interval: int = 50
     num_sequences: int = 64
+    at_start: bool = False
+    patience: int | None = None
+    min_improvement: float = 0.0
+    prompts: list[str] = field(default_factory=list)
+    prompts_interval: int = 1
+    prompt_tokens: int = 64
+    prompt_temperature: float = 0.0
 
     def check(self) -> None:
-        """ValueError unless there is something to evaluate on."""
+        """ValueError unless there is something to evaluate on, and for prompts and a patience that cannot be."""
         if self.interval < 0:
             raise ValueError(f"evaluate.interval={self.interval} must not be negative (0 evaluates at the end only)")
-        if self.num_sequences < 1:
-            raise ValueError(f"evaluate.num_sequences={self.num_sequences} must be at least 1")
+        for key in ("num_sequences", "prompts_interval", "prompt_tokens"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"evaluate.{key}={getattr(self, key)} must be at least 1")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"evaluate.patience={self.patience} must be at least 1, or null to train to the end")
+        if self.patience is not None and not self.interval:
+            raise ValueError(
+                f"evaluate.patience={self.patience} counts evaluations, and evaluate.interval=0 has one at the end only"
+            )
+        for key in ("min_improvement", "prompt_temperature"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"evaluate.{key}={getattr(self, key)} must be a number of at least 0")
+        for prompt in self.prompts:
+            if not prompt:
+                raise ValueError(
+                    f"evaluate.prompts={self.prompts}: a prompt is empty, and must have at least one token"
+                )
+
+    def due(self, step: int, is_last: bool) -> bool:
+        """Whether so many finished steps are followed by an evaluation."""
+        return is_last or (self.at_start if step == 0 else self.interval > 0 and step % self.interval == 0)
+
+    def prompts_due(self, step: int, is_last: bool) -> bool:
+        """Whether the evaluation after this step is one that goes on with the prompts."""
+        return bool(self.prompts) and (is_last or (step // max(1, self.interval)) % self.prompts_interval == 0)
 
 
 @dataclass(frozen=True)
@@ -326,5 +366,11 @@ class RunConfig:
                     f"parallel.dp={self.parallel.dp} times train.micro_batch_size={train.micro_batch_size}"
                 )
             self.schedule(size // per_round)
-        if self.data.valid_fraction == 0:
-            raise ValueError("data.valid_fraction=0 leaves nothing to evaluate on: it must be above 0")
+        if not self.data.validating and not self.data.valid_sources:
+            raise ValueError(
+                "data.valid_fraction=0 leaves nothing to evaluate on: it must be above 0, or data.valid_sources must "
+                "name text to evaluate on"
+            )
+        for name, source in self.data.sources.items():
+            if source.valid_fraction == 1:
+                raise ValueError(f"data.valid_fraction=1 leaves nothing of {name} to train on: it must be below 1")

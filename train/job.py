@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,14 @@ from parallel.zero.optimizer import StepResult, ZeroOptimizer
 from train.checkpoint.saver import Checkpoints
 from train.config import RunConfig
 from train.data.rows.blend import Stream
+from train.data.rows.valid import Validation
 from train.model.transformer import LossTerms, Transformer
+from train.prompts import Prompts
 from train.recipe.ema import Ema
 from train.recipe.recipe import Recipe, StepPlan
-from train.stage import Stage
+from train.stage import Reader, Stage
 from train.track.gauges import peak_memory_bytes
+from train.track.patience import Patience
 from train.track.vector import Metrics, Rows
 
 EMBEDDING = "embed_tokens.weight"
@@ -45,12 +49,16 @@ class Job:
     recipe: Recipe
     stages: dict[int, Stage]  # by number in the pipeline's placement
     runtime: Runtime
+    readers: dict[int, Reader]  # the same slices, as they read texts
+    reading: Runtime
     recorder: Recorder
     dispatch: Dispatch
     optimizer: ZeroOptimizer
     ema: Ema | None
     train_rows: Stream
-    valid_rows: Stream
+    validation: Validation
+    prompts: Prompts | None
+    patience: Patience
     checkpoints: Checkpoints
     metrics: Metrics
     flops_per_token: float
@@ -82,6 +90,11 @@ class Job:
         return Path(self.config.run.dir)
 
     @property
+    def is_done(self) -> bool:
+        """Whether no step is left: the recipe is at its end, or the validation loss has not improved for too long."""
+        return self.step >= self.recipe.num_steps or self.patience.is_exhausted
+
+    @property
     def models(self) -> list[Transformer]:
         """The slices of the model that this rank holds."""
         return [stage.model for stage in self.stages.values()]
@@ -105,11 +118,32 @@ class Job:
     @torch.no_grad()
     def forward(self, tokens: Callable[[int], Tensor], num_micro_batches: int) -> None:
         """Micro-batches of one sequence through the pipeline, forward only, in evaluation mode."""
+        with self._evaluating():
+            self._run(self.config.forward_schedule(num_micro_batches), tokens, LossTerms(1.0, 0.0, 0.0), 1)
+
+    @torch.no_grad()
+    def read(self, texts: Callable[[int], Tensor], num_texts: int, length: int) -> dict[int, Tensor]:
+        """Texts [1, length] through the pipeline; the normed states [1, length, hidden] of those that end here."""
+        found: dict[int, Tensor] = {}
+        for reader in self.readers.values():
+            reader.begin(texts, found)
+        with self._evaluating():
+            self.reading.run(self.config.forward_schedule(num_texts), (1, length, self.config.model.hidden_size))
+        return found
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """In evaluation mode nothing is kept for a backward, and no load is counted."""
         for model in self.models:
             model.eval()
-        self._run(self.config.forward_schedule(num_micro_batches), tokens, LossTerms(1.0, 0.0, 0.0), 1)
+        yield
         for model in self.models:
             model.train()
+
+    def forget_exchanges(self) -> None:
+        """What the dispatch has counted since it was last asked is of no step."""
+        self.dispatch.take_internode_bytes()
+        self.dispatch.take_node_visits()
 
     def _run(self, schedule: Schedule, tokens: Callable[[int], Tensor], terms: LossTerms, num_sequences: int) -> None:
         for stage in self.stages.values():

@@ -13,24 +13,31 @@ from train.not_finite import check_validation, stop_not_finite
 from train.recipe.balance import update_bias
 from train.recipe.recipe import StepPlan
 from train.resume import save
+from train.samples import samples
 from train.stopping import StopRequest
 from train.tally import Tally, describe, reduce, tally_of
 from train.track.gauges import StepTimer
+from train.track.metrics import Sample
 from train.track.sinks import Tracker
 
 log = logging.getLogger(__name__)
 
 
 def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) -> bool:
-    """Train until the recipe is done or a stop was asked for; True when it is done. What was trained is saved.
+    """Train until the run is done or a stop was asked for; True when it is done. What was trained is saved.
 
     Raises NotFiniteError; the last good checkpoint then stays as it is.
     """
-    config, recipe, timer = job.config, job.recipe, StepTimer()
+    config, recipe = job.config, job.recipe
+    found: list[Sample] = []
+    if job.step == 0 and evaluation_due(job):
+        measured, found = look(job)
+        tracker.write(job.metrics.report({"step": 0, "train/consumed_tokens": 0, **measured}, samples=found))
+    timer = StepTimer()
     job.meet()
     if job.any_rank(stop.asked):
         return False
-    while job.step < recipe.num_steps:
+    while not job.is_done:
         plan = recipe.at(job.step)
         terms = loss_terms(job, plan)
 
@@ -43,28 +50,42 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
             update_bias(model, tally.load, plan.bias_update_rate)
         job.step += 1
 
-        last, stopping = job.step == recipe.num_steps, bool(totals.values["run/asked_to_stop"])
+        stopping = bool(totals.values["run/asked_to_stop"])
         values = totals.values | describe(job, plan, update.grad_norm, timer.stop(), peak_flops_per_s)
         if job.step in config.profile.steps:
             job.write_timeline(len(list(job.micro_batches(plan))))
             timer.stop()
+        found = []
         if evaluation_due(job):
-            values |= evaluate(job)
-            check_validation(job, values)
+            measured, found = look(job)
+            values |= measured
             stopping = job.any_rank(stop.asked) or stopping
             timer.stop()
-        tracker.write(job.metrics.report(values, totals.loads))
+        tracker.write(job.metrics.report(values, totals.loads, found))
 
-        if stopping or config.checkpoint.due(job.step, recipe.num_steps):
+        if stopping or job.is_done or config.checkpoint.due(job.step, recipe.num_steps):
             tracker.checkpoint()
             save(job)
-        if stopping and not last:
+        if stopping and not job.is_done:
             log.info("asked to stop: saved after step %d", job.step)
             break
     job.checkpoints.wait()
     if job.ema is not None:
         job.ema.wait()
-    return job.step == recipe.num_steps
+    return job.is_done
+
+
+def look(job: Job) -> tuple[dict[str, float], list[Sample]]:
+    """Evaluate the step just finished: its losses, and samples where they are due.
+
+    Raises NotFiniteError as `check_validation` does. Whether the run's patience is at its end is decided here, on all
+    ranks alike.
+    """
+    measured = evaluate(job)
+    check_validation(job, measured)
+    job.patience.see(measured["valid/loss"])
+    due = job.prompts is not None and job.config.evaluate.prompts_due(job.step, job.is_done)
+    return measured, samples(job, job.prompts) if job.prompts is not None and due else []
 
 
 def loss_terms(job: Job, plan: StepPlan) -> LossTerms:

@@ -19,15 +19,24 @@ class NotFiniteError(ArithmeticError):
     """A loss or a gradient is NaN or infinite: all ranks raise it in the same step, of which nothing is saved."""
 
 
-def check_validation(job: Job, values: Mapping[str, float]) -> None:
-    """NotFiniteError, on all ranks, when an evaluation shows that the step's update has spoilt the weights."""
-    loss = values["valid/loss"]
-    if not math.isfinite(loss):
-        path = record_not_finite(job, {"step": job.step, "valid/loss": repr(loss), "sequences": []})
+def check_validation(job: Job, losses: Mapping[str, float]) -> None:
+    """NotFiniteError, on all ranks, when one of an evaluation's losses shows that the weights are spoilt."""
+    bad = {name: loss for name, loss in losses.items() if not math.isfinite(loss)}
+    if not bad:
+        return
+    record = {name: repr(loss) for name, loss in bad.items()}
+    path = record_not_finite(job, {"step": job.step, **record, "sequences": []})
+    said = "the validation loss" if "valid/loss" in bad else next(iter(bad))
+    loss = bad.get("valid/loss", next(iter(bad.values())))
+    if job.step == 0:
         raise NotFiniteError(
-            f"step {job.step}: the validation loss is {loss} after a finite training loss, so the update was too "
-            f"large: stopped, and the step is not saved; {path} records it, and the last checkpoint is as it was"
+            f"step 0: {said} is {loss} before the first step, so the weights that the run starts from are spoilt: "
+            f"stopped; {path} records it"
         )
+    raise NotFiniteError(
+        f"step {job.step}: {said} is {loss} after a finite training loss, so the update was too large: stopped, and "
+        f"the step is not saved; {path} records it, and the last checkpoint is as it was"
+    )
 
 
 def stop_not_finite(job: Job, plan: StepPlan, terms: LossTerms, grad_norm: float) -> NoReturn:

@@ -33,8 +33,9 @@ from train.resume import resume
 from train.stopping import StopRequest, end_now, tell_torchrun, within
 from train.track import gauges
 from train.track.console import ConsoleSink
-from train.track.metrics_file import JsonlSink, LoadsSink, read_metrics
-from train.track.sinks import Tracker
+from train.track.metrics_file import JsonlSink, LoadsSink, SamplesSink, read_metrics
+from train.track.sinks import Sink, Tracker
+from train.track.tensorboard import TensorboardSink
 from train.track.wandb import WandbSink
 from train.view.sinks import PictureSink, ReportSink
 
@@ -111,6 +112,7 @@ def _rank(config: RunConfig, meeting: Meeting, stop: StopRequest) -> None:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if config.run.num_threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(config.run.num_threads or max(1, (os.cpu_count() or 1) // local_world_size))
+    config.track.check_installed()
     meeting.from_first("prepares the data", lambda: _prepare(config.data, meeting))
     same_tokens(meeting, config.data)
     together: Exception | None = None
@@ -151,8 +153,8 @@ def _train(job: Job, stop: StopRequest) -> None:
     resumed = resume(job)
     if resumed is not None:
         log.info("resumed from %s after step %d", resumed, job.step)
-    if job.step >= job.recipe.num_steps:
-        _say_where(job, f"this run is done after step {job.step}")
+    if job.is_done:
+        _say_where(job, f"this run is {_done(job)}")
         return
     if job.is_main:
         _introduce(job)
@@ -168,11 +170,18 @@ def _train(job: Job, stop: StopRequest) -> None:
         raise
     tracker.close()
     if done:
-        _say_where(job, f"done after step {job.step}")
+        _say_where(job, _done(job))
     elif job.step > first:
         _say_where(job, f"stopped and saved after step {job.step}")
     elif job.is_main:
         print(f"stopped before step {job.step + 1}: there was nothing new to save", flush=True)
+
+
+def _done(job: Job) -> str:
+    """At which step a run is done, and why where that is not its last one."""
+    num_steps = job.recipe.num_steps
+    early = f" of {num_steps}, as {job.patience.sentence}" if job.step < num_steps else ""
+    return f"done after step {job.step}{early}"
 
 
 def _introduce(job: Job) -> None:
@@ -214,10 +223,16 @@ def _track(job: Job) -> Tracker:
         recipe.tokens_before(num_steps),
         recipe.tokens_before(job.step),
     )
-    entropy = job.valid_rows.unigram_entropy_nats
+    entropy = job.validation.unigram_entropy_nats
     picture = PictureSink(folder / "metrics.jsonl", folder / "loss.png", title, entropy)
     steps, loads = JsonlSink(folder / "metrics.jsonl", job.step), LoadsSink(folder / "loads.jsonl", job.step)
-    return Tracker([steps, loads, console, wandb, picture, ReportSink(folder, entropy)])
+    sinks: list[Sink] = [steps, loads, console, wandb]
+    samples = folder / "samples.jsonl"
+    if config.evaluate.prompts or samples.exists():  # what a run that had prompts has written past its checkpoint goes
+        sinks.append(SamplesSink(samples, job.step))
+    if config.track.tensorboard:
+        sinks.append(TensorboardSink(folder, job.step))
+    return Tracker([*sinks, picture, ReportSink(folder, entropy)])
 
 
 def _say_where(job: Job, what: str) -> None:
@@ -240,7 +255,7 @@ def _verdict(job: Job) -> str:
     path = job.folder / "metrics.jsonl"
     rows = read_metrics(path) if path.exists() else []
     valid = next((row["valid/loss"] for row in reversed(rows) if "valid/loss" in row), math.nan)
-    entropy = job.valid_rows.unigram_entropy_nats
+    entropy = job.validation.unigram_entropy_nats
     if math.isnan(valid) or entropy is None:
         return ""
     side = "below" if valid < entropy else "not below"

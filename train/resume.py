@@ -27,6 +27,9 @@ from train.track.sinks import say
 
 log = logging.getLogger(__name__)
 
+# Settings under which a validation loss is another one: losses before and after a change of them cannot be compared.
+_MEASURES = ("evaluate.", "data.", "train.seq_len")
+
 
 def save(job: Job) -> None:
     """Take a checkpoint of the finished step; returns when it is copied."""
@@ -61,6 +64,8 @@ def small_state(job: Job) -> TrainState:
         fingerprints=fingerprints(job),
         config=compose.text(job.config),
         sources=[asdict(source) for source in job.train_rows.followed.sources],
+        best_valid_loss=job.patience.best,
+        num_evaluations_since_best=job.patience.num_since,
     )
 
 
@@ -109,6 +114,7 @@ def _go_on(job: Job, folder: Path, state: TrainState) -> None:
     job.checkpoints.load(folder, *pieces(job))
     job.optimizer.load_finished(state.num_optimizer_steps)
     job.step, job.wandb_id = state.step, state.wandb_id
+    job.patience.best, job.patience.num_since = state.best_valid_loss, state.num_evaluations_since_best
     restore_rng(state.rng)
 
 
@@ -130,6 +136,10 @@ def _branch_off(job: Job, ancestor: Ancestor) -> None:
         lines.append("the moving average begins with the weights, as the run before had none")
     job.step = state.step
     restore_rng(state.rng)
+    if not any(change.key.startswith(_MEASURES) for change in ancestor.changes):
+        job.patience.best, job.patience.num_since = state.best_valid_loss, state.num_evaluations_since_best
+    elif job.patience.limit is not None:
+        lines.append("evaluate.patience counts anew, as what is evaluated has changed")
     if job.is_main:
         lines += begin_with(Path(ancestor.run), job.folder, state.step)
         say("\n  ".join(lines))

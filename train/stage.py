@@ -50,6 +50,34 @@ class WeightGradients:
             waiting.pop(0)()
 
 
+class Reader:
+    """One slice that reads texts, forward only, without losses and prediction depths."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+
+    def begin(self, texts: Callable[[int], Tensor], found: dict[int, Tensor]) -> None:
+        """Make ready for texts. texts: number of a text to its tokens [1, S]. found: takes the states behind the last
+        norm, [1, S, hidden], where that is."""
+        self._texts, self._found = texts, found
+
+    def forward(self, micro_batch: int, x: Tensor | None) -> Steps[Tensor | None]:
+        """x [1, S, hidden] from the slice before -> what the next one needs, of the same shape."""
+        tokens = self._texts(micro_batch) if self.model.reads_tokens else None
+        y = yield from self.model.read(tokens, x)
+        if not self.model.parts.head:
+            return y
+        self._found[micro_batch] = y
+        return None
+
+    def backward(self, micro_batch: int, dy: Tensor | None) -> Steps[Tensor | None]:
+        """There is none."""
+        raise NotImplementedError("texts are only read")
+
+    def weight_gradients(self, micro_batch: int) -> None:
+        """There are none."""
+
+
 class Stage:
     """One slice: keeps each micro-batch's record from its forward to its backward, and its findings."""
 

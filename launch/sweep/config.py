@@ -21,7 +21,8 @@ class SweepConfig:
             interval or `sweep.num_trials` is given, else `grid`.
         num_trials: jobs of a sampler; None is 20.
         num_parallel: jobs that run at once and share the cores.
-        metric: what jobs are judged by: the last value of this metric of `metrics.jsonl`.
+        metric: what jobs are judged by: the last value of this metric of `metrics.jsonl`, as `valid/loss` or, of one
+            source, `valid/web/loss`.
         direction: `minimize` or `maximize`.
         seed: draws what the sampler proposes.
         pruner: `none`, or `median`, which stops a job whose metric is worse than the median of ended jobs at the same
@@ -40,9 +41,12 @@ class SweepConfig:
 
     def check(self) -> None:
         """ValueError for an unknown word, or a count below what makes sense."""
-        from train.track.metrics import UNITS  # not above: who measures needs torch, who asks for help does not
+        # Not above: who measures needs torch, who asks for help does not.
+        from train.track.metrics import UNITS, source_of
 
-        known = {"sampler": (*SAMPLERS, None), "pruner": PRUNERS, "direction": DIRECTIONS, "metric": tuple(UNITS)}
+        known = {"sampler": (*SAMPLERS, None), "pruner": PRUNERS, "direction": DIRECTIONS}
+        if source_of(self.metric) is None:
+            known["metric"] = tuple(UNITS)
         for name, words in known.items():
             value = getattr(self, name)
             if value not in words:
@@ -51,6 +55,15 @@ class SweepConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"sweep.{name}={value} must be at least {least}")
+
+    def check_source(self, sources: Sequence[str]) -> None:
+        """ValueError where the metric is of a source that none of those is, which validate in the sweep's jobs."""
+        from train.track.metrics import source_of
+
+        source = source_of(self.metric)
+        if source is not None and source not in sources:
+            there = f"it has {', '.join(sources)}" if sources else "it has no blend and no data.valid_sources"
+            raise ValueError(f"sweep.metric={self.metric}: the run has no source {source} that validates; {there}")
 
 
 def split(settings: Sequence[str]) -> tuple[SweepConfig, list[str]]:

@@ -14,6 +14,7 @@ from launch.sweep.config import SweepConfig
 from launch.sweep.search import Proposal, Result
 from train import branch, compose
 from train.checkpoint import step_folders
+from train.checkpoint.saver import read_state
 from train.config import RunConfig
 from train.files import replace_durably
 from train.track.metrics_file import read_metrics
@@ -43,7 +44,7 @@ class Outcome:
         """Take in what the job has measured so far."""
         path = self.folder / "metrics.jsonl"
         for row in read_metrics(path) if path.exists() else []:
-            self.step, self.train_loss = int(row["step"]), row["train/loss"]
+            self.step, self.train_loss = int(row["step"]), row.get("train/loss", self.train_loss)
             self.valid_loss = row.get("valid/loss", self.valid_loss)
             if metric in row:
                 self.history[self.step] = self.value = row[metric]
@@ -62,12 +63,16 @@ def configure(fixed: Sequence[str], proposal: Proposal, root: Path) -> RunConfig
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the job's folder holds the last checkpoint of just these settings."""
+    """Whether the job's folder holds the last checkpoint of just these settings, or one at the end of its patience."""
     resolved = Path(config.run.dir) / "config.yaml"
     if not resolved.exists() or resolved.read_text() != compose.text(config):
         return False
     folder = config.checkpoint.folder(config.run.dir)
-    return step_folders.find_latest(folder) == step_folders.step_folder(folder, config.recipe().num_steps)
+    latest = step_folders.find_latest(folder)
+    if latest is None or latest == step_folders.step_folder(folder, config.recipe().num_steps):
+        return latest is not None
+    patience = config.evaluate.patience
+    return patience is not None and read_state(latest).num_evaluations_since_best >= patience
 
 
 def remembered(outcome: Outcome, config: RunConfig, keep_failed: bool, pruner: str) -> bool:

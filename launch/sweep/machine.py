@@ -19,7 +19,8 @@ class Machine:
         self._jobs: list[LocalJob] = []
 
     def prepare(self, config: RunConfig) -> None:
-        """Prepare a job's data, unless it is. ValueError when that cannot be."""
+        """Prepare a job's data, unless it is. ValueError when that cannot be, or when a library is missing."""
+        config.track.check_installed()
         if config.data not in self._prepared:
             prepare_command(config.data)
             self._prepared.append(config.data)

@@ -18,6 +18,7 @@ from launch.sweep.config import SweepConfig, split
 from launch.sweep.jobs import Outcome, conclude, configure, hopeless_since, is_finished, remembered
 from launch.sweep.picture import draw_sweep
 from launch.sweep.search import Proposal, Search
+from launch.sweep.seeds import is_seed
 from train import compose, run_folder
 from train.compose import Swept
 from train.config import RunConfig
@@ -61,6 +62,7 @@ def sweep(settings: Sequence[str], machine: Machine) -> int:
     fixed, swept = compose.space(rest)
     sampler_of(config, swept)
     first = _first_legal(fixed, swept)
+    config.check_source(first.data.valid_names)
     root = Path(f"{first.run.dir}-sweep")
     with _alone(root):
         jobs = _Sweep(config, fixed, swept, build(config, fixed, swept, root), root, machine)
@@ -193,7 +195,10 @@ class _Sweep:
 
     def _close(self) -> int:
         rows = table.write(self.outcomes, self.varied, self.config, self.root / "results.csv")
-        print(f"\n{table.show(rows)}\n\nresults: {self.root / 'results.csv'}", flush=True)
+        shown = [row[:-1] for row in rows]  # without the folders
+        if any(is_seed(key) for key in self.varied):
+            shown = table.write_means(self.outcomes, self.varied, self.config, self.root / "seeds.csv")
+        print(f"\n{table.show(shown)}\n\nresults: {self.root / 'results.csv'}", flush=True)
         best = table.ranked(self.outcomes, self.config)
         if any(outcome.step for outcome in best):
             draw_sweep(best, self.varied, self.config, self.root / "sweep.png")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 
+import pytest
+
 from tests.train.test_metrics import report
 from train.track.console import ConsoleSink
+from train.track.metrics import StepReport
 
 
 class Clock:
@@ -58,3 +61,11 @@ def test_a_terminal_gets_one_moving_line() -> None:
     assert stream.getvalue().count("\n") <= 4  # the validation's line, and the bar's own end
     assert "step 25/25" in last and "loss 0.2000" in last and "2k tokens/s" in last and "ETA 0:00:00" in last
     assert "step 15: loss 0.3333 valid 4.500" in stream.getvalue()
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()], ids=["log", "terminal"])
+def test_an_evaluation_before_the_first_step_has_a_line(stream: io.StringIO) -> None:
+    sink = ConsoleSink(10, 5, 5000, 0, stream, Clock())
+    sink.write(StepReport({"step": 0, "train/consumed_tokens": 0, "valid/loss": 7.25}))
+    sink.close(failed=False)
+    assert "step=0/5 valid_loss=7.2500" in stream.getvalue()

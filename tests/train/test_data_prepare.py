@@ -313,7 +313,7 @@ def test_the_default_source_is_this_pythons_own_library() -> None:
     ("field", "value"),
     [
         ("source", ""), ("dir", ""), ("vocab_size", 256), ("vocab_size", 2**33), ("vocab_size", True),
-        ("valid_fraction", 1.0), ("valid_fraction", -0.1), ("valid_fraction", math.nan), ("max_document_bytes", 63),
+        ("valid_fraction", 1.1), ("valid_fraction", -0.1), ("valid_fraction", math.nan), ("max_document_bytes", 63),
         ("shard_tokens", 0), ("num_workers", -1), ("suffixes", ("",)), ("suffixes", (3,)), ("suffixes", ".txt"),
     ],
 )  # fmt: skip

@@ -149,5 +149,5 @@ def test_only_what_is_declared_is_carried_and_reported() -> None:
 def test_every_divisor_is_there() -> None:
     """A count of the step, or a metric that travels."""
     travelling = {metric.name for metric in METRICS if metric.over is not None}
-    counts = {"targets", "targets of all depths", "sequences"}
+    counts = {"targets", "targets of all depths", "sequences", "targets of <source>"}
     assert {metric.per for metric in METRICS} - {None} <= travelling | counts

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from train.track import gauges
 from train.track.gauges import StepTimer, gemm_flops_per_s, max_vio, mfu, min_load, peak_memory_bytes
-from train.track.metrics import METRICS, UNITS, StepReport
+from train.track.metrics import METRICS, UNITS, StepReport, of_run, source_of
 from train.track.vector import Metrics
 
 NAMES = {
@@ -32,7 +32,7 @@ NAMES = {
             "consumed_tokens",
         )
     ),
-    "valid/loss",
+    *("valid/loss", "valid/<source>/loss"),
     *("perf/" + name for name in ("tokens_per_s", "step_s", "data_wait_s", "mfu")),
     *("perf/" + name for name in ("bubble_s", "exposed_comm_s", "zero_comm_s")),
     *("moe/" + name for name in ("max_vio", "min_load", "nodes_per_token", "internode_bytes")),
@@ -53,12 +53,34 @@ def report(step: int = 1, loads: list[list[int]] | None = None, **values: Any) -
         "memory/peak_bytes": 10**8,
     }
     measured = {name: value for name, value in {**always, **values}.items() if value is not None}
-    return Metrics(METRICS).report({"step": step, **measured}, loads)
+    of_sources = [each.of(name) for each in METRICS if each.is_per_source for name in ("web", "book")]
+    return Metrics([*METRICS, *of_sources]).report({"step": step, **measured}, loads)
 
 
 def test_names_and_units_are_the_published_ones() -> None:
     assert set(UNITS) == NAMES
     assert all(UNITS.values())
+
+
+def test_what_there_is_per_source_has_a_name_for_each() -> None:
+    names = [each.name for each in of_run(METRICS, ["a", "loss", "b.c"])]
+    assert [name for name in names if source_of(name) is not None] == [
+        "valid/a/loss",
+        "valid/loss/loss",
+        "valid/b.c/loss",
+    ]
+    assert [source_of(name) for name in ("valid/b.c/loss", "valid/loss", "valid//loss", "valid/a/los")] == [
+        "b.c",
+        *[None] * 3,
+    ]
+    # Its sum is divided by the targets of its own source.
+    metrics = Metrics(of_run(METRICS, ["a", "b"]))
+    row = metrics.pack({"valid/loss": 12.0, "valid/a/loss": 4.0, "valid/b/loss": 8.0}, lambda tensor: tensor).tolist()
+    assert metrics.unpack([row], {"targets": 6, "targets of a": 4, "targets of b": 2}) == {
+        "valid/loss": 2.0,
+        "valid/a/loss": 1.0,
+        "valid/b/loss": 4.0,
+    }
 
 
 def test_a_report_leaves_out_what_was_not_measured() -> None:

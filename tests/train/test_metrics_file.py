@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.test_metrics import report
-from train.track.metrics_file import JsonlSink, begin_with, read_metrics
+from train.track.metrics_file import JsonlSink, begin_with, read_metrics, read_samples
 
 
 def write_steps(path: Path, first: int, last: int, finished_steps: int = 0, **values: Any) -> list[str]:
@@ -83,6 +83,12 @@ def test_a_branch_begins_with_its_parents_steps(tmp_path: Path) -> None:
     assert begin_with(parent, branch, 5) == []
     lines = (parent / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     assert (branch / "metrics.jsonl").read_bytes() == b"".join(lines[:5])
+    assert not (branch / "samples.jsonl").exists()
+    (parent / "samples.jsonl").write_text(
+        '{"step": 4, "tokens": 9, "samples": []}\n{"step": 8, "tokens": 9, "samples": []}\n'
+    )
+    assert begin_with(parent, branch, 5) == []
+    assert [each.step for each in read_samples(branch / "samples.jsonl")] == [4]
     (said,) = begin_with(parent, branch, 12)
     assert "has steps up to 9 of 12" in said
     (said,) = begin_with(tmp_path / "gone", branch, 3)

@@ -139,6 +139,43 @@ def test_a_resumed_run_says_where(tmp_path: Path) -> None:
     assert "resumed after step 8" in text and 'class="mark run0"' in text
 
 
+def test_a_run_shows_its_samples_and_its_sources(tmp_path: Path) -> None:
+    """Text of a model may hold anything; a line of step 0 holds losses alone."""
+    run = write_run(tmp_path / "run", 30, **{"valid/web/loss": 5.0, "valid/book/loss": 6.0})
+    text = "<b>&\x00\x1b]\ufffe\n\tand on"
+    (run / "samples.jsonl").write_text(
+        "".join(
+            json.dumps({"step": step, "tokens": step, "samples": [{"prompt": "go", "text": f"{text}{step}"}]}) + "\n"
+            for step in (10, 20)
+        )
+    )
+    lines = (run / "metrics.jsonl").read_text()
+    at_start = {"step": 0, "train/consumed_tokens": 0, "valid/loss": 7.0, "valid/web/loss": 7.5}
+    (run / "metrics.jsonl").write_text(json.dumps(at_start) + "\n" + lines)
+    write_report([read_run(run)], tmp_path / "a.html")
+    tree = parsed((tmp_path / "a.html").read_text())
+    assert curves(tree, "Validation loss by source").keys() == {"web", "book"}
+    cells = [cell.text or "" for cell in tree.iter("td")]
+    shown = [cell for cell in cells if cell.startswith("<b>&")]
+    assert shown == [f"<b>&\ufffd\ufffd]\ufffd\n\tand on{step}" for step in (20, 10)], "the newest first"
+    assert [mark for mark in tree.iter("path") if "bad" in (mark.get("class") or "")] == [], "no loss is no bad loss"
+
+
+def test_runs_are_named_once_for_all_panels(tmp_path: Path) -> None:
+    runs = [read_run(write_run(tmp_path / name, **{"valid/web/loss": 5.0})) for name in ("first", "second")]
+    tree = parsed(page(runs))
+    assert {"Validation loss: web"} <= set(titles(tree))
+    keys = [each for each in tree.iter("div") if each.get("class") == "key"]
+    assert keys == [] and sum(each.get("class") == "runs" for each in tree.iter("div")) == 1
+
+
+def test_a_run_that_lost_its_patience_is_done(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", 30, "evaluate.patience=2", "evaluate.interval=10"))
+    assert run.standing.startswith("done after step 30 of 40, as the validation loss has not improved on 4.0000")
+    other = read_run(write_run(tmp_path / "other", 30, "evaluate.patience=3", "evaluate.interval=10"))
+    assert other.standing == "not finished: step 30 of 40"
+
+
 def test_the_verb_refuses_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, sentence in (
         ([], "run=... is missing"),

@@ -32,7 +32,7 @@ _SECTIONS = {
     ),
 }
 # These are how a run is computed, not what; where it ends is part of the recipe only if a phase's border depends on it.
-_FREE = ("train.micro_batch_size", "data.num_workers", "precision.engine")
+_FREE = ("train.micro_batch_size", "data.num_workers", "data.valid_sources", "precision.engine")
 _END = ("train.max_steps", "train.max_tokens")
 
 
@@ -70,6 +70,8 @@ class TrainState:
         fingerprints: text of the model, the data and the recipe (keys of that name).
         config: resolved config as YAML; kept in a file of its own.
         sources: what a branch has to know of what the run has read, as plain values (train/data/past.py).
+        best_valid_loss: what `evaluate.patience` compares with, None before the first evaluation.
+        num_evaluations_since_best: and how many evaluations there were since then.
     """
 
     step: int
@@ -81,6 +83,8 @@ class TrainState:
     fingerprints: dict[str, str]
     config: str
     sources: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    best_valid_loss: float | None = None
+    num_evaluations_since_best: int = 0
 
     def to_json(self) -> str:
         """All fields but `config`."""

@@ -26,9 +26,27 @@ ON_BAD_DOCUMENT = ("skip", "refuse")
 FIM_TOKENS = ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>")  # noqa: RUF001
 # Settings of `data` that hold for a blend as a whole.
 _SHARED = frozenset(
-    {"source", "dir", "blend", "max_epochs", "document_mask", "tokenizer", "end_of_document", "fim_tokens"}
-    | {"vocab_size", "seed", "num_workers"}
+    {"source", "dir", "blend", "valid_sources", "max_epochs", "document_mask", "tokenizer", "end_of_document"}
+    | {"fim_tokens", "vocab_size", "seed", "num_workers"}
 )
+
+
+# Which text, and how it is rearranged: of another text nothing of this holds.
+_OF_TEXT = (
+    *("source", "suffixes", "format", "text_field", "dataset_name", "dataset_split", "dataset_files", "deduplicate"),
+    *("fim_rate", "split_merged_rate"),
+)
+
+
+def _check_item(listed: str, name: str, settings: Mapping[str, Any], fixed: frozenset[str]) -> None:
+    """ValueError for an item of a list of sources whose name or settings cannot be. fixed: keys that it cannot set."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(f"data.{listed} has a source named {name!r}: a name is letters, digits, - and _")
+    known = {each.name for each in dataclasses.fields(DataConfig)}
+    for key in settings:
+        if key not in known or key in fixed:
+            why = f"holds for the whole {listed}" if key in known else "is not a key of data"
+            raise ValueError(f"data.{listed}: {name} sets {key}={settings[key]}, which {why}")
 
 
 @dataclass(frozen=True)
@@ -49,15 +67,31 @@ class BlendSource:
 
     def check(self) -> None:
         """Raise ValueError, naming the source, where it is illegal by itself."""
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
-            raise ValueError(f"data.blend has a source named {self.name!r}: a name is letters, digits, - and _")
+        _check_item("blend", self.name, self.settings, _SHARED)
         if not 0 < self.weight < math.inf:
             raise ValueError(f"data.blend: weight={self.weight} of {self.name} must be above 0 and finite")
-        known = {each.name for each in dataclasses.fields(DataConfig)}
-        for key in self.settings:
-            if key not in known or key in _SHARED:
-                why = "holds for the whole blend" if key in known else "is not a key of data"
-                raise ValueError(f"data.blend: {self.name} sets {key}={self.settings[key]}, which {why}")
+
+
+@dataclass(frozen=True)
+class ValidSource:
+    """One source of text that is only evaluated on.
+
+    Attributes:
+        name: in `valid/<source>/loss`.
+        source: as `data.source`.
+        settings: other keys of `data` for this source, as in `{text_field: body}`. Which files it has, how they are
+            read and whether documents are rearranged is not taken from the run's own text.
+    """
+
+    name: str
+    source: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise ValueError, naming the source, where it is illegal by itself."""
+        _check_item("valid_sources", self.name, self.settings, _SHARED | {"valid_fraction"})
+        if self.source in ("", DATASETS):
+            raise ValueError(f"data.valid_sources: source of {self.name} is empty: name a file, a folder or a data set")
 
 
 @dataclass(frozen=True)
@@ -86,7 +120,9 @@ class DataConfig:
         end_of_document: text of the token that ends a document; None finds the tokenizer's own.
         vocab_size: size to train, or the most a given tokenizer may have; `model.vocab_size` unless set.
         valid_fraction: share of documents that validate, chosen by each document's hash. So adding documents moves
-            none, and equal documents are on the same side.
+            none, and equal documents are on the same side. It may be 0 where `data.valid_sources` are given.
+        valid_sources: text that is only evaluated on, as in `[{name: web, source: web.txt}]`, and reported as
+            `valid/<name>/loss`. It is prepared whole, with the run's tokenizer.
         max_document_bytes: longer documents are cut at line ends.
         shard_tokens: tokens of one shard file.
         num_workers: processes that tokenise; 0 is one per usable core; the result does not depend on it.
@@ -119,6 +155,7 @@ class DataConfig:
     shard_tokens: int = 1 << 26
     num_workers: int = 0
     blend: tuple[BlendSource, ...] = ()
+    valid_sources: tuple[ValidSource, ...] = ()
     max_epochs: float | None = None
     document_mask: bool = False
     fim_rate: float = 0.0
@@ -127,7 +164,7 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("suffixes", "dataset_files", "blend", "fim_tokens"):
+        for key in ("suffixes", "dataset_files", "blend", "valid_sources", "fim_tokens"):
             value = getattr(self, key)
             if isinstance(value, str):
                 raise ValueError(f"data.{key}={value} must be a list, as in [{value}]")
@@ -159,10 +196,11 @@ class DataConfig:
         _at_least("num_workers", self.num_workers, 0, "0 is one process per usable core")
         if self.vocab_size > 1 << 32:
             raise ValueError(f"data.vocab_size={self.vocab_size} is above 2**32: ids are stored in 32 bits at most")
-        if not 0.0 <= self.valid_fraction < 1.0:
-            raise ValueError(f"data.valid_fraction={self.valid_fraction} must be at least 0 and below 1")
+        if not 0.0 <= self.valid_fraction <= 1.0:
+            raise ValueError(f"data.valid_fraction={self.valid_fraction} is a share: it must lie in 0..1")
         self._check_rows()
         self._check_blend()
+        self._check_valid_sources()
 
     def _check_rows(self) -> None:
         for key in ("fim_rate", "split_merged_rate"):
@@ -190,6 +228,18 @@ class DataConfig:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"data.blend: {each.name}: {error}") from None
 
+    def _check_valid_sources(self) -> None:
+        names = [each.name for each in self.blend]
+        for each in self.valid_sources:
+            each.check()
+            if each.name in names:
+                raise ValueError(f"data.valid_sources: {each.name} is the name of another source: name each once")
+            names.append(each.name)
+            try:
+                self._valid_source(each)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"data.valid_sources: {each.name}: {error}") from None
+
     @property
     def name(self) -> str:
         """What the source is called in file names."""
@@ -216,8 +266,34 @@ class DataConfig:
 
     def _source(self, each: BlendSource) -> DataConfig:
         tokenizer, folder = self.tokenizer or str(self.folder / "tokenizer.json"), str(self.folder / each.name)
-        own = {**each.settings, "source": each.source, "tokenizer": tokenizer, "dir": folder, "blend": ()}
-        return dataclasses.replace(self, **own)
+        own = {**each.settings, "source": each.source, "tokenizer": tokenizer, "dir": folder}
+        return dataclasses.replace(self, **own, blend=(), valid_sources=())
+
+    @property
+    def evaluated(self) -> Mapping[str, DataConfig]:
+        """What `valid_sources` prepares, by name: whole, as validation data, in a folder beside that of the tokens."""
+        return {each.name: self._valid_source(each) for each in self.valid_sources}
+
+    def _valid_source(self, each: ValidSource) -> DataConfig:
+        """In a folder of its settings' digest, so that another text of the same name finds another place."""
+        other = self.for_other_text(self.tokenizer or str(self.folder / "tokenizer.json"))
+        whole = dataclasses.replace(other, **{**each.settings, "source": each.source}, valid_fraction=1.0)
+        return dataclasses.replace(whole, dir=f"{self.folder}-valid/{each.name}-{whole.folder.name[-8:]}")
+
+    def for_other_text(self, tokenizer: str) -> DataConfig:
+        """For another text in the same tokens, in its default folder. Which one is still to be said."""
+        fresh: dict[str, Any] = {each.name: each.default for each in dataclasses.fields(self) if each.name in _OF_TEXT}
+        return dataclasses.replace(self, **fresh, tokenizer=tokenizer, dir=None, blend=(), valid_sources=())
+
+    @property
+    def validating(self) -> Mapping[str, DataConfig]:
+        """Those of `sources` that leave a share of their documents to validation."""
+        return {name: source for name, source in self.sources.items() if source.valid_fraction > 0}
+
+    @property
+    def valid_names(self) -> tuple[str, ...]:
+        """The sources that have a validation loss of their own: those of a blend, and `valid_sources`."""
+        return (*(self.validating if self.blend else ()), *(each.name for each in self.valid_sources))
 
     def settings(self) -> dict[str, object]:
         """All that the prepared tokens depend on, apart from the contents of files: plain values, for a JSON file."""

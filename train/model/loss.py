@@ -33,6 +33,10 @@ class LossTerms(NamedTuple):
     comm_balance: float = 0.0
 
 
+# Of passes whose loss nobody differentiates.
+NO_LOSS = LossTerms(0.0, 0.0, 0.0)
+
+
 def _chunks(num_tokens: int, vocab_size: int) -> list[slice]:
     size = max(_MIN_CHUNK_TOKENS, _CHUNK_LOGITS // vocab_size)
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]

@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.model.attention.rope import rotation_table
@@ -14,7 +15,7 @@ from train.model.block import DenseBlock, MoEBlock
 from train.model.config import ModelConfig
 from train.model.kernels import Kernels
 from train.model.layers import Backend, Embedding, RMSNorm
-from train.model.loss import LossTerms, cross_entropy_sum
+from train.model.loss import NO_LOSS, LossTerms, cross_entropy_sum
 from train.model.moe import Dispatch
 from train.model.mtp import MTPModule
 from train.model.packing import OneText, Packing, Places
@@ -117,6 +118,22 @@ class Transformer(nn.Module):
         findings.add({"train/loss": main})
         yield from self.predict_further(x, tokens, terms, tape, findings)
         return None, findings
+
+    def read(self, tokens: Tensor | None, x: Tensor | None) -> Steps[Tensor]:
+        """Texts through the parts of the main model held here, without a loss: the states of every position.
+
+        tokens [B, S], needed where `reads_tokens`; x [B, S, hidden], what the part before sends, None where the
+        embedding is. Returns what the next part needs; where the head is, the normed states that it reads.
+        """
+        tape = self.backend.recompute.on(Inline())
+        if self.parts.embedding:
+            assert tokens is not None
+            x = self.embed_tokens(tokens)
+        assert x is not None
+        # Rows are stored with one token more, which only labels read.
+        rows = None if tokens is None else F.pad(tokens, (0, 1))
+        x = yield from self.run_layers(x, NO_LOSS, tape, self.empty_findings(x.device), rows)
+        return self.norm(x) if self.parts.head else x
 
     def empty_findings(self, device: torch.device) -> Findings:
         """Findings to add to."""

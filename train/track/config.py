@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 
 MODES = ("auto", "online", "offline", "disabled")
@@ -14,6 +15,8 @@ class TrackConfig:
     Attributes:
         wandb: `auto` (online where an API key is set, offline elsewhere; `WANDB_MODE` decides before that), `online`,
             `offline` or `disabled`.
+        tensorboard: also write the metrics for TensorBoard, into `<run.dir>/tensorboard`; needs the extra
+            `halocline[tensorboard]`.
         project: wandb project.
         entity: wandb entity.
         group: wandb group.
@@ -25,6 +28,7 @@ class TrackConfig:
     """
 
     wandb: str = "auto"
+    tensorboard: bool = False
     project: str = "halocline"
     entity: str | None = None
     group: str | None = None
@@ -41,6 +45,13 @@ class TrackConfig:
             raise ValueError(f"track.log_interval={self.log_interval} is below 1")
         if self.load_interval < 0:
             raise ValueError(f"track.load_interval={self.load_interval} is below 0 (0 writes none)")
+
+    def check_installed(self) -> None:
+        """ValueError where a library that is asked for is missing. For a run's start: other verbs do not need it."""
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ValueError(
+                "track.tensorboard=true needs TensorBoard, which is not installed: pip install 'halocline[tensorboard]'"
+            )
 
     def loads_due(self, step: int, num_steps: int) -> bool:
         """Whether the loads of this step, from 1, are written: every `load_interval`-th, the first and the last."""

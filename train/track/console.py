@@ -59,6 +59,9 @@ class ConsoleSink:
     def write(self, report: StepReport) -> None:
         """Moves the line, or prints one when it is due."""
         values, time_left = report.values, self._time_left(report)
+        if report.step == 0:
+            self._say(f"step=0/{self._total_steps} valid_loss={values['valid/loss']:.4f}")
+            return
         if self._bar is not None:
             loss, valid = values["train/loss"], values.get("valid/loss")
             rate = f"{short(values['perf/tokens_per_s'])} tokens/s"
@@ -73,6 +76,12 @@ class ConsoleSink:
         if self._is_first or is_last or report.step % self._log_interval == 0 or "valid/loss" in values:
             print(self._line(report, time_left), file=self._stream, flush=True)
         self._is_first = False
+
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line, file=self._stream)
+        else:
+            print(line, file=self._stream, flush=True)
 
     def _line(self, report: StepReport, time_left: str) -> str:
         values = report.values

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 import torch
@@ -42,6 +42,7 @@ SUM = Reduction(operator.add, _sum)
 MEAN = Reduction(operator.add, lambda column: _sum(column) / len(column))  # over ranks, of their micro-batches' sums
 MAX = Reduction(torch.maximum, _largest)
 EACH = Reduction(operator.add, None)
+SOURCE = "<source>"  # in a name: there is one such metric for every source that validates
 OWN = None  # the same on every rank, or rank 0's: it does not travel
 
 
@@ -67,6 +68,20 @@ class Metric:
     is_loss: bool = False
     is_reported: bool = True
 
+    @property
+    def is_per_source(self) -> bool:
+        return SOURCE in self.name
+
+    def of(self, source: str) -> Metric:
+        """The metric of one source."""
+        return replace(self, name=self.name.replace(SOURCE, source), per=self.per and self.per.replace(SOURCE, source))
+
+    def source_of(self, name: str) -> str | None:
+        """The source whose metric this name is; None for a name that is none."""
+        before, _, after = self.name.partition(SOURCE)
+        source = name.removeprefix(before).removesuffix(after)
+        return source if self.is_per_source and source and name == f"{before}{source}{after}" else None
+
 
 #: In the order of a report. Definitions: docs/symbols.md. The balance losses are unweighted by their alphas.
 METRICS = (
@@ -84,6 +99,7 @@ METRICS = (
     Metric("train/device_balance_loss", "as before, of devices", SUM, per="sequences", is_loss=True),
     Metric("train/comm_balance_loss", "as before, of communication", SUM, per="sequences", is_loss=True),
     Metric("valid/loss", "nats per token", SUM, per="targets"),
+    Metric("valid/<source>/loss", "nats per token", SUM, per="targets of <source>"),
     Metric("perf/bubble_s", "seconds, mean over ranks"),
     Metric("perf/exposed_comm_s", "seconds, mean over ranks", MEAN),
     Metric("perf/zero_comm_s", "seconds, mean over ranks", MEAN),
@@ -104,16 +120,39 @@ METRICS = (
 UNITS: dict[str, str] = {metric.name: metric.unit for metric in METRICS if metric.is_reported}
 
 
+def of_run(metrics: Sequence[Metric], sources: Sequence[str]) -> list[Metric]:
+    """Those of a run with these sources that validate: what there is per source, once for each."""
+    return [one for each in metrics for one in ([each.of(name) for name in sources] if each.is_per_source else [each])]
+
+
+def source_of(name: str) -> str | None:
+    """The source whose metric this name is; None for a metric that is of no source."""
+    if name in UNITS:
+        return None
+    return next((source for each in METRICS if (source := each.source_of(name)) is not None), None)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How the model went on with a prompt of `evaluate.prompts`."""
+
+    prompt: str
+    text: str
+
+
 @dataclass(frozen=True)
 class StepReport:
     """The numbers of one finished step by name, "step" first; those that were not measured are absent.
 
-    `step` counts finished steps, so the first report has step 1 and a checkpoint of step N holds reports 1..N.
+    `step` counts finished steps, so the first report has step 1 and a checkpoint of step N holds reports 1..N. A run
+    that is evaluated before its first step has a report of step 0, with little else in it.
     loads: [num_routers][experts], tokens of the batch that chose each expert, in the steps that write them.
+    samples: of the prompts, in the evaluations that go on with them.
     """
 
     values: Mapping[str, float]
     loads: list[list[int]] | None = None
+    samples: list[Sample] = field(default_factory=list)
 
     @property
     def step(self) -> int:

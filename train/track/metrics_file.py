@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and `loads.jsonl`: a line of strict JSON per step, safe to kill at any moment, exact to read back."""
+"""`metrics.jsonl` and its like: a line of strict JSON per step, safe to kill at any moment, exact to read back."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from train.files import replacing, sync_handle
-from train.track.metrics import StepReport
+from train.track.metrics import Sample, StepReport
 from train.track.sinks import say as say_to_people
 
-METRICS, LOADS = "metrics.jsonl", "loads.jsonl"
+METRICS, LOADS, SAMPLES = "metrics.jsonl", "loads.jsonl", "samples.jsonl"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -66,7 +66,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 class _StepLines:
     """A file of one line per step, each written with one call, so that a kill tears at most the last line.
 
-    What it holds past `finished_steps`, the step of the checkpoint that the run goes on from, is cut off first.
+    What it holds past `finished_steps`, the step of the checkpoint that the run goes on from, is cut off first. A run
+    that starts anew leaves nothing, not even step 0, which it may evaluate once more.
     """
 
     def __init__(self, path: Path, finished_steps: int = 0) -> None:
@@ -75,7 +76,7 @@ class _StepLines:
         self._file.seek(0)
         end = self.last_step = 0
         for step, line_end in _steps(self._file):
-            if step > finished_steps:
+            if step > finished_steps or not finished_steps:
                 break
             end, self.last_step = line_end, step
         self._file.truncate(end)
@@ -95,7 +96,9 @@ def begin_with(parent: Path, run_dir: Path, finished_steps: int) -> list[str]:
     Returns a sentence for people where there is none of these lines, or not all.
     """
     said = []
-    for name in (METRICS, LOADS):
+    for name in (METRICS, LOADS, SAMPLES):
+        if name == SAMPLES and not (parent / name).exists():
+            continue
         end = last = 0
         content = (parent / name).read_bytes() if (parent / name).exists() else b""
         for step, line_end in _steps(content.splitlines(keepends=True)):
@@ -131,6 +134,38 @@ class LoadsSink(_StepLines):
         if report.loads is not None:
             line = {"step": report.step, "tokens": report.consumed_tokens, "loads": report.loads}
             self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+
+
+class SamplesSink(_StepLines):
+    """`samples.jsonl`: in some evaluations, how the model went on with each of the prompts."""
+
+    def write(self, report: StepReport) -> None:
+        """Appends the step's samples, if it has any."""
+        if report.samples:
+            samples = [asdict(sample) for sample in report.samples]
+            line = {"step": report.step, "tokens": report.consumed_tokens, "samples": samples}
+            self._file.write(json.dumps(line).encode() + b"\n")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """How the model went on with the prompts, after a step that ended at `tokens` tokens."""
+
+    step: int
+    tokens: int
+    samples: list[Sample]
+
+
+def read_samples(path: Path) -> list[Samples]:
+    """The lines of a `samples.jsonl`, up to one that a kill has torn; none where there is no such file."""
+    found = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            plain = json.loads(line)
+            found.append(Samples(plain["step"], plain["tokens"], [Sample(**each) for each in plain["samples"]]))
+        except (ValueError, TypeError, KeyError):
+            break
+    return found
 
 
 @dataclass(frozen=True)

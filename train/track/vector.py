@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from train.track.metrics import Metric, Reduction, StepReport
+from train.track.metrics import Metric, Reduction, Sample, StepReport
 
 Rows = Sequence[Sequence[float]]  # the vector of every rank, in rank order
 
@@ -84,9 +84,11 @@ class Metrics:
         """The losses among what a micro-batch has measured."""
         return {name: value for name, value in measured.items() if self._declared[name].is_loss}
 
-    def report(self, values: Mapping[str, float], loads: list[list[int]] | None = None) -> StepReport:
+    def report(
+        self, values: Mapping[str, float], loads: list[list[int]] | None = None, samples: Sequence[Sample] = ()
+    ) -> StepReport:
         """The step's report, in the declared order. KeyError for a metric that is not declared."""
         if undeclared := values.keys() - self._declared.keys():
             raise KeyError(f"no declared metric: {', '.join(sorted(undeclared))}")
         reported = (name for name, metric in self._declared.items() if metric.is_reported and name in values)
-        return StepReport({name: values[name] for name in reported}, loads)
+        return StepReport({name: values[name] for name in reported}, loads, list(samples))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 from train.track.config import MODES, TrackConfig
-from train.track.metrics import StepReport
-from train.track.metrics_file import read_metrics
+from train.track.metrics import Sample, StepReport
+from train.track.metrics_file import read_metrics, read_samples
 from train.track.sinks import say as say_to_people
 from train.track.wandb_folders import WandbFolders
 
@@ -64,7 +64,7 @@ class WandbSink:
         self._finished_steps, self._say = finished_steps, say
         self._folders = WandbFolders(run_dir, self.run_id)
         self._run: Any = None
-        self._last_step = 0
+        self._last_step = -1
         self.mode = wandb_mode(config.wandb, os.environ)
         if self.mode == "offline" and config.wandb == "online":
             say("track.wandb=online, but no API key is set: wandb keeps the run offline")
@@ -112,20 +112,26 @@ class WandbSink:
         run.define_metric("train/consumed_tokens")
         run.define_metric("*", step_metric="train/consumed_tokens")
         self._run = run
-        self._last_step = max(0, run.starting_step - 1) if online else kept
+        # Step 0 is an evaluation before the first step: a start that has written nothing yet, here or there, lacks it.
+        self._last_step = run.starting_step - 1 if online else kept or -1
         metrics = self._run_dir / "metrics.jsonl"
         if self._last_step < self._finished_steps and metrics.exists():
+            written = {each.step: each.samples for each in read_samples(self._run_dir / "samples.jsonl")}
             for row in read_metrics(metrics):
                 if row["step"] <= self._finished_steps:
-                    self._log(row)
+                    self._log(row, written.get(int(row["step"]), []))
         # What the server has now must not be sent a second time from files.
         self._folders.set_aside(self._folders.unsent() if online else torn)
 
-    def _log(self, values: dict[str, float]) -> None:
+    def _log(self, values: dict[str, float], samples: Sequence[Sample]) -> None:
+        import wandb
+
         step = int(values.pop("step"))
         if step > self._last_step:
+            rows = [[step, sample.prompt, sample.text] for sample in samples]
+            table = {"samples": wandb.Table(["step", "prompt", "text"], rows)} if rows else {}
             # Committed at once: otherwise the step waits in memory for the next one.
-            self._run.log(values, step=step, commit=True)
+            self._run.log({**values, **table}, step=step, commit=True)
             self._last_step = step
 
     def _try(self, verb: str, call: Callable[[], object], after: str = "goes on without it") -> bool:
@@ -143,7 +149,7 @@ class WandbSink:
     def write(self, report: StepReport) -> None:
         """Sends the step, unless wandb has it."""
         if self._run is not None:
-            self._try("take a step", lambda: self._log(dict(report.values)))
+            self._try("take a step", lambda: self._log(dict(report.values), report.samples))
 
     def checkpoint(self) -> None:
         """Nothing: wandb writes as it goes."""

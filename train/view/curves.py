@@ -85,6 +85,11 @@ def column(steps: History, name: str) -> np.ndarray:
     return np.array([step.get(name, np.nan) for step in steps], dtype=float)
 
 
+def not_finite(steps: History, name: str) -> np.ndarray:
+    """Whether a step has this number and it is NaN or infinite, [num_steps]."""
+    return np.array([name in step and not np.isfinite(step[name]) for step in steps], dtype=bool)
+
+
 def smooth(values: np.ndarray, num_windows: int = 50) -> np.ndarray:
     """Centred mean over about 1/`num_windows` of the curve, [n] -> [n].
 
@@ -111,7 +116,7 @@ def _draw_run(axes: Axes, steps: History, color: str, valid_color: str, labels: 
     if at.any():
         (dots,) = axes.plot(tokens[at], valid[at], "o", label=labels[1], zorder=4, markersize=5)
         dots.set(markerfacecolor="white", markeredgecolor=valid_color, markeredgewidth=1.5)
-    broken = tokens[~np.isfinite(loss)]
+    broken = tokens[not_finite(steps, "train/loss")]
     for where in broken:
         axes.axvline(where, color=ALARM, linewidth=1, alpha=0.6, zorder=1)
     if len(broken):

@@ -1,13 +1,16 @@
-"""Preparing all that a run reads: one source, or the sources of a blend with one tokenizer for all."""
+"""Preparing all that a run reads: one source, or the sources of a blend, and those that are only evaluated on, with one
+tokenizer for all.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from train.data.config import DataConfig
-from train.data.meta import TOKENIZER, Meta
+from train.data.config import DATASETS, DataConfig
+from train.data.meta import FILES, TOKENIZER, Meta
 from train.data.prepare.folder import alone_in, given_tokenizer
 from train.data.prepare.one_source import prepare, sample_text
 from train.data.prepare.sample import SAMPLE_BYTES
@@ -18,10 +21,18 @@ _BLEND = "blend.json"
 
 
 def prepare_sources(config: DataConfig, say: Callable[[str], None] = print) -> dict[str, Meta]:
-    """Prepare every source of `config` unless it is there; what lies there, by name.
+    """Prepare every source of `config` unless it is there; what lies there, by name, `data.valid_sources` last.
 
-    Raises ValueError as `prepare` does, and when the blend's folder was prepared with other settings.
+    Raises ValueError as `prepare` does, when the blend's folder was prepared with other settings, and when a file is
+    both trained and evaluated on.
     """
+    trained = _prepare_trained(config, say)
+    evaluated = {name: prepare(source, say) for name, source in config.evaluated.items()}
+    _refuse_shared_files(config)
+    return trained | evaluated
+
+
+def _prepare_trained(config: DataConfig, say: Callable[[str], None]) -> dict[str, Meta]:
     if not config.blend:
         return {config.name: prepare(config, say)}
     given = given_tokenizer(config)
@@ -31,6 +42,29 @@ def prepare_sources(config: DataConfig, say: Callable[[str], None] = print) -> d
         except OSError as error:
             raise ValueError(f"data.dir={config.folder} could not be prepared: {error}") from None
     return {name: prepare(source, say) for name, source in config.sources.items()}
+
+
+def _refuse_shared_files(config: DataConfig) -> None:
+    """ValueError when a file of `data.valid_sources` is one that is trained on, by the paths that were prepared."""
+    if not config.evaluated:
+        return
+    trained = {path: name for name, source in config.sources.items() for path in _files_of(source)}
+    for name, source in config.evaluated.items():
+        if shared := [path for path in _files_of(source) if path in trained]:
+            raise ValueError(
+                f"data.valid_sources: {shared[0]} of {name} is trained on, as a file of {trained[shared[0]]}: what "
+                "validates must not be trained on"
+            )
+
+
+def _files_of(config: DataConfig) -> list[str]:
+    """The files that a source was prepared from, without links; none of a data set that was loaded by its name."""
+    place = (config.source or "").removeprefix(DATASETS)
+    if config.source is None or not os.path.exists(place):
+        return []
+    root = os.path.realpath(place)
+    names = json.loads((config.folder / FILES).read_bytes())
+    return [os.path.realpath(os.path.join(root, name)) for name in names] if os.path.isdir(root) else [root]
 
 
 def _train_tokenizer(config: DataConfig, say: Callable[[str], None]) -> None:

@@ -103,7 +103,7 @@ class SplitWriter:
 
 
 class Writer:
-    """Both splits. A document validates when its hash is below `threshold`, which lies in [0, 2**64).
+    """Both splits. A document validates when its hash is below `threshold`, which lies in [0, 2**64].
 
     With `deduplicate` a document whose hash was there before is not written.
     """
@@ -122,7 +122,7 @@ class Writer:
 
         Raises OSError or ValueError when its files do not hold it.
         """
-        self._threshold, self._deduplicate = np.uint64(threshold), deduplicate
+        self._threshold, self._deduplicate = threshold, deduplicate
         first: dict[str, Any] = {"least_hash": (1 << 64) - 1, "largest_hash": 0, "num_hashes": 0, "splits": {}}
         state, counts = state or first, counts or {}
         self.least_hash, self.largest_hash = int(state["least_hash"]), int(state["largest_hash"])
@@ -151,7 +151,9 @@ class Writer:
         new = self._seen.add(encoded.hashes)
         self._hashes.write(encoded.hashes[new].astype("<u8").tobytes())
         kept = new if self._deduplicate else np.ones(len(new), dtype=bool)
-        validates = encoded.hashes < self._threshold
+        # The hashes are of 64 bits, which do not hold a threshold that all of them are below.
+        validates = encoded.hashes <= np.uint64(max(self._threshold - 1, 0))
+        validates &= self._threshold > 0
         for split, chosen in (("train", kept & ~validates), ("valid", kept & validates)):
             if chosen.any():
                 ids = encoded.ids[np.repeat(chosen, encoded.num_tokens)]

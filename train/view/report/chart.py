@@ -31,7 +31,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """A titled panel. `level`: a labelled horizontal line; `marks`: (x, word, run, whether bad) of vertical lines."""
+    """A titled panel. `level`: a labelled horizontal line; `marks`: (x, word, run, whether bad) of vertical lines.
+
+    has_key: whether the curves are named above them; not where the page names the runs once for all panels.
+    """
 
     title: str
     unit: str
@@ -42,6 +45,7 @@ class Chart:
     wide: bool = False
     level: tuple[float, str] | None = None
     marks: Sequence[tuple[float, str, int, bool]] = ()
+    has_key: bool = True
 
 
 def thin(x: np.ndarray, y: np.ndarray, count: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -162,7 +166,7 @@ def _key(chart: Chart) -> str:
     """The legend: one entry per label that is not drawn faintly; the level's words too."""
     entries: dict[str, str] = {}
     for curve in chart.curves:
-        if curve.style != "faint" and curve.label:
+        if curve.style != "faint" and curve.label and chart.has_key:
             color = (curve.run if curve.color is None else curve.color) % NUM_COLORS
             entries.setdefault(
                 curve.label,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from train.view.report.panels import charts, short_bytes, tokens_of
 from train.view.report.runs import Run
 from train.view.report.style import CSS, JS
 
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
 # Differ between any two runs, and say nothing about their numbers.
 _PLACES = ("run.name", "run.dir", "track.name", "track.group", "checkpoint.dir")
 
@@ -34,11 +36,13 @@ def page(runs: Sequence[Run], entropy: float | None = None) -> str:
     """The whole page. Well-formed XML as well as HTML."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     x_end = max((float(tokens_of(run)[-1]) for run in runs if run.steps), default=1.0)
-    panels = "".join(draw(chart, short_tokens, x_end) for chart in charts(runs, entropy))
+    made = [replace(chart, has_key=len(runs) == 1) for chart in charts(runs, entropy)]
+    panels = "".join(draw(chart, short_tokens, x_end) for chart in made)
     body = [f"<h1>{html.escape(title)}</h1>"]
     body += [_facts(runs[0])] if len(runs) == 1 else [_toggles(runs), _table_of_runs(runs), _differences(runs)]
     body.append('<h2>Over tokens</h2><div class="panels">' + panels + "</div>")
     body += [_ancestry(run) for run in runs]
+    body += [_samples(run, number, len(runs) > 1) for number, run in enumerate(runs)]
     body += [_heatmaps(run, number, len(runs) > 1) for number, run in enumerate(runs)]
     body += [_checkpoints(run) for run in runs]
     body += [_settings(run) for run in runs]
@@ -109,10 +113,16 @@ def _toggles(runs: Sequence[Run]) -> str:
     return f'<div class="runs">{boxes}</div>'
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    lines = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{lines}</table></div>'
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """kind: class of the table, for its style."""
+    head = "".join(f"<th>{_escaped(cell)}</th>" for cell in header)
+    lines = "".join("<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table class="{kind}"><tr>{head}</tr>{lines}</table></div>'
+
+
+def _escaped(text: str) -> str:
+    """Text for the page. What XML has no place for, a model may have written: U+FFFD stands for it."""
+    return html.escape(_NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text))
 
 
 def _table_of_runs(runs: Sequence[Run]) -> str:
@@ -191,6 +201,20 @@ def _layer_name(run: Run, router: int) -> str:
     return f"layer {layer}"
 
 
+def _samples(run: Run, number: int, is_one_of_many: bool) -> str:
+    """What the model made of each prompt, the newest text first; nothing for a run without."""
+    if not run.samples:
+        return ""
+    last, *earlier = reversed(run.samples)
+    head = f"Samples after step {last.step}{': ' + html.escape(run.name) if is_one_of_many else ''}"
+    text = _table(["prompt", "goes on"], [[each.prompt, each.text] for each in last.samples], kind="samples")
+    rows = [[str(at.step), each.prompt, each.text] for at in earlier for each in at.samples]
+    before = _folded("Earlier samples", ["step", "prompt", "goes on"], rows, kind="samples") if rows else ""
+    if is_one_of_many:
+        return f'<div class="run{number}"><details><summary>{head}</summary>{text}{before}</details></div>'
+    return f"<h2>{head}</h2>{text}{before}"
+
+
 def _checkpoints(run: Run) -> str:
     rows = [[name, short_bytes(size)] for name, size in run.checkpoints]
     if not rows:
@@ -205,5 +229,5 @@ def _settings(run: Run) -> str:
     return _folded(f"All settings of {run.name}", ["setting", "value"], rows)
 
 
-def _folded(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return f"<details><summary>{html.escape(title)}</summary>{_table(header, rows)}</details>"
+def _folded(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{_table(header, rows, kind)}</details>"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from train.view.curves import column, short_rate, short_tokens, smooth
+from train.view.curves import column, not_finite, short_rate, short_tokens, smooth
 from train.view.report.chart import Chart, Curve
 from train.view.report.runs import Run
 
@@ -36,6 +36,7 @@ def charts(runs: Sequence[Run], entropy: float | None = None) -> list[Chart]:
     """All panels over tokens, in the page's order; those that no run has measured are left out."""
     made = [
         _loss(runs, entropy),
+        *_by_source(runs),
         _plain(runs, "MTP loss", "nats per token, mean over depths", "train/mtp_loss", short),
         _plain(runs, "Learning rate", "per step", "train/lr", short_rate, from_zero=True),
         _plain(runs, "Gradient norm", "before clipping", "train/grad_norm", short, is_log=True),
@@ -73,10 +74,27 @@ def _loss(runs: Sequence[Run], entropy: float | None) -> Chart:
         found = [(by_step[step], f"{run.name} resumed after step {step}") for step in run.resumed if step in by_step]
         found += [(float(each.tokens), f"{run.name} branches off {each.run}") for each in run.branches]
         marks += [(where, word, number, False) for where, word in found]
-        marks += [(where, f"{run.name}: loss not finite", number, True) for where in x[~np.isfinite(loss)]]
+        broken = x[not_finite(run.steps, "train/loss")]
+        marks += [(where, f"{run.name}: loss not finite", number, True) for where in broken]
     level = None if entropy is None else (entropy, f"unigram entropy {entropy:.2f}")
     unit = "nats per token" + ("" if is_single else "; dots: validation")
     return Chart("Training and validation loss", unit, curves, short, wide=True, level=level, marks=marks)
+
+
+def _by_source(runs: Sequence[Run]) -> list[Chart]:
+    """The validation loss of every source: of one run in one panel, of several in a panel for each source."""
+    curves: dict[str, list[Curve]] = {}
+    is_single = len(runs) == 1
+    for number, run in enumerate(runs):
+        for place, source in enumerate(run.sources):
+            valid, x = column(run.steps, f"valid/{source}/loss"), tokens_of(run)
+            at = np.isfinite(valid)
+            label, color = (source, place) if is_single else (run.name, number)
+            curves.setdefault(source, []).append(Curve(label, number, x[at], valid[at], color=color))
+    if is_single:
+        together = [curve for each in curves.values() for curve in each]
+        return [Chart("Validation loss by source", "nats per token", together, short)] if together else []
+    return [Chart(f"Validation loss: {source}", "nats per token", each, short) for source, each in curves.items()]
 
 
 def _plain(
@@ -97,7 +115,9 @@ def _batch(runs: Sequence[Run]) -> Chart:
     for number, run in enumerate(runs):
         tokens, step = tokens_of(run), column(run.steps, "step")
         # Where steps were lost between two lines, the tokens between belong to several.
-        sizes = np.diff(tokens, prepend=0.0) / np.maximum(np.diff(step, prepend=0.0), 1.0)
+        num_steps = np.diff(step, prepend=0.0)  # 0 of an evaluation before the first step
+        with np.errstate(invalid="ignore"):
+            sizes = np.diff(tokens, prepend=0.0) / np.where(num_steps > 0, num_steps, np.nan)
         curves.append(Curve(run.name, number, tokens, sizes))
     return Chart("Batch size", "tokens per step", curves, short_tokens, from_zero=True)
 

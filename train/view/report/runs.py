@@ -10,7 +10,9 @@ from typing import Any
 
 from train.checkpoint import step_folders
 from train.settings import dotted
-from train.track.metrics_file import Loads, read_loads, read_metrics
+from train.track.metrics import source_of
+from train.track.metrics_file import Loads, Samples, read_loads, read_metrics, read_samples
+from train.track.patience import Patience
 
 MAX_CHECKPOINTS = 50
 
@@ -37,6 +39,7 @@ class Run:
         resumed: steps after which it went on from a checkpoint.
         trouble: why it was stopped; empty where it was not.
         branches: from the first run to this one; its curves begin with those of the runs before.
+        samples: how the model went on with the prompts, in some evaluations.
     """
 
     name: str
@@ -48,6 +51,13 @@ class Run:
     resumed: list[int] = field(default_factory=list)
     trouble: str = ""
     branches: list[Branch] = field(default_factory=list)
+    samples: list[Samples] = field(default_factory=list)
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources that have a validation loss of their own, in order."""
+        names = dict.fromkeys(name for step in self.steps for name in step)
+        return [source for name in names if (source := source_of(name)) is not None]
 
     @property
     def first_dense(self) -> int:
@@ -63,7 +73,18 @@ class Run:
         end = self.settings.get("train.max_steps")
         if end is None:
             return f"after step {last}"
+        if last < end and (patience := self._patience()).is_exhausted:
+            return f"done after step {last} of {end}, as {patience.sentence}"
         return f"done after step {last}" if last >= end else f"not finished: step {last} of {end}"
+
+    def _patience(self) -> Patience:
+        """After all evaluations so far."""
+        limit, least = (self.settings.get(f"evaluate.{key}") for key in ("patience", "min_improvement"))
+        patience = Patience(limit, least or 0.0)
+        for step in self.steps:
+            if "valid/loss" in step:
+                patience.see(step["valid/loss"])
+        return patience
 
 
 def read_run(folder: Path) -> Run:
@@ -85,6 +106,7 @@ def read_run(folder: Path) -> Run:
         settings=settings,
         checkpoints=_checkpoints(checkpoints),
         resumed=sorted({int(step) for step in resumed}),
+        samples=read_samples(folder / "samples.jsonl"),
         trouble=_trouble(folder / "not_finite.json", int(steps[-1]["step"]) if steps else 0),
         branches=_branches(settings.get("checkpoint.ancestry") or []),
     )

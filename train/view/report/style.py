@@ -64,6 +64,7 @@ padding:4px 8px;font-size:12px;z-index:3;white-space:pre;display:none;top:4px}
 table{border-collapse:collapse;font-size:13px;font-variant-numeric:tabular-nums}
 td,th{text-align:left;padding:3px 14px 3px 0;border-bottom:1px solid var(--grid);vertical-align:top}
 th{color:var(--faint);font-weight:600}td.n{text-align:right}
+.samples td{white-space:pre-wrap;font-family:ui-monospace,monospace;font-size:12px;max-width:760px}
 details{margin:10px 0}summary{cursor:pointer;color:var(--faint)}code{font-size:12px}
 """
 )
