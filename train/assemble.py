@@ -152,7 +152,7 @@ def assemble(config: RunConfig, groups: Groups, make_engines: MakeEngines = buil
 
 
 def optimizer_of(
-    config: RunConfig, groups: Groups, models: Sequence[Transformer], on_new_weights: Callable[[], object]
+    config: RunConfig, groups: Groups, models: Sequence[Transformer], on_new_weights: Callable[[], None]
 ) -> ZeroOptimizer:
     """What updates these slices of the model, with masters as drawn; their parameters get a `main_grad` each."""
     rule, frozen = update_rules(config.optimizer), config.frozen
