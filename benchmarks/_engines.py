@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from train.precision.build import everywhere
 from train.precision.config import FP8_MODULES, MODULE_KEYS, Fp8, PrecisionConfig
 from train.precision.engine import Engine, Products
 from train.precision.reference import Fp8Engine, Fp8Groups, QuantisedWeights
-from train.precision.tiles import Kept, round_blocks, round_columns, round_to
+from train.precision.tiles import Kept, round_blocks, round_to
 from train.precision.torch_engine import TorchEngine
 
 MakeEngines = Callable[[PrecisionConfig, torch.device | str, QuantisedWeights], Mapping[str, Engine]]
@@ -35,8 +35,8 @@ class Reassociated(TorchEngine):
 class _OtherGradients(Fp8Engine):
     """Gradients quantised in one way for both products that take them."""
 
-    def add_product_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
-        accumulator.addmm_(self.gradient_operand(dy).t(), round_columns(x, self._round_input))
+    def gradient_columns(self, dy: Tensor, groups: Sequence[slice]) -> list[Tensor]:
+        return [self.gradient_operand(dy[rows]) for rows in groups]
 
 
 class UnscaledGradients(_OtherGradients):
@@ -65,6 +65,8 @@ class Partly(Fp8Engine):
         """weight [..., n, k] as a product takes it, in float32."""
         return self._weights.of(weight) if product in self._products else weight.detach().float()
 
+    enter = Products.enter  # what enters a product and what is kept of it need not be rounded alike
+
     def operand(self, x: Tensor) -> Tensor:
         return super().operand(x) if "fprop" in self._products else x.float()
 
@@ -89,11 +91,11 @@ class Partly(Fp8Engine):
     def received(self, dy: Tensor) -> Tensor:
         return super().received(dy) if "wgrad" in self._products else dy
 
-    def add_product_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
-        if "wgrad" in self._products:
-            super().add_product_(accumulator, dy, x)
-        else:
-            accumulator.addmm_(dy.float().t(), x.float())
+    def gradient_columns(self, dy: Tensor, groups: Sequence[slice]) -> list[Tensor]:
+        return super().gradient_columns(dy, groups) if "wgrad" in self._products else [dy[at].float() for at in groups]
+
+    def input_columns(self, x: Tensor, groups: Sequence[slice]) -> list[Tensor]:
+        return super().input_columns(x, groups) if "wgrad" in self._products else [x[at].float() for at in groups]
 
 
 class _PartlyGroups(Fp8Groups):
@@ -130,6 +132,8 @@ class PerTensor(_OtherGradients):
     def __init__(self, fp8: Fp8, _weights: QuantisedWeights) -> None:
         super().__init__(fp8, _WholeWeights())
 
+    enter = Products.enter  # the input is kept as it is
+
     def operand(self, x: Tensor) -> Tensor:
         return round_whole(x)
 
@@ -142,8 +146,11 @@ class PerTensor(_OtherGradients):
     def gradient_operand(self, dy: Tensor) -> Tensor:
         return round_whole(dy)
 
-    def add_product_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
-        accumulator.addmm_(round_whole(dy).t(), round_whole(x))
+    def gradient_columns(self, dy: Tensor, groups: Sequence[slice]) -> list[Tensor]:
+        return [round_whole(dy[rows]) for rows in groups]
+
+    def input_columns(self, x: Tensor, groups: Sequence[slice]) -> list[Tensor]:
+        return [round_whole(x[rows]) for rows in groups]
 
 
 def partly(products: Collection[str]) -> MakeEngines:

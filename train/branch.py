@@ -25,8 +25,8 @@ from train.recipe.config import BatchRampConfig
 from train.settings import settings_of
 
 _ABSENT = object()
-# Where a run lies and who hears of it is its own.
-_PLACES = ("run.name", "run.dir", "track.", "checkpoint.", "data.dir", "data.num_workers")
+# Where a run lies and who hears of it is its own; by which products a CPU computes it goes on as it was.
+_PLACES = ("run.name", "run.dir", "track.", "checkpoint.", "data.dir", "data.num_workers", "precision.bf16_products")
 # Settings of a model under which its weights, moments and router biases can be kept: none of them is in a shape.
 _FREE_MODEL_KEYS = (
     *("model.initializer_range", "model.max_position_embeddings", "model.rope_scaling", "model.rope_theta"),

@@ -30,6 +30,7 @@ from train.loop import run
 from train.not_finite import NotFiniteError
 from train.precision.build import choose_engine
 from train.resume import resume
+from train.settle import settled
 from train.stopping import StopRequest, end_now, tell_torchrun, within
 from train.track import gauges
 from train.track.console import ConsoleSink
@@ -112,6 +113,8 @@ def _rank(config: RunConfig, meeting: Meeting, stop: StopRequest) -> None:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if config.run.num_threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(config.run.num_threads or max(1, (os.cpu_count() or 1) // local_world_size))
+    # Which way of multiplying is the faster one may differ between machines, and all ranks take one.
+    config = meeting.from_first("times its products", lambda: settled(config, device_of(config)))
     config.track.check_installed()
     meeting.from_first("prepares the data", lambda: _prepare(config.data, meeting))
     same_tokens(meeting, config.data)

@@ -78,12 +78,17 @@ def test_products(num_tokens: int, k: int, n: int, seed: int, engine: tuple[Fp8,
     x, dy, weight = (matrix(shape, 15 * seed + 1, dtype) * (2.0**-18 * (i + 1)) for i, shape in enumerate(shapes))
     gemm = Fp8Engine(engine[0], QuantisedWeights(engine[1]), engine[1])
     factors = expected_operands(*engine, x, dy, weight)
-    y, dx = gemm.fprop(gemm.operand(x), weight), gemm.dgrad(dy, weight)
+    operand, kept = gemm.enter(x)
+    assert torch.equal(operand, gemm.operand(x))
+    assert all(
+        torch.equal(one.view(torch.uint8), two.view(torch.uint8)) for one, two in zip(kept, gemm.keep(x), strict=True)
+    )
+    y, dx = gemm.fprop(operand, weight), gemm.dgrad(dy, weight)
     assert y.dtype == dx.dtype == dtype
     assert_product(y, factors[0])
     assert_product(dx, factors[1])
     accumulator = torch.zeros(n, k)
-    gemm.wgrad_(accumulator, dy, gemm.restore(gemm.keep(x)))
+    gemm.wgrad_(accumulator, dy, gemm.restore(kept))
     assert_product(accumulator, factors[2])
     # It adds: the same terms once more.
     gemm.wgrad_(accumulator, dy, gemm.restore(gemm.keep(x)))

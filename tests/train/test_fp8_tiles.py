@@ -28,6 +28,7 @@ from train.precision.tiles import (
     restore_rows_e5m6,
     round_blocks,
     round_columns,
+    round_group_columns,
     round_rows,
     round_to,
 )
@@ -247,3 +248,18 @@ def test_a_factor_of_two_changes_exponents_alone(m: int, k: int, seed: int, shif
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed))
     for fast in (round_rows, round_columns, round_blocks):
         assert torch.equal(fast(x * 2.0**shift, power_of_two), fast(x, power_of_two) * 2.0**shift)
+
+
+@given(st.lists(st.sampled_from([1, 2, 7, 127, 128, 129, 300]), max_size=5), st.integers(1, 140), seeds, st.booleans())
+@settings(max_examples=30, deadline=None)
+def test_groups_rounded_together_are_each_rounded_alone(
+    lengths: list[int], k: int, seed: int, power_of_two: bool
+) -> None:
+    """Groups of any length, which need not cover the rows nor lie in order."""
+    x = matrix((sum(lengths) + 3, k), seed).bfloat16()
+    ends = [sum(lengths[: number + 1]) for number in range(len(lengths))]
+    groups = [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)][::-1]
+    together = round_group_columns(x, groups, power_of_two)
+    for rows, found in zip(groups, together, strict=True):
+        want = dequantise(quantise(x[rows], COLUMNS, power_of_two), COLUMNS)
+        assert torch.equal(found, want)

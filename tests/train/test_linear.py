@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.bounds import assert_within, product_error
+from train.precision import measure
+from train.precision.build import settle
+from train.precision.config import PrecisionConfig
+from train.precision.engine import spans
 from train.precision.grads import attach_main_grads
 from train.precision.linear import Linear
-from train.precision.torch_engine import TorchEngine
+from train.precision.torch_engine import ROW_QUANTUM, TorchEngine, WideningEngine, of_few_sizes
 
-SPLITS = [3, 0, 5, 1, 0]
+SPLITS = [3, 0, 150, 1, 64, 0]
 
 
 def operands(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -22,12 +28,19 @@ def operands(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 # The fused form is what runs on GPUs; torch has a CPU form of it, without float64.
 @pytest.mark.parametrize(
-    ("device", "dtype"),
-    [("cpu", torch.float64), ("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.float32)],
+    ("engine", "dtype"),
+    [
+        (TorchEngine(), torch.float64),
+        (TorchEngine(), torch.float32),
+        (TorchEngine(generates_kernels=True), torch.bfloat16),
+        (WideningEngine(), torch.bfloat16),
+        (TorchEngine("cuda"), torch.float32),
+    ],
+    ids=["fp64", "fp32", "bf16", "bf16 widened", "fused"],
 )
-def test_grouped_products(device: str, dtype: torch.dtype) -> None:
+def test_grouped_products(engine: TorchEngine, dtype: torch.dtype) -> None:
     x, dy, weight = operands(dtype)
-    gemm = TorchEngine(device).grouped(SPLITS)
+    gemm = engine.grouped(SPLITS)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     accumulator = torch.ones(weight.shape, dtype=wide)
     gemm.wgrad_(accumulator, dy, x)
@@ -47,8 +60,7 @@ def test_grouped_products(device: str, dtype: torch.dtype) -> None:
 
 def test_bfloat16_without_hardware_is_one_rounding_of_the_exact_product() -> None:
     """Tensors of whole numbers, whose sums float32 holds exactly in any order."""
-    engine = TorchEngine()
-    engine._widen = True
+    engine = WideningEngine()
     draw = torch.Generator().manual_seed(0)
     x, weight = (torch.randint(-255, 256, shape, generator=draw).bfloat16() for shape in ((9, 16), (24, 16)))
     exact = x.double() @ weight.double().T
@@ -89,3 +101,46 @@ def test_backward_without_a_buffer_says_what_to_do() -> None:
     torch.nn.init.normal_(layer.weight)
     with pytest.raises(RuntimeError, match="attach_main_grads"):
         layer(torch.randn(3, 5, requires_grad=True)).sum().backward()
+
+
+@given(st.lists(st.integers(0, 3 * ROW_QUANTUM), max_size=6))
+def test_groups_in_few_sizes_are_the_groups(lengths: list[int]) -> None:
+    groups = spans(lengths)
+    parts = list(of_few_sizes(groups))
+    for group, rows in groups:
+        mine = [part for of, part in parts if of == group]
+        assert [row for part in mine for row in range(part.start, part.stop)] == list(range(rows.start, rows.stop))
+        assert [(part.stop - part.start) % ROW_QUANTUM for part in mine[:-1]] == [0] * (len(mine) - 1)
+    assert {of for of, _ in parts} == {of for of, _ in groups}
+    sizes = {part.stop - part.start for _, part in parts}
+    assert all(size < ROW_QUANTUM or size % ROW_QUANTUM == 0 for size in sizes)
+
+
+@pytest.mark.parametrize(("bf16_s", "fp32_s", "faster"), [(1.0, 2.0, "bf16"), (3.0, 2.0, "fp32")])
+def test_the_faster_product_is_taken(
+    monkeypatch: pytest.MonkeyPatch, bf16_s: float, fp32_s: float, faster: str
+) -> None:
+    """By a clock that goes on while a product is made; one that was disturbed once does not count."""
+    now, rounds = [0.0], []
+
+    class Products:
+        def __init__(self, takes_s: float) -> None:
+            self.takes_s = takes_s
+
+        def fprop(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+            assert x.dtype == weight.dtype == torch.bfloat16
+            rounds.append(self.takes_s)
+            now[0] += self.takes_s + (10 if len(rounds) == 1 else 0)
+
+    monkeypatch.setattr(measure, "WAYS", {"bf16": Products(bf16_s), "fp32": Products(fp32_s)})
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    for name in ("bf16", "fp8"):
+        modules = dict.fromkeys(("attention",), "fp8") if name == "fp8" else {}
+        assert settle(PrecisionConfig(name, modules), "cpu").bf16_products == faster
+    assert len(rounds) > 4
+    # Asked for, or where no CPU multiplies any: nothing is measured.
+    done = len(rounds)
+    assert settle(PrecisionConfig("bf16", bf16_products="fp32"), "cpu").bf16_products == "fp32"
+    assert settle(PrecisionConfig("fp32"), "cpu").bf16_products == "auto"
+    assert settle(PrecisionConfig("bf16"), "cuda").bf16_products == "auto"
+    assert len(rounds) == done

@@ -32,7 +32,13 @@ _SECTIONS = {
     ),
 }
 # These are how a run is computed, not what; where it ends is part of the recipe only if a phase's border depends on it.
-_FREE = ("train.micro_batch_size", "data.num_workers", "data.valid_sources", "precision.engine")
+_FREE = (
+    "train.micro_batch_size",
+    "data.num_workers",
+    "data.valid_sources",
+    "precision.engine",
+    "precision.bf16_products",
+)
 _END = ("train.max_steps", "train.max_tokens")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -10,8 +11,9 @@ from torch import nn
 from train.precision.codec import Fp8Rows
 from train.precision.config import FP8_MODULES, MODULE_KEYS, Fp8, PrecisionConfig
 from train.precision.engine import Engine
+from train.precision.measure import faster_bf16_products
 from train.precision.reference import Fp8Engine, QuantisedWeights
-from train.precision.torch_engine import TorchEngine
+from train.precision.torch_engine import TorchEngine, WideningEngine
 from train.precision.transformer_engine import WIDTH, LibraryModules, TransformerEngine, missing
 
 
@@ -61,6 +63,22 @@ def check_widths(model: nn.Module, config: PrecisionConfig) -> None:
             )
 
 
+def settle(config: PrecisionConfig, device: torch.device | str) -> PrecisionConfig:
+    """The config with what `auto` means for bfloat16 products here; as it is where no CPU multiplies any."""
+    on_cpu = torch.device(device).type == "cpu"
+    if not on_cpu or config.name not in ("bf16", "fp8") or config.bf16_products != "auto":
+        return config
+    return replace(config, bf16_products=faster_bf16_products())
+
+
+def high_engine(config: PrecisionConfig, device: torch.device | str) -> TorchEngine:
+    """What multiplies in a run's own precision, or beside FP8."""
+    if torch.device(device).type == "cpu" and config.name in ("bf16", "fp8"):
+        widens = settle(config, device).bf16_products == "fp32"
+        return WideningEngine() if widens else TorchEngine(device, generates_kernels=True)
+    return TorchEngine(device)
+
+
 def build_engines(
     config: PrecisionConfig, device: torch.device | str, weights: QuantisedWeights | LibraryModules
 ) -> Mapping[str, Engine]:
@@ -68,7 +86,7 @@ def build_engines(
 
     weights: those of `fp8_weights`, shared by all engines. Modules that multiply alike share an engine.
     """
-    high = TorchEngine(device)
+    high = high_engine(config, device)
     if config.name != "fp8":
         return everywhere(high)
     made: dict[Fp8, Engine] = {

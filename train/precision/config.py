@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 PRECISIONS = ("fp64", "fp32", "bf16", "fp8")
 FP8_ENGINES = ("auto", "reference", "transformer_engine")
+BF16_PRODUCTS = ("auto", "bf16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,16 @@ class PrecisionConfig:
         engine: fp8: who multiplies. `reference`: any device; `transformer_engine`: a GPU of compute capability 9.0 or
             more with the extra `[cuda]`, matrices whose widths are multiples of 16; `auto`: the second where it can,
             else the first.
+        bf16_products: how a CPU multiplies bfloat16 matrices: `bf16` by its own instructions, `fp32` widened and
+            rounded once. Their sums differ in the last bits. `auto` takes the faster one, which is measured when a run
+            begins and stands in its config.yaml from then on.
     """
 
     name: str = "fp32"
     modules: dict[str, str] = field(default_factory=dict)
     power_of_two_scales: bool = False
     engine: str = "auto"
+    bf16_products: str = "auto"
 
     def check(self) -> None:
         """ValueError for an unknown precision, module or engine, for a table that is not whole, or for any of fp8's
@@ -77,6 +82,8 @@ class PrecisionConfig:
             raise ValueError(f"precision={self.name} is not one of {', '.join(PRECISIONS)}")
         if self.engine not in FP8_ENGINES:
             raise ValueError(f"precision.engine={self.engine} is not one of {', '.join(FP8_ENGINES)}")
+        if self.bf16_products not in BF16_PRODUCTS:
+            raise ValueError(f"precision.bf16_products={self.bf16_products} is not one of {', '.join(BF16_PRODUCTS)}")
         if self.name == "fp8":
             self._check_modules()
         elif self.power_of_two_scales:

@@ -92,6 +92,10 @@ class Products(ABC):
         """What is kept of x [..., k] for the backward pass."""
         return (x,)
 
+    def enter(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """x [..., k] as `fprop` takes it, and what is kept of it for the backward pass."""
+        return self.operand(x), self.keep(x)
+
     def restore(self, kept: tuple[Tensor, ...]) -> Tensor:
         """x [..., k], as far as it was kept, in its own or a wider type."""
         return kept[0]
@@ -145,10 +149,11 @@ class _ProjectNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, products: Products, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*products.keep(x))
+        operand, kept = products.enter(x)
+        ctx.save_for_backward(*kept)
         # Parameters themselves: what comes back from saved tensors need not be the object that has the `main_grad`.
         ctx.weights, ctx.products, ctx.sink, ctx.shape = weights, products, sink, x.shape
-        operand = products.operand(x.reshape(-1, x.shape[-1]))
+        operand = operand.reshape(-1, x.shape[-1])
         return tuple(products.fprop(operand, weight).view(*x.shape[:-1], weight.shape[-2]) for weight in weights)
 
     @staticmethod
@@ -172,8 +177,9 @@ class _MlpNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mlp: Mlp, x: Tensor, row_weights: Tensor | None, gate_up: Tensor, down: Tensor) -> Tensor:
         first, second = products_of(mlp.up_engine), products_of(mlp.down_engine)
-        kept_x = first.keep(x)
-        h = first.fprop(first.operand(x), gate_up)
+        operand, kept_x = first.enter(x)
+        h = first.fprop(operand, gate_up)
+        del operand
         a = mlp.activation.swiglu_forward(h, row_weights)
         ctx.save_for_backward(row_weights, *kept_x, *second.keep(h))
         ctx.mlp, ctx.num_kept = mlp, len(kept_x)

@@ -8,6 +8,8 @@ have the type of the weights; gradients of weights stay float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from train.precision.tiles import (
     restore_rows,
     restore_rows_e5m6,
     round_blocks,
-    round_columns,
+    round_group_columns,
     round_rows,
 )
 
@@ -64,6 +66,11 @@ class Fp8Engine(Products):
     def keep(self, x: Tensor) -> Kept:
         return keep_rows(x, self._round_input) if self._fp8.keep == "e4m3" else keep_rows_e5m6(x)
 
+    def enter(self, x: Tensor) -> tuple[Tensor, Kept]:
+        kept = self.keep(x)
+        # Values and scales of E4M3 are found once; another format is kept of another rounding.
+        return (restore_rows(kept) if self._fp8.keep == "e4m3" else self.operand(x)), kept
+
     def restore(self, kept: Kept) -> Tensor:
         return restore_rows(kept) if self._fp8.keep == "e4m3" else restore_rows_e5m6(kept)
 
@@ -78,7 +85,7 @@ class Fp8Engine(Products):
         return round_rows(dy, self._round_gradient)
 
     def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
-        self.add_product_(accumulator, self.received(dy), x)
+        self.add_products_([accumulator], self.received(dy), x, [slice(0, len(dy))])
 
     def grouped(self, splits: list[int]) -> Products:
         return Fp8Groups(self, self._weights, splits)
@@ -87,9 +94,19 @@ class Fp8Engine(Products):
         """The gradient dy [T, n] of which the weight gradient makes its columns."""
         return round_rows(dy, self._round_gradient) if self._fp8.round_gradient else dy
 
-    def add_product_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
-        """accumulator [n, k] += dyᵀ x, both in columns."""
-        accumulator.addmm_(round_columns(dy, self._round_gradient).t(), round_columns(x, self._round_input))
+    def add_products_(self, accumulators: Sequence[Tensor], dy: Tensor, x: Tensor, groups: Sequence[slice]) -> None:
+        """accumulators[i] [n, k] += dyᵀ x of the rows of group i, both in columns."""
+        columns = zip(self.gradient_columns(dy, groups), self.input_columns(x, groups), strict=True)
+        for accumulator, (of_dy, of_x) in zip(accumulators, columns, strict=True):
+            accumulator.addmm_(of_dy.t(), of_x)
+
+    def gradient_columns(self, dy: Tensor, groups: Sequence[slice]) -> list[Tensor]:
+        """The rows of dy [T, n] of each group as the weight gradient multiplies them."""
+        return round_group_columns(dy, groups, self._round_gradient)
+
+    def input_columns(self, x: Tensor, groups: Sequence[slice]) -> list[Tensor]:
+        """The rows of x [T, k] of each group as the weight gradient multiplies them."""
+        return round_group_columns(x, groups, self._round_input)
 
 
 class Fp8Groups(Products):
@@ -103,6 +120,9 @@ class Fp8Groups(Products):
 
     def keep(self, x: Tensor) -> Kept:
         return self._engine.keep(x)
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Kept]:
+        return self._engine.enter(x)
 
     def restore(self, kept: Kept) -> Tensor:
         return self._engine.restore(kept)
@@ -120,9 +140,8 @@ class Fp8Groups(Products):
         return out
 
     def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
-        dy = self._engine.received(dy)
-        for e, where in self._spans:
-            self._engine.add_product_(accumulator[e], dy[where], x[where])
+        experts, groups = [e for e, _ in self._spans], [where for _, where in self._spans]
+        self._engine.add_products_([accumulator[e] for e in experts], self._engine.received(dy), x, groups)
 
     def grouped(self, splits: list[int]) -> Products:
         return self._engine.grouped(splits)

@@ -7,7 +7,8 @@ Every function takes bfloat16 or float32, contiguous or not, and any size, zero 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -34,35 +35,75 @@ def _spans(size: int, width: int = TILE) -> list[tuple[slice, int]]:
     return [(where, each) for where, each in spans if where.stop > where.start]
 
 
-def _rows(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """x [..., k] by runs of tiles along k: (columns, float32 view or copy [..., tiles, width])."""
-    for where, width in _spans(x.shape[-1]):
-        yield where, x[..., where].float().unflatten(-1, (-1, width))
-
-
 def _scales(tiles: Tensor, dims: int | tuple[int, ...], power_of_two: bool, fmt: Format = E4M3) -> Tensor:
     if not tiles.numel():
         return tiles.new_ones([1 if dim == dims else size for dim, size in enumerate(tiles.shape, -tiles.dim())])
-    return scales_of(tiles.abs().amax(dims, keepdim=True), power_of_two, fmt)
+    # Two reductions make no tensor of the size of `tiles`, as taking magnitudes first would.
+    amax = torch.maximum(tiles.amax(dims, keepdim=True), tiles.amin(dims, keepdim=True).neg_())
+    return scales_of(amax, power_of_two, fmt)
+
+
+def _over_scales(
+    tiles: Tensor, dims: int | tuple[int, ...], power_of_two: bool, fmt: Format = E4M3
+) -> tuple[Tensor, Tensor]:
+    """(tiles over their scales, a float32 tensor of its own; the scales). A copy made to widen is used up."""
+    wide = tiles.float()
+    scales = _scales(wide, dims, power_of_two, fmt)
+    return wide / scales if wide is tiles else wide.div_(scales), scales
+
+
+def _scaled_rows(x: Tensor, power_of_two: bool = False, fmt: Format = E4M3) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """x [..., k] by runs of tiles along k: (columns, tiles over their scales [..., tiles, width], scales)."""
+    for where, width in _spans(x.shape[-1]):
+        yield where, *_over_scales(x[..., where].unflatten(-1, (-1, width)), -1, power_of_two, fmt)
+
+
+def _widen(values: Tensor) -> Tensor:
+    """E4M3 values -> float32, each 2^-8 of the value.
+
+    Through float16, whose bits are E4M3's with another bias: several times faster than torch's own widening on a CPU.
+    """
+    # The sign, copied by the widening, ends in the two highest bits; the second belongs to the exponent.
+    bits = values.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4001)
+    return bits.view(torch.float16).float()
+
+
+def _round_into(out: Tensor, scaled: Tensor, scales: Tensor) -> None:
+    """Fill `out`, float32, with what E4M3 has for tiles that are `scaled` over their scales.
+
+    By way of the bytes: fewer of them pass through memory than with arithmetic that rounds in float32.
+    """
+    torch.mul(_widen(scaled.to(torch.float8_e4m3fn)), scales * 256, out=out)
 
 
 def round_rows(x: Tensor, power_of_two: bool = False) -> Tensor:
     """x [..., k] -> float32 [..., k]: quantised in tiles of 1 x 128 and dequantised."""
-    out = torch.empty(x.shape, device=x.device)
-    for where, tiles in _rows(x):
-        scales = _scales(tiles, -1, power_of_two)
-        torch.mul(round_to(tiles / scales, E4M3), scales, out=out[..., where].unflatten(-1, (-1, tiles.shape[-1])))
-    return out
+    return restore_rows(keep_rows(x, power_of_two))
 
 
 def round_columns(x: Tensor, power_of_two: bool = False) -> Tensor:
     """x [T, k] -> float32 [T, k]: quantised in tiles of 128 x 1 and dequantised."""
-    out = torch.empty(x.shape, device=x.device)
-    for where, width in _spans(x.shape[0]):
-        tiles = x[where].float().unflatten(0, (-1, width))
-        scales = _scales(tiles, -2, power_of_two)
-        torch.mul(round_to(tiles / scales, E4M3), scales, out=out[where].unflatten(0, (-1, width)))
-    return out
+    return round_group_columns(x, [slice(0, len(x))], power_of_two)[0]
+
+
+def round_group_columns(x: Tensor, groups: Sequence[slice], power_of_two: bool = False) -> list[Tensor]:
+    """The rows of x [T, k] that each group has, as `round_columns` makes them of those rows alone.
+
+    All groups are rounded together, padded with zeros to whole tiles: with one group at a time, a step of many small
+    experts would spend its time on starting operations.
+    """
+    lengths = [rows.stop - rows.start for rows in groups]
+    height = max(1, min(TILE, max(lengths, default=0)))
+    ends = list(accumulate(-(-length // height) * height for length in lengths))
+    out = torch.empty((ends[-1] if ends else 0, x.shape[1]), device=x.device)
+    found = []
+    for rows, length, start, end in zip(groups, lengths, [0, *ends], ends, strict=False):
+        found.append(out[start : start + length].copy_(x[rows]))
+        out[start + length : end].zero_()
+    tiles = out.unflatten(0, (-1, height))
+    scales = _scales(tiles, -2, power_of_two)
+    _round_into(tiles, tiles.div_(scales), scales)
+    return found
 
 
 def round_blocks(weight: Tensor, power_of_two: bool = False) -> Tensor:
@@ -71,10 +112,9 @@ def round_blocks(weight: Tensor, power_of_two: bool = False) -> Tensor:
     for rows, height in _spans(weight.shape[-2]):
         for columns, width in _spans(weight.shape[-1]):
             place = (..., rows, columns)
-            blocks = weight[place].float().unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
-            scales = scales_of(blocks.abs().amax((-3, -1), keepdim=True), power_of_two)
+            blocks = weight[place].unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
             view = out[place].unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
-            torch.mul(round_to(blocks / scales, E4M3), scales, out=view)
+            _round_into(view, *_over_scales(blocks, (-3, -1), power_of_two))
     return out
 
 
@@ -82,21 +122,16 @@ def keep_rows(x: Tensor, power_of_two: bool = False) -> Kept:
     """x [..., k] -> (E4M3 values [..., k], scales [..., ceil(k / 128)]): 1 + 4 / 128 bytes an element."""
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
     scales = []
-    for where, tiles in _rows(x):
-        scales.append(_scales(tiles, -1, power_of_two))
-        values[..., where] = (tiles / scales[-1]).to(values.dtype).flatten(-2)
+    for where, tiles, of_tiles in _scaled_rows(x, power_of_two):
+        values[..., where].copy_(tiles.flatten(-2))
+        scales.append(of_tiles)
     return values, _joined(scales, x)
 
 
 def restore_rows(kept: Kept) -> Tensor:
-    """What `keep_rows` kept, as float32 [..., k].
-
-    Through float16, whose bits are E4M3's with another bias: several times faster than torch's own widening on a CPU.
-    """
+    """What `keep_rows` kept, as float32 [..., k]."""
     values, scales = kept
-    # The sign, copied by the widening, ends in the two highest bits; the second belongs to the exponent.
-    bits = values.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4001)
-    return _times(bits.view(torch.float16).float(), scales * 256)
+    return _times(_widen(values), scales * 256)
 
 
 def keep_rows_e5m6(x: Tensor) -> Kept:
@@ -106,9 +141,9 @@ def keep_rows_e5m6(x: Tensor) -> Kept:
     """
     bits = torch.empty(x.shape, dtype=torch.int16, device=x.device)
     scales = []
-    for where, tiles in _rows(x):
-        scales.append(_scales(tiles, -1, True, E5M6))
-        bits[..., where] = round_to(tiles / scales[-1], E5M6).half().view(torch.int16).flatten(-2)
+    for where, tiles, of_tiles in _scaled_rows(x, True, E5M6):
+        bits[..., where] = round_to(tiles, E5M6).half().view(torch.int16).flatten(-2)
+        scales.append(of_tiles)
     low = torch.nn.functional.pad((bits >> 4) & 15, (0, x.shape[-1] % 2)).unflatten(-1, (-1, 2))
     return (bits >> 8).to(torch.uint8), (low[..., 0] | (low[..., 1] << 4)).to(torch.uint8), _joined(scales, x)
 
