@@ -129,7 +129,7 @@ def fake_job(rank: int) -> Iterator[Job]:
                 (assemble, "open_validation", mock.MagicMock()),
                 (assemble, "Checkpoints", mock.MagicMock()),
                 # What a GPU gets.
-                (build, "TorchEngine", lambda device: TorchEngine("cuda")),
+                (build, "high_engine", lambda *_: TorchEngine("cuda")),
                 (norm, "sum_of_squares", lambda shard: norm._wide_sum_of_squares(shard, norm._CHUNK_GPU)),
                 (adamw, "_CHUNK_CPU", adamw._CHUNK_GPU),
             ]:

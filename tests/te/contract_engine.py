@@ -16,7 +16,7 @@ from tests.te import case
 from tests.te.twin import LOG
 from train.model.kernels import Kernels
 from train.precision.config import Fp8
-from train.precision.engine import Mlp
+from train.precision.engine import Mlp, Products
 from train.precision.grads import main_grad, run_now
 from train.precision.reference import Fp8Engine, QuantisedWeights
 from train.precision.transformer_engine import LibraryModules, TransformerEngine
@@ -30,6 +30,8 @@ class KeepsInput(Fp8Engine):
     The report keeps rows in E4M3 and makes columns from those: one rounding more, for values that are subnormal in
     their row's scale.
     """
+
+    enter = Products.enter  # what enters a product is rounded, what is kept is not
 
     def keep(self, x: Tensor) -> tuple[Tensor, ...]:
         return (x,)
