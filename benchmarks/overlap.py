@@ -98,7 +98,7 @@ class SleepingModel:
     Stages hand on [tokens, LINK_WIDTH], a narrow tensor: what is measured here is the all-to-all.
     """
 
-    training = True
+    training, reads_tokens = True, False
 
     def __init__(self, parts: Parts, dispatch: Dispatch, routing: Tensor, hidden: int, sink: Sink) -> None:
         """routing: experts of each token, [T, K]. `part_s` is how long F, B and W of one half of a layer sleep."""
