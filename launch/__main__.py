@@ -20,7 +20,7 @@ from launch.settings import (
     TimelineSettings,
 )
 from launch.sweep.config import SweepConfig
-from train.cli import usage
+from train.cli import console, usage
 from train.config import RunConfig
 from train.data.config import DataConfig
 from train.settings import hint
@@ -106,6 +106,7 @@ VERBS = {
 
 def main(arguments: Sequence[str], program: str = "python -m launch") -> int:
     """Runs one verb; a user's mistake is one sentence on standard error and exit code 2."""
+    console.take()
     if not arguments or arguments[0] in usage.HELP:
         print(verbs_help(program), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2

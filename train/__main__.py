@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from train import compose
-from train.cli import usage
+from train.cli import console, usage
 from train.config import RunConfig
 from train.stopping import end_now, ended, stop_signals
 
@@ -25,6 +25,7 @@ LET_RANK_0_SPEAK_S = 10.0
 
 def main(arguments: Sequence[str]) -> int:
     """Help, the composed tree, or one rank's part of the run that the settings describe; returns the exit code."""
+    console.take()
     if any(word in usage.HELP for word in arguments):
         print(usage.run_help("python -m train"))
         return 0
