@@ -8,8 +8,19 @@ from pathlib import Path
 
 from launch.ranks import POLITE, Ended, Ranks, forked, program
 from launch.warm import may_fork, warm_up
-from train import compose
+from train import compose, environment
 from train.config import RunConfig
+
+
+def check_machine(config: RunConfig) -> None:
+    """ValueError for what a job's ranks would miss on this machine, before anything is prepared for them."""
+    environment.num_threads()
+    if config.run.compile:
+        environment.check_compiler()
+    if config.run.device == "cuda":
+        from train.device import uses_cuda
+
+        uses_cuda("run.device", config.run.device, config.parallel.pp * config.parallel.dp)
 
 
 def warm(config: RunConfig) -> bool:

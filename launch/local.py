@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.job import LocalJob, warm
+from launch.job import LocalJob, check_machine, warm
 from launch.ranks import Ended, await_end, noted
 from train import compose, run_folder
 from train.config import RunConfig
@@ -40,6 +40,7 @@ def run(config: RunConfig) -> Ended:
     config.track.check_installed()
     with stop_signals(end_now, insist=noted) as stop:
         run_folder.refuse_if_in_use(Path(config.run.dir))
+        check_machine(config)
         warm(config)  # so that it imports beside the preparation, and beside what that imports
         from launch.prepare import prepare_run
 

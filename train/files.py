@@ -82,15 +82,20 @@ def is_full(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def refusing(what: str, is_read: bool = False) -> Iterator[None]:
-    """ValueError, in a sentence, for a file or folder that cannot be written, or read, in the block.
+def refusing(what: str, how: str = "written") -> Iterator[None]:
+    """ValueError, in a sentence, for a file or folder that cannot be written (or read, or used) in the block.
 
     what: the setting that names it, as "run.dir=out".
     """
     try:
         yield
     except OSError as error:
-        raise ValueError(f"{what} cannot be {'read' if is_read else 'written'}: {in_words(error)}") from error
+        raise ValueError(f"{what} cannot be {how}: {in_words(error)}") from error
+
+
+def named_files() -> contextlib.AbstractContextManager[None]:
+    """`refusing` for a block that uses files and folders of several settings: the path must tell."""
+    return refusing("a file or folder that the settings name", "used")
 
 
 def check_writable(folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch
 
-from train import compose, run_folder
+from train import compose, environment, run_folder
 from train.agree import same_device, same_run, same_tokens, shared
 from train.assemble import HangError, Meeting, PeerError, assemble, device_of, join, meet
 from train.banner import banner
@@ -24,7 +24,7 @@ from train.config import RunConfig
 from train.data.config import DataConfig
 from train.data.prepare.all_sources import prepare_sources
 from train.data.rows.blend import exposure_table
-from train.files import replace_durably
+from train.files import named_files, replace_durably
 from train.job import Job
 from train.loop import run
 from train.not_finite import NotFiniteError
@@ -86,7 +86,7 @@ def _code_of(error: Exception) -> int:
 def _say(speaks: bool, sentence: str) -> None:
     """While this rank waits for others to begin. Beside rank 0, which may be at work, rank 1 tells people."""
     log.info("%s", sentence)
-    if speaks or os.environ.get("RANK") == "1":
+    if speaks or environment.read().rank == 1:
         print(sentence, file=sys.stderr, flush=True)
 
 
@@ -109,9 +109,10 @@ def _folders(config: RunConfig, meeting: Meeting) -> Iterator[None]:
 
 
 def _rank(config: RunConfig, meeting: Meeting, stop: StopRequest) -> None:
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if config.run.num_threads is not None or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(config.run.num_threads or max(1, (os.cpu_count() or 1) // local_world_size))
+    place = environment.read()
+    if config.run.num_threads is not None or place.num_threads is None:
+        fair = max(1, (os.cpu_count() or 1) // (place.local_world_size or 1))
+        torch.set_num_threads(config.run.num_threads or fair)
     config.track.check_installed()
     meeting.from_first("prepares the data", lambda: _prepare(config.data, meeting))
     same_tokens(meeting, config.data)
@@ -119,7 +120,9 @@ def _rank(config: RunConfig, meeting: Meeting, stop: StopRequest) -> None:
     with join(config, meeting, _end_hung) as groups:
         stop.honour()
         try:
-            _train(assemble(config, groups), stop)
+            with named_files():
+                job = assemble(config, groups)
+            _train(job, stop)
         except (NotFiniteError, CheckpointError) as error:
             # All ranks raise it. They also leave together: one that left first would look dead to the others.
             together = error
@@ -150,7 +153,8 @@ def _end(error: Exception) -> NoReturn:
 
 
 def _train(job: Job, stop: StopRequest) -> None:
-    resumed = resume(job)
+    with named_files():
+        resumed = resume(job)
     if resumed is not None:
         log.info("resumed from %s after step %d", resumed, job.step)
     if job.is_done:
@@ -158,7 +162,9 @@ def _train(job: Job, stop: StopRequest) -> None:
         return
     if job.is_main:
         _introduce(job)
-    tracker, first = _track(job), job.step
+    with named_files():
+        tracker = _track(job)
+    first = job.step
     try:
         done = run(job, tracker, _peak_flops_per_s(job), stop)
     except PeerError as error:

@@ -62,7 +62,7 @@ class _Log(logging.StreamHandler[IO[str]]):
         self._path, self._is_whole = path, True
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Called with the error that writing the record has raised."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):

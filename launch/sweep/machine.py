@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.job import LocalJob
+from launch.job import LocalJob, check_machine
 from launch.prepare import check_epochs_of, prepare_command
 from train import run_folder
 from train.config import RunConfig
@@ -19,8 +19,9 @@ class Machine:
         self._jobs: list[LocalJob] = []
 
     def prepare(self, config: RunConfig) -> None:
-        """Prepare a job's data, unless it is. ValueError when that cannot be, or when a library is missing."""
+        """Prepare a job's data, unless it is. ValueError when that cannot be, or this machine lacks what ranks need."""
         config.track.check_installed()
+        check_machine(config)
         if config.data not in self._prepared:
             prepare_command(config.data)
             self._prepared.append(config.data)

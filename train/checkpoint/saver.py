@@ -287,7 +287,7 @@ def _reading(path: Path, work: Callable[[], T]) -> Callable[[], T]:
     """The work, with ValueError for files of a folder of checkpoints that cannot be read."""
 
     def read() -> T:
-        with refusing(str(path), is_read=True):
+        with refusing(str(path), "read"):
             return work()
 
     return read
