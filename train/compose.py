@@ -260,6 +260,8 @@ def _parsed(settings: Sequence[str]) -> list[Override]:
     for setting in settings:
         try:
             found.append(parser.parse_override(setting))
+            if not found[-1].key_or_group:
+                raise ValueError(f"{setting} cannot be read as key=value: there is no key")
         except HydraException as error:
             raise ValueError(f"{setting} cannot be read as key=value: {str(error).splitlines()[0]}") from None
     return found

@@ -98,10 +98,17 @@ def named_files() -> contextlib.AbstractContextManager[None]:
     return refusing("a file or folder that the settings name", "used")
 
 
-def check_writable(folder: Path) -> None:
-    """Make a folder unless it is there, and a file in it for a moment. OSError when one of them cannot be made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".writable-{os.getpid()}"
+def check_takes_files(folder: Path) -> None:
+    """OSError unless a new file can be put into a folder, or, where it is not there yet, into the nearest one above it,
+    in which it will be made. Leaves nothing behind."""
+    with contextlib.suppress(FileNotFoundError):
+        folder.stat()
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.exists():
+        raise FileExistsError(errno.EEXIST, "there is a link that leads nowhere", str(there))
+    probe = there / f".probe-{os.getpid()}"
     try:
         probe.touch()
     finally:
@@ -292,8 +299,11 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
         if durable:
             sync(partial)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     if durable:
         sync(path.parent)

@@ -158,7 +158,7 @@ def _train(job: Job, stop: StopRequest) -> None:
     if resumed is not None:
         log.info("resumed from %s after step %d", resumed, job.step)
     if job.is_done:
-        _say_where(job, f"this run is {_done(job)}")
+        _say_where(job, f"this run is {_done(job)}", {})
         return
     if job.is_main:
         _introduce(job)
@@ -176,9 +176,9 @@ def _train(job: Job, stop: StopRequest) -> None:
         raise
     tracker.close()
     if done:
-        _say_where(job, _done(job))
+        _say_where(job, _done(job), tracker.latest)
     elif job.step > first:
-        _say_where(job, f"stopped and saved after step {job.step}")
+        _say_where(job, f"stopped and saved after step {job.step}", tracker.latest)
     elif job.is_main:
         print(f"stopped before step {job.step + 1}: there was nothing new to save", flush=True)
 
@@ -241,25 +241,28 @@ def _track(job: Job) -> Tracker:
     return Tracker([*sinks, picture, ReportSink(folder, entropy)])
 
 
-def _say_where(job: Job, what: str) -> None:
-    """Ends a run for people: how well it predicts, and where everything lies."""
+def _say_where(job: Job, what: str, latest: Mapping[str, float]) -> None:
+    """Ends a run for people: how well it predicts, and where everything lies that there is."""
     checkpoint = job.checkpoints.latest()
     if job.is_main:
-        print(
-            f"{what}{_verdict(job)}\n"
-            f"  report       {job.folder / 'report.html'}\n"
-            f"  loss curve   {job.folder / 'loss.png'}\n"
-            f"  metrics      {job.folder / 'metrics.jsonl'}\n"
-            f"  wandb        {job.folder / 'wandb'}\n"
-            f"  checkpoint   {checkpoint}",
-            flush=True,
-        )
+        names = {
+            "report": "report.html",
+            "loss curve": "loss.png",
+            "metrics": "metrics.jsonl",
+            "wandb": "wandb",
+        }
+        made = {label: job.folder / name for label, name in names.items() if (job.folder / name).exists()}
+        places = [f"  {label:<12} {path}" for label, path in (*made.items(), ("checkpoint", checkpoint))]
+        print("\n".join([f"{what}{_verdict(job, latest)}", *places]), flush=True)
 
 
-def _verdict(job: Job) -> str:
-    """The last validation loss beside what counting tokens alone would reach; empty before there is one."""
+def _verdict(job: Job, latest: Mapping[str, float]) -> str:
+    """The last validation loss beside what counting tokens alone would reach; empty before there is one.
+
+    latest: metrics of the steps of this start; what an earlier one measured stands in the file.
+    """
     path = job.folder / "metrics.jsonl"
-    rows = read_metrics(path) if path.exists() else []
+    rows = [*(read_metrics(path) if path.exists() else []), latest]
     valid = next((row["valid/loss"] for row in reversed(rows) if "valid/loss" in row), math.nan)
     entropy = job.validation.unigram_entropy_nats
     if math.isnan(valid) or entropy is None:

@@ -33,7 +33,7 @@ from train.files import (
     FileRecord,
     aside,
     check_contents,
-    check_writable,
+    check_takes_files,
     in_words,
     is_full,
     refusing,
@@ -186,7 +186,8 @@ class Checkpoints:
 
     def _make_ready(self) -> None:
         with refusing(f"checkpoint.dir={self.root}"):
-            check_writable(self.root)
+            self.root.mkdir(parents=True, exist_ok=True)
+            check_takes_files(self.root)
             step_folders.tidy(self.root)
 
     def _stage(self, pieces: Pieces) -> None:
@@ -265,7 +266,7 @@ class Checkpoints:
             reasons = [reason_of(cause) for cause in causes.values()]
         room = ""
         if free_bytes and any(is_full(cause) for cause in causes.values()):
-            room = f" (needs about {_in_words(num_bytes)}, {_in_words(free_bytes[0])} were free)"
+            room = f" (needs about {_in_words(num_bytes)}, {_in_words(free_bytes[0])} are free)"
         kind = DiskError if all(kind_of(cause) is DiskError for cause in causes.values()) else CheckpointError
         return kind(
             f"checkpoint of step {step} could not be written to {self.root}: {'; '.join(reasons)}{room}; "

@@ -38,9 +38,11 @@ class Tracker:
 
     def __init__(self, sinks: Iterable[Sink] = ()) -> None:
         self._sinks = list(sinks)
+        self.latest: dict[str, float] = {}
 
     def write(self, report: StepReport) -> None:
-        """One finished step, to all."""
+        """One finished step, to all; `latest` has every metric's last value, whatever became of the sinks."""
+        self.latest |= report.values
         for sink in self._sinks:
             sink.write(report)
 
