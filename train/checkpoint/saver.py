@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+# What torch writes beside the numbers of each tensor.
+_BYTES_BESIDE = 2_000
+
 
 class Checkpoints:
     """Saves and loads the checkpoints of one run. Every rank makes one and calls its methods in the same order.
@@ -255,15 +258,17 @@ class Checkpoints:
     def _num_bytes(self, sizes: Mapping[str, int]) -> int:
         """About how many bytes a checkpoint takes: ranks hold different states, but of the same kinds of numbers."""
         widths = [part.tensor.element_size() for parts in self._staged.values() for part in parts]
-        return sum(sizes.values()) * max(widths, default=0)
+        return sum(sizes.values()) * max(widths, default=0) + _BYTES_BESIDE * len(sizes)
 
     def _not_written(self, step: int, error: BaseException, num_bytes: int, free_bytes: list[int]) -> Exception:
         causes: dict[int, BaseException] = {0: error}
         if isinstance(error, CheckpointException):
             causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
-        reasons = [f"{reason_of(cause)} (on rank {rank})" for rank, cause in causes.items()]
-        if self._ranks.world_size == 1 or not isinstance(error, CheckpointException):
-            reasons = [reason_of(cause) for cause in causes.values()]
+        several = self._ranks.world_size > 1 and isinstance(error, CheckpointException)
+        ranks: dict[str, list[str]] = {}
+        for rank, cause in causes.items():
+            ranks.setdefault(_why(cause), []).append(str(rank))
+        reasons = [f"{why} (on rank {', '.join(where)})" if several else why for why, where in ranks.items()]
         room = ""
         if free_bytes and any(is_full(cause) for cause in causes.values()):
             room = f" (needs about {_in_words(num_bytes)}, {_in_words(free_bytes[0])} are free)"
@@ -292,6 +297,11 @@ def _reading(path: Path, work: Callable[[], T]) -> Callable[[], T]:
             return work()
 
     return read
+
+
+def _why(error: BaseException) -> str:
+    """`reason_of`; of a full disk without the file in which it ended, which says nothing more."""
+    return error.strerror if isinstance(error, OSError) and is_full(error) and error.strerror else reason_of(error)
 
 
 def _in_words(num_bytes: int) -> str:
