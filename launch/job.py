@@ -16,6 +16,7 @@ from train.files import check_takes_files, refusing
 def check_machine(config: RunConfig) -> None:
     """ValueError for what a job's ranks would miss on this machine, before anything is prepared for them."""
     environment.num_threads()
+    environment.wandb_mode()
     if config.run.compile:
         environment.check_compiler()
     if config.run.device == "cuda":

@@ -17,6 +17,9 @@ _LIMITS: dict[str, tuple[int, int | None]] = {
     "MASTER_PORT": (1, 65535),
     "OMP_NUM_THREADS": (1, None),
 }
+# What wandb and Hugging Face's trainers take for "yes" in WANDB_DISABLED, and wandb's words in WANDB_MODE as ours.
+_TRUE = ("1", "true", "yes", "on", "y", "t")
+_WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}
 _LAUNCHER = "start the ranks with torchrun or python -m launch local, which set them"
 
 
@@ -44,6 +47,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Environment:
     rank, world_size = number(environ, "RANK"), number(environ, "WORLD_SIZE")
     local_rank, local_world_size = number(environ, "LOCAL_RANK"), number(environ, "LOCAL_WORLD_SIZE")
     number(environ, "MASTER_PORT")
+    wandb_mode(environ)
     is_launched = rank is not None or world_size is not None
     if (world_size or 1) > 1:
         for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -86,6 +90,19 @@ def number(environ: Mapping[str, str], name: str) -> int | None:
         rule = f"a whole number of at least {least}" if most is None else f"a whole number from {least} to {most}"
         raise ValueError(f"the environment's {name}={text or repr(text)} must be {rule}, or not be set at all")
     return value
+
+
+def wandb_mode(environ: Mapping[str, str] = os.environ) -> str | None:
+    """online, offline or disabled, as WANDB_DISABLED or else WANDB_MODE ask for it; None where they do not.
+
+    ValueError for a mode that there is not.
+    """
+    if environ.get("WANDB_DISABLED", "").strip().lower() in _TRUE:
+        return "disabled"
+    asked = environ.get("WANDB_MODE", "").strip().lower()
+    if asked and asked not in _WANDB_MODES:
+        raise ValueError(f"the environment's WANDB_MODE={asked} is not one of {', '.join(_WANDB_MODES)}")
+    return _WANDB_MODES.get(asked)
 
 
 def check_compiler(environ: Mapping[str, str] = os.environ) -> None:

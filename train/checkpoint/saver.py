@@ -7,6 +7,7 @@ train/checkpoint/step_folders.py keeps the folders.
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import threading
@@ -270,8 +271,11 @@ class Checkpoints:
             ranks.setdefault(_why(cause), []).append(str(rank))
         reasons = [f"{why} (on rank {', '.join(where)})" if several else why for why, where in ranks.items()]
         room = ""
-        if free_bytes and any(is_full(cause) for cause in causes.values()):
-            room = f" (needs about {_in_words(num_bytes)}, {_in_words(free_bytes[0])} are free)"
+        if any(is_full(cause) for cause in causes.values()):
+            # A quota, or a limit of files, says nothing of how much it leaves.
+            of_disk = any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes.values())
+            left = f", {_in_words(free_bytes[0])} were free" if free_bytes and of_disk else ""
+            room = f" (needs about {_in_words(num_bytes)}{left})"
         kind = DiskError if all(kind_of(cause) is DiskError for cause in causes.values()) else CheckpointError
         return kind(
             f"checkpoint of step {step} could not be written to {self.root}: {'; '.join(reasons)}{room}; "
