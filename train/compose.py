@@ -289,8 +289,10 @@ def _tree(path: Path) -> DictConfig:
         tree = OmegaConf.load(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, DictConfig):
+    if not isinstance(tree, DictConfig) or not tree:
         raise ValueError(f"{path} holds no config: it must be keys with values")
     return tree

@@ -68,7 +68,8 @@ def read(environ: Mapping[str, str] = os.environ) -> Environment:
 
 def speaks(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether this process says what all of its machine would say: the first of them, or one that is not told which."""
-    return environ.get("LOCAL_RANK", "").strip() in ("", "0")
+    local_rank = environ.get("LOCAL_RANK", "").strip()
+    return not local_rank.isdecimal() or int(local_rank) == 0
 
 
 def num_threads(environ: Mapping[str, str] = os.environ) -> int | None:
