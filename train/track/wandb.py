@@ -20,6 +20,7 @@ from train.track.wandb_folders import WandbFolders
 # Past these, a server that does not answer is given up. The other ranks wait for rank 0's start meanwhile.
 INIT_TIMEOUT_S, FINISH_TIMEOUT_S = 60, 60
 
+
 def has_api_key(environ: Mapping[str, str]) -> bool:
     """Whether wandb would find a key by itself: in WANDB_API_KEY, or in the netrc file for its host."""
     if environ.get("WANDB_API_KEY"):
