@@ -20,9 +20,10 @@ from launch.settings import (
     TimelineSettings,
 )
 from launch.sweep.config import SweepConfig
-from train.cli import usage
+from train.cli import console, refusals, usage
 from train.config import RunConfig
 from train.data.config import DataConfig
+from train.files import is_full
 from train.settings import hint
 from train.stopping import ended
 
@@ -106,6 +107,7 @@ VERBS = {
 
 def main(arguments: Sequence[str], program: str = "python -m launch") -> int:
     """Runs one verb; a user's mistake is one sentence on standard error and exit code 2."""
+    console.take()
     if not arguments or arguments[0] in usage.HELP:
         print(verbs_help(program), file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
@@ -120,6 +122,11 @@ def main(arguments: Sequence[str], program: str = "python -m launch") -> int:
         return VERBS[name](words)
     except ValueError as error:
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None and not is_full(error):
+            raise  # of no file that a person could have named
+        print(refusals.of_file(error, words), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

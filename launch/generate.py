@@ -26,6 +26,7 @@ from train.checkpoint.step_folders import CONFIG_FILE, find_checkpoint
 from train.config import RunConfig
 from train.data.rows.blend import check_same_tokens, prepared_tokenizer
 from train.data.tokenizer import TextStream, Tokenizer
+from train.device import uses_cuda
 from train.generate import (
     Choice,
     Chooser,
@@ -219,9 +220,7 @@ def _prompt(request: GenerateSettings) -> str:
 
 def device_of(name: str) -> torch.device:
     """What `device` means on this machine. ValueError for one that it has not."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: this machine has no CUDA device")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    return torch.device("cuda" if uses_cuda("device", name) else "cpu")
 
 
 def _count(number: int, what: str) -> str:

@@ -8,8 +8,31 @@ from pathlib import Path
 
 from launch.ranks import POLITE, Ended, Ranks, forked, program
 from launch.warm import may_fork, warm_up
-from train import compose
+from train import compose, environment, run_folder
 from train.config import RunConfig
+from train.files import check_takes_files, refusing
+
+
+def check_machine(config: RunConfig) -> None:
+    """ValueError for what a job's ranks would miss on this machine, before anything is prepared for them."""
+    environment.num_threads()
+    environment.wandb_mode()
+    if config.run.compile:
+        environment.check_compiler()
+    if config.run.device == "cuda":
+        from train.device import uses_cuda
+
+        uses_cuda("run.device", config.run.device, config.parallel.pp * config.parallel.dp)
+
+
+def check_folders(config: RunConfig) -> None:
+    """ValueError when a job runs in the run's folder, or when nothing can be written there or where checkpoints go."""
+    folder, checkpoints = Path(config.run.dir), config.checkpoint.folder(config.run.dir)
+    with refusing(f"run.dir={folder}"):
+        check_takes_files(folder)
+    with refusing(f"checkpoint.dir={checkpoints}"):
+        check_takes_files(checkpoints)
+    run_folder.refuse_if_in_use(folder)
 
 
 def warm(config: RunConfig) -> bool:

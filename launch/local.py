@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from launch.job import LocalJob, warm
+from launch.job import LocalJob, check_folders, check_machine, warm
 from launch.ranks import Ended, await_end, noted
-from train import compose, run_folder
+from train import compose
 from train.config import RunConfig
 from train.stopping import end_now, stop_signals
 
@@ -39,7 +38,8 @@ def run(config: RunConfig) -> Ended:
     """One job: pp x dp processes on this machine that all read the same resolved config."""
     config.track.check_installed()
     with stop_signals(end_now, insist=noted) as stop:
-        run_folder.refuse_if_in_use(Path(config.run.dir))
+        check_folders(config)
+        check_machine(config)
         warm(config)  # so that it imports beside the preparation, and beside what that imports
         from launch.prepare import prepare_run
 

@@ -29,6 +29,7 @@ from parallel.pipeline.registry import build
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import Costs, Simulation, simulate
 from parallel.pipeline.verify import verify
+from train.files import refusing
 from train.settings import read
 from train.view.rows import Bar, Mark, RowChart, Swatch, draw_rows, shades
 
@@ -116,7 +117,8 @@ def draw(result: Simulation, out: Path, recorded: Sequence[Event] = (), show: st
         first_s = min(event.start_s for event in recorded)
         steps["recorded"] = [event.moved(-first_s) for event in recorded]
     if out.suffix == ".json":
-        write_trace(Timeline(_title(result.schedule), result.schedule, steps), out)
+        with refusing(f"out={out}"):
+            write_trace(Timeline(_title(result.schedule), result.schedule, steps), out)
     else:
         _draw_picture(result, steps, out)
 

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from train.environment import num_threads
+
 # What every rank imports sooner or later. DeepSpeed may be absent: what cannot be imported is passed over here, and
 # explained by the rank that needs it.
 MODULES = ("launch.warm_parent", "train.rank", "train.assemble", "train.recipe.adamw", "torch._dynamo", "deepspeed")
@@ -116,7 +118,7 @@ def _rank(module: str, arguments: list[str], environment: dict[str, str], log: s
             os.dup2(file, descriptor)
             os.close(file)
     torch = importlib.import_module("torch")
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    torch.set_num_threads(num_threads(environment) or 1)
     importlib.import_module(module).program(arguments)
 
 

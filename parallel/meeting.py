@@ -260,16 +260,17 @@ class Meeting:
 
 
 @contextmanager
-def meet(limit_s: float, say: Callable[[str], object], end_hung: Callable[[str], object]) -> Iterator[Meeting]:
-    """Where all ranks of the job that torchrun's environment describes come together; just this process where it is
-    alone.
+def meet(
+    rank: int, world_size: int, limit_s: float, say: Callable[[str], object], end_hung: Callable[[str], object]
+) -> Iterator[Meeting]:
+    """Where all ranks of a job come together, at the address that torchrun's environment names; just this process where
+    it is alone.
 
     Args:
         limit_s: after which a rank that has not come, or has not been heard, is given up.
         say: is given sentences while this rank waits for long.
         end_hung: called from another thread, with a sentence, when nothing else could end a wait of `limit_s`.
     """
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     meeting = Meeting(rank, world_size, limit_s, say)
     try:
         with Watchdog(meeting.watch, limit_s, end_hung):

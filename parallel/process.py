@@ -63,8 +63,8 @@ def start(
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r} is not one of cpu, cuda")
-    check_size(config)
     in_job, (rank, world_size) = dist.is_initialized(), _place()
+    check_size(config, world_size)
     mesh = Mesh(config, rank, mirrored, shared_ends)
     place = torch.device("cpu")
     if device == "cuda":
@@ -97,9 +97,8 @@ def start(
     )
 
 
-def check_size(config: ParallelConfig) -> None:
+def check_size(config: ParallelConfig, world_size: int) -> None:
     """ValueError for a mesh of another size than the job: a sentence on every rank before they meet, not a time-out."""
-    _, world_size = _place()
     if config.world_size != world_size:
         raise ValueError(
             f"parallel.pp={config.pp} times parallel.dp={config.dp} must equal the number of processes, {world_size}"
@@ -126,7 +125,7 @@ def _place() -> tuple[int, int]:
 
 
 def _join(backend: str, rank: int, world_size: int, timeout: datetime.timedelta) -> None:
-    if "MASTER_ADDR" in os.environ:
+    if os.environ.get("MASTER_ADDR"):
         dist.init_process_group(backend, timeout=timeout)
     elif world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=1, timeout=timeout)

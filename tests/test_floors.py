@@ -60,7 +60,7 @@ ROOMS_BELOW = {
     "train/view/report": ("train/view", "train/track", "train/checkpoint"),
 }
 # Files of train/ itself that every room may use.
-TOOLS = {"train.settings", "train.files"}
+TOOLS = {"train.settings", "train.files", "train.environment"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 

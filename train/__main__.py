@@ -11,8 +11,8 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from train import compose
-from train.cli import usage
+from train import compose, environment
+from train.cli import console, usage
 from train.config import RunConfig
 from train.stopping import end_now, ended, stop_signals
 
@@ -25,18 +25,22 @@ LET_RANK_0_SPEAK_S = 10.0
 
 def main(arguments: Sequence[str]) -> int:
     """Help, the composed tree, or one rank's part of the run that the settings describe; returns the exit code."""
+    console.take()
     if any(word in usage.HELP for word in arguments):
         print(usage.run_help("python -m train"))
         return 0
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    speaks = environment.speaks()
     with stop_signals(lambda code, sentence: end_now(code, sentence if speaks else "")) as stop:
 
         def start(config: RunConfig) -> int:
+            if config.run.compile:
+                environment.check_compiler()
             from train.rank import run_rank
 
             return run_rank(config, lambda: compose.asked(arguments), stop, speaks)
 
         try:
+            environment.read()
             return compose.started(arguments, start)
         except ValueError as error:  # of the settings: those of the run itself are exit codes by now
             stop.leave()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -25,11 +24,12 @@ from parallel.watch import HangError, Need, PeerError, Watchdog
 from parallel.zero.optimizer import ZeroOptimizer
 from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
-from train import flops
+from train import environment, flops
 from train.checkpoint.saver import Checkpoints, read_pieces
 from train.config import RunConfig
 from train.data.rows.blend import check_epochs, open_stream
 from train.data.rows.valid import open_validation
+from train.device import uses_cuda
 from train.job import Job, held
 from train.model.config import ModelConfig
 from train.model.init import InitialValues, init_weights, materialise
@@ -64,8 +64,9 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 
 def device_of(config: RunConfig) -> str:
     """The kind of device that this rank computes on. ValueError for what cannot be done there, or by so many ranks."""
-    process.check_size(config.parallel)
-    cuda = torch.cuda.is_available() if config.run.device == "auto" else config.run.device == "cuda"
+    place = environment.read()
+    process.check_size(config.parallel, place.world_size)
+    cuda = uses_cuda("run.device", config.run.device, place.local_world_size or 1)
     if cuda and config.profile.steps:
         raise ValueError(f"profile.steps={config.profile.steps}: steps can be recorded with run.device=cpu only")
     device = "cuda" if cuda else "cpu"
@@ -78,7 +79,8 @@ def meet(
     config: RunConfig, say: Callable[[str], object], end_hung: Callable[[str], object]
 ) -> AbstractContextManager[Meeting]:
     """Where the ranks of a run come together before there are process groups; `parallel.meeting.meet` says more."""
-    return meeting.meet(config.run.hang_timeout_s or GROUP_TIMEOUT_S, say, end_hung)
+    place = environment.read()
+    return meeting.meet(place.rank, place.world_size, config.run.hang_timeout_s or GROUP_TIMEOUT_S, say, end_hung)
 
 
 @contextmanager
@@ -110,6 +112,7 @@ def assemble(config: RunConfig, groups: Groups, make_engines: MakeEngines = buil
     Raises ValueError for what needs ranks or data to be seen: missing or changed tokens, a split too short, or matrices
     that the engine of this device cannot multiply by.
     """
+    place = environment.read()
     torch.manual_seed(config.train.seed)  # nothing in a step draws from it; what ever will does so reproducibly
     train, data = config.train, config.data
     train_rows = open_stream(data, "train", train.seq_len, train.seed, past=config.readings)
@@ -147,7 +150,7 @@ def assemble(config: RunConfig, groups: Groups, make_engines: MakeEngines = buil
         metrics=run_metrics(config),
         checkpoints=Checkpoints(config.checkpoint.folder(config.run.dir), config.checkpoint, groups.checkpoint),
         flops_per_token=flops.training_flops_per_token(config.model, train.seq_len),
-        one_machine=os.environ.get("LOCAL_WORLD_SIZE", "1") == os.environ.get("WORLD_SIZE", "1"),
+        one_machine=(place.local_world_size or 1) == place.world_size,
     )
 
 

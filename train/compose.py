@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 import yaml
@@ -20,8 +22,9 @@ from omegaconf.errors import OmegaConfBaseException
 from train import branch, follows
 from train.cli import refusals
 from train.config import RunConfig
+from train.files import in_words
 from train.own_files import placed
-from train.settings import CONFIGS, defaults, flat, unlocked
+from train.settings import CONFIGS, check_fits, defaults, flat, unlocked
 from train.typed import as_typed, bare
 
 # What configs/run.yaml lays its own choices over: every key with its default.
@@ -123,6 +126,12 @@ def _composed(settings: list[str], own: list[str], file: Path | None) -> DictCon
             return hydra.compose("run", [*settings, *own])
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(refusals.sentence(error)) from None
+    except OSError as error:
+        raise ValueError(f"the files of settings cannot be read: {in_words(error)}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a file of settings is not UTF-8 text: {error}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"a file of settings is no YAML: {' '.join(str(error).split())}") from None
 
 
 def checked(tree: DictConfig) -> RunConfig:
@@ -135,6 +144,8 @@ def checked(tree: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ValueError(refusals.sentence(error)) from None
     assert isinstance(config, RunConfig)
+    for key, value in flat(asdict(config)):
+        check_fits(key, value)
     config = branch.with_ancestry(config, text)
     config.check()
     return config
@@ -175,7 +186,16 @@ def of_text(text: str) -> RunConfig:
 
 def text(config: RunConfig) -> str:
     """The resolved config as YAML; `load` and `of_text` read it back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+    return OmegaConf.to_yaml(OmegaConf.create(_literal(asdict(config))))
+
+
+def _literal(value: Any) -> Any:
+    """Plain values in which OmegaConf sees no references: a `${` that is left in a resolved text stands for itself."""
+    if isinstance(value, Mapping):
+        return {key: _literal(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_literal(each) for each in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -240,6 +260,8 @@ def _parsed(settings: Sequence[str]) -> list[Override]:
     for setting in settings:
         try:
             found.append(parser.parse_override(setting))
+            if not found[-1].key_or_group:
+                raise ValueError(f"{setting} cannot be read as key=value: there is no key")
         except HydraException as error:
             raise ValueError(f"{setting} cannot be read as key=value: {str(error).splitlines()[0]}") from None
     return found
@@ -267,8 +289,10 @@ def _tree(path: Path) -> DictConfig:
         tree = OmegaConf.load(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, DictConfig):
+    if not isinstance(tree, DictConfig) or not tree:
         raise ValueError(f"{path} holds no config: it must be keys with values")
     return tree

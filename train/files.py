@@ -66,6 +66,56 @@ class FileRecord:
         return f"{self.num_bytes} bytes with {_SPELLED[self.algorithm]} {self.checksum}"
 
 
+# What a disk says that has no room left: for anybody, for this user, for one file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def in_words(error: OSError) -> str:
+    """What the system says of a file or folder, and of which one, where it says so."""
+    said = error.strerror or str(error) or type(error).__name__
+    return said if error.filename is None else f"{said}, {error.filename}"
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk has refused bytes for want of room."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
+@contextlib.contextmanager
+def refusing(what: str, how: str = "written") -> Iterator[None]:
+    """ValueError, in a sentence, for a file or folder that cannot be written (or read, or used) in the block.
+
+    what: the setting that names it, as "run.dir=out".
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{what} cannot be {how}: {in_words(error)}") from error
+
+
+def named_files() -> contextlib.AbstractContextManager[None]:
+    """`refusing` for a block that uses files and folders of several settings: the path must tell."""
+    return refusing("a file or folder that the settings name", "used")
+
+
+def check_takes_files(folder: Path) -> None:
+    """OSError unless a new file can be put into a folder, or, where it is not there yet, into the nearest one above it,
+    in which it will be made. Leaves nothing behind."""
+    with contextlib.suppress(FileNotFoundError):
+        folder.stat()
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.exists():
+        raise FileExistsError(errno.EEXIST, "there is a link that leads nowhere", str(there))
+    probe = there / f".probe-{os.getpid()}"
+    try:
+        probe.touch()
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
 class DamagedFileError(ValueError):
     """A file is missing, or is not what its record says."""
 
@@ -124,13 +174,15 @@ def check_read_back(path: Path, meant: FileRecord) -> None:
 class SummedFile:
     """A new file, open for writing, and the record of all that it is meant to hold, whatever the disk makes of it.
 
-    The disk has it when it is closed, unless a `with` block around it failed.
+    The disk has it when it is closed, unless a `with` block around it failed. An OSError of a write names the file; it
+    is also what the block raises where a library, to which the file was handed, put words of its own in its place.
     """
 
     def __init__(self, path: Path, algorithm: str, keep_bytes: int = 0) -> None:
         """keep_bytes: what to keep of a file that is there already; the rest is cut off. OSError when it has fewer."""
         self.path, self.num_bytes = path, keep_bytes
         self._algorithm, self._sum = algorithm, _SUMS[algorithm]()
+        self._refused: OSError | None = None
         self._stream: BinaryIO = path.open("r+b" if keep_bytes else "wb")
         self.tell, self.flush, self.fileno = self._stream.tell, self._stream.flush, self._stream.fileno
         if keep_bytes:
@@ -139,12 +191,14 @@ class SummedFile:
     def __enter__(self) -> SummedFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if kind is None:
             self.close()
             return
         with contextlib.suppress(OSError):  # the block's own error says more
             self._stream.close()
+        if self._refused is not None and not isinstance(error, OSError):
+            raise self._refused from error
 
     @property
     def record(self) -> FileRecord:
@@ -156,25 +210,39 @@ class SummedFile:
         num_bytes = memoryview(data).nbytes
         self._sum.update(data)
         self.num_bytes += num_bytes
-        self._stream.write(data)
+        with self._named():
+            self._stream.write(data)
         return num_bytes
 
     def sync(self) -> None:
         """Wait until the disk has what was written."""
-        self._stream.flush()
-        sync_handle(self._stream.fileno())
+        with self._named():
+            self._stream.flush()
+            sync_handle(self._stream.fileno())
 
     def close(self) -> None:
         """Wait for the disk and close the file, once."""
         if not self._stream.closed:
-            self.sync()
-            self._stream.close()
+            try:
+                self.sync()
+            finally:
+                with contextlib.suppress(OSError):  # a second time, of what it has just refused
+                    self._stream.close()
 
     def close_and_compare(self) -> FileRecord:
         """Close the file, read it back, and return its record. OSError when it does not hold what was written."""
         self.close()
         check_read_back(self.path, self.record)
         return self.record
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            self._refused = error
+            raise
 
     def _sum_what_is_kept(self) -> None:
         if self.path.stat().st_size > self.num_bytes:
@@ -231,8 +299,11 @@ def replacing(path: Path, durable: bool = True) -> Iterator[Path]:
         if durable:
             sync(partial)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     if durable:
         sync(path.parent)
@@ -257,7 +328,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{final} cannot be written: {error.strerror}") from None
+        raise ValueError(f"{final} cannot be written: {in_words(error)}") from None
     with locked(partial, f"{final} is being written by another process"):
         try:
             for path in partial.iterdir():
@@ -268,7 +339,7 @@ def new_folder(final: Path) -> Iterator[Path]:
             os.rename(partial, final)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise ValueError(f"{final} was not written: {error}") from error
+            raise ValueError(f"{final} was not written: {in_words(error)}") from error
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

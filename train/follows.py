@@ -9,20 +9,21 @@ import os
 
 from omegaconf import OmegaConf
 
+from train import environment
 from train.recipe.config import MoeConfig
 
 
 def dp(pp: int, ep: int) -> int:
     """`parallel.dp`: what the launcher's processes leave to each stage, or without a launcher as few as `ep` needs."""
-    if "WORLD_SIZE" not in os.environ:
-        return ep
-    return max(1, int(os.environ["WORLD_SIZE"]) // max(1, pp))
+    world_size = environment.number(os.environ, "WORLD_SIZE")
+    return ep if world_size is None else max(1, world_size // max(1, pp))
 
 
 def nodes() -> int:
     """`parallel.nodes`: the machines that a launcher started processes on; 1 without a launcher."""
-    world_size, per_node = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    return world_size // per_node if per_node and world_size % per_node == 0 else 1
+    world_size = environment.number(os.environ, "WORLD_SIZE") or 1
+    per_node = environment.number(os.environ, "LOCAL_WORLD_SIZE") or world_size
+    return world_size // per_node if world_size % per_node == 0 else 1
 
 
 def stages_per_rank(schedule: str) -> int | None:

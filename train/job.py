@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,6 +30,7 @@ from train.checkpoint.saver import Checkpoints
 from train.config import RunConfig
 from train.data.rows.blend import Stream
 from train.data.rows.valid import Validation
+from train.files import in_words
 from train.model.transformer import LossTerms, Transformer
 from train.prompts import Prompts
 from train.recipe.ema import Ema
@@ -38,6 +41,8 @@ from train.track.patience import Patience
 from train.track.vector import Metrics, Rows
 
 EMBEDDING = "embed_tokens.weight"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -199,7 +204,7 @@ class Job:
 
     def gather_objects(self, thing: Any) -> list[Any]:
         """One small object of every rank, in rank order. Not for the hot path."""
-        self.checkpoints.wait()
+        self.checkpoints.settle()
         everyone = [thing] * self.groups.mesh.world_size
         need = Need("numbers", "words from {peers}", self.groups.checkpoint)
         self.watch.wait(need, lambda: dist.all_gather_object(everyone, thing, group=self.groups.checkpoint))
@@ -244,7 +249,13 @@ class Job:
             }
             schedule = self.config.schedule(num_micro_batches)
             timeline = Timeline(f"{self.config.run.name}, step {self.step}, {schedule.name}", schedule, pipelines)
-            write_trace(timeline, self.folder / "traces" / f"step-{self.step:08d}.json")
+            path = self.folder / "traces" / f"step-{self.step:08d}.json"
+            try:
+                write_trace(timeline, path)
+            except OSError as error:
+                log.warning("%s could not be written: %s; the run goes on without it", path, in_words(error))
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
 
 
 def held(models: Iterable[Transformer]) -> list[tuple[ParamInfo, nn.Parameter]]:

@@ -62,6 +62,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
             stopping = job.any_rank(stop.asked) or stopping
             timer.stop()
         tracker.write(job.metrics.report(values, totals.loads, found))
+        job.checkpoints.poll()
 
         if stopping or job.is_done or config.checkpoint.due(job.step, recipe.num_steps):
             tracker.checkpoint()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import NoReturn
 
 import torch
 
+from train.files import in_words
 from train.job import Job
 from train.model.loss import LossTerms
 from train.recipe.recipe import StepPlan
+
+log = logging.getLogger(__name__)
 
 
 class NotFiniteError(ArithmeticError):
@@ -60,10 +64,13 @@ def stop_not_finite(job: Job, plan: StepPlan, terms: LossTerms, grad_norm: float
 
 def record_not_finite(job: Job, what: dict[str, object]) -> Path:
     """Rank 0 writes what is known into the run's folder; where. The last good checkpoint may still be on its way."""
-    job.checkpoints.wait()
+    job.checkpoints.settle()
     path = job.folder / "not_finite.json"
     if job.is_main:
-        path.write_text(json.dumps(what, indent=1) + "\n")
+        try:
+            path.write_text(json.dumps(what, indent=1) + "\n")
+        except OSError as error:
+            log.warning("%s could not be written: %s; it would have held %s", path, in_words(error), json.dumps(what))
     return path
 
 

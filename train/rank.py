@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch
 
-from train import compose, run_folder
+from train import compose, environment, run_folder
 from train.agree import same_device, same_run, same_tokens, shared
 from train.assemble import HangError, Meeting, PeerError, assemble, device_of, join, meet
 from train.banner import banner
@@ -24,7 +24,7 @@ from train.config import RunConfig
 from train.data.config import DataConfig
 from train.data.prepare.all_sources import prepare_sources
 from train.data.rows.blend import exposure_table
-from train.files import replace_durably
+from train.files import named_files, replace_durably
 from train.job import Job
 from train.loop import run
 from train.not_finite import NotFiniteError
@@ -87,7 +87,7 @@ def _code_of(error: Exception) -> int:
 def _say(speaks: bool, sentence: str) -> None:
     """While this rank waits for others to begin. Beside rank 0, which may be at work, rank 1 tells people."""
     log.info("%s", sentence)
-    if speaks or os.environ.get("RANK") == "1":
+    if speaks or environment.read().rank == 1:
         print(sentence, file=sys.stderr, flush=True)
 
 
@@ -110,9 +110,10 @@ def _folders(config: RunConfig, meeting: Meeting) -> Iterator[None]:
 
 
 def _rank(config: RunConfig, meeting: Meeting, stop: StopRequest) -> None:
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if config.run.num_threads is not None or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(config.run.num_threads or max(1, (os.cpu_count() or 1) // local_world_size))
+    place = environment.read()
+    if config.run.num_threads is not None or place.num_threads is None:
+        fair = max(1, (os.cpu_count() or 1) // (place.local_world_size or 1))
+        torch.set_num_threads(config.run.num_threads or fair)
     # Which way of multiplying is the faster one may differ between machines, and all ranks take one.
     config = meeting.from_first("times its products", lambda: settled(config, device_of(config)))
     config.track.check_installed()
@@ -122,7 +123,9 @@ def _rank(config: RunConfig, meeting: Meeting, stop: StopRequest) -> None:
     with join(config, meeting, _end_hung) as groups:
         stop.honour()
         try:
-            _train(assemble(config, groups), stop)
+            with named_files():
+                job = assemble(config, groups)
+            _train(job, stop)
         except (NotFiniteError, CheckpointError) as error:
             # All ranks raise it. They also leave together: one that left first would look dead to the others.
             together = error
@@ -153,15 +156,18 @@ def _end(error: Exception) -> NoReturn:
 
 
 def _train(job: Job, stop: StopRequest) -> None:
-    resumed = resume(job)
+    with named_files():
+        resumed = resume(job)
     if resumed is not None:
         log.info("resumed from %s after step %d", resumed, job.step)
     if job.is_done:
-        _say_where(job, f"this run is {_done(job)}")
+        _say_where(job, f"this run is {_done(job)}", {})
         return
     if job.is_main:
         _introduce(job)
-    tracker, first = _track(job), job.step
+    with named_files():
+        tracker = _track(job)
+    first = job.step
     try:
         done = run(job, tracker, _peak_flops_per_s(job), stop)
     except PeerError as error:
@@ -173,9 +179,9 @@ def _train(job: Job, stop: StopRequest) -> None:
         raise
     tracker.close()
     if done:
-        _say_where(job, _done(job))
+        _say_where(job, _done(job), tracker.latest)
     elif job.step > first:
-        _say_where(job, f"stopped and saved after step {job.step}")
+        _say_where(job, f"stopped and saved after step {job.step}", tracker.latest)
     elif job.is_main:
         print(f"stopped before step {job.step + 1}: there was nothing new to save", flush=True)
 
@@ -238,25 +244,28 @@ def _track(job: Job) -> Tracker:
     return Tracker([*sinks, picture, ReportSink(folder, entropy)])
 
 
-def _say_where(job: Job, what: str) -> None:
-    """Ends a run for people: how well it predicts, and where everything lies."""
+def _say_where(job: Job, what: str, latest: Mapping[str, float]) -> None:
+    """Ends a run for people: how well it predicts, and where everything lies that there is."""
     checkpoint = job.checkpoints.latest()
     if job.is_main:
-        print(
-            f"{what}{_verdict(job)}\n"
-            f"  report       {job.folder / 'report.html'}\n"
-            f"  loss curve   {job.folder / 'loss.png'}\n"
-            f"  metrics      {job.folder / 'metrics.jsonl'}\n"
-            f"  wandb        {job.folder / 'wandb'}\n"
-            f"  checkpoint   {checkpoint}",
-            flush=True,
-        )
+        names = {
+            "report": "report.html",
+            "loss curve": "loss.png",
+            "metrics": "metrics.jsonl",
+            "wandb": "wandb",
+        }
+        made = {label: job.folder / name for label, name in names.items() if (job.folder / name).exists()}
+        places = [f"  {label:<12} {path}" for label, path in (*made.items(), ("checkpoint", checkpoint))]
+        print("\n".join([f"{what}{_verdict(job, latest)}", *places]), flush=True)
 
 
-def _verdict(job: Job) -> str:
-    """The last validation loss beside what counting tokens alone would reach; empty before there is one."""
+def _verdict(job: Job, latest: Mapping[str, float]) -> str:
+    """The last validation loss beside what counting tokens alone would reach; empty before there is one.
+
+    latest: metrics of the steps of this start; what an earlier one measured stands in the file.
+    """
     path = job.folder / "metrics.jsonl"
-    rows = read_metrics(path) if path.exists() else []
+    rows = [*(read_metrics(path) if path.exists() else []), latest]
     valid = next((row["valid/loss"] for row in reversed(rows) if "valid/loss" in row), math.nan)
     entropy = job.validation.unigram_entropy_nats
     if math.isnan(valid) or entropy is None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
 
-from train.files import locked
+from train.cli import console
+from train.files import in_words, locked, refusing
+from train.track.console import ConsoleWarnings
 
 log = logging.getLogger("train")
 
@@ -30,19 +34,44 @@ def opened(folder: Path, rank: int, expected: tuple[type[Exception], ...]) -> It
     Raises ValueError, before a line is written, when another job is running there or the folder cannot be made.
     """
     path = log_path(folder, rank)
-    with _append(path) as file, locked(path, _in_use(folder)) if rank == 0 else nullcontext():
-        handler = logging.StreamHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    with _appending(path) as file, locked(path, _in_use(folder)) if rank == 0 else nullcontext():
+        handlers = [_Log(file, path), *([ConsoleWarnings()] if rank == 0 else [])]
         # Libraries speak here from warnings on, our rooms from the start.
-        logging.getLogger().addHandler(handler)
         logging.getLogger("train").setLevel(logging.INFO)
+        logging.captureWarnings(True)
+        for handler in handlers:
+            logging.getLogger().addHandler(handler)
+        for sentence in console.losses():
+            log.info("%s", sentence)
         try:
             yield
         except Exception as error:
             log.error("%s", error, exc_info=not isinstance(error, expected))
             raise
         finally:
-            logging.getLogger().removeHandler(handler)
+            logging.captureWarnings(False)
+            for handler in handlers:
+                logging.getLogger().removeHandler(handler)
+
+
+class _Log(logging.StreamHandler[IO[str]]):
+    """Writes a rank's log. A line that the disk refuses ends nothing: one warning says that lines are missing."""
+
+    def __init__(self, file: IO[str], path: Path) -> None:
+        super().__init__(file)
+        self._path, self._is_whole = path, True
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Called with the error that writing the record has raised."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif self._is_whole:
+            self._is_whole = False
+            log.warning(
+                "%s cannot be written (%s): lines are missing in it; the run goes on", self._path, in_words(error)
+            )
 
 
 def refuse_if_in_use(folder: Path) -> None:
@@ -55,19 +84,20 @@ def refuse_if_in_use(folder: Path) -> None:
 
 def make(key: str, folder: Path) -> None:
     """A folder that the setting `key` names. ValueError when it cannot be made."""
-    try:
+    with refusing(f"{key}={folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{key}={folder} cannot be written: {error.strerror}, {error.filename}") from None
 
 
-def _append(path: Path) -> IO[str]:
-    try:
+@contextmanager
+def _appending(path: Path) -> Iterator[IO[str]]:
+    with refusing(f"run.dir={path.parent.parent}"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a")
-    except OSError as error:
-        folder = path.parent.parent
-        raise ValueError(f"run.dir={folder} cannot be written: {error.strerror}, {error.filename}") from None
+        file = path.open("a")
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(OSError):  # of lines that are said to be missing
+            file.close()
 
 
 def _in_use(folder: Path) -> str:

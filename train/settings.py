@@ -256,13 +256,27 @@ def _value(key: str, text: str, hint: Any) -> Any:
             raise ValueError(f"{key}={text} must be true or false")
         return text.lower() == "true"
     try:
-        if int in options:
-            return _whole(text)
-        if float in options:
-            return float(text)
+        if not {int, float}.isdisjoint(options):
+            value: Any = _whole(text) if int in options else float(text)
+            check_fits(key, value)
+            return value
+    except _TooLargeError:
+        raise
     except (ValueError, OverflowError):
         raise ValueError(f"{key}={text} must be a {'whole ' if int in options else ''}number") from None
     return Path(text).expanduser() if Path in options else text
+
+
+class _TooLargeError(ValueError):
+    """A whole number does not fit into 64 bits."""
+
+
+def check_fits(key: str, value: Any) -> None:
+    """ValueError for a whole number, alone or in lists, that 64 bits do not hold: torch and file formats count so."""
+    for each in value if isinstance(value, list | tuple) else ():
+        check_fits(key, each)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise _TooLargeError(f"{key}={value} is too large: a whole number has at most 64 bits here")
 
 
 def _whole(text: str) -> int:

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from train import environment
+
 log = logging.getLogger("train")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -81,7 +83,7 @@ class StopRequest:
 def say(sentence: str) -> None:
     """In the log, and for people who look at a terminal and wait."""
     log.info("%s", sentence)
-    if os.environ.get("LOCAL_RANK", "0") == "0" and os.isatty(2):
+    if environment.speaks() and os.isatty(2):
         with contextlib.suppress(OSError):
             os.write(2, f"{sentence}\n".encode())
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.job import LocalJob
+from launch.job import LocalJob, check_folders, check_machine
 from launch.prepare import check_epochs_of, prepare_command
-from train import run_folder
 from train.config import RunConfig
 from train.data.config import DataConfig
 
@@ -19,16 +18,17 @@ class Machine:
         self._jobs: list[LocalJob] = []
 
     def prepare(self, config: RunConfig) -> None:
-        """Prepare a job's data, unless it is. ValueError when that cannot be, or when a library is missing."""
+        """Prepare a job's data, unless it is. ValueError when that cannot be, or this machine lacks what ranks need."""
         config.track.check_installed()
+        check_machine(config)
         if config.data not in self._prepared:
             prepare_command(config.data)
             self._prepared.append(config.data)
 
     def start(self, config: RunConfig, num_parallel: int, console: Path | None) -> LocalJob:
-        """One of `num_parallel` jobs. ValueError when its folder is in use, its data cannot be prepared or
+        """One of `num_parallel` jobs. ValueError when its folder is in use or refuses, its data cannot be prepared or
         it would see them more often than `data.max_epochs`."""
-        run_folder.refuse_if_in_use(Path(config.run.dir))
+        check_folders(config)
         self.prepare(config)
         check_epochs_of(config)
         self._jobs = [job for job in self._jobs if job.poll() is None]

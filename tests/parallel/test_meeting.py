@@ -25,6 +25,11 @@ from tests.spawn import STOP_S, Ranks
 PEERS = (ValueError, PeerError, HangError)
 
 
+def place() -> tuple[int, int]:
+    """This process's rank, and how many there are to be."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def outcome(call: Callable[[], Any]) -> Any:
     """What a call returns, or the name and the words of what it raises."""
     try:
@@ -34,7 +39,7 @@ def outcome(call: Callable[[], Any]) -> Any:
 
 
 def in_meeting(body: Callable[[Meeting], Any], limit_s: float = STOP_S) -> Any:
-    with meet(limit_s, print, end_hung=print) as meeting:
+    with meet(*place(), limit_s, print, end_hung=print) as meeting:
         meeting.come()
         found = body(meeting)
         meeting.part()
@@ -112,7 +117,7 @@ def waits_for_long(folder: Path) -> list[str]:
         if sentence.endswith("34 %"):  # a beat later than it begins
             (folder / f"{rank}-{len(said)}").touch()
 
-    with mock.patch.object(store, "SAY_EVERY_S", 0.1), meet(STOP_S, say, end_hung=print) as meeting:
+    with mock.patch.object(store, "SAY_EVERY_S", 0.1), meet(*place(), STOP_S, say, end_hung=print) as meeting:
         meeting.come()
 
         def work() -> None:
@@ -136,7 +141,7 @@ def test_those_who_wait_say_for_whom_and_for_what(ranks: Ranks, tmp_path: Path) 
 def incomplete(world_size: int, limit_s: float) -> tuple[list[str], Any]:
     said: list[str] = []
     os.environ["WORLD_SIZE"] = str(world_size)
-    with meet(limit_s, said.append, end_hung=print) as meeting:
+    with meet(*place(), limit_s, said.append, end_hung=print) as meeting:
         return said, outcome(meeting.come)
 
 
@@ -189,7 +194,7 @@ def test_a_port_in_use_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_rank_0_the_others_name_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    with HeldPort() as port, meet(0.4, said.append, end_hung=print) as meeting:
+    with HeldPort() as port, meet(*place(), 0.4, said.append, end_hung=print) as meeting:
         meeting.rank, meeting.world_size = 1, 2
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("MASTER_PORT", str(port))
@@ -224,7 +229,7 @@ def dies(folder: Path) -> Any:
 
     child = os.fork() if os.environ["RANK"] == "1" else 0  # so that the long-lived rank lives on
     if child == 0:
-        with meet(STOP_S, print, end_hung=print) as meeting:
+        with meet(*place(), STOP_S, print, end_hung=print) as meeting:
             meeting.come()
             return body(meeting)
     os.waitpid(child, 0)

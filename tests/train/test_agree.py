@@ -72,7 +72,7 @@ def other_code(kind: str) -> Iterator[None]:
 
 def compares() -> list[Any]:
     rank, found = int(os.environ["RANK"]), list[Any]()
-    with meet(STOP_S, print, end_hung=print) as meeting:
+    with meet(rank, 2, STOP_S, print, end_hung=print) as meeting:
         meeting.come()
         for case in DIFFER:
             found.append(refusal(lambda case=case: alike(meeting, [*SMALL, "parallel.dp=2", case[rank]])))  # type: ignore[misc]
@@ -128,7 +128,7 @@ def looks_at_folders(place: Path, apart: Path) -> list[Any]:
         with agree.shared(meeting, "run.dir", place / "odd", refuses):
             raise AssertionError("nobody enters")
 
-    with mock.patch.object(agree, "_SEEN_WITHIN_S", 0.1), meet(STOP_S, print, end_hung=print) as meeting:
+    with mock.patch.object(agree, "_SEEN_WITHIN_S", 0.1), meet(rank, 2, STOP_S, print, end_hung=print) as meeting:
         meeting.come()
         try:
             found.append(enter("run.dir", place / "run"))

@@ -57,7 +57,7 @@ def steps_of(folder: Path) -> list[list[int]]:
 
 @pytest.fixture(autouse=True)
 def _no_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_DIR"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DISABLED", "WANDB_BASE_URL", "WANDB_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
 
@@ -285,7 +285,14 @@ def test_mode_follows_the_setting_then_the_environment_then_the_key(tmp_path: Pa
     assert wandb_mode("auto", {"NETRC": str(login), "WANDB_BASE_URL": "https://wandb.example"}) == "offline"
     assert wandb_mode("auto", key | {"WANDB_MODE": "offline"}) == "offline"
     assert wandb_mode("auto", key | {"WANDB_MODE": "disabled"}) == "disabled"
-    assert wandb_mode("offline", key | {"WANDB_MODE": "online"}) == "offline"
+    for word, mode in (("DRYRUN", "offline"), ("run", "online"), ("", "online")):
+        assert wandb_mode("auto", key | {"WANDB_MODE": word}) == mode
+    for word, mode in (("true", "disabled"), ("1", "disabled"), ("false", "online"), ("", "online")):
+        assert wandb_mode("auto", key | {"WANDB_DISABLED": word}) == mode
+    assert wandb_mode("auto", key | {"WANDB_DISABLED": "True", "WANDB_MODE": "online"}) == "disabled"
+    assert wandb_mode("offline", key | {"WANDB_MODE": "online", "WANDB_DISABLED": "true"}) == "offline"
+    with pytest.raises(ValueError, match="WANDB_MODE=ofline is not one of online, offline, disabled"):
+        wandb_mode("auto", key | {"WANDB_MODE": "ofline"})
     assert wandb_mode("online", nothing) == "offline"
     assert wandb_mode("disabled", key) == "disabled"
 
@@ -304,9 +311,9 @@ def a_server_that(fails: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("fails", ["cannot be reached", "answers 500", "answers 401"])
 def test_an_online_run_whose_server_fails_is_kept_offline(
-    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every step is in an offline file, and one line on the console says so; the next run goes on with it."""
+    """Every step is in an offline file, and one warning says so; the next run goes on with it."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(door, "INIT_TIMEOUT_S", 2)
     with a_server_that(fails) as url:
@@ -317,7 +324,7 @@ def test_an_online_run_whose_server_fails_is_kept_offline(
             sink.write(report(step))
             lines.write(report(step))
         sink.close(failed=False)
-    (said,) = [line for line in capsys.readouterr().out.splitlines() if "wandb could not" in line]
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("train")]
     assert said.startswith("wandb could not start online (") and said.endswith("; the run keeps it offline")
     assert sink.mode == "offline"
     assert steps_of(tmp_path) == [list(range(1, 11))]

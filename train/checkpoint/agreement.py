@@ -7,11 +7,17 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from train.files import in_words
+
 T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read. The same on every rank; older checkpoints are untouched."""
+
+
+class DiskError(CheckpointError):
+    """A checkpoint could not be written because a disk refused; a later one may find it in better health."""
 
 
 class Agreement:
@@ -26,16 +32,16 @@ class Agreement:
         """Run `work` on every rank; each returns all results in rank order, or each raises the same failure.
 
         A failure names its ranks in one sentence: a ValueError when every rank that failed raised one, as that is what
-        the user asked or gave; CheckpointError otherwise.
+        the user asked or gave; DiskError when all met an OSError; CheckpointError otherwise.
         """
-        failure: tuple[bool, str] | None = None
+        failure: tuple[type[Exception], str] | None = None
         result: list[T] = []
         try:
             result = [work()]
         except Exception as error:
             if self.world_size == 1:
                 raise
-            failure = isinstance(error, ValueError), reason_of(error)
+            failure = kind_of(error), reason_of(error)
         if self._group is None:
             return result
         mine = (failure, result)
@@ -46,8 +52,8 @@ class Agreement:
             return [results[0] for _, results in everyone]
         text = "; ".join(dict.fromkeys(reason for _, reason in failures.values()))
         ranks = ", ".join(map(str, failures))
-        kind = ValueError if all(user for user, _ in failures.values()) else CheckpointError
-        raise kind(f"{text} (on rank {ranks})")
+        kinds = {kind for kind, _ in failures.values()}
+        raise (kinds.pop() if len(kinds) == 1 else CheckpointError)(f"{text} (on rank {ranks})")
 
     def on_first(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 alone; every rank returns its result, or raises its failure."""
@@ -58,8 +64,17 @@ class Agreement:
         return self.on_all(only_there)[0][0]
 
 
+def kind_of(error: BaseException) -> type[Exception]:
+    """As which error a failure is raised on all ranks."""
+    if isinstance(error, ValueError):
+        return ValueError
+    return DiskError if isinstance(error, (OSError, DiskError)) else CheckpointError
+
+
 def reason_of(error: BaseException) -> str:
     """What to say of an error: its own words, behind its type where those were not written for users."""
+    if isinstance(error, OSError):
+        return in_words(error)
     text = str(error) or "no further words"
     known = isinstance(error, (ValueError, CheckpointError))
     return text if known else f"{type(error).__name__}: {text}"

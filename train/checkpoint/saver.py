@@ -7,12 +7,14 @@ train/checkpoint/step_folders.py keeps the folders.
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,16 +22,31 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from train.checkpoint import step_folders
-from train.checkpoint.agreement import Agreement, CheckpointError, reason_of
+from train.checkpoint.agreement import Agreement, CheckpointError, DiskError, kind_of, reason_of
 from train.checkpoint.config import CheckpointConfig
 from train.checkpoint.ranges import HostRange, Pieces, check_ranges
 from train.checkpoint.reader import RangeReader, read_metadata, saved_tensors
 from train.checkpoint.state import MAX_NAMED_DIFFERENCES, TrainState, differences
 from train.checkpoint.step_folders import CONFIG_FILE, STATE_FILE
 from train.checkpoint.writer import FlatSavePlanner, FlatWriter
-from train.files import CRC32, FileRecord, aside, check_contents, write_durably
+from train.files import (
+    CRC32,
+    FileRecord,
+    aside,
+    check_contents,
+    check_takes_files,
+    in_words,
+    is_full,
+    refusing,
+    write_durably,
+)
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# What torch writes beside the numbers of each tensor.
+_BYTES_BESIDE = 2_000
 
 
 class Checkpoints:
@@ -65,14 +82,14 @@ class Checkpoints:
     def save(self, state: TrainState, pieces: Pieces, sizes: Mapping[str, int]) -> None:
         """Take a checkpoint of `pieces` as they are now; returns when they are copied, before they are written.
 
-        Waits for the previous save first, and raises its error if it failed (then nothing is saved now). Ranges that
-        several ranks hold are written once.
+        Waits for the previous save first. If a disk refused that one, a warning says so and this one is tried; any
+        other error of it is raised, and nothing is saved now. Ranges that several ranks hold are written once.
 
         Args:
             pieces: state name to this rank's ranges of the global tensor of that name.
             sizes: state name to the number of elements of the global tensor.
         """
-        self.wait()
+        self.settle()
         failed: Exception | None = None
         try:
             check_ranges(pieces, sizes)
@@ -90,7 +107,21 @@ class Checkpoints:
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
         self._thread.start()
         if not self._config.in_background:
-            self.wait()
+            self._thread.join()
+
+    def poll(self) -> None:
+        """Warn, once, of a save that has ended meanwhile because a disk refused it: the run goes on, and saves again
+        when the next one is due. Talks to nobody."""
+        if self._thread is not None and not self._thread.is_alive() and isinstance(self._error, DiskError):
+            log.warning("%s; the run goes on, and tries again when the next one is due", self._error)
+            self._error = None
+
+    def settle(self) -> None:
+        """Return when no save is in flight; warns as `poll` does, and raises any other error of the last one, once."""
+        if self._thread is not None:
+            self._thread.join()
+        self.poll()
+        self.wait()
 
     def wait(self) -> None:
         """Return when no save is in flight; raises the error of the last one, once."""
@@ -104,12 +135,12 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest checkpoint that is complete, normally the one that the file `latest` names; None without any."""
         self.wait()
-        return self._ranks.on_first(lambda: step_folders.find_latest(self.root))
+        return self._ranks.on_first(_reading(self.root, lambda: step_folders.find_latest(self.root)))
 
     def resume(self, now: TrainState) -> tuple[Path, TrainState] | None:
         """`resume_decision` on the disk as rank 0 sees it, for all ranks."""
         self.wait()
-        return self._ranks.on_first(lambda: resume_decision(self._config, self.root, now))
+        return self._ranks.on_first(_reading(self.root, lambda: resume_decision(self._config, self.root, now)))
 
     def state_of(self, path: Path) -> TrainState:
         """The small state of the checkpoint at `path` as rank 0 sees it, for all ranks.
@@ -136,7 +167,7 @@ class Checkpoints:
             check(folder, read_state(folder))
             return folder
 
-        return self._ranks.on_first(found)
+        return self._ranks.on_first(_reading(path, found))
 
     def load(self, path: Path, pieces: Pieces, sizes: Mapping[str, int]) -> None:
         """Copy a checkpoint's values into `pieces`, in place, whatever layout it was saved under.
@@ -147,10 +178,10 @@ class Checkpoints:
         Raises ValueError for a missing or damaged file and for a name, size or kind of number that does not agree.
         """
         self.wait()
-        self._ranks.on_all(lambda: self._verify_share(path))
+        self._ranks.on_all(_reading(path, lambda: self._verify_share(path)))
         with RangeReader(path) as reader:
-            self._ranks.on_all(lambda: reader.check(pieces, sizes))
-            self._ranks.on_all(lambda: reader.fill(pieces))
+            self._ranks.on_all(_reading(path, lambda: reader.check(pieces, sizes)))
+            self._ranks.on_all(_reading(path, lambda: reader.fill(pieces)))
 
     def _verify_share(self, path: Path) -> None:
         manifest = step_folders.read_manifest(path)
@@ -158,8 +189,10 @@ class Checkpoints:
         check_contents(path, manifest, by_size[self._ranks.rank :: self._ranks.world_size])
 
     def _make_ready(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        step_folders.tidy(self.root)
+        with refusing(f"checkpoint.dir={self.root}"):
+            self.root.mkdir(parents=True, exist_ok=True)
+            check_takes_files(self.root)
+            step_folders.tidy(self.root)
 
     def _stage(self, pieces: Pieces) -> None:
         """Copy the pieces to CPU memory, which is kept and used again by the next save."""
@@ -182,16 +215,18 @@ class Checkpoints:
         """The background half of a save: every rank runs it, and all end it in the same way."""
         final = step_folders.step_folder(self.root, state.step)
         partial = aside(final)
+        free_bytes: list[int] = []
 
-        def begin() -> None:
+        def begin() -> int:
             if failed is not None:
                 raise failed
             if self._ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
+            return shutil.disk_usage(self.root).free
 
         try:
-            self._ranks.on_all(begin)
+            free_bytes += self._ranks.on_all(begin)
             writer = FlatWriter(partial)
             planner = FlatSavePlanner(self._staged, sizes)
             dcp.save(
@@ -207,7 +242,7 @@ class Checkpoints:
         except BaseException as error:
             if self._ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise self._not_written(state.step, error) from error
+            raise self._not_written(state.step, error, self._num_bytes(sizes), free_bytes[:1]) from error
 
     def _publish(self, state: TrainState, records: dict[str, FileRecord], partial: Path, final: Path) -> None:
         for name, text in ((STATE_FILE, state.to_json()), (CONFIG_FILE, state.config)):
@@ -221,15 +256,64 @@ class Checkpoints:
         except OSError as error:
             log.warning("%s is saved, but older checkpoints could not be deleted: %s", final.name, error)
 
-    def _not_written(self, step: int, error: BaseException) -> Exception:
+    def _num_bytes(self, sizes: Mapping[str, int]) -> int:
+        """About how many bytes a checkpoint takes: ranks hold different states, but of the same kinds of numbers."""
+        widths = [part.tensor.element_size() for parts in self._staged.values() for part in parts]
+        return sum(sizes.values()) * max(widths, default=0) + _BYTES_BESIDE * len(sizes)
+
+    def _not_written(self, step: int, error: BaseException, num_bytes: int, free_bytes: list[int]) -> Exception:
+        causes: dict[int, BaseException] = {0: error}
         if isinstance(error, CheckpointException):
-            reasons = [f"rank {rank}: {reason_of(cause)}" for rank, (cause, _) in sorted(error.failures.items())]
-        else:
-            reasons = [reason_of(error)]
-        return CheckpointError(
-            f"the checkpoint of step {step} was not written to {self.root}: {'; '.join(reasons)}. "
-            "Older checkpoints are untouched"
+            causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
+        several = self._ranks.world_size > 1 and isinstance(error, CheckpointException)
+        ranks: dict[str, list[str]] = {}
+        for rank, cause in causes.items():
+            ranks.setdefault(_why(cause), []).append(str(rank))
+        reasons = [f"{why} (on rank {', '.join(where)})" if several else why for why, where in ranks.items()]
+        room = ""
+        if any(is_full(cause) for cause in causes.values()):
+            # A quota, or a limit of files, says nothing of how much it leaves.
+            of_disk = any(isinstance(cause, OSError) and cause.errno == errno.ENOSPC for cause in causes.values())
+            left = f", {_in_words(free_bytes[0])} were free" if free_bytes and of_disk else ""
+            room = f" (needs about {_in_words(num_bytes)}{left})"
+        kind = DiskError if all(kind_of(cause) is DiskError for cause in causes.values()) else CheckpointError
+        return kind(
+            f"checkpoint of step {step} could not be written to {self.root}: {'; '.join(reasons)}{room}; "
+            f"{self._newest_whole()}"
         )
+
+    def _newest_whole(self) -> str:
+        """For whoever reads that a save has failed: what there is to go on from."""
+        try:
+            complete = step_folders.survey(self.root)[0]
+        except OSError as error:
+            return f"older ones cannot be looked at ({in_words(error)})"
+        if not complete:
+            return "there is no whole one yet"
+        return f"step {step_folders.step_of(complete[0])} is the newest whole one"
+
+
+def _reading(path: Path, work: Callable[[], T]) -> Callable[[], T]:
+    """The work, with ValueError for files of a folder of checkpoints that cannot be read."""
+
+    def read() -> T:
+        with refusing(str(path), "read"):
+            return work()
+
+    return read
+
+
+def _why(error: BaseException) -> str:
+    """`reason_of`; of a full disk without the file in which it ended, which says nothing more."""
+    return error.strerror if isinstance(error, OSError) and is_full(error) and error.strerror else reason_of(error)
+
+
+def _in_words(num_bytes: int) -> str:
+    """A size as people read it, in decimal units: 1.2 GB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes / 1e3:.1f} kB"
 
 
 def read_state(path: Path) -> TrainState:

@@ -78,7 +78,7 @@ def check_complete(folder: Path) -> None:
 def survey(root: Path) -> tuple[list[Path], dict[Path, str]]:
     """All step folders under `root`: the complete ones, newest first, and what is wrong with each other one."""
     complete, broken = [], {}
-    for folder in sorted(_step_folders(root), key=_step_of, reverse=True):
+    for folder in sorted(_step_folders(root), key=step_of, reverse=True):
         try:
             check_complete(folder)
             complete.append(folder)
@@ -193,7 +193,7 @@ def prune(root: Path, keep: int) -> None:
         return
 
     def rank(folder: Path) -> tuple[bool, int]:
-        return _step_of(folder) <= _step_of(named), _step_of(folder)
+        return step_of(folder) <= step_of(named), step_of(folder)
 
     others = sorted((folder for folder in _step_folders(root) if folder != named), key=rank, reverse=True)
     for folder in others[keep - 1 :]:
@@ -217,7 +217,8 @@ def _step_folders(root: Path) -> list[Path]:
     return [path for path in root.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The number of finished steps of the checkpoint in a step folder."""
     match = _STEP.fullmatch(folder.name)
     assert match, folder
     return int(match[1])

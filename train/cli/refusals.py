@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from train.cli import foreign_keys
 from train.config import RunConfig
+from train.files import in_words
 from train.settings import CONFIGS, Setting, as_section, hint, nearest, settings_of
 from train.typed import holds_text, quoted
 
@@ -112,6 +114,22 @@ def option(word: str, rest: Sequence[str]) -> str:
     return f"{word} is no option: there are --help, --config FILE and --cfg job; settings are written key=value"
 
 
+def of_file(error: OSError, words: Iterable[str]) -> str:
+    """What the system says of a file or folder, behind the `key=value` word that leads there, if one does."""
+    for word in words:
+        key, _, value = word.partition("=")
+        if value and error.filename is not None and _leads_to(Path(value), Path(os.fsdecode(error.filename))):
+            return f"{key}={value} cannot be used: {in_words(error)}"
+    return f"a file or folder cannot be used: {in_words(error)}"
+
+
+def _leads_to(named: Path, path: Path) -> bool:
+    """Whether a path is the named one, lies in it or above it, or is the hidden neighbour in which it is written."""
+    here, there = named.absolute(), path.absolute()
+    is_beside = here.parent == there.parent and here.name in there.name
+    return here == there or is_beside or here in there.parents or (there != Path("/") and there in here.parents)
+
+
 def sentence(error: Exception) -> str:
     """What Hydra or OmegaConf says of a value, in one sentence that names the key."""
     cause = error.__cause__ if getattr(error.__cause__, "full_key", None) else error
@@ -120,6 +138,9 @@ def sentence(error: Exception) -> str:
     if key and type(cause).__name__ in ("ConfigKeyError", "ConfigAttributeError"):
         return unknown(str(key))
     if key:
+        said = lines[0].rpartition(" raised while resolving interpolation: ")[2]
+        if said != lines[0]:  # of a value that follows from something else, which the sentence names
+            return said
         said = lines[0].replace("'None'", "null")
         whole = _places().get(getattr(cause, "object_type", None), "") + str(key)
         return said if whole in said else f"{whole}: {said}"

@@ -13,8 +13,8 @@ class TrackConfig:
     """`track`: where a run reports to, and how often.
 
     Attributes:
-        wandb: `auto` (online where an API key is set, offline elsewhere; `WANDB_MODE` decides before that), `online`,
-            `offline` or `disabled`.
+        wandb: `auto` (online where an API key is set, offline elsewhere; `WANDB_MODE`, or `WANDB_DISABLED=true`,
+            decides before that), `online`, `offline` or `disabled`.
         tensorboard: also write the metrics for TensorBoard, into `<run.dir>/tensorboard`; needs the extra
             `halocline[tensorboard]`.
         project: wandb project.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import sys
 import time
 from collections import deque
@@ -20,6 +22,35 @@ def short(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.3g}"
+
+
+class ConsoleWarnings(logging.Handler):
+    """Shows a rank's warnings on the console, each text once; its log has all of them.
+
+    Python's own warnings come as `logging.captureWarnings` makes them. Those about the future of a library are for
+    who changes this program, and stay in the log, as do errors of this program: they end the run and are said then.
+    """
+
+    _OF_PYTHON = re.compile(r"\S.*?:\d+: (\w+): (.*)")
+    _FOR_DEVELOPERS = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints it above the moving line, if there is one."""
+        text = record.getMessage().strip()
+        if record.name == "py.warnings" and (found := self._OF_PYTHON.match(text)):
+            if found[1] in self._FOR_DEVELOPERS:
+                return
+            text = f"{found[1]}: {found[2]}"
+        is_ours = record.name.split(".")[0] == "train"
+        if text in self._said or (is_ours and record.levelno >= logging.ERROR):
+            return
+        self._said.add(text)
+        tqdm.write(f"warning: {text}", file=sys.stdout)
+        sys.stdout.flush()
 
 
 class ConsoleSink:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -10,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from train.files import replacing, sync_handle
+from train.files import in_words, replacing, sync_handle
 from train.track.metrics import Sample, StepReport
 from train.track.sinks import say as say_to_people
 
@@ -64,30 +65,76 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class _StepLines:
-    """A file of one line per step, each written with one call, so that a kill tears at most the last line.
+    """A file of one line per step, each written whole or not at all; a kill tears at most the last one.
 
     What it holds past `finished_steps`, the step of the checkpoint that the run goes on from, is cut off first. A run
-    that starts anew leaves nothing, not even step 0, which it may evaluate once more.
+    that starts anew leaves nothing, not even step 0, which it may evaluate once more. A line that the disk refuses is
+    lost and said to be; the next one is tried, as the disk may have room again.
     """
 
-    def __init__(self, path: Path, finished_steps: int = 0) -> None:
+    def __init__(self, path: Path, finished_steps: int = 0, say: Callable[[str], None] = say_to_people) -> None:
+        """OSError when the file cannot be opened."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._say = path, say
         self._file = path.open("a+b", buffering=0)
         self._file.seek(0)
-        end = self.last_step = 0
+        self._end = self.last_step = 0
+        # Ranges of steps between two lines: in `metrics.jsonl` they are lines that were lost.
+        self.gaps: list[tuple[int, int]] = []
         for step, line_end in _steps(self._file):
             if step > finished_steps or not finished_steps:
                 break
-            end, self.last_step = line_end, step
-        self._file.truncate(end)
+            if self._end and step > self.last_step + 1:
+                self.gaps.append((self.last_step + 1, step - 1))
+            self._end, self.last_step = line_end, step
+        self._file.truncate(self._end)
+        self._lost: tuple[int, int] | None = None  # the first and last step of the lines lost since one was written
+
+    def _append(self, step: int, line: bytes) -> None:
+        try:
+            if self._lost is not None:
+                self._file.truncate(self._end)  # of the part of a line that may be there
+            left = memoryview(line)
+            while left:
+                # Of a disk that is nearly full, a call takes what fits and only the next one fails.
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self._lose(step, error)
+            return
+        self._end += len(line)
+        if self._lost is not None:
+            self._say(f"{self.path} can be written again from step {step} on; {_range(*self._lost)} missing in it")
+            self._lost = None
+
+    def _lose(self, step: int, error: OSError) -> None:
+        if self._lost is None:
+            self._say(
+                f"{self.path} cannot be written ({error.strerror}): step {step}, and those after it until it can be "
+                "written, are missing in it; the run goes on"
+            )
+        self._lost = (step if self._lost is None else self._lost[0], step)
+        with contextlib.suppress(OSError):
+            self._file.truncate(self._end)
 
     def checkpoint(self) -> None:
         """On the disk before the checkpoint is: a resumed run must find every step that its checkpoint holds."""
-        sync_handle(self._file.fileno())
+        if self._lost is not None:
+            return
+        try:
+            sync_handle(self._file.fileno())
+        except OSError as error:
+            self._say(f"{self.path}: the disk does not say that it has the last steps ({in_words(error)})")
 
     def close(self, failed: bool) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._lost is not None:
+            self._say(f"{self.path} could not be written to the end: {_range(*self._lost)} missing in it")
+        with contextlib.suppress(OSError):  # of lines that are said to be lost
+            self._file.close()
+
+
+def _range(first: int, last: int) -> str:
+    return f"step {first} is" if first == last else f"steps {first} to {last} are"
 
 
 def begin_with(parent: Path, run_dir: Path, finished_steps: int) -> list[str]:
@@ -116,14 +163,16 @@ class JsonlSink(_StepLines):
     """One object per step in `metrics.jsonl`, from the step of the checkpoint on that the run goes on from."""
 
     def __init__(self, path: Path, finished_steps: int = 0, say: Callable[[str], None] = say_to_people) -> None:
-        super().__init__(path, finished_steps)
+        super().__init__(path, finished_steps, say)
+        for gap in self.gaps:
+            say(f"{path} was once not writable: {_range(*gap)} missing in it, and stay so")
         last = self.last_step
         if last < finished_steps:
             say(f"{path} holds steps up to {last}, the checkpoint {finished_steps}: the steps between are lost")
 
     def write(self, report: StepReport) -> None:
         """Appends the step."""
-        self._file.write(_encode(report))
+        self._append(report.step, _encode(report))
 
 
 class LoadsSink(_StepLines):
@@ -133,7 +182,7 @@ class LoadsSink(_StepLines):
         """Appends the step's loads, if it has any."""
         if report.loads is not None:
             line = {"step": report.step, "tokens": report.consumed_tokens, "loads": report.loads}
-            self._file.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+            self._append(report.step, json.dumps(line, separators=(",", ":")).encode() + b"\n")
 
 
 class SamplesSink(_StepLines):
@@ -144,7 +193,7 @@ class SamplesSink(_StepLines):
         if report.samples:
             samples = [asdict(sample) for sample in report.samples]
             line = {"step": report.step, "tokens": report.consumed_tokens, "samples": samples}
-            self._file.write(json.dumps(line).encode() + b"\n")
+            self._append(report.step, json.dumps(line).encode() + b"\n")
 
 
 @dataclass(frozen=True)

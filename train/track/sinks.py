@@ -1,8 +1,7 @@
 """Where step reports go: a `Tracker` hands them to sinks, which are files, the console, wandb and pictures.
 
 Rank 0 opens a `Tracker` over a list of sinks; other ranks have one over none.
-Only `metrics.jsonl` is part of a run: if its file cannot be written, the run fails. Every other sink that breaks says
-so in one sentence and is silent from then on.
+None of them is the work itself: a sink that breaks says so in one sentence, and the run goes on.
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ class Sink(Protocol):
 
 
 def say(sentence: str) -> None:
-    """A sentence for people: in the log, and on the console, which under a launcher is rank 0's standard output."""
+    """A sentence for people: a warning of the log, which rank 0 also shows on the console."""
     log.warning("%s", sentence)
-    print(sentence, flush=True)
 
 
 class Tracker:
@@ -40,9 +38,11 @@ class Tracker:
 
     def __init__(self, sinks: Iterable[Sink] = ()) -> None:
         self._sinks = list(sinks)
+        self.latest: dict[str, float] = {}
 
     def write(self, report: StepReport) -> None:
-        """One finished step, to all."""
+        """One finished step, to all; `latest` has every metric's last value, whatever became of the sinks."""
+        self.latest |= report.values
         for sink in self._sinks:
             sink.write(report)
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from train.track.config import MODES, TrackConfig
+from train.environment import wandb_mode as asked_mode
+from train.track.config import TrackConfig
 from train.track.metrics import Sample, StepReport
 from train.track.metrics_file import read_metrics, read_samples
 from train.track.sinks import say as say_to_people
@@ -33,9 +34,12 @@ def has_api_key(environ: Mapping[str, str]) -> bool:
 
 
 def wandb_mode(setting: str, environ: Mapping[str, str]) -> str:
-    """online, offline or disabled for `track.wandb`; "online" without a key is offline, for there is nobody to ask."""
-    if setting == "auto" and environ.get("WANDB_MODE") in MODES[1:]:
-        setting = environ["WANDB_MODE"]
+    """online, offline or disabled for `track.wandb`; "online" without a key is offline, for there is nobody to ask.
+
+    `auto` is what the environment asks for, where it does.
+    """
+    if setting == "auto":
+        setting = asked_mode(environ) or "auto"
     if setting in ("offline", "disabled"):
         return setting
     return "online" if has_api_key(environ) else "offline"

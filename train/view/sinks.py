@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from train.files import in_words
 from train.track.metrics import StepReport
 from train.track.metrics_file import read_metrics
 from train.track.sinks import say as say_to_people
@@ -41,7 +42,7 @@ class PictureSink:
             draw_loss({self._title: read_metrics(self._metrics)}, self._out, unigram_entropy=self._entropy)
         except Exception as error:
             self._works = False
-            self._say(f"{self._out} could not be drawn ({error}); the run goes on without it")
+            self._say(f"{self._out} could not be drawn ({_reason(error)}); the run goes on without it")
 
     def close(self, failed: bool) -> None:
         """Draws the whole run."""
@@ -72,4 +73,8 @@ class ReportSink:
 
             write_report([read_run(self._run_dir)], out, self._entropy)
         except Exception as error:
-            self._say(f"{out} could not be written ({error})")
+            self._say(f"{out} could not be written ({_reason(error)})")
+
+
+def _reason(error: Exception) -> str:
+    return in_words(error) if isinstance(error, OSError) else str(error) or type(error).__name__

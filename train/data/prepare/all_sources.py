@@ -15,7 +15,7 @@ from train.data.prepare.folder import alone_in, given_tokenizer
 from train.data.prepare.one_source import prepare, sample_text
 from train.data.prepare.sample import SAMPLE_BYTES
 from train.data.tokenizer import Tokenizer
-from train.files import replace_durably
+from train.files import in_words, replace_durably
 
 _BLEND = "blend.json"
 
@@ -40,7 +40,7 @@ def _prepare_trained(config: DataConfig, say: Callable[[str], None]) -> dict[str
         try:
             _train_tokenizer(config, say)
         except OSError as error:
-            raise ValueError(f"data.dir={config.folder} could not be prepared: {error}") from None
+            raise ValueError(f"data.dir={config.folder} could not be prepared: {in_words(error)}") from None
     return {name: prepare(source, say) for name, source in config.sources.items()}
 
 

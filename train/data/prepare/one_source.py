@@ -35,7 +35,7 @@ from train.data.read.blocks import Block, Position, Trouble
 from train.data.read.source import Source, digest_of, num_bytes_of, open_source, walk
 from train.data.read.trouble import BAD, Troubles
 from train.data.tokenizer import Tokenizer
-from train.files import SHA256, FileRecord, checksum_of, sync, write_durably
+from train.files import SHA256, FileRecord, checksum_of, in_words, sync, write_durably
 
 _TASK_BYTES = 1 << 20  # work handed to a worker at a time
 _JOURNAL_EVERY_S = 5.0  # what a kill can cost
@@ -63,7 +63,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = print) -> Meta:
                 return check_prepared(config, folder, say)
             return _Preparation(config, source, tokenizer, folder, say, listed_ns).run()
     except OSError as error:
-        raise ValueError(f"data.dir={folder} could not be prepared: {error}") from None
+        raise ValueError(f"data.dir={folder} could not be prepared: {in_words(error)}") from None
 
 
 class _Preparation:
