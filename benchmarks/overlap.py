@@ -259,7 +259,8 @@ def with_sleeping_layers(rig: Rig) -> None:
     models = [cast(SleepingModel, stage.model) for side in pair_sides.values() for stage in side.stages.values()]
     late_s = total(statistics.fmean(late for model in models for late in model.sleeper.late_s)) / (PP * EP)
     if rig.groups.mesh.rank == 0:
-        print(f"sleeps end {late_s * 1e3:.2f} ms late: {late_s * 6e3 * rig['layers']:.1f} ms per stage and micro-batch")
+        by_stage_ms = late_s * 6e3 * rig.settings.layers
+        print(f"sleeps end {late_s * 1e3:.2f} ms late: {by_stage_ms:.1f} ms per stage and micro-batch")
         print("paired: share of a rank's forwards that run beside a backward. free: an exchange that costs nothing")
         print("hidden: 1 - (step - free) / all-to-alls alone. by pairs: (apart - pairs) / all-to-alls alone")
 
