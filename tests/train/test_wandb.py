@@ -215,7 +215,7 @@ class OnlineWandb:
     """Stands for a wandb whose server holds steps up to 12."""
 
     Settings = dict
-    starting_step = 13
+    starting_step, dir = 13, "wandb/run/files"
 
     def __init__(self) -> None:
         self.sent: list[int] = []
@@ -332,11 +332,34 @@ def test_an_online_run_whose_server_fails_is_kept_offline(
     assert steps_of(tmp_path) == [list(range(1, 11)), list(range(11, 16))]
 
 
+def test_a_server_that_fails_in_the_middle_loses_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """wandb's own file has all of them, and one warning names its folder."""
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setattr(door, "INIT_TIMEOUT_S", STOP_S)
+    monkeypatch.setattr(door, "FINISH_TIMEOUT_S", 2)
+    with serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        sink = WandbSink(TrackConfig(), tmp_path, {}, run_id=RUN_ID)
+        for step in range(1, 6):
+            sink.write(report(step))
+        server.status = 500
+        for step in range(6, 11):
+            sink.write(report(step))
+        sink.close(failed=False)
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("train")]
+    (folder,) = (tmp_path / "wandb").glob(f"run-*-{RUN_ID}")
+    assert said.startswith("wandb could not finish (")
+    assert said.endswith(f"; the run is whole in {folder}, which `wandb sync` sends")
+    assert [step for step, _ in wandb_history(folder)] == list(range(1, 11))
+
+
 class BrokenWandb:
     """Stands for wandb and for its run; one of the calls fails."""
 
     Settings = dict
-    starting_step = 0
+    starting_step, dir = 0, "wandb/run/files"
 
     def __init__(self, failing: str) -> None:
         self.failing = failing
@@ -366,7 +389,13 @@ class BrokenWandb:
     ("failing", "sentences"),
     [
         ("init online", ["wandb could not start online (no route to host and why); the run keeps it offline"]),
-        ("finish", ["wandb could not finish (no route to host and why); the run goes on without it"]),
+        (
+            "finish",
+            [
+                "wandb could not finish (no route to host and why); the run is whole in wandb/run, which `wandb sync` "
+                "sends"
+            ],
+        ),
         (
             "log",
             ["wandb could not take a step (no route to host and why); the run goes on without it"],

@@ -68,6 +68,7 @@ class WandbSink:
         self._finished_steps, self._say = finished_steps, say
         self._folders = WandbFolders(run_dir, self.run_id)
         self._run: Any = None
+        self._folder = run_dir / "wandb"
         self._last_step = -1
         self.mode = wandb_mode(config.wandb, os.environ)
         if self.mode == "offline" and config.wandb == "online":
@@ -115,7 +116,7 @@ class WandbSink:
         )
         run.define_metric("train/consumed_tokens")
         run.define_metric("*", step_metric="train/consumed_tokens")
-        self._run = run
+        self._run, self._folder = run, Path(run.dir).parent
         # Step 0 is an evaluation before the first step: a start that has written nothing yet, here or there, lacks it.
         self._last_step = run.starting_step - 1 if online else kept or -1
         metrics = self._run_dir / "metrics.jsonl"
@@ -161,7 +162,13 @@ class WandbSink:
     def close(self, failed: bool) -> None:
         """Finishes the wandb run, with exit code 1 if ours failed."""
         if self._run is not None:
-            self._try("finish", lambda: self._finish(int(failed)))
+            # wandb writes every step to its own file as well, also online.
+            kept = (
+                f"is whole in {self._folder}, which `wandb sync` sends"
+                if self.mode == "online"
+                else "goes on without it"
+            )
+            self._try("finish", lambda: self._finish(int(failed)), after=kept)
 
     def _finish(self, exit_code: int) -> None:
         import wandb
