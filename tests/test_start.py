@@ -161,7 +161,8 @@ def test_asked_before_the_first_step_a_run_ends_without_one(ranks: Ranks, tmp_pa
 
 def test_a_mistake_of_one_rank_alone_is_said_by_it(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     """Nobody ends it, so no other one has said it."""
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in place.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("train.__main__.LET_RANK_0_SPEAK_S", 0.1)
     assert train_main([*SMALL, *TWO, "lr_scheduler.lr=-1"]) == 2

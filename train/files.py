@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -108,12 +109,8 @@ def check_takes_files(folder: Path) -> None:
         there = there.parent
     if not there.exists():
         raise FileExistsError(errno.EEXIST, "there is a link that leads nowhere", str(there))
-    probe = there / f".probe-{os.getpid()}"
-    try:
-        probe.touch()
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
+    # A file without a name, where the system has such: also a process that is killed here leaves nothing behind.
+    tempfile.TemporaryFile(dir=there).close()
 
 
 class DamagedFileError(ValueError):

@@ -23,7 +23,7 @@ from train.job import Job
 from train.recipe.ema import Ema
 from train.settings import dotted
 from train.track.metrics_file import begin_with
-from train.track.sinks import say
+from train.track.sinks import tell
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _branch_off(job: Job, ancestor: Ancestor) -> None:
         lines.append("evaluate.patience counts anew, as what is evaluated has changed")
     if job.is_main:
         lines += begin_with(Path(ancestor.run), job.folder, state.step)
-        say("\n  ".join(lines))
+        tell("\n  ".join(lines))
 
 
 def _begin_with_weights(job: Job, named: Path) -> None:

@@ -332,25 +332,26 @@ def test_an_online_run_whose_server_fails_is_kept_offline(
     assert steps_of(tmp_path) == [list(range(1, 11)), list(range(11, 16))]
 
 
+@pytest.mark.parametrize(("status", "begins"), [(500, "finish ("), (401, "send every step (failed to upload: 401 ")])
 def test_a_server_that_fails_in_the_middle_loses_no_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    status: int, begins: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """wandb's own file has all of them, and one warning names its folder."""
+    """wandb's own file has all of them, and one warning names its folder. At 401 wandb finishes as if all were well."""
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setattr(door, "INIT_TIMEOUT_S", STOP_S)
-    monkeypatch.setattr(door, "FINISH_TIMEOUT_S", 2)
+    monkeypatch.setattr(door, "FINISH_TIMEOUT_S", 2 if status == 500 else STOP_S)
     with serving() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         sink = WandbSink(TrackConfig(), tmp_path, {}, run_id=RUN_ID)
         for step in range(1, 6):
             sink.write(report(step))
-        server.status = 500
+        server.status = status
         for step in range(6, 11):
             sink.write(report(step))
         sink.close(failed=False)
     (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("train")]
     (folder,) = (tmp_path / "wandb").glob(f"run-*-{RUN_ID}")
-    assert said.startswith("wandb could not finish (")
+    assert said.startswith(f"wandb could not {begins}")
     assert said.endswith(f"; the run is whole in {folder}, which `wandb sync` sends")
     assert [step for step, _ in wandb_history(folder)] == list(range(1, 11))
 

@@ -9,11 +9,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
-from train.track.metrics import StepReport
+if TYPE_CHECKING:
+    from train.track.metrics import StepReport  # which needs torch; the launcher reads this file
 
 
 def short(count: float) -> str:
@@ -25,7 +26,7 @@ def short(count: float) -> str:
 
 
 class ConsoleWarnings(logging.Handler):
-    """Shows a rank's warnings on the console, each text once; its log has all of them.
+    """Shows a rank's warnings on the console and what it tells (`sinks.tell`), each text once; its log has all of them.
 
     Python's own warnings come as `logging.captureWarnings` makes them. Those about the future of a library are for
     who changes this program, and stay in the log, as do errors of this program: they end the run and are said then.
@@ -35,12 +36,15 @@ class ConsoleWarnings(logging.Handler):
     _FOR_DEVELOPERS = ("DeprecationWarning", "PendingDeprecationWarning", "FutureWarning")
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints it above the moving line, if there is one."""
         text = record.getMessage().strip()
+        is_warning = record.levelno >= logging.WARNING
+        if not is_warning and not getattr(record, "told", False):
+            return
         if record.name == "py.warnings" and (found := self._OF_PYTHON.match(text)):
             if found[1] in self._FOR_DEVELOPERS:
                 return
@@ -49,7 +53,7 @@ class ConsoleWarnings(logging.Handler):
         if text in self._said or (is_ours and record.levelno >= logging.ERROR):
             return
         self._said.add(text)
-        tqdm.write(f"warning: {text}", file=sys.stdout)
+        tqdm.write(f"warning: {text}" if is_warning else text, file=sys.stdout)
         sys.stdout.flush()
 
 

@@ -33,6 +33,11 @@ def say(sentence: str) -> None:
     log.warning("%s", sentence)
 
 
+def tell(sentence: str) -> None:
+    """A sentence for people that warns of nothing: a line of the log, which rank 0 also shows on the console."""
+    log.info("%s", sentence, extra={"told": True})
+
+
 class Tracker:
     """Fans every report out to the sinks it was handed, in their order; over none, on all ranks but 0, does nothing."""
 

@@ -19,6 +19,8 @@ from train.track.wandb_folders import WandbFolders
 
 # Past these, a server that does not answer is given up. The other ranks wait for rank 0's start meanwhile.
 INIT_TIMEOUT_S, FINISH_TIMEOUT_S = 60, 60
+# What stands in wandb's log before the reason for which it has given up sending.
+FATAL = "filestream: fatal error: filestream: "
 
 
 def has_api_key(environ: Mapping[str, str]) -> bool:
@@ -163,12 +165,23 @@ class WandbSink:
         """Finishes the wandb run, with exit code 1 if ours failed."""
         if self._run is not None:
             # wandb writes every step to its own file as well, also online.
-            kept = (
-                f"is whole in {self._folder}, which `wandb sync` sends"
-                if self.mode == "online"
-                else "goes on without it"
-            )
-            self._try("finish", lambda: self._finish(int(failed)), after=kept)
+            whole = f"is whole in {self._folder}, which `wandb sync` sends"
+            kept = whole if self.mode == "online" else "goes on without it"
+            if self._try("finish", lambda: self._finish(int(failed)), after=kept) and (refusal := self._refusal()):
+                self._say(f"wandb could not send every step ({refusal}); the run {whole}")
+
+    def _refusal(self) -> str | None:
+        """Why the server has not taken all of an online run that finished; None where nothing is known against it.
+
+        wandb gives up sending at an answer such as 401 and finishes as if all were well: only its log has the reason.
+        """
+        log = self._folder / "logs" / "debug-internal.log"
+        try:
+            lines = log.read_text(errors="replace").splitlines() if self.mode == "online" else []
+        except OSError:
+            return None
+        fatal = (line.partition(FATAL) for line in lines)
+        return next((rest.split(" url=")[0].strip(' "}') for _, found, rest in fatal if found), None)
 
     def _finish(self, exit_code: int) -> None:
         import wandb
