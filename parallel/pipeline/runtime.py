@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from parallel.collectives import Steps, drive
 from parallel.pipeline.actions import Action, Chunk, Pair
-from parallel.pipeline.links import Links
-from parallel.pipeline.record import Recorder
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.segments import interleave
 
@@ -31,10 +29,32 @@ class StageWork(Protocol):
         ...
 
 
+class Ends(Protocol):
+    """A rank's ends of the links to its neighbours: `links.Links` in a run."""
+
+    def open(self, schedule: Schedule, shape: tuple[int, ...]) -> None: ...
+
+    def close(self) -> None: ...
+
+    def take(self, part: Chunk) -> Any: ...
+
+    def send(self, part: Chunk, tensor: Any) -> None: ...
+
+
+class Listener(Protocol):
+    """Told of what the rank does: `record.Recorder` in a run."""
+
+    def begin(self, action: Action) -> None: ...
+
+    def started(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
 class Runtime:
     """One rank of a pipeline: its stages by number, and its links to the neighbours."""
 
-    def __init__(self, rank: int, stages: Mapping[int, StageWork], links: Links, recorder: Recorder) -> None:
+    def __init__(self, rank: int, stages: Mapping[int, StageWork], links: Ends, recorder: Listener) -> None:
         self._rank, self._stages, self._links, self._recorder = rank, stages, links, recorder
 
     def run(self, schedule: Schedule, shape: tuple[int, ...]) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 from parallel.pipeline.actions import Action, Chunk
 from parallel.pipeline.events import Event
@@ -64,8 +65,8 @@ class Costs:
 
         return duration
 
-    def lead(self, placement: Placement, event: Event) -> float:
-        """How long before the event's end its results leave."""
+    def lead(self, placement: Placement, event: Event, part: Chunk) -> float:
+        """How long before the event's end the result of one of its parts leaves."""
         if event.action.kind not in ("D", "pair"):
             return 0.0
         return min(self.early * placement.stage_size, event.stop_s - event.start_s)
@@ -79,6 +80,23 @@ class Costs:
         return value[placement.position(stage)]
 
 
+class Prices(Protocol):
+    """What a schedule costs: `Costs`, or what has been found out about every action by itself."""
+
+    @property
+    def latency(self) -> float:
+        """From the end of a chunk until another rank has its result."""
+        ...
+
+    def durations(self, placement: Placement) -> Callable[[Action], float]:
+        """What each action costs."""
+        ...
+
+    def lead(self, placement: Placement, event: Event, part: Chunk) -> float:
+        """How long before the event's end the result of one of its parts, an F or a B, leaves."""
+        ...
+
+
 @dataclass(frozen=True)
 class Simulation:
     """One step. Times in the costs' unit; lists have one entry per rank of the pipeline.
@@ -90,7 +108,7 @@ class Simulation:
     """
 
     schedule: Schedule
-    costs: Costs
+    costs: Prices
     events: tuple[Event, ...]
     step: float
     bubble: tuple[float, ...]
@@ -102,9 +120,10 @@ class Simulation:
         starts: dict[Chunk, float] = {}
         arrives: dict[Chunk, float] = {}
         for event in self.events:
-            left = event.stop_s - self.costs.lead(self.schedule.placement, event)
             starts |= dict.fromkeys(event.action.parts, event.start_s)
-            arrives |= dict.fromkeys(event.action.parts, left + self.costs.latency)
+            for part in event.action.parts:
+                left = event.stop_s - self.costs.lead(self.schedule.placement, event, part)
+                arrives[part] = left + self.costs.latency
         slots = {}
         for channel, sent in messages(self.schedule).items():
             # At one and the same time what is taken makes room before the next arrives.
@@ -114,7 +133,7 @@ class Simulation:
         return slots
 
 
-def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
+def simulate(schedule: Schedule, costs: Prices | None = None) -> Simulation:
     """Runs the lists: an action starts once its rank is free and all that it needs is there.
 
     Raises ScheduleError for a deadlock, ValueError for costs that do not fit. Sends cost a rank nothing.
@@ -131,9 +150,9 @@ def simulate(schedule: Schedule, costs: Costs | None = None) -> Simulation:
         there = (at + (costs.latency if owner != rank else 0.0) for owner, at in made)
         start = max(free[rank], *there, 0.0)
         event = Event(rank, start, start + duration(action), action)
-        left = event.stop_s - costs.lead(placement, event)
         for part in action.parts:
-            results[part] = (rank, event.stop_s if part.kind == "W" else left)
+            lead = 0.0 if part.kind == "W" else costs.lead(placement, event, part)
+            results[part] = (rank, event.stop_s - lead)
         free[rank] = event.stop_s
         busy[rank] += duration(action)
         events.append(event)

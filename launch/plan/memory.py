@@ -1,0 +1,152 @@
+"""What a rank's memory holds over a step, out of traced layers: the schedule's own list, booked turn by turn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from launch.plan.events import Event, Memory
+from launch.plan.replay import Ends, Passes, Progress, ReplayedStage
+from parallel.pipeline.actions import Action, Chunk
+from parallel.pipeline.runtime import Runtime
+from parallel.pipeline.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Booked:
+    """What a stretch of events does to memory.
+
+    Attributes:
+        net_bytes: what is taken and not given back, by (component, label).
+        peak_bytes: the most above what there was before it.
+        at_peak: by (component, label), what makes that up.
+    """
+
+    net_bytes: Counter[tuple[str, str]]
+    peak_bytes: int
+    at_peak: Counter[tuple[str, str]]
+
+
+def book(events: Iterable[Event]) -> Booked:
+    """The memory of a stretch of events."""
+    now: Counter[tuple[str, str]] = Counter()
+    total = peak = 0
+    at_peak: Counter[tuple[str, str]] = Counter()
+    changes = [event for event in events if isinstance(event, Memory)]
+    for place, event in enumerate(changes):
+        now[event.what, event.label] += event.num_bytes
+        total += event.num_bytes
+        # A peak is followed by a return, or by the end; only there is it worth a copy.
+        rises_on = place + 1 < len(changes) and changes[place + 1].num_bytes > 0
+        if total > peak and not rises_on:
+            peak, at_peak = total, now.copy()
+    return Booked(Counter({key: size for key, size in now.items() if size}), peak, at_peak)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The moment at which a rank holds most.
+
+    Attributes:
+        num_bytes: what the step itself holds then, beside weights and the optimizer's state.
+        by_component, by_label: what of.
+        by_micro_batch: (stage, micro-batch) -> bytes that it holds.
+        action: in which it happens.
+        series: after each action of the list, what is held.
+    """
+
+    num_bytes: int
+    by_component: dict[str, int]
+    by_label: dict[str, int]
+    by_micro_batch: dict[tuple[int, int], int]
+    action: Action | None
+    series: tuple[int, ...]
+
+
+class _Ledger:
+    """Plays stretches; knows at any time what is held, by whom."""
+
+    def __init__(self) -> None:
+        self.held: Counter[tuple[str, str]] = Counter()
+        self.of_micro_batch: Counter[tuple[int, int]] = Counter()
+        self.total = self.peak = 0
+        self.snapshot: tuple[Counter[tuple[str, str]], Counter[tuple[int, int]], int] | None = None
+
+    def play(self, stretch: Booked, scope: tuple[int, int, int]) -> None:
+        if self.total + stretch.peak_bytes > self.peak:
+            self.peak = self.total + stretch.peak_bytes
+            held, owners = self.held.copy(), self.of_micro_batch.copy()
+            held.update(stretch.at_peak)
+            owners[scope[:2]] += stretch.peak_bytes
+            self.snapshot = held, owners, self.peak
+        self.held.update(stretch.net_bytes)
+        net = sum(stretch.net_bytes.values())
+        self.of_micro_batch[scope[:2]] += net
+        self.total += net
+
+
+def peak_of(
+    schedule: Schedule,
+    rank: int,
+    slices: Sequence[tuple[str, ...]],
+    layers: Mapping[str, Passes[Booked]],
+    boundary_bytes: int,
+) -> Peak:
+    """What one rank holds over a step of a schedule.
+
+    boundary_bytes: of the tensor that one stage hands to the next. What is received lies there from the action that
+    takes it on; what is sent is let go by the action that made it.
+    """
+    ledger = _Ledger()
+    placement = schedule.placement
+    stages = {
+        stage: ReplayedStage(stage, [layers[kind] for kind in slices[placement.position(stage)]], ledger)
+        for stage in placement.stages_on(rank)
+    }
+    series: list[int] = []
+    peaks: list[tuple[int, Action]] = []
+
+    def ended(action: Action) -> None:
+        if not peaks or ledger.peak > peaks[-1][0]:
+            peaks.append((ledger.peak, action))
+        series.append(ledger.total)
+
+    links = _Boundaries(schedule, ledger, boundary_bytes)
+    Runtime(rank, stages, links, Progress(ended)).run(schedule, ())
+    assert ledger.snapshot is not None
+    held, owners, _ = ledger.snapshot
+    components: Counter[str] = Counter()
+    labels: Counter[str] = Counter()
+    for (component, label), size in held.items():
+        components[component] += size
+        labels[label] += size
+    return Peak(
+        ledger.peak,
+        {name: size for name, size in components.most_common() if size},
+        {name: size for name, size in labels.most_common() if size},
+        {owner: size for owner, size in sorted(owners.items()) if size},
+        peaks[-1][1],
+        tuple(series),
+    )
+
+
+class _Boundaries(Ends):
+    """Books the tensors that stages hand on."""
+
+    def __init__(self, schedule: Schedule, ledger: _Ledger, num_bytes: int) -> None:
+        super().__init__(self._leaves)
+        self._placement, self._ledger = schedule.placement, ledger
+        change = Counter({("activations", "between stages"): num_bytes})
+        gone = Counter({("activations", "between stages"): -num_bytes})
+        self._arrives, self._goes = Booked(change, num_bytes, change), Booked(gone, 0, Counter())
+
+    def take(self, part: Chunk) -> None:
+        inner = self._placement.before if part.kind == "F" else self._placement.after
+        if inner(part.stage) is not None:
+            self._ledger.play(self._arrives, (part.stage, part.micro_batch, 0))
+
+    def _leaves(self, part: Chunk) -> None:
+        inner = self._placement.after if part.kind == "F" else self._placement.before
+        if inner(part.stage) is not None:
+            self._ledger.play(self._goes, (part.stage, part.micro_batch, 0))
