@@ -1,0 +1,114 @@
+"""Traced layers with what each of their events takes on a cluster, in one of the three sets of kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from launch.plan.clock import Priced
+from launch.plan.cluster import Cluster
+from launch.plan.events import Enter, Event, Kernel, LayerPasses, Launch, Turn
+from launch.plan.exchange import COMBINE, DISPATCH, EXCHANGE, exchange_seconds
+from launch.plan.kernels import AS_WRITTEN, PUBLISHED, Rates
+from launch.plan.replay import Passes
+
+# Whose rows DeepEP's combine carries: those on their way home, and the gradients of those that went out.
+_HOMEWARD = {("combine", "F"), ("dispatch", "B")}
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """Rates for a run on a cluster.
+
+    Attributes:
+        kernels: one of `kernels.KERNELS`.
+        beside: whether communication runs beside what computes, and takes processors from it, as in a pair.
+        crosses: whether experts' rows travel between machines: the hop inside one then rides, in the published set, on
+            the kernel that brings them.
+        ranks_together: kind of group -> how many of its ranks share a machine, where it is not what the cluster says.
+    """
+
+    cluster: Cluster
+    rates: Rates
+    kernels: str
+    beside: bool
+    crosses: bool
+    ranks_together: Mapping[str, int]
+
+    @property
+    def num_taken(self) -> int:
+        """Processors that communication holds meanwhile."""
+        return self.cluster.exchange.num_units_taken if self.beside else 0
+
+    def layer(self, passes: LayerPasses) -> Passes[Priced]:
+        """A traced layer, priced stretch by stretch."""
+        return Passes(
+            tuple(self._stretches(passes.forward)),
+            tuple(self._stretches(passes.backward)),
+            tuple(self._stretch(self.events(weights)) for weights in passes.weights),
+        )
+
+    def events(self, events: Sequence[Event]) -> list[tuple[Event, float]]:
+        """Events with their seconds; in sets that know nodes only, a node's are dealt out to its kernels."""
+        found: list[tuple[Event, float]] = []
+        for enter, node in _nodes(events):
+            scale = self._scale(enter, node)
+            found.append((enter, 0.0))
+            for event in node:
+                if isinstance(event, Kernel):
+                    found.append((event, self.rates.seconds(event, self.num_taken) * scale))
+                elif isinstance(event, Launch):
+                    found.append((event, self._communication(event, enter)))
+                else:
+                    found.append((event, 0.0))
+        return found
+
+    def _scale(self, enter: Enter, node: Sequence[Event]) -> float:
+        if self.kernels == AS_WRITTEN:
+            return 1.0
+        written = self.rates.node_seconds(node, enter, AS_WRITTEN, self.num_taken)
+        return self.rates.node_seconds(node, enter, self.kernels, self.num_taken) / written if written else 0.0
+
+    def _communication(self, launch: Launch, enter: Enter) -> float:
+        if self.kernels != AS_WRITTEN and launch.group == "node" and self.crosses:
+            return 0.0
+        way = COMBINE if (enter.node, enter.kind) in _HOMEWARD else DISPATCH
+        kernel_set = self.rates.kernel_set if self.beside else None
+        together = self.ranks_together.get(launch.group)
+        if self.kernels == PUBLISHED and launch.name == EXCHANGE and launch.sent_bytes < launch.num_peers * 4096:
+            return 0.0  # counts: DeepEP's kernels tell each other before the rows, in the same launch
+        return exchange_seconds(launch, self.cluster, self.kernels, kernel_set, way, together)
+
+    def _stretches(self, events: Sequence[Event]) -> Iterator[Priced]:
+        found: list[tuple[Event, float]] = []
+        for each in self.events(events):
+            if isinstance(each[0], Turn):
+                yield self._stretch(found)
+                found = []
+            else:
+                found.append(each)
+        yield self._stretch(found)
+
+    @staticmethod
+    def _stretch(priced: Sequence[tuple[Event, float]]) -> Priced:
+        return Priced([event for event, _ in priced], [seconds for _, seconds in priced])
+
+
+def _nodes(events: Sequence[Event]) -> Iterator[tuple[Enter, list[Event]]]:
+    """Runs of events, each with the piece that it is of."""
+    enter, node = Enter("", "", ""), list[Event]()
+    for event in events:
+        if isinstance(event, Enter):
+            if node:
+                yield enter, node
+            enter, node = event, []
+        else:
+            node.append(event)
+    if node:
+        yield enter, node
+
+
+def priced(layers: Mapping[str, LayerPasses], pricing: Pricing) -> dict[str, Passes[Priced]]:
+    """All kinds of layers."""
+    price: Callable[[LayerPasses], Passes[Priced]] = pricing.layer
+    return {kind: price(passes) for kind, passes in layers.items()}
