@@ -62,7 +62,7 @@ def evaluate_command(words: Sequence[str]) -> int:
     precision = precision_of(config, request.precision)
     model = load_model(
         folder, config.model, precision, device, STATES[request.weights],
-        packing=packing(dataclasses.replace(config, data=data), tokenizer.eod, device), with_depths=False,
+        packing=packing(dataclasses.replace(config, data=data), tokenizer.eod, device.type), with_depths=False,
     )  # fmt: skip
     metrics = run_metrics(dataclasses.replace(config, data=data), [each.name for each in validation.portions])
     values = losses(model, validation, metrics, device)

@@ -28,6 +28,8 @@ from parallel.watch import Need, Watch
 class Groups:
     """This rank's place in the mesh, its device and border to it, the process group of each kind that it belongs to.
 
+    kernels: the kind of device, cpu or cuda, for which everything is chosen that differs between them. It is that of
+    `device`, except where a job is laid out for a device that is not there.
     timeout: after which a group gives up by itself. watch: through which this rank waits for others.
     """
 
@@ -43,6 +45,7 @@ class Groups:
     world: dist.ProcessGroup
     checkpoint: dist.ProcessGroup
     started_default: bool
+    kernels: str = "cpu"
     timeout: datetime.timedelta = datetime.timedelta(seconds=600)
     watch: Watch = field(default_factory=Watch)
 
@@ -54,12 +57,16 @@ def start(
     shared_ends: bool = False,
     timeout_s: float = 600,
     store: dist.Store | None = None,
+    *,
+    backend: str | None = None,
+    kernels: str | None = None,
 ) -> Groups:
     """Join the job and make its groups; blocks until all ranks have.
 
     Uses the default process group if there is one, else the environment of torchrun (RANK, WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT), else this process alone is the world. `device` is "cpu" (gloo) or "cuda" (NCCL, one device per
-    LOCAL_RANK). store: where the ranks have met already. Raises ValueError as `check_size` does.
+    LOCAL_RANK). store: where the ranks have met already. backend: of all groups; None is gloo or NCCL, as the device
+    asks. kernels: as in `Groups`; None is `device`. Raises ValueError as `check_size` does.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device={device!r} is not one of cpu, cuda")
@@ -71,29 +78,31 @@ def start(
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(place)
     timeout = datetime.timedelta(seconds=timeout_s)
-    backend = "nccl" if device == "cuda" else "gloo"
+    chosen = backend or ("nccl" if device == "cuda" else "gloo")
+    kernels = kernels or device
     if not in_job and store is not None:
         found = dist.PrefixStore("groups", store)
         found.set_timeout(timeout)
-        dist.init_process_group(backend, store=found, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(chosen, store=found, rank=rank, world_size=world_size, timeout=timeout)
     elif not in_job:
-        _join(backend, rank, world_size, timeout)
+        _join(chosen, rank, world_size, timeout)
     everyone = (tuple(range(world_size)),)
-    made = {kind: _own_group(rank, mesh.groups(kind), kind, backend, timeout) for kind in KINDS}
+    made = {kind: _own_group(rank, mesh.groups(kind), kind, chosen, timeout) for kind in KINDS}
     embedding = made["dense"]
     if shared_ends:
-        embedding = _own_group(rank, mesh.groups("embedding"), "embedding", backend, timeout)
+        embedding = _own_group(rank, mesh.groups("embedding"), "embedding", chosen, timeout)
     return Groups(
         mesh=mesh,
         device=place,
         host=host_of(place),
         **made,
         embedding=embedding,
-        world=_own_group(rank, everyone, "world", backend, timeout),
-        checkpoint=_own_group(rank, everyone, "checkpoint", "gloo", timeout),
+        world=_own_group(rank, everyone, "world", chosen, timeout),
+        checkpoint=_own_group(rank, everyone, "checkpoint", backend or "gloo", timeout),
         started_default=not in_job,
+        kernels=kernels,
         timeout=timeout,
-        watch=Watch(f"rank {rank} (pipeline rank {mesh.pp_rank}, data rank {mesh.dp_rank})", behind=device == "cuda"),
+        watch=Watch(f"rank {rank} (pipeline rank {mesh.pp_rank}, data rank {mesh.dp_rank})", behind=kernels == "cuda"),
     )
 
 

@@ -8,10 +8,9 @@ here: NCCL's branch of the collectives, grouped products, the optimizer's large 
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -21,20 +20,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from parallel import process
-from parallel.host import Host, Source
+from launch.plan.routing import Routing
+from launch.plan.world import placement_of, world
 from parallel.pipeline.order import messages
 from parallel.pipeline.schedule import Schedule
-from parallel.zero import norm
-from train import assemble, loop
+from train import loop
 from train.compose import compose
 from train.config import RunConfig
 from train.job import Job, held
-from train.precision import build
-from train.precision.torch_engine import TorchEngine
-from train.recipe import adamw
 from train.track.gauges import StepTimer
 from train.track.metrics import METRICS
 
@@ -43,54 +37,6 @@ WORLD_SIZE, DP, EP, NODES_PER_EP_GROUP, LOCAL_EXPERTS = 2048, 128, 64, 8, 4
 # Ranks of the first, a middle and the last pipeline rank, in different columns.
 RANKS = {"first": 0, "middle": 7 * DP + 5, "last": 15 * DP + 127}
 MAIN_PARAMETERS, MTP_PARAMETERS = 671_026_404_352, 11_610_067_968
-
-
-# As if every expert got the same: each of 4096 tokens goes to 4 of 8 nodes, and on each to 2 of 32 experts.
-ANSWERS: dict[str, list[Any]] = {
-    "rail counts": [[2048] * 8] * 2,
-    # To each rank of the node and from it: by source node, then by local expert.
-    "node counts": [[[512] * 8 + [1024] * 4] * 8] * 2,
-    "gradient norm": [[1.0] * WORLD_SIZE],
-}
-
-
-class EvenRouting(Host):
-    """Answers without values; any other name than those is refused."""
-
-    def start(self, name: str, source: Source) -> Any:
-        self.num_reads[name] += 1
-        shapes = [tuple(tensor.shape) for tensor in source()]
-        answer = self.step(*shapes) if name == "step" else ANSWERS[name]
-        assert shapes == [shape(numbers) for numbers in answer]
-        return mock.Mock(wait=lambda: answer)
-
-    @staticmethod
-    def step(ranks: tuple[int, ...], *_: tuple[int, ...]) -> list[Any]:
-        """Every rank's vector of metrics, two measures of the loads, and the loads, which the first step records."""
-        _, width = ranks
-        return [[[1.0] * width] * WORLD_SIZE, 1.0, 1.0, [[1] * 256] * 59]
-
-
-def shape(numbers: Any) -> tuple[int, ...]:
-    return (len(numbers), *shape(numbers[0])) if isinstance(numbers, list) else ()
-
-
-class FakeStream:
-    """Rows of the right shape."""
-
-    end_of_document = 1
-
-    def __init__(self, data: Any, split: str, seq_len: int, *_: Any, **__: Any) -> None:
-        self.seq_len = seq_len
-
-    def num_targets(self, first: int, count: int) -> int:
-        return count * self.seq_len
-
-    def exposures(self, num_positions: int) -> list[Any]:
-        return []
-
-    def rows(self, first: int, count: int) -> Tensor:
-        return torch.empty(count, self.seq_len + 1, dtype=torch.int64)
 
 
 class Copies(TorchFunctionMode):
@@ -115,30 +61,8 @@ class Copies(TorchFunctionMode):
 @contextmanager
 def fake_job(rank: int) -> Iterator[Job]:
     """The job of one of 2048 ranks, inside a fake world."""
-    config, make_group = compose(SETTINGS), dist.new_group
-
-    def new_group(ranks: list[int], **options: Any) -> Any:
-        return make_group(ranks, **{**options, "backend": "fake"})
-
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=WORLD_SIZE)
-    try:
-        with ExitStack() as stack:
-            for where, name, what in [
-                (dist, "new_group", new_group),
-                (assemble, "open_stream", FakeStream),
-                (assemble, "open_validation", mock.MagicMock()),
-                (assemble, "Checkpoints", mock.MagicMock()),
-                # What a GPU gets.
-                (build, "high_engine", lambda *_: TorchEngine("cuda")),
-                (norm, "sum_of_squares", lambda shard: norm._wide_sum_of_squares(shard, norm._CHUNK_GPU)),
-                (adamw, "_CHUNK_CPU", adamw._CHUNK_GPU),
-            ]:
-                stack.enter_context(mock.patch.object(where, name, what))
-            stack.enter_context(FakeTensorMode())
-            groups = process.start(config.parallel, "cpu", config.mirrored, config.shared_ends)
-            yield assemble.assemble(config, dataclasses.replace(groups, host=EvenRouting()))
-    finally:
-        dist.destroy_process_group()
+    with world(compose(SETTINGS), rank) as job:
+        yield job
 
 
 # --- closed forms, from the sizes in the report ---
@@ -184,8 +108,10 @@ def moe_forwards(job: Job, schedule: Schedule) -> int:
 
 
 def internode_bytes(job: Job, num_forwards: int) -> int:
-    """Each token's copies to 3.5 other nodes on average: out and home, forward and backward."""
-    copies = 7 * 2048
+    """Each token's copies to 7 of 8 nodes, as often as it visits one: out and home, forward and backward."""
+    placement = placement_of(job.config, job.groups.mesh)
+    visits = Routing.balanced(job.config.model, placement, 4096).copies(0, 32)
+    copies = (NODES_PER_EP_GROUP - 1) * visits
     row, weight, expert_id = 2 * job.config.model.hidden_size, 4, 2
     routes = job.config.model.num_experts_per_tok * (2 * weight + expert_id)  # the weights' gradients come back
     return num_forwards * copies * (4 * row + routes)

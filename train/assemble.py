@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,8 +27,8 @@ from parallel.zero.sets import ReplicaGroups
 from train import environment, flops
 from train.checkpoint.saver import Checkpoints, read_pieces
 from train.config import RunConfig
-from train.data.rows.blend import check_epochs, open_stream
-from train.data.rows.valid import open_validation
+from train.data.rows.blend import Stream, check_epochs, open_stream
+from train.data.rows.valid import Validation, open_validation
 from train.device import uses_cuda
 from train.job import Job, held
 from train.model.config import ModelConfig
@@ -43,12 +43,12 @@ from train.precision.config import PrecisionConfig
 from train.precision.engine import Engine
 from train.precision.grads import attach_main_grads
 from train.precision.transformer_engine import LibraryModules
-from train.prompts import read_prompts
+from train.prompts import Prompts, read_prompts
 from train.recipe.balance import freeze_routers
 from train.recipe.ema import Ema
 from train.recipe.optimizer import rules as update_rules
 from train.split import split
-from train.stage import Reader, Stage, WeightGradients
+from train.stage import Reader, Record, Stage, WeightGradients
 from train.track.metrics import METRICS, of_run
 from train.track.patience import Patience
 from train.track.vector import Metrics
@@ -105,25 +105,61 @@ def join(config: RunConfig, met: Meeting, end_hung: Callable[[str], object]) -> 
         process.stop(groups)
 
 
+@dataclass(frozen=True)
+class Files:
+    """What a rank's part of a run reads and writes."""
+
+    train_rows: Stream
+    validation: Validation
+    prompts: Prompts | None
+    checkpoints: Checkpoints
+
+
+@dataclass(frozen=True)
+class Tapes:
+    """What a stage writes its passes on: makes the record of a micro-batch, and the sink of weight gradients."""
+
+    record: Callable[[], Record] = Segments
+    sink: Callable[[], WeightGradients] = WeightGradients
+
+
 def assemble(config: RunConfig, groups: Groups, make_engines: MakeEngines = build_engines) -> Job:
-    """Build this rank's part of the run, with its initial weights.
+    """Open this rank's files and build its part of the run, with its initial weights.
 
     make_engines: other arithmetics of matrix products, for comparisons; takes what `build_engines` takes.
     Raises ValueError for what needs ranks or data to be seen: missing or changed tokens, a split too short, or matrices
     that the engine of this device cannot multiply by.
     """
-    place = environment.read()
     torch.manual_seed(config.train.seed)  # nothing in a step draws from it; what ever will does so reproducibly
+    return put_together(config, groups, open_files(config, groups), make_engines)
+
+
+def open_files(config: RunConfig, groups: Groups) -> Files:
+    """The tokens, texts and checkpoints of a run. Raises ValueError for missing or changed ones, or too few tokens."""
     train, data = config.train, config.data
     train_rows = open_stream(data, "train", train.seq_len, train.seed, past=config.readings)
     validation = open_validation(data, train.seq_len, config.evaluate.num_sequences)
     check_epochs(train_rows, config.num_sequences, data.max_epochs)
+    checkpoints = Checkpoints(config.checkpoint.folder(config.run.dir), config.checkpoint, groups.checkpoint)
+    return Files(train_rows, validation, read_prompts(config), checkpoints)
+
+
+def put_together(
+    config: RunConfig,
+    groups: Groups,
+    files: Files,
+    make_engines: MakeEngines = build_engines,
+    tapes: Tapes | None = None,
+) -> Job:
+    """This rank's part of the run over files that are open; `assemble` says more."""
+    place = environment.read()
     dispatch = build_dispatch(
         config.model.n_routed_experts, groups, row_codec(config.precision, config.model.hidden_size)
     )
-    weights = fp8_weights(config.precision, groups.device)
-    engines = make_engines(config.precision, groups.device, weights)
-    stages = build_stages(config, dispatch, groups, engines, packing(config, train_rows.end_of_document, groups.device))
+    weights = fp8_weights(config.precision, groups.kernels)
+    engines = make_engines(config.precision, groups.kernels, weights)
+    rows_seen = packing(config, files.train_rows.end_of_document, groups.kernels)
+    stages = build_stages(config, dispatch, groups, engines, rows_seen, tapes)
     models = [stage.model for stage in stages.values()]
     if isinstance(weights, LibraryModules):
         for model in models:
@@ -143,13 +179,13 @@ def assemble(config: RunConfig, groups: Groups, make_engines: MakeEngines = buil
         dispatch=dispatch,
         optimizer=optimizer,
         ema=Ema(optimizer.state(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
-        train_rows=train_rows,
-        validation=validation,
-        prompts=read_prompts(config),
+        train_rows=files.train_rows,
+        validation=files.validation,
+        prompts=files.prompts,
         patience=Patience(config.evaluate.patience, config.evaluate.min_improvement),
         metrics=run_metrics(config),
-        checkpoints=Checkpoints(config.checkpoint.folder(config.run.dir), config.checkpoint, groups.checkpoint),
-        flops_per_token=flops.training_flops_per_token(config.model, train.seq_len),
+        checkpoints=files.checkpoints,
+        flops_per_token=flops.training_flops_per_token(config.model, config.train.seq_len),
         one_machine=(place.local_world_size or 1) == place.world_size,
     )
 
@@ -169,6 +205,7 @@ def optimizer_of(
         frozen=frozen,
         host=groups.host,
         watch=groups.watch,
+        kernels=groups.kernels,
         on_new_weights=on_new_weights,
     )
     for model in models:
@@ -180,7 +217,8 @@ def optimizer_of(
 def connected(config: RunConfig, groups: Groups) -> Links:
     """This rank's links to the stages before and behind its own."""
     link_groups = connect(config.placement, groups.mesh, groups.device, groups.timeout)
-    return Links(groups.mesh.pp_rank, link_groups, DTYPES[config.precision.name], groups.device, groups.watch)
+    dtype = DTYPES[config.precision.name]
+    return Links(groups.mesh.pp_rank, link_groups, dtype, groups.device, groups.watch, groups.kernels)
 
 
 def run_metrics(config: RunConfig, sources: Sequence[str] | None = None) -> Metrics:
@@ -212,25 +250,31 @@ def init_masters(model: Transformer, seed: int, state: Mapping[str, Sequence[Pie
                 values.copy_to(piece.tensor, name, piece.offset)
 
 
-def packing(config: RunConfig, end_of_document: int, device: torch.device) -> Packing:
+def packing(config: RunConfig, end_of_document: int, kernels: str) -> Packing:
     """What the documents of a row see of each other. On a CPU the host holds the tokens itself."""
-    return ByDocument(end_of_document, device.type == "cpu") if config.data.document_mask else OneText()
+    return ByDocument(end_of_document, kernels == "cpu") if config.data.document_mask else OneText()
 
 
 def build_stages(
-    config: RunConfig, dispatch: Dispatch, groups: Groups, engines: Mapping[str, Engine], packing: Packing | None = None
+    config: RunConfig,
+    dispatch: Dispatch,
+    groups: Groups,
+    engines: Mapping[str, Engine],
+    packing: Packing | None = None,
+    tapes: Tapes | None = None,
 ) -> dict[int, Stage]:
     """This rank's slices of the model: laid out without memory, then filled with (seed, name)'s values.
 
     Slices that both need the embedding share one tensor.
     """
+    tapes = tapes or Tapes()
     placement, pp_rank = config.placement, groups.mesh.pp_rank
     slices = split(config.model, placement.num_slices, config.train.seq_len, config.pipeline.layers)
     kernels = Kernels(compile=config.run.compile)
     stages: dict[int, Stage] = {}
     embedding: nn.Parameter | None = None
     for number in placement.stages_on(pp_rank):
-        sink, parts = WeightGradients(), slices[placement.position(number)]
+        sink, parts = tapes.sink(), slices[placement.position(number)]
         with torch.device("meta"):
             recompute = Recompute(config.recompute)
             model = Transformer(config.model, dispatch, engines, kernels, sink, parts, recompute, packing)
@@ -238,7 +282,7 @@ def build_stages(
         if parts.embedding or parts.mtp:
             embedding = embedding if embedding is not None else model.embed_tokens.weight
             model.embed_tokens.weight = embedding
-        stages[number] = Stage(model, sink, Segments)
+        stages[number] = Stage(model, sink, tapes.record)
     return stages
 
 

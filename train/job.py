@@ -225,7 +225,7 @@ class Job:
         found: dict[str, Tensor | float] = {"memory/peak_bytes": peak_memory_bytes(self.device)}
         if self.config.model.num_routers:
             found |= {"moe/nodes_per_token": visits, "moe/routed_tokens": num_tokens, "moe/internode_bytes": num_bytes}
-        if self.device.type == "cpu":
+        if not self.host.runs_ahead:
             found |= {f"pipeline/{name}": time_s for name, time_s in asdict(self.recorder.times()).items()}
             found["perf/exposed_comm_s"] = self.recorder.waited_s("experts")
             found["perf/zero_comm_s"] = self.recorder.waited_s("optimizer")

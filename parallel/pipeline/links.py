@@ -92,12 +92,13 @@ class Links:
         dtype: torch.dtype,
         device: torch.device,
         watch: Watch | None = None,
+        kernels: str = "cpu",
     ) -> None:
-        """rank: in the pipeline. watch: through which it waits."""
+        """rank: in the pipeline. watch: through which it waits. kernels: cpu or cuda, as in `Groups`."""
         self._watch = watch or Watch()
         self._rank, self._groups = rank, groups
         # A receive that waits on NCCL occupies multiprocessors, so there only the next one is posted.
-        self._slots = 1 if device.type == "cuda" else 2
+        self._slots = 1 if kernels == "cuda" else 2
         self._dtype, self._device = dtype, device
         self._shape: tuple[int, ...] = ()
         self._placement: Placement | None = None

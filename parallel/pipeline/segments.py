@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,17 @@ class Trip(Protocol):
     def there(self, *inputs: Any, **_: Any) -> Steps[tuple[Tensor, ...]]: ...
 
     def back(self, *d_outputs: Any, **_: Any) -> Steps[tuple[Tensor, ...]]: ...
+
+
+class Name(NamedTuple):
+    """Which part of the stage a step is, in the words of who wrote it on the record.
+
+    layer: kind of the layer. number: how many layers had begun before it. node: of the layer.
+    """
+
+    layer: str
+    number: int
+    node: str
 
 
 class _Entrance(torch.autograd.Function):
@@ -59,6 +70,7 @@ class _Entrance(torch.autograd.Function):
 class _Piece:
     """A differentiable step: where the gradients of its inputs arrive, and where those of its outputs set out."""
 
+    name: Name
     sources: list[int]
     d_inputs: list[Tensor | None]
     roots: list[tuple[int, GradientEdge]]
@@ -78,6 +90,7 @@ class _Piece:
 class _Passage:
     """A communicating step."""
 
+    name: Name
     sources: list[int]
     trip: Trip
     arrivals: list[tuple[int, Tensor]]  # number, and a meta tensor in the shape of what arrived
@@ -100,6 +113,7 @@ class Segments:
         self._losses: list[tuple[int, Tensor]] = []
         self._input: int | None = None
         self._output: int | None = None
+        self._layer, self._num_layers = "", 0
 
     def enter(self, x: Tensor) -> Tensor:
         """Declare what the stage received: `backward` returns its gradient."""
@@ -112,8 +126,18 @@ class Segments:
         self._output = _number_of(y)
         return y
 
-    def compute(self, piece: Callable[..., Any], *inputs: Tensor) -> Any:
+    def begins(self, name: Name, kind: str) -> None:
+        """A step begins, forward (kind "F") or backward ("B"). For those who write down what a pass does."""
+
+    def layer(self, kind: str) -> None:
+        """What follows is of the next layer."""
+        self._layer, self._num_layers = kind, self._num_layers + 1
+        self.begins(self._name(""), "F")
+
+    def compute(self, piece: Callable[..., Any], *inputs: Tensor, node: str = "") -> Any:
         """Run a differentiable piece: tensors in, a tensor or a flat tuple of tensors out."""
+        name = self._name(node)
+        self.begins(name, "F")
         d_inputs: list[Tensor | None] = [None] * len(inputs)
         with torch.enable_grad():
             anchor = torch.zeros((), requires_grad=True)
@@ -125,15 +149,17 @@ class Segments:
             for y, output in zip(handed_on, outputs, strict=True)
             if output.requires_grad
         ]
-        self._steps.append(_Piece([_number_of(x) for x in inputs], d_inputs, roots))
+        self._steps.append(_Piece(name, [_number_of(x) for x in inputs], d_inputs, roots))
         return handed_on if isinstance(results, tuple) else handed_on[0]
 
-    def communicate(self, trip: Trip, *inputs: Tensor) -> Steps[tuple[Tensor, ...]]:
+    def communicate(self, trip: Trip, *inputs: Tensor, node: str = "") -> Steps[tuple[Tensor, ...]]:
         """Run a trip; what arrives is handed on."""
+        name = self._name(node)
+        self.begins(name, "F")
         arrived = yield from trip.there(*inputs)
         handed_on = tuple(self._number(y.detach()) for y in arrived)
         likes = [(_number_of(y), torch.empty_like(y, device="meta")) for y in handed_on]
-        self._steps.append(_Passage([_number_of(x) for x in inputs], trip, likes))
+        self._steps.append(_Passage(name, [_number_of(x) for x in inputs], trip, likes))
         return handed_on
 
     def loss(self, value: Tensor, factor: float) -> None:
@@ -151,12 +177,16 @@ class Segments:
             gradients[self._output] = dy
         while self._steps:
             step = self._steps.pop()
+            self.begins(step.name, "B")
             d_inputs = yield from step.backward(gradients)
             for number, gradient in zip(step.sources, d_inputs, strict=True):
                 if gradient is not None:
                     known = gradients.get(number)
                     gradients[number] = gradient if known is None else known + gradient
         return None if self._input is None else gradients[self._input]
+
+    def _name(self, node: str) -> Name:
+        return Name(self._layer, self._num_layers, node)
 
     def _number(self, tensor: Tensor) -> Tensor:
         tensor._segment_number = self._num_tensors  # type: ignore[attr-defined]

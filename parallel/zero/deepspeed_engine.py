@@ -30,7 +30,7 @@ _INSTALL = f"pip install deepspeed=={VERSION}, or set zero.engine=native"
 class DeepSpeedEngine:
     """Drives a `BF16_Optimizer`. Satisfies `zero.optimizer.Engine`; holds bf16 and fp32 parameters."""
 
-    def __init__(self, sets: list[ParamSet], watch: Watch) -> None:
+    def __init__(self, sets: list[ParamSet], watch: Watch, kernels: str) -> None:
         if any(each.dtype == torch.float64 for each in sets):
             raise ValueError("zero.engine=deepspeed cannot hold precision=fp64; use zero.engine=native")
         inners = {each.inner.name: each.inner for each in sets}
@@ -42,7 +42,7 @@ class DeepSpeedEngine:
         deepspeed = _start(sets[0].params[0].device.type)
         process_groups = [_process_group(each.group) for each in sets]
         optimizer = sets[0].inner.make(
-            [{"params": list(each.params), "weight_decay": each.weight_decay} for each in sets]
+            [{"params": list(each.params), "weight_decay": each.weight_decay, "kernels": kernels} for each in sets]
         )
         self._zero = _build(optimizer, sets, process_groups, watch)
         self.layouts = [

@@ -29,7 +29,8 @@ class InnerOptimizer(Protocol):
     def whole_matrices(self) -> bool: ...
 
     def make(self, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """An optimizer over `param_groups`: dicts of "params" and "weight_decay". "lr" is set before each step."""
+        """An optimizer over `param_groups`: dicts of "params", "weight_decay" and "kernels", the kind of device, cpu or
+        cuda, that updates them. "lr" is set before each step."""
         ...
 
     def set_num_updates(self, state: dict[str, Any], num_updates: int) -> None:

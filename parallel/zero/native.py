@@ -24,8 +24,8 @@ _ALIGN = 32
 class NativeEngine:
     """Owns the flat weights, main gradients, masters and moments of this rank. Satisfies `zero.optimizer.Engine`."""
 
-    def __init__(self, sets: list[ParamSet], watch: Watch) -> None:
-        self._sets, self._watch = sets, watch
+    def __init__(self, sets: list[ParamSet], watch: Watch, kernels: str) -> None:
+        self._sets, self._watch, self._kernels = sets, watch, kernels
         self.layouts = [_lay_out(each) for each in sets]
         self._weights = [_flatten(each, layout) for each, layout in zip(sets, self.layouts, strict=True)]
         self._shards = [
@@ -49,7 +49,8 @@ class NativeEngine:
         for each, layout, master in zip(self._sets, self.layouts, self.masters, strict=True):
             if each.inner.name == inner:
                 whole = {"matrices": [matrices(each, layout)]} if each.inner.whole_matrices else {}
-                groups.append({"params": [master], "weight_decay": each.weight_decay, **whole})
+                settings = {"weight_decay": each.weight_decay, "kernels": self._kernels, **whole}
+                groups.append({"params": [master], **settings})
         return groups
 
     def state_of(self, index: int) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
 
 import torch
 import torch.distributed as dist
@@ -24,19 +24,24 @@ _CHUNK_CPU = 1 << 17
 _CHUNK_GPU = 1 << 26
 
 
-def sum_of_squares(shard: Tensor) -> Tensor:
-    """Sum of squares of a 1-D tensor as an fp64 tensor of shape [1], finite wherever the elements are.
+def squares(kernels: str, host: Host) -> Callable[[Tensor], Tensor]:
+    """How the squares of a 1-D tensor are summed for "cpu" or "cuda" kernels: to an fp64 tensor of shape [1]."""
+    if kernels == "cpu":
+        return partial(sum_of_squares, host=host)
+    return partial(_wide_sum_of_squares, chunk_size=_CHUNK_GPU)
 
-    fp32 on CPUs: rows of 4096 are summed in fp32 and the rows in fp64, seven times faster than widening all elements;
+
+def sum_of_squares(shard: Tensor, host: Host) -> Tensor:
+    """Sum of squares of a 1-D tensor on a CPU, an fp64 tensor of shape [1], finite wherever the elements are.
+
+    fp32: rows of 4096 are summed in fp32 and the rows in fp64, seven times faster than widening all elements;
     where a square could leave the range of fp32, all of it is done in fp64.
     """
-    if shard.device.type != "cpu":
-        return _wide_sum_of_squares(shard, _CHUNK_GPU)
     if shard.dtype == torch.float32:
         whole = shard.numel() // _ROW * _ROW
         parts = torch.linalg.vector_norm(shard[:whole].view(-1, _ROW), dim=1), shard[whole:].abs()
         total = torch.cat(parts).double().square().sum()
-        if _LEAST_MEAN_SQUARE * shard.numel() < total.item() < math.inf:
+        if _LEAST_MEAN_SQUARE * shard.numel() < host.look(total) < math.inf:
             return total.reshape(1)
     return _wide_sum_of_squares(shard, _CHUNK_CPU)
 
@@ -47,18 +52,22 @@ def _wide_sum_of_squares(shard: Tensor, chunk_size: int) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(chunk.double()).square() for chunk in chunks]).sum().reshape(1)
 
 
-def global_norm(shards: Sequence[Tensor], world: dist.ProcessGroup | None, host: Host, watch: Watch) -> float:
+def global_norm(
+    shards: Sequence[Tensor], world: dist.ProcessGroup | None, host: Host, watch: Watch, kernels: str = "cpu"
+) -> float:
     """L2 norm of the whole model's gradient from all ranks' reduced shards.
 
     Over all ranks the shards hold every element of every parameter exactly once, whatever its replicas are: experts,
     pipeline stages and their mirrors need no word here. Sums are taken in rank order in fp64, so that all ranks get the
     same bits and decide alike. Not finite when any gradient on any rank is not. A rank may have no shard.
+    kernels: cpu or cuda.
     """
+    sum_up = squares(kernels, host)
     total = host.put(torch.zeros(1, dtype=torch.float64))
     for shard in shards:
-        total += sum_of_squares(shard)
+        total += sum_up(shard)
     if world is not None:
-        squares = Need("optimizer", "the squared norms of gradients from {peers}", world)
-        total = watch.launch(squares, lambda: all_gather(total, world)).wait()
+        norms = Need("optimizer", "the squared norms of gradients from {peers}", world)
+        total = watch.launch(norms, lambda: all_gather(total, world)).wait()
     (everyone,) = host.read("gradient norm", total)
     return math.sqrt(reduce(operator.add, everyone))

@@ -64,10 +64,12 @@ class ZeroOptimizer:
         clip_grad_norm: float,
         host: Host,
         watch: Watch,
+        kernels: str,
         on_new_weights: Callable[[], None],
     ) -> None:
         self._engine, self._sets, self._groups, self._clip_grad_norm = engine, sets, groups, clip_grad_norm
         self._host, self._watch, self._on_new_weights = host, watch, on_new_weights
+        self._kernels = kernels
         self.num_steps = 0
         for each, layout, flat in zip(sets, engine.layouts, engine.main_grads, strict=True):
             for param, view in zip(each.params, views(flat, layout, each.params), strict=True):
@@ -90,7 +92,7 @@ class ZeroOptimizer:
         """
         grads = self._reduce()
         live = [grad for grad, each in zip(grads, self._sets, strict=True) if not each.frozen]
-        norm = global_norm(live, self._groups.world, self._host, self._watch)
+        norm = global_norm(live, self._groups.world, self._host, self._watch, self._kernels)
         if not math.isfinite(norm):
             return StepResult(norm, False)
         # The factor of torch.nn.utils.clip_grad_norm_, in double.
@@ -198,7 +200,7 @@ class ZeroOptimizer:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-_ENGINES: dict[str, Callable[[list[ParamSet], Watch], Engine]] = {
+_ENGINES: dict[str, Callable[[list[ParamSet], Watch, str], Engine]] = {
     "native": NativeEngine,
     "deepspeed": DeepSpeedEngine,
 }
@@ -213,6 +215,7 @@ def build(
     frozen: Collection[str] = (),
     host: Host | None = None,
     watch: Watch | None = None,
+    kernels: str = "cpu",
     on_new_weights: Callable[[], None] = lambda: None,
 ) -> ZeroOptimizer:
     """Move parameters into flat storage, give each a `main_grad` and shard the optimizer state over its replicas.
@@ -226,6 +229,7 @@ def build(
         frozen: names of parameters that stay as they are, moments and all; their gradients count in no norm.
         host: where the norm is read; None for a CPU's.
         watch: through which this rank waits for others.
+        kernels: cpu or cuda, for which the sizes of what is done at a time are chosen.
         on_new_weights: called after every change of the weights: a step, a checkpoint read.
 
     Raises ValueError for an unknown engine, or for one that cannot hold these parameters.
@@ -236,5 +240,5 @@ def build(
     host, watch = host or Host(), watch or Watch()
     # Without parameters there is nothing for DeepSpeed to hold.
     make_engine = _ENGINES[engine] if sets else NativeEngine
-    zero = make_engine(sets, watch)
-    return ZeroOptimizer(zero, sets, groups, clip_grad_norm, host, watch, on_new_weights)
+    zero = make_engine(sets, watch, kernels)
+    return ZeroOptimizer(zero, sets, groups, clip_grad_norm, host, watch, kernels, on_new_weights)

@@ -28,7 +28,7 @@ def test_equal_to_an_exact_sum(numel: int, scale: float) -> None:
     for dtype in (torch.float32, torch.float64):
         rounded = values.to(dtype)
         exact = math.fsum(x * x for x in rounded.tolist())
-        total = sum_of_squares(rounded)
+        total = sum_of_squares(rounded, Host())
         assert total.shape == (1,) and total.dtype == torch.float64
         tolerance = likely_gamma(NUM_ROUNDINGS, torch.float32, failure=1e-9) if dtype == torch.float32 else 0.0
         tolerance += gamma(numel + NUM_ROWS, torch.float64)
@@ -45,7 +45,7 @@ def test_squares_that_fp32_can_sum_lose_their_roots_rounding_alone(numel: int, s
     factor = 2.0 ** max(round(math.log2(scale)), -130)
     for dtype, rounding in ((torch.float32, 2.0**-24), (torch.float64, 2.0**-53)):
         exact = float(whole.double().square().sum()) * factor**2
-        total = sum_of_squares(whole.to(dtype) * factor)
+        total = sum_of_squares(whole.to(dtype) * factor, Host())
         assert total.item() == pytest.approx(exact, rel=2.01 * rounding + gamma(NUM_ROWS, torch.float64), abs=0)
 
 
@@ -54,7 +54,7 @@ def test_long_shards_are_not_one_sum_in_fp32() -> None:
     values = torch.ones(1 << 22)
     values[0] = 4096.0
     exact = 2.0**24 + len(values) - 1
-    assert sum_of_squares(values).item() == pytest.approx(exact, rel=gamma(NUM_ROUNDINGS, torch.float32), abs=0)
+    assert sum_of_squares(values, Host()).item() == pytest.approx(exact, rel=gamma(NUM_ROUNDINGS, torch.float32), abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -63,18 +63,18 @@ def test_long_shards_are_not_one_sum_in_fp32() -> None:
 def test_one_bad_element_is_enough(dtype: torch.dtype, bad: float, where: int) -> None:
     values = torch.ones(8200, dtype=dtype)
     values[where] = bad
-    assert not math.isfinite(sum_of_squares(values).item())
+    assert not math.isfinite(sum_of_squares(values, Host()).item())
 
 
 def test_nothing_weighs_nothing() -> None:
-    assert sum_of_squares(torch.zeros(10_000)).item() == 0
+    assert sum_of_squares(torch.zeros(10_000), Host()).item() == 0
 
 
 def test_a_few_large_among_tiny_elements() -> None:
     """The squares of the tiny ones leave fp32's range; the sum does not notice."""
     values = torch.full((20_000,), 1e-25)
     values[::1000] = 1e-3
-    assert sum_of_squares(values).item() == pytest.approx(20 * float(values[0]) ** 2, rel=1e-7)
+    assert sum_of_squares(values, Host()).item() == pytest.approx(20 * float(values[0]) ** 2, rel=1e-7)
 
 
 def norm_of_a_stage() -> float:

@@ -17,7 +17,9 @@ from train.model.tape import Inline, Steps, Tape, drive
 
 
 class _Block(nn.Module):
-    """What both kinds of layer share."""
+    """What both kinds of layer share. `kind` names the layer on a tape."""
+
+    kind: str
 
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__()
@@ -37,6 +39,8 @@ class _Block(nn.Module):
 class DenseBlock(_Block):
     """A layer with a dense MLP; it routes nothing."""
 
+    kind = "dense"
+
     def __init__(self, config: ModelConfig, backend: Backend) -> None:
         super().__init__(config, backend)
         self.mlp = FeedForward(config.hidden_size, config.intermediate_size, backend)
@@ -45,7 +49,7 @@ class DenseBlock(_Block):
     def steps(self, x: Tensor, places: Places, tape: Tape) -> Steps[tuple[Tensor, None]]:
         """x [B, S, hidden] -> (the same shape, None)."""
         yield from ()
-        return tape.compute(self.node(partial(self.whole, places=places)), x), None
+        return tape.compute(self.node(partial(self.whole, places=places)), x, node="dense"), None
 
     def whole(self, x: Tensor, places: Places) -> Tensor:
         """Attention and MLP: x [B, S, hidden]."""
@@ -62,6 +66,8 @@ class DenseBlock(_Block):
 
 class MoEBlock(_Block):
     """A layer with experts, as nodes: attention and router | dispatch | experts | combine | aggregate."""
+
+    kind = "moe"
 
     def __init__(self, config: ModelConfig, dispatch: Dispatch, backend: Backend) -> None:
         super().__init__(config, backend)
@@ -83,7 +89,7 @@ class MoEBlock(_Block):
     def steps(self, x: Tensor, places: Places, tape: Tape) -> Steps[tuple[Tensor, RouterStats]]:
         """x [B, S, hidden] -> (the same shape, what the router reports)."""
         route = self.attention_node(partial(self.route, places=places))
-        return (yield from self.visit(tape.compute(route, x), tape))
+        return (yield from self.visit(tape.compute(route, x, node="attention"), tape))
 
     def decode(self, x: Tensor, table: Tensor, cache: Cache) -> Tensor:
         """The layer for tokens behind those of `cache`: x [1, N, hidden], no gradients."""
@@ -93,11 +99,13 @@ class MoEBlock(_Block):
         """The way to the experts and back, of what `route` returns."""
         residual, own, weights, indices, *stats = routed
         journey = Journey(self.mlp.exchange, indices)
-        rows, row_weights = yield from tape.communicate(journey.out, own, weights)
+        rows, row_weights = yield from tape.communicate(journey.out, own, weights, node="dispatch")
         compute = self.experts_node(partial(self.mlp.compute, tokens_per_expert=journey.tokens_per_expert))
-        rows, *shared = tape.compute(compute, rows, row_weights, *self.mlp.seen_by_shared_experts(own))
-        (combined,) = yield from tape.communicate(journey.home, rows)
-        return tape.compute(self.aggregate, residual, *shared, combined), RouterStats(*stats)
+        seen = self.mlp.seen_by_shared_experts(own)
+        rows, *shared = tape.compute(compute, rows, row_weights, *seen, node="experts")
+        (combined,) = yield from tape.communicate(journey.home, rows, node="combine")
+        y = tape.compute(self.aggregate, residual, *shared, combined, node="aggregate")
+        return y, RouterStats(*stats)
 
     @staticmethod
     def aggregate(residual: Tensor, *parts: Tensor) -> Tensor:

@@ -237,15 +237,18 @@ class _OfferingTape:
     def __init__(self, recompute: Recompute, tape: Tape) -> None:
         self._recompute, self._tape, self._offers = recompute, tape, _Offers()
 
-    def compute(self, piece: Piece, *inputs: Tensor) -> Any:
-        return self._tape.compute(partial(self._run, piece), *inputs)
+    def layer(self, kind: str) -> None:
+        self._tape.layer(kind)
+
+    def compute(self, piece: Piece, *inputs: Tensor, node: str = "") -> Any:
+        return self._tape.compute(partial(self._run, piece), *inputs, node=node)
 
     def _run(self, piece: Piece, *inputs: Tensor) -> Any:
         with self._recompute.taking(self._offers):
             return piece(*inputs)
 
-    def communicate(self, trip: Trip, *inputs: Tensor) -> Steps[tuple[Tensor, ...]]:
-        return self._tape.communicate(trip, *inputs)
+    def communicate(self, trip: Trip, *inputs: Tensor, node: str = "") -> Steps[tuple[Tensor, ...]]:
+        return self._tape.communicate(trip, *inputs, node=node)
 
     def loss(self, value: Tensor, factor: float) -> None:
         self._tape.loss(value, factor)

@@ -38,11 +38,21 @@ class Trip(Protocol):
 class Tape(Protocol):
     """What a forward pass is written on."""
 
-    def compute(self, piece: Callable[..., Any], *inputs: Tensor) -> Any:
-        """`piece(*inputs)`: a tensor or a flat tuple of tensors. All tensors that need a gradient are inputs."""
+    def layer(self, kind: str) -> None:
+        """What follows is of the next layer.
+
+        kind: `embedding`, `dense`, `moe`, `head`, `mtp`, or `stage` for what all layers of a stage share.
+        """
         ...
 
-    def communicate(self, trip: Trip, *inputs: Tensor) -> Steps[tuple[Tensor, ...]]:
+    def compute(self, piece: Callable[..., Any], *inputs: Tensor, node: str = "") -> Any:
+        """`piece(*inputs)`: a tensor or a flat tuple of tensors. All tensors that need a gradient are inputs.
+
+        node: what the piece is of its layer, for people.
+        """
+        ...
+
+    def communicate(self, trip: Trip, *inputs: Tensor, node: str = "") -> Steps[tuple[Tensor, ...]]:
         """What `trip.there(*inputs)` returns."""
         ...
 
@@ -77,10 +87,13 @@ class Inline:
     def __init__(self) -> None:
         self.total: Tensor | float = 0.0
 
-    def compute(self, piece: Callable[..., Any], *inputs: Tensor) -> Any:
+    def layer(self, kind: str) -> None:
+        pass
+
+    def compute(self, piece: Callable[..., Any], *inputs: Tensor, node: str = "") -> Any:
         return piece(*inputs)
 
-    def communicate(self, trip: Trip, *inputs: Tensor) -> Steps[tuple[Tensor, ...]]:
+    def communicate(self, trip: Trip, *inputs: Tensor, node: str = "") -> Steps[tuple[Tensor, ...]]:
         yield from ()
         return _TripFunction.apply(trip, *inputs)
 

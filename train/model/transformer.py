@@ -105,15 +105,18 @@ class Transformer(nn.Module):
         tape = self.backend.recompute.on(tape)
         if self.parts.embedding:
             assert tokens is not None
-            x = tape.compute(partial(self.embed_tokens, tokens[:, :-1]))
+            tape.layer("embedding")
+            x = tape.compute(partial(self.embed_tokens, tokens[:, :-1]), node="embedding")
         assert x is not None
+        tape.layer("stage")
         findings = self.empty_findings(x.device)
         x = yield from self.run_layers(x, terms, tape, findings, tokens)
         if not self.parts.head:
             return x, findings
         assert tokens is not None
-        x = tape.compute(self.norm, x)
-        main = tape.compute(partial(self.predict, labels=self.packing.labels(tokens, 0)), x)
+        tape.layer("head")
+        x = tape.compute(self.norm, x, node="norm")
+        main = tape.compute(partial(self.predict, labels=self.packing.labels(tokens, 0)), x, node="loss")
         tape.loss(main, terms.main)
         findings.add({"train/loss": main})
         yield from self.predict_further(x, tokens, terms, tape, findings)
@@ -146,6 +149,7 @@ class Transformer(nn.Module):
         """The layers held here: x [B, S, hidden] -> the same shape."""
         places = self.places(x, tokens)
         for index, layer in self._blocks():
+            tape.layer(layer.kind)
             x, stats = yield from layer.steps(x, places, tape)
             self._account(index - self.config.first_k_dense_replace, stats, terms, tape, findings)
         return x
@@ -180,11 +184,12 @@ class Transformer(nn.Module):
         """
         places = self.places(hidden, tokens)
         for k, module in enumerate(self._depths(), start=1):
-            joined = tape.compute(partial(self._join, module, tokens[:, k:-1]), hidden)
+            tape.layer("mtp")
+            joined = tape.compute(partial(self._join, module, tokens[:, k:-1]), hidden, node="join")
             x, stats = yield from module.layer.steps(joined, self.packing.first(places, joined.shape[1]), tape)
             self._account(self.config.num_moe_layers + k - 1, stats, terms, tape, findings)
-            hidden = tape.compute(module.norm, x)
-            loss = tape.compute(partial(self.predict, labels=self.packing.labels(tokens, k)), hidden)
+            hidden = tape.compute(module.norm, x, node="norm")
+            loss = tape.compute(partial(self.predict, labels=self.packing.labels(tokens, k)), hidden, node="loss")
             tape.loss(loss, terms.mtp)
             findings.add({"train/mtp_loss": loss})
 

@@ -76,7 +76,7 @@ def high_engine(config: PrecisionConfig, device: torch.device | str) -> TorchEng
     if torch.device(device).type == "cpu" and config.name in ("bf16", "fp8"):
         widens = settle(config, device).bf16_products == "fp32"
         return WideningEngine() if widens else TorchEngine(device, generates_kernels=True)
-    return TorchEngine(device)
+    return TorchEngine(device, fuses_groups=config.name in ("bf16", "fp8"))
 
 
 def build_engines(

@@ -17,9 +17,15 @@ ROW_QUANTUM = 64
 class TorchEngine(Products):
     """Products by torch, in the type of their operands."""
 
-    def __init__(self, device: torch.device | str = "cpu", generates_kernels: bool = False) -> None:
-        """generates_kernels: on a CPU, torch's library makes a kernel for every shape, as it does for bfloat16."""
+    def __init__(
+        self, device: torch.device | str = "cpu", generates_kernels: bool = False, fuses_groups: bool = True
+    ) -> None:
+        """generates_kernels: on a CPU, torch's library makes a kernel for every shape, as it does for bfloat16.
+
+        fuses_groups: on a GPU, all groups go through one kernel, which torch has for bfloat16 alone.
+        """
         self._cuda = torch.device(device).type == "cuda"
+        self._fuses_groups = self._cuda and fuses_groups
         self._generates_kernels = generates_kernels
 
     def _mm(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -40,7 +46,7 @@ class TorchEngine(Products):
             accumulator.addmm_(dy.t().to(accumulator.dtype), x.to(accumulator.dtype))
 
     def grouped(self, splits: list[int]) -> Products:
-        if self._cuda:
+        if self._fuses_groups:
             return _FusedGroups(self, splits)
         groups = spans(splits)
         return _LoopedGroups(self, groups, list(of_few_sizes(groups)) if self._generates_kernels else groups)

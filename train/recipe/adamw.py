@@ -37,7 +37,8 @@ class AdamW:
     whole_matrices = False
 
     def make(self, param_groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """An optimizer over torch's `param_groups` (dicts of "params" and "weight_decay"); the caller sets "lr"."""
+        """An optimizer over torch's `param_groups` (dicts of "params", "weight_decay" and "kernels"); the caller sets
+        "lr"."""
         betas = (self.config.beta1, self.config.beta2)
         if self.config.moments_dtype == "bf16":
             return Bf16MomentsAdamW(param_groups, betas=betas, eps=self.config.eps)
@@ -67,7 +68,8 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, {**settings, "kernels": "cpu"})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -88,7 +90,7 @@ class Bf16MomentsAdamW(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["exp_avg"] = torch.zeros_like(param, dtype=torch.bfloat16)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.bfloat16)
-        size = _CHUNK_CPU if param.device.type == "cpu" else _CHUNK_GPU
+        size = _CHUNK_CPU if group["kernels"] == "cpu" else _CHUNK_GPU
         tensors = (param.detach(), grad, state["exp_avg"], state["exp_avg_sq"])
         chunks = zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
         for weight, slope, exp_avg, exp_avg_sq in chunks:

@@ -1,0 +1,267 @@
+"""What experts get, in a run without values: how many rows each rank is to expect, and the border that says so.
+
+A token chooses K of E experts out of `topk_group` of `n_group` groups. What a fake run needs are four numbers of each
+set of experts, those of a rank and those of a node: how many of T tokens choose it (copies, one for each token that
+chooses any of the set), and how often it is chosen (rows, one for each choice).
+
+Model. Groups are chosen evenly, and so are the experts within the chosen groups: the number of a set's experts that a
+token may choose from follows from which groups it has (`_chances`), and the chance that none of the K is of the set is
+hypergeometric. Where experts have unequal loads, a set that is chosen c times as often as with even ones is missed with
+the c-th power of that chance, as if its choices were independent. All ranks are taken to send alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from launch.plan.record import Recorder
+from parallel.expert.placement import Placement
+from parallel.host import Host, Source
+from train.model.config import ModelConfig, given
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Rows and copies of one rank's tokens, by place.
+
+    Attributes:
+        num_tokens: T, that each rank has.
+        placement: where experts are.
+        num_groups, num_kept, num_chosen: n_group, topk_group, K.
+        loads: how often each expert is chosen, over the mean: [E] numbers whose mean is 1.
+    """
+
+    num_tokens: int
+    placement: Placement
+    num_groups: int
+    num_kept: int
+    num_chosen: int
+    loads: tuple[float, ...]
+
+    @classmethod
+    def balanced(cls, model: ModelConfig, placement: Placement, num_tokens: int) -> Routing:
+        """Every expert gets the same."""
+        even = (1.0,) * placement.num_experts
+        groups = given(model.n_group), given(model.topk_group), given(model.num_experts_per_tok)
+        return cls(num_tokens, placement, *groups, even)
+
+    @classmethod
+    def with_max_vio(
+        cls, model: ModelConfig, placement: Placement, num_tokens: int, max_vio: float, shown: str = "busiest"
+    ) -> Routing:
+        """The fullest expert gets (1 + max_vio) times the mean, and so do all experts of its rank; the others share
+        the rest evenly. That is the worst rank which the MaxVio allows.
+
+        shown: whether this rank is that one (`busiest`), or one of the `mean` load, when all are even.
+        Raises ValueError for a MaxVio that the number of ranks does not allow, or another word.
+        """
+        even = cls.balanced(model, placement, num_tokens)
+        if shown not in ("busiest", "mean"):
+            raise ValueError(f"the rank shown is {shown!r}, which is not one of busiest, mean")
+        own, num_experts = placement.num_local_experts, placement.num_experts
+        if not 0 <= max_vio <= num_experts / own - 1:
+            raise ValueError(
+                f"max_vio={max_vio} is not from 0 to {num_experts / own - 1:g}, where one rank of {placement.ep} has "
+                "every token"
+            )
+        if shown == "mean" or own == num_experts:
+            return even
+        rest = (num_experts - own * (1 + max_vio)) / (num_experts - own)
+        first = placement.first_expert
+        loads = [1 + max_vio if first <= e < first + own else rest for e in range(num_experts)]
+        return cls(num_tokens, placement, even.num_groups, even.num_kept, even.num_chosen, tuple(loads))
+
+    @classmethod
+    def of_loads(
+        cls,
+        model: ModelConfig,
+        placement: Placement,
+        num_tokens: int,
+        loads: Sequence[Sequence[int]],
+        shown: str = "busiest",
+    ) -> Routing:
+        """What a run has counted: loads [routers][E], as `loads.jsonl` has them.
+
+        The ranks of each router are put in the order of what they hold, the rank that is shown first: from the fullest
+        on (`busiest`), or from the one nearest to the mean (`mean`). Then the routers' mean is taken, so that it is a
+        mean router's fullest rank. Raises ValueError for loads of another number of experts, or empty ones.
+        """
+        even = cls.balanced(model, placement, num_tokens)
+        if not loads or any(len(each) != placement.num_experts or not sum(each) for each in loads):
+            raise ValueError(f"loads are not of {placement.num_experts} experts, some of which have tokens")
+        ranked = [_ranked(each, placement, shown) for each in loads]
+        mean = tuple(sum(column) / len(ranked) for column in zip(*ranked, strict=True))
+        return cls(num_tokens, placement, even.num_groups, even.num_kept, even.num_chosen, mean)
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """How often a rank's tokens choose each expert: T K in all."""
+        exact = [self.num_tokens * self.num_chosen * load / self.placement.num_experts for load in self.loads]
+        return _rounded(exact)
+
+    def copies(self, first: int, count: int) -> int:
+        """How many of a rank's tokens choose any of the experts `first` to `first + count - 1`."""
+        return round(self.num_tokens * self.chance(first, count))
+
+    def chance(self, first: int, count: int) -> float:
+        """That a token chooses any of the experts `first` to `first + count - 1`."""
+        size = self.placement.num_experts // self.num_groups
+        held = [
+            max(0, min(first + count, (group + 1) * size) - max(first, group * size))
+            for group in range(self.num_groups)
+        ]
+        of_all, missed = self.num_kept * size, 0.0
+        for within, chance in _chances(held, self.num_kept).items():
+            missed += chance * math.comb(of_all - within, self.num_chosen) / math.comb(of_all, self.num_chosen)
+        if missed <= 0:
+            return 1.0
+        return 1 - missed ** (sum(self.loads[first : first + count]) / count)
+
+    @property
+    def nodes_per_token(self) -> float:
+        """How many nodes a token visits on average, its own among them."""
+        each = self.placement.experts_per_node
+        return sum(self.chance(node * each, each) for node in range(self.placement.num_nodes))
+
+    def answer(self, name: str) -> list[Any]:
+        """What the border says when `name` of a dispatch is read. KeyError for another name."""
+        return self._answers[name]()
+
+    @property
+    def _answers(self) -> dict[str, Callable[[], list[Any]]]:
+        return {
+            "expert counts": self._expert_counts,
+            "rail counts": self._rail_counts,
+            "node counts": self._node_counts,
+        }
+
+    def _expert_counts(self) -> list[Any]:
+        place, rows = self.placement, self.rows
+        if place.ep == 1:
+            return [rows]
+        own = place.num_local_experts
+        leaving = [rows[rank * own : (rank + 1) * own] for rank in range(place.ep)]
+        return [leaving, [leaving[place.ep_rank]] * place.ep]
+
+    def _rail_counts(self) -> list[Any]:
+        place = self.placement
+        leaving = [
+            self.copies(node * place.experts_per_node, place.experts_per_node) for node in range(place.num_nodes)
+        ]
+        return [leaving, [leaving[place.node]] * place.num_nodes]
+
+    def _node_counts(self) -> list[Any]:
+        """Of the rows that have come over the rail, from as many ranks as there are nodes."""
+        place, own = self.placement, self.placement.num_local_experts
+        first = place.node * place.experts_per_node
+        leaving = []
+        for rank in range(place.ranks_per_node):
+            start = first + rank * own
+            by_expert = [place.num_nodes * count for count in self.rows[start : start + own]]
+            leaving.append([self.copies(start, own)] * place.num_nodes + by_expert)
+        return [leaving, [leaving[place.ep_rank % place.ranks_per_node]] * place.ranks_per_node]
+
+
+def _rounded(exact: Sequence[float]) -> list[int]:
+    """Whole numbers whose sums from the first on are the nearest to those of the exact ones."""
+    found, end, before = [], 0.0, 0
+    for number in exact:
+        end += number
+        found.append(round(end) - before)
+        before = round(end)
+    return found
+
+
+def _ranked(loads: Sequence[int], placement: Placement, shown: str) -> list[float]:
+    """Loads over their mean, ranks in the order of their sums, and the first of them where this rank is."""
+    own, mean = placement.num_local_experts, sum(loads) / len(loads)
+    ranks = [loads[start : start + own] for start in range(0, len(loads), own)]
+    if shown == "busiest":
+        ranks.sort(key=sum, reverse=True)
+    elif shown == "mean":
+        ranks.sort(key=lambda each: abs(sum(each) - own * mean))
+    else:
+        raise ValueError(f"the rank shown is {shown!r}, which is not one of busiest, mean")
+    others = ranks[1:]
+    others.insert(placement.ep_rank, ranks[0])
+    return [load / mean for each in others for load in each]
+
+
+def _chances(held: Sequence[int], num_kept: int) -> dict[int, float]:
+    """How many experts of a set lie in the groups that a token may choose from, and with which chance.
+
+    held: experts of the set in each group. Every choice of `num_kept` groups is as likely as any other: counted by a
+    sum over the groups of how many choices of k of them hold s experts.
+    """
+    ways: dict[tuple[int, int], int] = {(0, 0): 1}
+    for number in held:
+        for (kept, within), count in list(ways.items()):
+            if kept < num_kept:
+                place = kept + 1, within + number
+                ways[place] = ways.get(place, 0) + count
+    whole = math.comb(len(held), num_kept)
+    return {within: count / whole for (kept, within), count in ways.items() if kept == num_kept}
+
+
+class RoutedHost(Host):
+    """The border of a rank without values: answers by a routing what a dispatch asks, and with ones what else a step
+    reads. A recorder hears of both ends of a read."""
+
+    def __init__(self, routing: Routing | None, runs_ahead: bool, recorder: Recorder) -> None:
+        """routing: None for a model without experts. runs_ahead: as for `Host`."""
+        super().__init__()
+        self.runs_ahead = runs_ahead
+        self._routing, self._recorder = routing, recorder
+
+    def look(self, number: Any) -> float:
+        return 1.0
+
+    def _start(self, source: Source) -> Any:
+        raise NotImplementedError("reads of this border go by their names")
+
+    def start(self, name: str, source: Source) -> Any:
+        self.num_reads[name] += 1
+        reading = _Reading(name, source, self._recorder, self._answer)
+        if self.runs_ahead:
+            reading.set_out()
+        return reading
+
+    def _answer(self, name: str, shapes: Sequence[tuple[int, ...]]) -> list[Any]:
+        if not name.endswith("counts"):
+            return [_ones(shape) for shape in shapes]
+        assert self._routing is not None
+        answer = self._routing.answer(name)
+        asked, got = list(shapes), [_shape(numbers) for numbers in answer]
+        assert asked == got, f"{name} are asked for in the shapes {asked}, and the routing has {got}"
+        return answer
+
+
+class _Reading:
+    """Numbers that are set out when asked for, where host and device are one."""
+
+    def __init__(self, name: str, source: Source, recorder: Recorder, answer: Callable[..., list[Any]]) -> None:
+        self._name, self._source, self._recorder, self._answer = name, source, recorder, answer
+        self._found: tuple[int, list[tuple[int, ...]]] | None = None
+
+    def set_out(self) -> None:
+        self._found = self._recorder.read(self._source)
+
+    def wait(self) -> list[Any]:
+        if self._found is None:
+            self.set_out()
+        assert self._found is not None
+        number, shapes = self._found
+        self._recorder.answer(number)
+        return self._answer(self._name, shapes)
+
+
+def _ones(shape: tuple[int, ...]) -> Any:
+    return [_ones(shape[1:]) for _ in range(shape[0])] if shape else 1.0
+
+
+def _shape(numbers: Any) -> tuple[int, ...]:
+    return (len(numbers), *_shape(numbers[0])) if isinstance(numbers, list) else ()

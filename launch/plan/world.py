@@ -1,0 +1,148 @@
+"""The job of one rank of any run, without its cluster: tensors without values, process groups without peers.
+
+A fake tensor has a shape and no values, so whatever would make the host wait for the device (a number read, a size that
+depends on values) raises: what runs to its end waits nowhere but in `Host`. All ranks are there as far as torch knows,
+and every message arrives. Tensors lie in the host's memory as torch sees it; for which device kernels, chunks and
+collectives are chosen is said apart (`Groups.kernels`).
+
+torch keeps one default process group for a whole process. So a world is refused where there is one already, and leaves
+none behind; FakeTensorMode, the state of random numbers and warnings are as they were, too. What was made inside must
+not be used outside: keep plain data alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import FakeProcessGroup
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from launch.plan.record import Recorder
+from launch.plan.routing import RoutedHost, Routing
+from parallel import process
+from parallel.expert.placement import Placement
+from parallel.mesh import Mesh
+from parallel.process import Groups
+from train.assemble import Files, put_together
+from train.config import RunConfig
+from train.data.rows.blend import Stream
+from train.job import Job
+
+# Fake groups that are taken for NCCL's, whose collectives are the library's own, and for gloo's, where they are ours.
+_BACKENDS = {"cuda": "fake", "cpu": "fake_gloo"}
+
+MakeRouting = Callable[[RunConfig, Placement], Routing | None]
+
+
+def balanced(config: RunConfig, placement: Placement) -> Routing | None:
+    """Every expert gets the same; None for a model without experts."""
+    if not config.model.n_routed_experts:
+        return None
+    return Routing.balanced(config.model, placement, config.train.micro_batch_size * config.train.seq_len)
+
+
+@contextmanager
+def world(
+    config: RunConfig,
+    rank: int = 0,
+    kernels: str = "cuda",
+    make_routing: MakeRouting = balanced,
+    recorder: Recorder | None = None,
+) -> Iterator[Job]:
+    """The job of one rank of a run, assembled as a run assembles it; no step has been done.
+
+    kernels: what everything is chosen for that differs between devices, "cuda" or "cpu". make_routing: what experts
+    get. recorder: hears of all that the job does while it is on.
+    Raises ValueError as `assemble` does for what needs ranks to be seen, and RuntimeError in a process that is a rank
+    of a job already.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("this process has a default process group, and torch knows but one world at a time")
+    recorder = recorder or Recorder()
+    _register()
+    backend = _BACKENDS[kernels]
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # Buffers of one storage are told by their places, of which fake ones have none.
+        warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
+        dist.init_process_group(backend, store=FakeStore(), rank=rank, world_size=config.parallel.world_size)
+        try:
+            with FakeTensorMode():
+                groups = _groups(config, backend, kernels, make_routing, recorder)
+                yield put_together(config, groups, _files(config), tapes=recorder.tapes())
+        finally:
+            dist.destroy_process_group()
+
+
+def _groups(config: RunConfig, backend: str, kernels: str, make_routing: MakeRouting, recorder: Recorder) -> Groups:
+    made = process.start(config.parallel, "cpu", config.mirrored, config.shared_ends, backend=backend, kernels=kernels)
+    ahead = kernels == "cuda"
+    host = RoutedHost(make_routing(config, placement_of(config, made.mesh)), ahead, recorder)
+    return dataclasses.replace(made, host=host, watch=recorder.watch(made.watch.name, ahead))
+
+
+def placement_of(config: RunConfig, mesh: Mesh) -> Placement:
+    """Where the experts are that this rank's dispatch reaches."""
+    num_experts = config.model.n_routed_experts
+    if config.parallel.dispatch == "local" or not num_experts:
+        return Placement(num_experts, ep=1, ep_rank=0, num_nodes=1)
+    return Placement.of(mesh, num_experts)
+
+
+def _register() -> None:
+    """Make the second kind of fake groups known to torch, once in a process."""
+    if not hasattr(dist.Backend, "FAKE_GLOO"):
+
+        def make(common: Any, options: Any) -> Any:
+            # Not in torch's stubs, which torch's own fake backend calls in the same way.
+            return FakeProcessGroup._create_internal(common.group_rank, common.group_size, options)  # type: ignore[call-arg]
+
+        dist.Backend.register_backend("fake_gloo", make, extended_api=True, devices=["cpu"])
+
+
+class FakeRows:
+    """Rows of the right shape, as of one endless text."""
+
+    num_rows = 1 << 62
+    fingerprint = "none"
+    end_of_document = 1
+    unigram_entropy_nats = None
+
+    def __init__(self, seq_len: int) -> None:
+        self._seq_len = seq_len
+
+    def rows(self, first: int, count: int) -> Tensor:
+        return torch.empty(count, self._seq_len + 1, dtype=torch.int64)
+
+    def num_targets(self, first: int, count: int) -> int:
+        return count * self._seq_len
+
+    def documents(self, position: int) -> list[Any]:
+        return []
+
+    def exposures(self, num_positions: int) -> list[Any]:
+        return []
+
+    @property
+    def followed(self) -> Any:
+        raise NotImplementedError("rows without values cannot be gone on with")
+
+
+class _Nothing:
+    """Stands for files that a job without values does not have: whoever asks for one is told so."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotImplementedError(f"a job without values has no files, and is asked for {name}")
+
+
+def _files(config: RunConfig) -> Files:
+    rows: Stream = FakeRows(config.train.seq_len)
+    nothing: Any = _Nothing()
+    return Files(train_rows=rows, validation=nothing, prompts=None, checkpoints=nothing)
