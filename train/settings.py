@@ -129,8 +129,23 @@ def section(kind: type[T], values: Mapping[str, Any], name: str) -> T:
 
 def group(kind: type[T], name: str, choice: str) -> T:
     """What `configs/<name>/<choice>.yaml` says by itself, as `name=choice` sets it."""
-    tree = OmegaConf.load(CONFIGS / name / f"{choice}.yaml")
-    assert isinstance(tree, DictConfig)
+    return read_file(kind, CONFIGS / name / f"{choice}.yaml", name)
+
+
+def read_file(kind: type[T], path: Path, name: str) -> T:
+    """A YAML file as one dataclass of settings, types checked.
+
+    ValueError, by the key as part of section `name`, for a file that is no YAML mapping, for a key that is missing or
+    unknown, and for a value of another type.
+    """
+    try:
+        tree = OmegaConf.load(path)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, DictConfig):
+        raise ValueError(f"{path} holds no settings: it must be keys with values")
+    for key, text in _missing(kind, OmegaConf.to_container(tree), name):
+        raise ValueError(f"{path}: {key} is missing: {text}")
     return section(kind, {str(key): value for key, value in tree.items()}, name)
 
 
@@ -212,6 +227,21 @@ def flat(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _missing(kind: type, tree: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(key, help) of what a plain tree lacks of a dataclass of settings, in its sections and in its lists' items."""
+    hints, texts = typing.get_type_hints(kind), attributes(kind)
+    for field in dataclasses.fields(kind):
+        at, inner = f"{key}.{_key(field.name)}", as_section(hints[field.name])
+        given = tree.get(_key(field.name)) if isinstance(tree, Mapping) else None
+        if inner and _default(field) == MISSING:
+            yield from _missing(inner, given, at)
+        elif given is None and _default(field) == MISSING:
+            yield at, texts.get(field.name, "")
+        for item in filter(None, map(as_section, typing.get_args(hints[field.name]))):
+            for number, each in enumerate(given if isinstance(given, list) else ()):
+                yield from _missing(item, each, f"{at}[{number}]")
 
 
 def _last(key: str) -> str:

@@ -16,6 +16,8 @@ from train.files import in_words
 from train.settings import CONFIGS, Setting, as_section, hint, nearest, settings_of
 from train.typed import holds_text, quoted
 
+# Folders of `configs/` that a run has no part in: what a plan knows of machines.
+OF_A_PLAN = ("cluster", "kernels")
 # What other programs take with dashes, and this one by other means.
 MULTIRUN = ("--multirun", "-m")
 
@@ -154,8 +156,8 @@ def keys() -> dict[str, Setting]:
 
 
 def groups() -> dict[str, tuple[str, ...]]:
-    """The groups of files, and the names of their files."""
-    folders = sorted(path for path in CONFIGS.iterdir() if path.is_dir())
+    """The groups of a run's files, and the names of their files."""
+    folders = sorted(path for path in CONFIGS.iterdir() if path.is_dir() and path.name not in OF_A_PLAN)
     return {path.name: tuple(sorted(file.stem for file in path.glob("*.yaml"))) for path in folders}
 
 
