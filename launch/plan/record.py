@@ -38,14 +38,14 @@ ROUNDING_BYTES = 512
 _TRAVEL = ("dispatch", "combine")
 # They give out what they are given, or what the host holds, and do not say so.
 _NO_BIRTHS = {"aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh"}
-_NOWHERE = Name("stage", 0, "input")
+_NOWHERE = Name("stage", 0, "stage")
 
 
 class Piece(NamedTuple):
     """Where an event is from.
 
-    name: layer and node. kind: F, B or W. turn: of a weight gradient, how many turns its backward had given before it
-    was left. visit: counts the pieces of a recording.
+    name: layer and node. kind: F, B or W. turn: how many turns the pass had given when the piece began; of a weight
+    gradient, those of its backward when it was left. visit: counts the pieces of a recording.
     """
 
     name: Name
@@ -75,10 +75,11 @@ class _Freed:
 
 
 class Entry(NamedTuple):
-    """An event and where it is from."""
+    """An event and where it is from; of memory that is given back, also where it was taken."""
 
     piece: Piece
     event: Event
+    taken: Piece | None = None
 
 
 class Recorder(TorchDispatchMode):
@@ -117,9 +118,11 @@ class Recorder(TorchDispatchMode):
 
     # --- what is told
 
-    def begins(self, name: Name, kind: str, turn: int = 0) -> None:
-        """A piece begins."""
+    def begins(self, name: Name, kind: str, turn: int | None = None) -> None:
+        """A piece begins; what is not in a node is in one that is called as its layer."""
         self._num_visits += 1
+        turn = self._num_turns if turn is None else turn
+        name = name if name.node else name._replace(node=name.layer)
         self._piece = Piece(name, kind, turn, self._num_visits)
 
     @property
@@ -259,7 +262,10 @@ class Recorder(TorchDispatchMode):
 
     def entries(self, start: int = 0, stop: int | None = None) -> list[Entry]:
         """What was written down, memory under the component that it turned out to be."""
-        return [Entry(piece, _settled(event)) for piece, event in self._entries[start:stop]]
+        return [
+            Entry(piece, _settled(event), event.storage.born if isinstance(event, _Freed) else None)
+            for piece, event in self._entries[start:stop]
+        ]
 
     def live_bytes(self) -> int:
         """Memory that was taken in this recording and has not been given back."""
@@ -303,7 +309,7 @@ def events_of(entries: Sequence[Entry]) -> tuple[Event, ...]:
     """Events with an `Enter` wherever the piece changes."""
     found: list[Event] = []
     before: Enter | None = None
-    for piece, event in entries:
+    for piece, event, _ in entries:
         enter = Enter(piece.name.layer, piece.name.node, piece.kind)
         if enter != before:
             found.append(enter)

@@ -35,6 +35,7 @@ from train.assemble import Files, put_together
 from train.config import RunConfig
 from train.data.rows.blend import Stream
 from train.job import Job
+from train.precision.build import settle
 
 # Fake groups that are taken for NCCL's, whose collectives are the library's own, and for gloo's, where they are ours.
 _BACKENDS = {"cuda": "fake", "cpu": "fake_gloo"}
@@ -64,25 +65,36 @@ def world(
     Raises ValueError as `assemble` does for what needs ranks to be seen, and RuntimeError in a process that is a rank
     of a job already.
     """
+    recorder = recorder or Recorder()
+    # What is the faster way to multiply here is measured, and nothing can be where tensors have no values.
+    config = dataclasses.replace(config, precision=settle(config.precision, kernels))
+    with fake_world(config.parallel.world_size, rank, kernels):
+        yield put_together(
+            config, _groups(config, kernels, make_routing, recorder), _files(config), tapes=recorder.tapes()
+        )
+
+
+@contextmanager
+def fake_world(world_size: int, rank: int, kernels: str) -> Iterator[None]:
+    """Inside, tensors have no values, and this process is the rank of a job of that size, whose peers are not there."""
     if dist.is_initialized():
         raise RuntimeError("this process has a default process group, and torch knows but one world at a time")
-    recorder = recorder or Recorder()
     _register()
-    backend = _BACKENDS[kernels]
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         # Buffers of one storage are told by their places, of which fake ones have none.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        dist.init_process_group(backend, store=FakeStore(), rank=rank, world_size=config.parallel.world_size)
+        dist.init_process_group(_BACKENDS[kernels], store=FakeStore(), rank=rank, world_size=world_size)
         try:
             with FakeTensorMode():
-                groups = _groups(config, backend, kernels, make_routing, recorder)
-                yield put_together(config, groups, _files(config), tapes=recorder.tapes())
+                yield
         finally:
             dist.destroy_process_group()
 
 
-def _groups(config: RunConfig, backend: str, kernels: str, make_routing: MakeRouting, recorder: Recorder) -> Groups:
-    made = process.start(config.parallel, "cpu", config.mirrored, config.shared_ends, backend=backend, kernels=kernels)
+def _groups(config: RunConfig, kernels: str, make_routing: MakeRouting, recorder: Recorder) -> Groups:
+    made = process.start(
+        config.parallel, "cpu", config.mirrored, config.shared_ends, backend=_BACKENDS[kernels], kernels=kernels
+    )
     ahead = kernels == "cuda"
     host = RoutedHost(make_routing(config, placement_of(config, made.mesh)), ahead, recorder)
     return dataclasses.replace(made, host=host, watch=recorder.watch(made.watch.name, ahead))

@@ -171,7 +171,9 @@ class Segments:
 
         Each step is released as soon as it is done. Weight gradients go where the pieces send them.
         """
+        # Taken over: each is free when its step is done.
         gradients = dict(self._losses)
+        self._losses.clear()
         if dy is not None:
             assert self._output is not None
             gradients[self._output] = dy

@@ -26,7 +26,7 @@ class NativeEngine:
 
     def __init__(self, sets: list[ParamSet], watch: Watch, kernels: str) -> None:
         self._sets, self._watch, self._kernels = sets, watch, kernels
-        self.layouts = [_lay_out(each) for each in sets]
+        self.layouts = [layout_of(each, each.num_shards) for each in sets]
         self._weights = [_flatten(each, layout) for each, layout in zip(sets, self.layouts, strict=True)]
         self._shards = [
             flat[layout.shard_slice(each.shard)]
@@ -85,14 +85,14 @@ class NativeEngine:
             handle.wait()
 
 
-def _lay_out(each: ParamSet) -> FlatLayout:
+def layout_of(each: ParamSet, num_shards: int) -> FlatLayout:
     """Equal shards; where the inner optimizer looks at whole matrices, shards of those at equal cost."""
     if not each.inner.whole_matrices:
-        return lay_out(each.numels, each.num_shards, _ALIGN, _ALIGN)
+        return lay_out(each.numels, num_shards, _ALIGN, _ALIGN)
     shapes = each.matrix_shapes
     num_matrices = [numel // (rows * columns) for numel, (rows, columns) in zip(each.numels, shapes, strict=True)]
     costs = [each.inner.cost(rows, columns) for rows, columns in shapes]
-    return lay_out_whole(each.numels, num_matrices, costs, each.num_shards, _ALIGN)
+    return lay_out_whole(each.numels, num_matrices, costs, num_shards, _ALIGN)
 
 
 @torch.no_grad()
