@@ -20,12 +20,12 @@ PARTS = {"F": "1F", "B": "1B", "D": "1B", "W": "1W", "pair": "1F1B"}
 _ROUNDS = 3
 
 
-def layers_of(parts: Parts, first_k_dense_replace: int, num_depths: int) -> tuple[str, ...]:
-    """The kinds of the layers that a slice of the model holds, in order, as the trace names them."""
-    kinds = ["embedding"] if parts.embedding else []
+def layers_of_parts(parts: Parts, first_k_dense_replace: int) -> tuple[str, ...]:
+    """The kinds of the layers that a slice of the model holds, in order, as the trace names them; the first is what all
+    layers of a stage share."""
+    kinds = ["stage"] + ["embedding"] * parts.embedding
     kinds += ["dense" if index < first_k_dense_replace else "moe" for index in parts.layers]
-    kinds += ["head"] if parts.head else []
-    kinds += ["mtp"] * num_depths if parts.mtp else []
+    kinds += ["head"] * parts.head + ["mtp"] * parts.mtp
     return tuple(kinds)
 
 
@@ -61,13 +61,15 @@ class ActionCosts:
 
     Attributes:
         slices: the kinds of the layers of each slice of the model.
-        layers: each kind of layer, priced.
+        alone: each kind of layer, priced for actions that wait for their own communication.
+        beside: the same for pairs, which compute beside each other's communication.
         latency: from a chunk's sending its result until the neighbour has it, in seconds.
     """
 
     placement: Placement
     slices: Sequence[tuple[str, ...]]
-    layers: Mapping[str, Passes[Priced]]
+    alone: Mapping[str, Passes[Priced]]
+    beside: Mapping[str, Passes[Priced]]
     host: Host
     latency: float
     _found: dict[tuple[str, ...], ActionCost] = field(default_factory=dict)
@@ -95,8 +97,9 @@ class ActionCosts:
     def _measure(self, action: Action, keeps_intervals: bool = False) -> tuple[ActionCost, list[Interval]]:
         clock = Clock(self.host, keeps_intervals)
         player = _ToClock(clock)
+        layers = self.beside if isinstance(action, Pair) else self.alone
         stages = {
-            part.stage: ReplayedStage(part.stage, [self.layers[kind] for kind in self._kinds(part.stage)], player)
+            part.stage: ReplayedStage(part.stage, [layers[kind] for kind in self._kinds(part.stage)], player)
             for part in _chunks(action)
         }
         started_s, sent_s = 0.0, dict[str, float]()

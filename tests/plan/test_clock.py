@@ -120,7 +120,7 @@ def costs_of(
 ) -> tuple[ActionCosts, Schedule]:
     schedule = build(name, num_ranks, num)
     slices = [("moe",)] * schedule.placement.num_slices
-    return ActionCosts(schedule.placement, slices, {"moe": each}, Host(), latency), schedule
+    return ActionCosts(schedule.placement, slices, {"moe": each}, {"moe": each}, Host(), latency), schedule
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb_h1", "zbv", "dualpipe", "dualpipev"])

@@ -1,0 +1,282 @@
+"""A run on a cluster, planned: its memory once, and its step in each of the three sets of kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from launch.plan import memory
+from launch.plan.clock import Clock, Host, Totals
+from launch.plan.cluster import Cluster
+from launch.plan.events import Launch, LayerPasses, Memory
+from launch.plan.kernels import AS_WRITTEN, KERNELS, Rates
+from launch.plan.layers import Kept, Layers, layers_of
+from launch.plan.price import Pricing, priced
+from launch.plan.replay import passes_of
+from launch.plan.state import StateBytes, state_bytes, update_events
+from launch.plan.step import ActionCosts, PipelineStep, layers_of_parts, run_schedule
+from launch.plan.world import MakeRouting, balanced
+from parallel.pipeline.actions import Action
+from parallel.pipeline.order import messages
+from parallel.pipeline.schedule import Schedule
+from train.assemble import DTYPES
+from train.config import RunConfig
+from train.flops import training_flops_per_token
+from train.split import split
+
+# What the host needs to see a number once the device has it: a copy over PCIe and an event.
+READ_S = 15e-6
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One pipeline rank's memory at its fullest, in bytes.
+
+    Attributes:
+        state: what lies there between steps.
+        quantised: copies of weights in another format.
+        step: what the step itself holds at its peak.
+        reserve: context, communicators and what an allocator cannot give out.
+    """
+
+    state: StateBytes
+    quantised: int
+    step: memory.Peak
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        """All of it together."""
+        return self.state.on_device + self.quantised + self.step.num_bytes + self.reserve
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step in one set of kernels. Seconds, but for what says otherwise.
+
+    Attributes:
+        pipeline: the schedule, simulated.
+        optimizer_s: from the last backward to new weights everywhere.
+        ranks_s: what the device of each pipeline rank works, from which waits for neighbours are left out.
+        pair: the most frequent action of a middle rank.
+        pair_totals: what happens in it.
+    """
+
+    kernels: str
+    costs: ActionCosts
+    pipeline: PipelineStep
+    optimizer_s: float
+    optimizer_totals: Totals
+    ranks_s: tuple[float, ...]
+    pair: Action
+    pair_totals: Totals
+
+    @property
+    def step_s(self) -> float:
+        """The whole step."""
+        return self.pipeline.simulation.step + self.optimizer_s
+
+    @property
+    def parts_s(self) -> dict[str, float]:
+        """By the names of the published table (arXiv 2505.09343, Table 4): means over ranks, which add up to a step."""
+        return {**self.pipeline.parts_s, "optimizer": self.optimizer_s}
+
+
+class Plan:
+    """A run on a cluster. Everything is worked out when it is asked for, and once.
+
+    kept: layers by what decides them, shared between plans. make_routing: what experts get.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        cluster: Cluster,
+        rates: Rates | None = None,
+        make_routing: MakeRouting = balanced,
+        kept: Kept | None = None,
+    ) -> None:
+        self.config, self.cluster = config, cluster
+        self.rates = rates or Rates(cluster)
+        self._make_routing, self._kept = make_routing, {} if kept is None else kept
+        self._steps: dict[str, StepTime] = {}
+
+    @property
+    def device(self) -> str:
+        """For which kind of device everything is chosen."""
+        return "cpu" if self.cluster.host.is_device else "cuda"
+
+    @cached_property
+    def layers(self) -> Layers:
+        """What each kind of layer does."""
+        return layers_of(self.config, self.device, self._make_routing, self._kept)
+
+    @cached_property
+    def slices(self) -> list[tuple[str, ...]]:
+        """The kinds of the layers of each slice of the model."""
+        config, model = self.config, self.config.model
+        parts = split(model, config.placement.num_slices, config.train.seq_len, config.pipeline.layers)
+        return [layers_of_parts(each, model.first_k_dense_replace) for each in parts]
+
+    @cached_property
+    def num_micro_batches(self) -> int:
+        """Of one pipeline, in a step of the full batch."""
+        train = self.config.train
+        return train.global_batch_size // self.config.parallel.dp // train.micro_batch_size
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """Of a step of the full batch."""
+        return self.config.schedule(self.num_micro_batches)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of a step of the full batch."""
+        return self.config.train.global_batch_size * self.config.train.seq_len
+
+    @cached_property
+    def boundary_bytes(self) -> int:
+        """Of the tensor that one stage hands to the next."""
+        train = self.config.train
+        num_elements = train.micro_batch_size * train.seq_len * self.config.model.hidden_size
+        return num_elements * DTYPES[self.config.precision.name].itemsize
+
+    # --- memory
+
+    @cached_property
+    def ranks(self) -> list[RankMemory]:
+        """The memory of each rank of a pipeline."""
+        booked = {kind: passes_of(layer, memory.book) for kind, layer in self.layers.passes.items()}
+        return [self._rank(rank, booked) for rank in range(self.config.parallel.pp)]
+
+    def _rank(self, rank: int, booked: Mapping[str, object]) -> RankMemory:
+        kinds = [kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage)]
+        quantised = sum(self.layers.quantised_bytes.get(kind, 0) for kind in kinds)
+        peak = memory.peak_of(self.schedule, rank, self.slices, booked, self.boundary_bytes)  # type: ignore[arg-type]
+        state = state_bytes(self.config, rank)
+        held = state.on_device + quantised + peak.num_bytes
+        return RankMemory(state, quantised, peak, self._reserve(rank, held))
+
+    def _reserve(self, rank: int, held: int) -> int:
+        """Context, communicators, and fragmentation of what is held."""
+        figures = self.cluster.memory
+        links = sum(rank in channel[:2] for channel in messages(self.schedule))
+        fixed = figures.context_gb + (links + self._num_groups()) * figures.communicator_gb
+        return int(fixed * 1e9 + held * figures.fragmentation_share / (1 - figures.fragmentation_share))
+
+    def _num_groups(self) -> int:
+        """Communicators of a rank beside its links: those of more than one rank."""
+        mesh = self.config.parallel
+        sizes = (mesh.world_size, mesh.dp, mesh.dp // mesh.ep, mesh.ep, mesh.ep // mesh.nodes_per_ep_group)
+        return sum(size > 1 for size in (*sizes, mesh.nodes_per_ep_group))
+
+    def _kinds(self, stage: int) -> tuple[str, ...]:
+        return self.slices[self.config.placement.position(stage)]
+
+    # --- time
+
+    def step(self, kernels: str = AS_WRITTEN) -> StepTime:
+        """The step in one set of kernels."""
+        if kernels not in self._steps:
+            self._steps[kernels] = self._step(kernels)
+        return self._steps[kernels]
+
+    @property
+    def steps(self) -> dict[str, StepTime]:
+        """The step in all three."""
+        return {kernels: self.step(kernels) for kernels in KERNELS}
+
+    def _pricing(self, kernels: str, beside: bool) -> Pricing:
+        mesh = self.config.parallel
+        crosses = mesh.nodes_per_ep_group > 1
+        return Pricing(self.cluster, self.rates, kernels, beside, crosses, self._together())
+
+    def _together(self) -> dict[str, int]:
+        """Kind of group -> how many of its ranks share a machine."""
+        mesh = self.config.parallel
+        per_node = min(mesh.ranks_per_node, self.cluster.devices_per_node)
+        in_column = min(per_node, mesh.dp)
+        apart = max(1, in_column // mesh.ep)
+        return {
+            "rail": 1,
+            "node": mesh.ep // mesh.nodes_per_ep_group,
+            "ep": min(per_node, mesh.ep),
+            "dense": in_column,
+            "embedding": in_column,
+            "expert": apart,
+            "world": per_node,
+            "link": 2 if per_node > mesh.dp else 1,
+        }
+
+    def _step(self, kernels: str) -> StepTime:
+        alone, beside = (priced(self.layers.passes, self._pricing(kernels, each)) for each in (False, True))
+        costs = ActionCosts(
+            self.config.placement, self.slices, alone, beside, self._host(kernels), self._latency_s(kernels)
+        )
+        pipeline = run_schedule(self.schedule, costs)
+        optimizer_s, optimizer_totals = self._optimizer(kernels)
+        ranks_s = tuple(totals.length_s for totals in pipeline.totals)
+        middle = self.schedule.ranks[self.config.parallel.pp // 2]
+        pair = _most_frequent(middle)
+        return StepTime(
+            kernels, costs, pipeline, optimizer_s, optimizer_totals, ranks_s, pair, costs.cost(pair).totals
+        )
+
+    def _host(self, kernels: str) -> Host:
+        """Our own code's host. Fused kernels are few enough for any host to keep ahead."""
+        if kernels != AS_WRITTEN or self.cluster.host.is_device:
+            return Host()
+        return Host(self.cluster.host.launch_us * 1e-6, READ_S)
+
+    def _latency_s(self, kernels: str) -> float:
+        """From a chunk's end until its result is at the neighbour."""
+        if self.config.parallel.pp == 1:
+            return 0.0
+        launch = Launch(0, "send", "link", 2, self.boundary_bytes, 0)
+        return dict(self._pricing(kernels, False).events([launch])).popitem()[1]
+
+    def _optimizer(self, kernels: str) -> tuple[float, Totals]:
+        """Of the rank whose update takes longest; what is quantised anew with it."""
+        found = []
+        for rank in range(self.config.parallel.pp):
+            clock = Clock(self._host(kernels))
+            events = update_events(self.config, rank, self.device)
+            kinds = Counter(kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage))
+            again = [each for kind, num in kinds.items() for each in self.layers.quantising.get(kind, ()) * num]
+            for event, seconds in self._pricing(kernels, False).events([*events, *again]):
+                clock.see(event, seconds, 0)
+            found.append((clock.compute_s, rank, clock.totals))
+            if self.config.mirrored and rank == self.config.parallel.pp // 2 - 1:
+                break
+        longest_s, _, totals = max(found, key=lambda each: each[:2])
+        return longest_s, totals
+
+    # --- figures
+
+    def tokens_per_s_per_gpu(self, kernels: str) -> float:
+        """Throughput of the full batch."""
+        return self.num_tokens / self.step(kernels).step_s / self.config.parallel.world_size
+
+    def mfu(self, kernels: str, causal: bool = True) -> float:
+        """Model FLOPs over bf16's peak, as the published figures have it: a causal mask counts half, or does not."""
+        flops = training_flops_per_token(self.config.model, self.config.train.seq_len, causal=causal)
+        return self.tokens_per_s_per_gpu(kernels) * flops / self.cluster.compute.peak(PEAK_DTYPE)
+
+
+# Utilisation is counted against bf16's peak also where products are FP8 (arXiv 2505.09343, Table 4).
+PEAK_DTYPE = "bfloat16"
+
+
+def _most_frequent(actions: Sequence[Action]) -> Action:
+    """A pair if there is one; else whatever there is most of."""
+    kinds = Counter(action.kind for action in actions)
+    kind = "pair" if kinds["pair"] else kinds.most_common(1)[0][0]
+    those = [action for action in actions if action.kind == kind]
+    return those[len(those) // 2]
+
+
+def bytes_kept(layer: LayerPasses) -> int:
+    """What a layer's forward leaves for its backward."""
+    return sum(event.num_bytes for event in layer.forward if isinstance(event, Memory))
