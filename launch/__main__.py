@@ -15,6 +15,7 @@ from launch.settings import (
     ExportSettings,
     GenerateSettings,
     ImportSettings,
+    PlanSettings,
     ReportSettings,
     ScheduleSettings,
     TimelineSettings,
@@ -96,6 +97,11 @@ VERBS = {
         "launch.recipe:schedule",
         "print and draw the recipe over tokens: experiment=NAME out=FILE",
         ((ScheduleSettings, ""), RUN),
+    ),
+    "plan": Verb(
+        "launch.plan.verb:plan",
+        "memory and step time of a run on a cluster, from the code itself: cluster=h800 experiment=NAME",
+        ((PlanSettings, ""), RUN),
     ),
     "timeline": Verb(
         "launch.timeline:timeline",

@@ -186,6 +186,31 @@ class ScheduleSettings:
 
 
 @dataclass(frozen=True)
+class PlanSettings:
+    """`plan`: on which cluster a run is planned, and what is written. All other words are settings of the run.
+
+    Attributes:
+        cluster: a cluster of `configs/cluster`, a YAML file of one's own, or `here`, which `plan calibrate` measures.
+        max_vio: how uneven the routers are taken to be: the fullest expert's load over the mean, less 1. The rank that
+            is shown holds such experts.
+        loads: a run's `loads.jsonl`, whose last step says what experts get, instead of `max_vio`.
+        json: print one object for scripts instead of a screen for people.
+    """
+
+    cluster: str = "here"
+    max_vio: float = 0.0
+    loads: Path | None = None
+    json: bool = False
+
+    def check(self) -> None:
+        """ValueError for a load that cannot be, or two answers to one question."""
+        if not 0 <= self.max_vio < math.inf:
+            raise ValueError(f"max_vio={self.max_vio:g} must be a number of at least 0")
+        if self.loads is not None and self.max_vio:
+            raise ValueError(f"max_vio={self.max_vio:g} and loads={self.loads} both say what experts get: give one")
+
+
+@dataclass(frozen=True)
 class TimelinePipelineSettings:
     """`pipeline`: the schedule that a timeline simulates.
 

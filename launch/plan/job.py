@@ -10,11 +10,11 @@ from functools import cached_property
 from launch.plan import memory
 from launch.plan.clock import Clock, Host, Totals
 from launch.plan.cluster import Cluster
-from launch.plan.events import Launch, LayerPasses, Memory
+from launch.plan.events import Event, Launch
 from launch.plan.kernels import AS_WRITTEN, KERNELS, Rates
 from launch.plan.layers import Kept, Layers, layers_of
 from launch.plan.price import Pricing, priced
-from launch.plan.replay import passes_of
+from launch.plan.replay import Passes, passes_of
 from launch.plan.state import StateBytes, state_bytes, update_events
 from launch.plan.step import ActionCosts, PipelineStep, layers_of_parts, run_schedule
 from launch.plan.world import MakeRouting, balanced
@@ -151,10 +151,10 @@ class Plan:
         booked = {kind: passes_of(layer, memory.book) for kind, layer in self.layers.passes.items()}
         return [self._rank(rank, booked) for rank in range(self.config.parallel.pp)]
 
-    def _rank(self, rank: int, booked: Mapping[str, object]) -> RankMemory:
+    def _rank(self, rank: int, booked: Mapping[str, Passes[memory.Booked]]) -> RankMemory:
         kinds = [kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage)]
         quantised = sum(self.layers.quantised_bytes.get(kind, 0) for kind in kinds)
-        peak = memory.peak_of(self.schedule, rank, self.slices, booked, self.boundary_bytes)  # type: ignore[arg-type]
+        peak = memory.peak_of(self.schedule, rank, self.slices, booked, self.boundary_bytes)
         state = state_bytes(self.config, rank)
         held = state.on_device + quantised + peak.num_bytes
         return RankMemory(state, quantised, peak, self._reserve(rank, held))
@@ -220,9 +220,7 @@ class Plan:
         ranks_s = tuple(totals.length_s for totals in pipeline.totals)
         middle = self.schedule.ranks[self.config.parallel.pp // 2]
         pair = _most_frequent(middle)
-        return StepTime(
-            kernels, costs, pipeline, optimizer_s, optimizer_totals, ranks_s, pair, costs.cost(pair).totals
-        )
+        return StepTime(kernels, costs, pipeline, optimizer_s, optimizer_totals, ranks_s, pair, costs.cost(pair).totals)
 
     def _host(self, kernels: str) -> Host:
         """Our own code's host. Fused kernels are few enough for any host to keep ahead."""
@@ -242,16 +240,25 @@ class Plan:
         found = []
         for rank in range(self.config.parallel.pp):
             clock = Clock(self._host(kernels))
-            events = update_events(self.config, rank, self.device)
             kinds = Counter(kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage))
             again = [each for kind, num in kinds.items() for each in self.layers.quantising.get(kind, ()) * num]
-            for event, seconds in self._pricing(kernels, False).events([*events, *again]):
+            for event, seconds in self._pricing(kernels, False).events([*self._updates[rank], *again]):
                 clock.see(event, seconds, 0)
             found.append((clock.compute_s, rank, clock.totals))
-            if self.config.mirrored and rank == self.config.parallel.pp // 2 - 1:
-                break
         longest_s, _, totals = max(found, key=lambda each: each[:2])
         return longest_s, totals
+
+    @cached_property
+    def _updates(self) -> list[tuple[Event, ...]]:
+        """What each rank's optimizer does. Ranks that hold like layers do alike."""
+        known: dict[tuple[tuple[str, ...], ...], tuple[Event, ...]] = {}
+        found = []
+        for rank in range(self.config.parallel.pp):
+            kinds = tuple(sorted(self._kinds(stage) for stage in self.config.placement.stages_on(rank)))
+            if kinds not in known:
+                known[kinds] = update_events(self.config, rank, self.device)
+            found.append(known[kinds])
+        return found
 
     # --- figures
 
@@ -275,8 +282,3 @@ def _most_frequent(actions: Sequence[Action]) -> Action:
     kind = "pair" if kinds["pair"] else kinds.most_common(1)[0][0]
     those = [action for action in actions if action.kind == kind]
     return those[len(those) // 2]
-
-
-def bytes_kept(layer: LayerPasses) -> int:
-    """What a layer's forward leaves for its backward."""
-    return sum(event.num_bytes for event in layer.forward if isinstance(event, Memory))

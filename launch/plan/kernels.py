@@ -89,6 +89,16 @@ class Rates:
         """Of any operation on the device."""
         return self.cluster.passes.least_us * 1e-6
 
+    def core_seconds(self, kernel: Kernel, kernels: str, num_taken: int = 0) -> float:
+        """A product or attention by itself, in one of the three sets."""
+        if kernels == AS_WRITTEN:
+            return self.seconds(kernel, num_taken)
+        if kernels == BOUND:
+            return kernel.flops / self.cluster.compute.peak(kernel.dtype)
+        if kernel.work == "attention":
+            return self.published_attention_seconds(kernel, num_taken)
+        return self.published_product_seconds(kernel.dtype, shape_of_kernel(kernel), num_taken)
+
     # By node.
 
     def node_seconds(self, events: Iterable[Event], enter: Enter, kernels: str, num_taken: int = 0) -> float:
@@ -118,7 +128,7 @@ class Rates:
         name = "attention" if attention or enter.node in OF_ATTENTION else "experts"
         part = self.kernel_set.part(name, enter.kind)
         multiplied = sum(self.published_product_seconds(dtype, shape, num_taken) for dtype, shape in products)
-        attended = sum(self._published_attention(kernel, num_taken) for kernel in attention)
+        attended = sum(self.published_attention_seconds(kernel, num_taken) for kernel in attention)
         return multiplied + attended + self._published_rest(part, products, attention)
 
     def published_product_seconds(self, dtype: str, shape: Shape, num_taken: int = 0) -> float:
@@ -132,7 +142,8 @@ class Rates:
         theirs, taken = self._theirs, self.kernel_set.num_units_taken
         return ours * self._traced(is_weight(dtype, shape)).seconds(shape) / theirs.product_seconds(dtype, shape, taken)
 
-    def _published_attention(self, kernel: Kernel, num_taken: int) -> float:
+    def published_attention_seconds(self, kernel: Kernel, num_taken: int = 0) -> float:
+        """Attention by DeepSeek's kernels: as far from this cluster's rate as the trace's is from its own cluster's."""
         theirs, taken = self._theirs, self.kernel_set.num_units_taken
         traced = kernel.flops / attention_rate(self.kernel_set.attention, kernel, theirs.cluster)
         plain = kernel.flops / attention_rate(theirs.cluster.attention.measured, kernel, theirs.cluster)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from launch.plan.clock import Priced
 from launch.plan.cluster import Cluster
-from launch.plan.events import Enter, Event, Kernel, LayerPasses, Launch, Turn
+from launch.plan.events import Enter, Event, Kernel, Launch, LayerPasses, Turn
 from launch.plan.exchange import COMBINE, DISPATCH, EXCHANGE, exchange_seconds
 from launch.plan.kernels import AS_WRITTEN, PUBLISHED, Rates
 from launch.plan.replay import Passes
@@ -49,25 +49,35 @@ class Pricing:
         )
 
     def events(self, events: Sequence[Event]) -> list[tuple[Event, float]]:
-        """Events with their seconds; in sets that know nodes only, a node's are dealt out to its kernels."""
+        """Events with their seconds. In sets that know nodes only, products and attention take their own time, and what
+        else a node takes is dealt out to its other kernels."""
         found: list[tuple[Event, float]] = []
         for enter, node in _nodes(events):
             scale = self._scale(enter, node)
             found.append((enter, 0.0))
             for event in node:
                 if isinstance(event, Kernel):
-                    found.append((event, self.rates.seconds(event, self.num_taken) * scale))
+                    found.append((event, self._kernel(event, scale)))
                 elif isinstance(event, Launch):
                     found.append((event, self._communication(event, enter)))
                 else:
                     found.append((event, 0.0))
         return found
 
+    def _kernel(self, kernel: Kernel, scale: float) -> float:
+        if kernel.work == "move" or not kernel.flops:
+            return self.rates.seconds(kernel, self.num_taken) * scale
+        return self.rates.core_seconds(kernel, self.kernels, self.num_taken)
+
     def _scale(self, enter: Enter, node: Sequence[Event]) -> float:
+        """How long the passes over memory of a node are, over what they are as written."""
         if self.kernels == AS_WRITTEN:
             return 1.0
-        written = self.rates.node_seconds(node, enter, AS_WRITTEN, self.num_taken)
-        return self.rates.node_seconds(node, enter, self.kernels, self.num_taken) / written if written else 0.0
+        work = [event for event in node if isinstance(event, Kernel)]
+        core = sum(self._kernel(each, 0.0) for each in work)
+        passes = sum(self.rates.seconds(each, self.num_taken) for each in work if each.work == "move" or not each.flops)
+        whole = self.rates.node_seconds(node, enter, self.kernels, self.num_taken)
+        return max(0.0, whole - core) / passes if passes else 0.0
 
     def _communication(self, launch: Launch, enter: Enter) -> float:
         if self.kernels != AS_WRITTEN and launch.group == "node" and self.crosses:

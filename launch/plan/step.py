@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from launch.plan.clock import Clock, Host, Interval, Priced, Totals
+from launch.plan.events import Enter, Kernel
 from launch.plan.replay import Passes, ReplayedStage, run_alone
 from parallel.pipeline.actions import Action, Chunk, Pair
 from parallel.pipeline.events import Event as ActionEvent
@@ -16,6 +17,8 @@ from train.model.parts import Parts
 
 # The name of each kind of action in the published table of a step (arXiv 2505.09343, Table 4).
 PARTS = {"F": "1F", "B": "1B", "D": "1B", "W": "1W", "pair": "1F1B"}
+# The passes that each kind of chunk is made of.
+PASSES = {"F": "F", "B": "B", "W": "W", "D": "BW"}
 # An action is carried out so often: first to last, the host comes to be as far ahead as it is in the middle of a step.
 _ROUNDS = 3
 
@@ -91,6 +94,18 @@ class ActionCosts:
         """What each stream does when during an action; times count from its start."""
         return self._measure(action, keeps_intervals=True)[1]
 
+    def pieces(self, action: Action) -> list[tuple[tuple[str, str, str], float]]:
+        """(layer, node, pass) and seconds of every kernel of an action, waits left out."""
+        layers = self.beside if isinstance(action, Pair) else self.alone
+        found = []
+        for part in _chunks(action):
+            for kind in self._kinds(part.stage):
+                passes = layers[kind]
+                lists = {"F": passes.forward, "B": passes.backward, "W": passes.weights}
+                for name in PASSES[part.kind]:
+                    found += [each for stretch in lists[name] for each in _kernels(stretch)]
+        return found
+
     def _kinds(self, stage: int) -> tuple[str, ...]:
         return self.slices[self.placement.position(stage)]
 
@@ -129,6 +144,16 @@ class ActionCosts:
             ended,
         )
         return found[-1], intervals
+
+
+def _kernels(stretch: Priced) -> list[tuple[tuple[str, str, str], float]]:
+    found, piece = [], ("", "", "")
+    for event, seconds in zip(stretch.events, stretch.seconds, strict=True):
+        if isinstance(event, Enter):
+            piece = (event.layer, event.node, event.kind)
+        elif isinstance(event, Kernel):
+            found.append((piece, seconds))
+    return found
 
 
 def _chunks(action: Action) -> tuple[Chunk, ...]:

@@ -1,0 +1,198 @@
+"""A plan's figures: one object for scripts, one screen for people."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from statistics import median
+from typing import Any
+
+from launch.plan.clock import Totals
+from launch.plan.job import Plan, RankMemory, StepTime
+from launch.plan.kernels import AS_WRITTEN, KERNELS, PUBLISHED
+from train.track.console import short
+
+WORDS = {"as_written": "as written", "published": "published", "bound": "bound"}
+GB = 1e9
+
+
+def numbers(plan: Plan) -> dict[str, Any]:
+    """Everything that the screen says, and each rank's memory by component, as plain values."""
+    mesh = plan.config.parallel
+    found: dict[str, Any] = {
+        "cluster": plan.cluster.title,
+        "num_ranks": mesh.world_size,
+        "num_tokens_per_step": plan.num_tokens,
+        "num_micro_batches": plan.num_micro_batches,
+        "schedule": plan.schedule.name,
+        "device_bytes": int(plan.cluster.memory.device_gb * GB),
+        "fits": fits(plan),
+        "memory": [rank_numbers(rank) for rank in plan.ranks],
+        "costliest_differences": differences(plan),
+    }
+    return found | {kernels: column(plan, kernels) for kernels in KERNELS}
+
+
+def fits(plan: Plan) -> bool:
+    """Whether every rank's memory is within the device's."""
+    return max(rank.total for rank in plan.ranks) <= plan.cluster.memory.device_gb * GB
+
+
+def column(plan: Plan, kernels: str) -> dict[str, Any]:
+    """The figures of one set of kernels."""
+    step = plan.step(kernels)
+    return {
+        "step_s": step.step_s,
+        "parts_s": step.parts_s,
+        "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu(kernels),
+        "mfu_causal": plan.mfu(kernels),
+        "mfu_noncausal": plan.mfu(kernels, causal=False),
+        "peak_bytes": [rank.total for rank in plan.ranks],
+        "pair": str(step.pair),
+        "pair_s": step.pair_totals.length_s,
+        "exposed_share_of_pair": exposed_share(step.pair_totals),
+        "host_share_of_pair": step.pair_totals.host_s / step.pair_totals.length_s,
+        "launches_per_pair": step.pair_totals.num_kernels + step.pair_totals.num_launches,
+        "other_share": step.pair_totals.busy_s["move"] / sum(step.pair_totals.busy_s.values()),
+        "end_over_middle": end_over_middle(step),
+    }
+
+
+def exposed_share(totals: Totals) -> float:
+    """Of a stretch of time, what the device waits for communication."""
+    return sum(totals.exposed_s.values()) / totals.length_s
+
+
+def end_over_middle(step: StepTime) -> float:
+    """Device time of the slower end rank over that of a middle one."""
+    busy_s = [sum(totals.busy_s.values()) for totals in step.pipeline.totals]
+    return max(busy_s[0], busy_s[-1]) / median(busy_s)
+
+
+def rank_numbers(rank: RankMemory) -> dict[str, Any]:
+    """One rank's memory at its fullest, in bytes."""
+    state = rank.state
+    return {
+        "total": rank.total,
+        "weights": state.weights,
+        "quantised_weights": rank.quantised,
+        "main_grad": state.main_grad,
+        "masters": state.masters,
+        "moments": state.moments,
+        "buffers": state.buffers,
+        "ema_on_host": state.ema_on_host,
+        "step": rank.step.by_component,
+        "reserve": rank.reserve,
+        "at": str(rank.step.action),
+        "largest": dict(list(rank.step.by_label.items())[:10]),
+        "by_micro_batch": {f"{stage}.{number}": size for (stage, number), size in rank.step.by_micro_batch.items()},
+    }
+
+
+def differences(plan: Plan) -> list[dict[str, Any]]:
+    """The ten pieces of a pair that cost most beyond what the published kernels take, the costliest first."""
+    times: dict[str, dict[tuple[str, str, str], float]] = {}
+    for kernels in (AS_WRITTEN, PUBLISHED):
+        step = plan.step(kernels)
+        times[kernels] = by_piece(plan, step)
+    written, published = times[AS_WRITTEN], times[PUBLISHED]
+    extra = {piece: written[piece] - published.get(piece, 0.0) for piece in written}
+    costliest = sorted(extra, key=lambda piece: -extra[piece])[:10]
+    return [
+        {
+            "piece": " ".join(piece),
+            "as_written_s": written[piece],
+            "published_s": published.get(piece, 0.0),
+            "difference_s": extra[piece],
+        }
+        for piece in costliest
+        if extra[piece] > 0
+    ]
+
+
+def by_piece(plan: Plan, step: StepTime) -> dict[tuple[str, str, str], float]:
+    """(layer, node, pass) -> seconds of the device in a pair of a middle rank, and what it waits for by group."""
+    found: defaultdict[tuple[str, str, str], float] = defaultdict(float)
+    for piece, seconds in step.costs.pieces(step.pair):
+        found[piece] += seconds
+    for group, seconds in step.pair_totals.exposed_s.items():
+        found["waits for", group, "exchange"] += seconds
+    if step.pair_totals.host_s:
+        found["waits for", "the host", ""] += step.pair_totals.host_s
+    return dict(found)
+
+
+def screen(plan: Plan) -> str:
+    """One screen."""
+    return "\n".join([*_heading(plan), "", *_memory(plan), "", *_times(plan), "", *_work(plan)])
+
+
+def _heading(plan: Plan) -> list[str]:
+    mesh, train = plan.config.parallel, plan.config.train
+    return [
+        f"{plan.cluster.title}: {mesh.world_size} ranks = pp {mesh.pp} x dp {mesh.dp}, experts over {mesh.ep} "
+        f"({mesh.dispatch}, {mesh.nodes_per_ep_group} machines), {plan.schedule.name}",
+        f"{plan.config.precision.name}, {plan.num_micro_batches} micro-batches of {train.micro_batch_size} x "
+        f"{train.seq_len} tokens, {short(plan.num_tokens)} tokens a step",
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    worst = max(range(len(plan.ranks)), key=lambda rank: plan.ranks[rank].total)
+    rank, device = plan.ranks[worst], plan.cluster.memory.device_gb
+    state = rank.state
+    parts = {
+        "weights": state.weights + rank.quantised,
+        "main_grad": state.main_grad,
+        "masters and moments": state.masters + state.moments,
+        **rank.step.by_component,
+        "reserve": rank.reserve,
+    }
+    over = rank.total / GB - device
+    verdict = "fits" if over <= 0 else f"DOES NOT FIT, by {over:.1f} GB"
+    lines = [
+        f"memory  {verdict}: {rank.total / GB:.1f} of {device:.1f} GB on pipeline rank {worst}, in {rank.step.action}"
+    ]
+    lines += [f"        {name:<22}{size / GB:7.2f} GB" for name, size in parts.items() if size >= 0.005 * GB]
+    alive = sorted(rank.step.by_micro_batch.items(), key=lambda each: -each[1])
+    lines.append(
+        f"        {len(alive)} micro-batches are alive then; the largest hold "
+        + ", ".join(f"{number} on stage {stage} {size / GB:.2f}" for (stage, number), size in alive[:3])
+        + " GB"
+    )
+    largest = list(rank.step.by_label.items())[:3]
+    lines.append("        largest tensors: " + "; ".join(f"{label} {size / GB:.2f} GB" for label, size in largest))
+    return lines
+
+
+def _times(plan: Plan) -> list[str]:
+    columns = {kernels: column(plan, kernels) for kernels in KERNELS}
+    rows: list[tuple[str, Mapping[str, str]]] = [
+        ("step, s", {name: f"{each['step_s']:.3f}" for name, each in columns.items()})
+    ]
+    for part in columns[AS_WRITTEN]["parts_s"]:
+        rows.append((f"  {part}", {name: f"{each['parts_s'][part]:.3f}" for name, each in columns.items()}))
+    rows += [
+        ("tokens/s per device", {name: f"{each['tokens_per_s_per_gpu']:,.0f}" for name, each in columns.items()}),
+        ("MFU, causal", {name: f"{each['mfu_causal']:.1%}" for name, each in columns.items()}),
+        ("MFU, not causal", {name: f"{each['mfu_noncausal']:.1%}" for name, each in columns.items()}),
+        ("a middle rank's pair, ms", {name: f"{1e3 * each['pair_s']:.1f}" for name, each in columns.items()}),
+        ("  waits for exchanges", {name: f"{each['exposed_share_of_pair']:.1%}" for name, each in columns.items()}),
+        ("  waits for its host", {name: f"{each['host_share_of_pair']:.1%}" for name, each in columns.items()}),
+        ("  neither product nor attention", {name: f"{each['other_share']:.1%}" for name, each in columns.items()}),
+        ("end ranks over middle ones", {name: f"{each['end_over_middle']:.2f}" for name, each in columns.items()}),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"time    {'':<{width}}" + "".join(f"{WORDS[kernels]:>12}" for kernels in KERNELS)]
+    lines += [f"        {name:<{width}}" + "".join(f"{row[kernels]:>12}" for kernels in KERNELS) for name, row in rows]
+    launches = columns[AS_WRITTEN]["launches_per_pair"]
+    return [*lines, f"        {launches:,} launches in such a pair"]
+
+
+def _work(plan: Plan) -> list[str]:
+    lines = ["what costs most beside the published kernels, in such a pair:"]
+    for each in differences(plan):
+        lines.append(
+            f"        {each['piece']:<34}{1e3 * each['as_written_s']:8.2f} ms for {1e3 * each['published_s']:.2f}"
+        )
+    return lines
