@@ -45,6 +45,8 @@ def column(plan: Plan, kernels: str) -> dict[str, Any]:
         "step_s": step.step_s,
         "parts_s": step.parts_s,
         "tokens_per_s_per_gpu": plan.tokens_per_s_per_gpu(kernels),
+        "tokens_per_day": plan.num_tokens / step.step_s * 86_400,
+        "gpu_hours": plan.gpu_hours(kernels),
         "mfu_causal": plan.mfu(kernels),
         "mfu_noncausal": plan.mfu(kernels, causal=False),
         "peak_bytes": [rank.total for rank in plan.ranks],
@@ -174,6 +176,7 @@ def _times(plan: Plan) -> list[str]:
         rows.append((f"  {part}", {name: f"{each['parts_s'][part]:.3f}" for name, each in columns.items()}))
     rows += [
         ("tokens/s per device", {name: f"{each['tokens_per_s_per_gpu']:,.0f}" for name, each in columns.items()}),
+        ("device hours of the run", {name: short(each["gpu_hours"]) for name, each in columns.items()}),
         ("MFU, causal", {name: f"{each['mfu_causal']:.1%}" for name, each in columns.items()}),
         ("MFU, not causal", {name: f"{each['mfu_noncausal']:.1%}" for name, each in columns.items()}),
         ("a middle rank's pair, ms", {name: f"{1e3 * each['pair_s']:.1f}" for name, each in columns.items()}),

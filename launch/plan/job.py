@@ -21,6 +21,7 @@ from launch.plan.world import MakeRouting, balanced
 from parallel.pipeline.actions import Action
 from parallel.pipeline.order import messages
 from parallel.pipeline.schedule import Schedule
+from parallel.pipeline.simulate import simulate
 from train.assemble import DTYPES
 from train.config import RunConfig
 from train.flops import training_flops_per_token
@@ -123,8 +124,7 @@ class Plan:
     @cached_property
     def num_micro_batches(self) -> int:
         """Of one pipeline, in a step of the full batch."""
-        train = self.config.train
-        return train.global_batch_size // self.config.parallel.dp // train.micro_batch_size
+        return self._count(self.config.train.global_batch_size)
 
     @cached_property
     def schedule(self) -> Schedule:
@@ -259,6 +259,34 @@ class Plan:
                 known[kinds] = update_events(self.config, rank, self.device)
             found.append(known[kinds])
         return found
+
+    def gpu_hours(self, kernels: str) -> float:
+        """Of the whole recipe, with the steps of its ramp; evaluations and checkpoints are not in it."""
+        sizes = [(self._count(num_sequences), num_steps) for num_sequences, num_steps in self.config.recipe().batches()]
+        known: dict[str, list[int]] = {}
+        for num, _ in sizes:
+            known.setdefault(self.config.schedule(num).name, []).append(num)
+        step_s: dict[int, float] = {}
+        for numbers in known.values():
+            # A longer step repeats the middle of a schedule: its length is linear in the number of micro-batches.
+            low, high = min(numbers), max(numbers)
+            ends = [self._length_s(kernels, num) for num in (low, high)]
+            for num in numbers:
+                share = (num - low) / max(1, high - low)
+                step_s[num] = ends[0] + share * (ends[1] - ends[0])
+        total_s = sum(step_s[num] * num_steps for num, num_steps in sizes)
+        return total_s * self.config.parallel.world_size / 3600
+
+    def _count(self, num_sequences: int) -> int:
+        """Micro-batches of one pipeline in a step of so many sequences."""
+        return num_sequences // self.config.parallel.dp // self.config.train.micro_batch_size
+
+    def _length_s(self, kernels: str, num_micro_batches: int) -> float:
+        step = self.step(kernels)
+        if num_micro_batches == self.num_micro_batches:
+            return step.step_s
+        schedule = self.config.schedule(num_micro_batches)
+        return simulate(schedule, step.costs).step + step.optimizer_s
 
     # --- figures
 

@@ -137,6 +137,13 @@ class Recipe:
     def _run_of(self, step: int) -> BatchRun:
         return self._runs[bisect_right(self._run_steps, step) - 1]
 
+    def batches(self) -> list[tuple[int, int]]:
+        """(sequences of a step, number of such steps) of every batch size in turn, from the run's own first step on."""
+        starts = [max(run.first_step, self.first_step) for run in self._runs]
+        stops = [*starts[1:], self.num_steps]
+        spans = zip(self._runs, starts, stops, strict=True)
+        return [(run.num_sequences, min(stop, self.num_steps) - start) for run, start, stop in spans if stop > start]
+
     def sequences_before(self, step: int) -> int:
         """Sequences of all steps before this one (of any number, past the run's end too)."""
         return self._run_of(step).at(step)[0]
