@@ -103,7 +103,7 @@ class ActionCosts:
                 passes = layers[kind]
                 lists = {"F": passes.forward, "B": passes.backward, "W": passes.weights}
                 for name in PASSES[part.kind]:
-                    found += [each for stretch in lists[name] for each in _kernels(stretch)]
+                    found += _kernels(lists[name])
         return found
 
     def _kinds(self, stage: int) -> tuple[str, ...]:
@@ -146,13 +146,14 @@ class ActionCosts:
         return found[-1], intervals
 
 
-def _kernels(stretch: Priced) -> list[tuple[tuple[str, str, str], float]]:
+def _kernels(stretches: Sequence[Priced]) -> list[tuple[tuple[str, str, str], float]]:
     found, piece = [], ("", "", "")
-    for event, seconds in zip(stretch.events, stretch.seconds, strict=True):
-        if isinstance(event, Enter):
-            piece = (event.layer, event.node, event.kind)
-        elif isinstance(event, Kernel):
-            found.append((piece, seconds))
+    for stretch in stretches:
+        for event, seconds in zip(stretch.events, stretch.seconds, strict=True):
+            if isinstance(event, Enter):
+                piece = (event.layer, event.node, event.kind)
+            elif isinstance(event, Kernel):
+                found.append((piece, seconds))
     return found
 
 
