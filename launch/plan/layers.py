@@ -106,9 +106,7 @@ def _trace(small: RunConfig, kernels: str, make_routing: MakeRouting) -> Layers:
         quantising={
             kind: tuple((first.kernels(chosen) - again.kernels(chosen)).elements()) for kind, chosen in numbers.items()
         },
-        quantised_bytes={
-            kind: first.left_bytes(chosen) - again.left_bytes(chosen) for kind, chosen in numbers.items()
-        },
+        quantised_bytes={kind: first.left_bytes(chosen) - again.left_bytes(chosen) for kind, chosen in numbers.items()},
     )
 
 

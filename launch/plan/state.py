@@ -72,7 +72,9 @@ def state_bytes(config: RunConfig, pp_rank: int) -> StateBytes:
         masters += 0 if each.dtype == each.master_dtype else own * each.master_dtype.itemsize
         moments += len(each.inner.state_names) * own * moment
         ema += sum(part.numel for part in segments(layout, 0)) * each.master_dtype.itemsize
-    return StateBytes(weights, main_grad, masters, moments, shell.buffer_bytes, ema if config.optimizer.ema_decay else 0)
+    return StateBytes(
+        weights, main_grad, masters, moments, shell.buffer_bytes, ema if config.optimizer.ema_decay else 0
+    )
 
 
 def update_events(config: RunConfig, pp_rank: int, kernels: str = "cuda") -> tuple[Event, ...]:
