@@ -107,7 +107,7 @@ def _traffic(func: Any, name: str, operands: Mapping[str, Any], results: list[Te
     if name in _TAKING:
         others = _bytes_of(value for key, value in operands.items() if key != arguments[0].name)
         return others + made, made
-    if name == "_embedding_bag":
+    if name.startswith("_embedding_bag"):
         rows = operands["indices"].numel() * first.shape[1] * first.element_size() if first is not None else 0
         return rows + _bytes_of(value for key, value in operands.items() if key != arguments[0].name), made
     if name in _PUTTING and isinstance(first, Tensor):

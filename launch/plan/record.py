@@ -108,7 +108,9 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Inside, everything is written down; memory that was taken before is not seen."""
+        """Inside, everything is written down; memory that was taken before is not seen. Communications and reads are
+        numbered anew."""
+        self._num_communications = self._num_reads = 0
         with self:
             self._is_on = True
             try:

@@ -30,7 +30,6 @@ from launch.plan.routing import RoutedHost, Routing
 from parallel import process
 from parallel.expert.placement import Placement
 from parallel.mesh import Mesh
-from parallel.process import Groups
 from train.assemble import Files, put_together
 from train.config import RunConfig
 from train.data.rows.blend import Stream
@@ -68,10 +67,15 @@ def world(
     recorder = recorder or Recorder()
     # What is the faster way to multiply here is measured, and nothing can be where tensors have no values.
     config = dataclasses.replace(config, precision=settle(config.precision, kernels))
+    mesh = Mesh(config.parallel, rank, config.mirrored, config.shared_ends)
+    host = RoutedHost(make_routing(config, placement_of(config, mesh)), kernels == "cuda", recorder)
     with fake_world(config.parallel.world_size, rank, kernels):
-        yield put_together(
-            config, _groups(config, kernels, make_routing, recorder), _files(config), tapes=recorder.tapes()
+        groups = process.start(
+            config.parallel, "cpu", config.mirrored, config.shared_ends, backend=_BACKENDS[kernels], kernels=kernels
         )
+        watch = recorder.watch(groups.watch.name, host.runs_ahead)
+        groups = dataclasses.replace(groups, host=host, watch=watch)
+        yield put_together(config, groups, _files(config), tapes=recorder.tapes())
 
 
 @contextmanager
@@ -89,15 +93,6 @@ def fake_world(world_size: int, rank: int, kernels: str) -> Iterator[None]:
                 yield
         finally:
             dist.destroy_process_group()
-
-
-def _groups(config: RunConfig, kernels: str, make_routing: MakeRouting, recorder: Recorder) -> Groups:
-    made = process.start(
-        config.parallel, "cpu", config.mirrored, config.shared_ends, backend=_BACKENDS[kernels], kernels=kernels
-    )
-    ahead = kernels == "cuda"
-    host = RoutedHost(make_routing(config, placement_of(config, made.mesh)), ahead, recorder)
-    return dataclasses.replace(made, host=host, watch=recorder.watch(made.watch.name, ahead))
 
 
 def placement_of(config: RunConfig, mesh: Mesh) -> Placement:
