@@ -30,7 +30,7 @@ CLUSTERS = CONFIGS / "cluster"
 RESULTS = ("float64", "float32", "bfloat16")
 # Fields that may be 0. All other numbers are above it.
 MAY_BE_ZERO = {"latency_us", "num_units_taken", "communicator_gb", "context_gb", "fragmentation_share", "num_threads"}
-MAY_BE_ZERO |= {"launch_us", "per_rank_us", "per_launch_us"}
+MAY_BE_ZERO |= {"launch_us", "per_rank_us", "first_call_us", "num_bytes"}
 # A rate that was measured may lie this much above the peak of a data sheet: clocks boost.
 ABOVE_PEAK = 1.02
 
@@ -95,7 +95,10 @@ class Cluster:
 
         parts = {name: getattr(self, name) for name in ("products", "attention", "passes")}
         changed = {name: dataclasses.replace(part, measured=nearest(part.measured)) for name, part in parts.items()}
-        return self if changed == parts else dataclasses.replace(self, **changed)
+        if changed == parts:
+            return self
+        compute = dataclasses.replace(self.compute, num_units=min(num_threads, self.compute.num_units))
+        return dataclasses.replace(self, compute=compute, **changed)
 
 
 def here_path() -> Path:

@@ -46,6 +46,9 @@ def exchange_seconds(
     together = num_together or _together(launch, cluster)
     payload = max(launch.sent_bytes, launch.received_bytes)
     peers = max(launch.num_peers - 1, 1)
+    level = cluster.node if together >= launch.num_peers else cluster.network
+    if kernels != BOUND and (times := _measured(level, launch)):
+        return interpolated(times, payload) * max(1.0, payload / times[-1][0]) * 1e-6
     if launch.name == EXCHANGE or launch.group == "link":
         inside = payload * (together - 1) / peers if together < launch.num_peers else payload
         outside = payload - inside
@@ -56,6 +59,16 @@ def exchange_seconds(
         levels = [(cluster.node, inside, together - 1), (cluster.network, outside, peers - together + 1)]
         return max(_seconds(level, sent, num, kernels) for level, sent, num in levels if sent or num)
     return _ring_seconds(launch, cluster, kernels, together, payload)
+
+
+def _measured(level: Level, launch: Launch) -> list[tuple[float, float]]:
+    """(bytes, 1e-6 s) of a communication, of the nearest number of ranks that it was measured with."""
+    name = {"receive": "send", "all_reduce": "all_gather"}.get(launch.name, launch.name)
+    rows = [row for row in level.measured if row.name == name]
+    if not rows:
+        return []
+    near = min({row.num_ranks for row in rows}, key=lambda num: abs(math.log(num / max(launch.num_peers, 1))))
+    return sorted((max(row.num_bytes, 1), row.us) for row in rows if row.num_ranks == near)
 
 
 def _together(launch: Launch, cluster: Cluster) -> int:

@@ -102,12 +102,14 @@ class Products:
         tile_rows: rows of the piece of a result that one processor makes at a time.
         tile_columns: columns of that piece.
         measured: products with their rates.
+        first_call_us: what the first product of a shape takes besides, in a process.
     """
 
     source: str
     tile_rows: int
     tile_columns: int
     measured: list[ProductRate]
+    first_call_us: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,14 @@ class PassRate:
         name: torch's name of the operation, `any` for those that are not listed.
         num_bytes: that it reads and writes.
         gb_per_s: 1e9 bytes/s, reads and writes together.
+        dtype: of the operands, `any` where it is not told apart.
         num_threads: with which it was measured.
     """
 
     name: str
     num_bytes: int
     gb_per_s: float
+    dtype: str = "any"
     num_threads: int = 0
 
 
@@ -194,6 +198,23 @@ class Host:
 
 
 @dataclass(frozen=True)
+class MessageTime:
+    """One measured communication.
+
+    Attributes:
+        name: `exchange`, `reduce_scatter`, `all_gather` or `send`.
+        num_ranks: of the group.
+        num_bytes: that leave a rank.
+        us: from its start to its end, 1e-6 s.
+    """
+
+    name: str
+    num_ranks: int
+    num_bytes: int
+    us: float
+
+
+@dataclass(frozen=True)
 class Level:
     """A level of the network.
 
@@ -204,6 +225,7 @@ class Level:
         collective_gb_per_s: the same within a ring of a collective (NCCL's bus bandwidth).
         latency_us: a message's way.
         per_rank_us: what an exchange takes for every peer, however little is sent.
+        measured: communications with their times, which then say what the figures above say without them.
     """
 
     source: str
@@ -212,6 +234,7 @@ class Level:
     collective_gb_per_s: float
     latency_us: float
     per_rank_us: float = 0.0
+    measured: list[MessageTime] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ class Rates:
         self.cluster = cluster
         self.kernel_set = kernel_set or published.load()
         self._tables: dict[tuple[str, bool], ProductTable] = {}
-        self._passes: dict[str, list[tuple[float, float]]] = {}
+        self._passes: dict[tuple[str, str], list[tuple[float, float]]] = {}
 
     # As written.
 
@@ -65,7 +65,7 @@ class Rates:
             return self.product_seconds(kernel.dtype, shape_of_kernel(kernel), num_taken)
         if kernel.work == "attention":
             return self.attention_seconds(kernel, num_taken)
-        return self.pass_seconds(kernel.name, kernel.read_bytes + kernel.written_bytes)
+        return self.pass_seconds(kernel.name, kernel.dtype, kernel.read_bytes + kernel.written_bytes)
 
     def product_seconds(self, dtype: str, shape: Shape, num_taken: int = 0) -> float:
         """A product at a published rate of its kind."""
@@ -77,9 +77,9 @@ class Rates:
         moved = (kernel.read_bytes + kernel.written_bytes) / self.cluster.bytes_per_s
         return max(kernel.flops / rate * self._crowded(num_taken), moved, self.least_s)
 
-    def pass_seconds(self, name: str, num_bytes: int) -> float:
+    def pass_seconds(self, name: str, dtype: str, num_bytes: int) -> float:
         """A pass over memory: by what was measured of the operation, or at the bandwidth that is reached."""
-        rows = self._pass_rows(name)
+        rows = self._pass_rows(name, dtype)
         if not rows:
             return max(num_bytes / self.cluster.bytes_per_s, self.least_s)
         return max(num_bytes / interpolated(rows, num_bytes), self.least_s)
@@ -217,12 +217,15 @@ class Rates:
         """Rates of the cluster that the kernel set ran on."""
         return Rates(load(self.kernel_set.cluster), self.kernel_set)
 
-    def _pass_rows(self, name: str) -> list[tuple[float, float]]:
-        if name not in self._passes:
+    def _pass_rows(self, name: str, dtype: str) -> list[tuple[float, float]]:
+        """(bytes, bytes/s) of the operation with this type, else of the operation, else of any with the type."""
+        if (name, dtype) not in self._passes:
             measured = self.cluster.passes.measured
-            rows = [row for row in measured if row.name == name] or [row for row in measured if row.name == "any"]
-            self._passes[name] = sorted((row.num_bytes, row.gb_per_s * 1e9) for row in rows)
-        return self._passes[name]
+            for asked in ((name, dtype), (name, None), ("any", dtype), ("any", None)):
+                if rows := [row for row in measured if row.name == asked[0] and asked[1] in (row.dtype, None)]:
+                    break
+            self._passes[name, dtype] = sorted((row.num_bytes, row.gb_per_s * 1e9) for row in rows)
+        return self._passes[name, dtype]
 
     def _crowded(self, num_taken: int) -> float:
         """Times longer that what multiplies takes while communication holds so many processors."""

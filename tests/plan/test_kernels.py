@@ -100,11 +100,11 @@ def test_a_pass_is_what_was_measured_of_its_operation() -> None:
     cluster = clusters.load("h800")
     passes = dataclasses.replace(cluster.passes, least_us=0.1, measured=measured)
     mine = Rates(dataclasses.replace(cluster, passes=passes))
-    assert mine.pass_seconds("mul", 10**6) == pytest.approx(10**6 / 8e9)
-    assert mine.pass_seconds("topk", 10**6) == pytest.approx(10**6 / 2e9)
-    assert mine.pass_seconds("mul", 10**8) == pytest.approx(10**8 / 8e9)
-    between = mine.pass_seconds("mul", 10**4)
-    assert mine.pass_seconds("mul", 1000) < between < mine.pass_seconds("mul", 10**5)
+    assert mine.pass_seconds("mul", BF16, 10**6) == pytest.approx(10**6 / 8e9)
+    assert mine.pass_seconds("topk", BF16, 10**6) == pytest.approx(10**6 / 2e9)
+    assert mine.pass_seconds("mul", BF16, 10**8) == pytest.approx(10**8 / 8e9)
+    between = mine.pass_seconds("mul", BF16, 10**4)
+    assert mine.pass_seconds("mul", BF16, 1000) < between < mine.pass_seconds("mul", BF16, 10**5)
 
 
 def test_nodes_without_a_product(rates: dict[str, Rates]) -> None:

@@ -1,0 +1,347 @@
+"""What one rank measures of this machine: products, passes over memory, attention, and what ranks send each other.
+
+`calibrate` starts it as a job's ranks are started, with the same allocator, threads and groups: on a processor these
+decide as much as the cores do. Rank 0 writes what it found as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from launch.plan.calibrate import LARGE_PASS_BYTES, USUAL
+from launch.plan.figures import AttentionRate, MessageTime, PassRate, ProductRate
+from parallel.collectives import all_gather, exchange, reduce_scatter
+from train.environment import num_threads, read
+
+# How long one figure is measured, and in how many blocks. The figure is the third of ten: other programs can only make
+# a block longer, and a machine that is never idle has no typical one.
+FIGURE_S, NUM_BLOCKS = 0.02, 10
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+# (m, n, k): from what a head of attention multiplies and an expert gets on small runs to what fills a processor.
+PRODUCTS = (
+    *((8, 128, 128), (32, 256, 128), (64, 64, 64), (128, 512, 128), (128, 128, 512), (256, 256, 1024)),
+    *((512, 1024, 256), (512, 256, 1024), (1024, 1024, 1024), (2048, 512, 512), (64, 2048, 512)),
+)
+# (groups, m of a group, n, k): batches of small products, as attention's core has them.
+BATCHES = ((8, 64, 64, 32), (16, 128, 128, 64), (16, 256, 64, 256))
+PASS_BYTES = (16 << 10, 256 << 10, 4 << 20)
+LENGTHS = (128, 512, 1024)
+WIDTHS = (32, 64)
+NUM_HEADS = 4
+MESSAGE_BYTES = (64, 4 << 10, 64 << 10, 1 << 20, 8 << 20)
+WIDTH = 256  # of a row that passes over memory work on
+
+
+@dataclass
+class Found:
+    """What was measured, and how far the blocks of a figure were apart in the mean."""
+
+    products: list[dict[str, Any]]
+    passes: list[dict[str, Any]]
+    attention: list[dict[str, Any]]
+    messages: list[dict[str, Any]]
+    contention: dict[str, float]
+    least_us: float
+    launch_us: float
+    first_call_us: float
+    spreads: dict[str, float]
+
+
+class Stopwatch:
+    """Times functions, and remembers how far the blocks of a figure lay apart."""
+
+    def __init__(self, figure_s: float = FIGURE_S) -> None:
+        self._figure_s = figure_s
+        self._spreads: dict[str, list[float]] = {}
+
+    def seconds(self, kind: str, function: Callable[[], object], is_typical: bool = False) -> float:
+        """Of a call, the first apart; is_typical: of the middle block, with all that other programs make of it."""
+        function()
+        once = _block(function, 1)
+        num_blocks = max(1, min(NUM_BLOCKS, int(self._figure_s / once)))
+        count = max(1, int(self._figure_s / num_blocks / once))
+        blocks = sorted(_block(function, count) for _ in range(num_blocks))
+        if num_blocks == NUM_BLOCKS:
+            self._spreads.setdefault(kind, []).append(blocks[num_blocks // 2] / blocks[1] - 1)
+        return blocks[num_blocks // 2] if is_typical else _figure(blocks)
+
+    def spreads(self) -> dict[str, float]:
+        """By kind, how much slower the middle block of a figure is than its second fastest, in the mean."""
+        return {kind: statistics.mean(found) for kind, found in self._spreads.items()}
+
+
+def _figure(blocks: Sequence[float]) -> float:
+    """The third of ten blocks, the fastest of fewer than five."""
+    return sorted(blocks)[len(blocks) // 5]
+
+
+def _block(function: Callable[[], object], count: int) -> float:
+    started = time.perf_counter()
+    for _ in range(count):
+        function()
+    return max((time.perf_counter() - started) / count, 1e-8)
+
+
+def program(arguments: Sequence[str]) -> None:
+    """A rank: `OUT` is the file for rank 0's findings."""
+    (out,) = arguments
+    place = read()
+    if place.world_size == 1:
+        found = alone(num_threads() or 1, _say)
+    else:
+        dist.init_process_group("gloo")
+        found = together()
+        dist.destroy_process_group()
+    if place.rank == 0:
+        Path(out).write_text(json.dumps(asdict(found)))
+
+
+def _say(text: str) -> None:
+    print(f"  {text}", flush=True)
+
+
+def alone(most_threads: int, say: Callable[[str], object]) -> Found:
+    """All that a rank finds by itself, with one thread and with all."""
+    watch = Stopwatch()
+    products, passes, attention = [], [], []
+    first = first_call_us()
+    for threads in sorted({1, most_threads}):
+        torch.set_num_threads(threads)
+        say(f"{threads} {'thread' if threads == 1 else 'threads'}: products")
+        products += [asdict(row) for row in measured_products(watch, threads)]
+        say(f"{threads} {'thread' if threads == 1 else 'threads'}: passes over memory")
+        passes += [asdict(row) for row in measured_passes(watch, threads)]
+        say(f"{threads} {'thread' if threads == 1 else 'threads'}: attention")
+        attention += [asdict(row) for row in measured_attention(watch, threads)]
+    torch.set_num_threads(1)
+    least, launch = overheads_us(watch)
+    return Found(products, passes, attention, [], {}, least, launch, first, watch.spreads())
+
+
+def measured_products(watch: Stopwatch, threads: int) -> Iterator[ProductRate]:
+    """Plain and batched products of each type."""
+    for name, dtype in DTYPES.items():
+        for m, n, k in PRODUCTS:
+            a, b = torch.randn(m, k, dtype=dtype), torch.randn(n, k, dtype=dtype).t()
+            seconds = watch.seconds("products", lambda a=a, b=b: a @ b)  # type: ignore[misc]
+            yield ProductRate(name, m, n, k, 2 * m * n * k / seconds / 1e12, 1, name, threads)
+        for groups, m, n, k in BATCHES:
+            a, b = torch.randn(groups, m, k, dtype=dtype), torch.randn(groups, k, n, dtype=dtype)
+            seconds = watch.seconds("products", lambda a=a, b=b: torch.bmm(a, b))  # type: ignore[misc]
+            yield ProductRate(name, groups * m, n, k, 2 * groups * m * n * k / seconds / 1e12, groups, name, threads)
+
+
+def measured_passes(watch: Stopwatch, threads: int) -> Iterator[PassRate]:
+    """Operations that multiply nothing, by size and type."""
+    for dtype_name in ("float32", "bfloat16", "float64"):
+        dtype = DTYPES[dtype_name]
+        for name, make in PASSES.items():
+            if dtype_name == "float64" and name not in PLAIN:
+                continue
+            for size in (*PASS_BYTES, *((LARGE_PASS_BYTES,) if name in USUAL else ())):
+                rows = max(size // (WIDTH * dtype.itemsize), 2)
+                function, num_bytes = make(torch.randn(2, WIDTH, dtype=dtype).repeat(rows // 2, 1))
+                seconds = watch.seconds("passes", function)
+                yield PassRate(name, num_bytes, num_bytes / seconds / 1e9, dtype_name, threads)
+
+
+def _unary(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Callable[[], Tensor], int]]:
+    return lambda x: (lambda: function(x), x.nbytes + function(x).nbytes)
+
+
+def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], tuple[Callable[[], Tensor], int]]:
+    def make(x: Tensor) -> tuple[Callable[[], Tensor], int]:
+        y = torch.ones_like(x)
+        return lambda: function(x, y), 3 * x.nbytes
+
+    return make
+
+
+def _copied(x: Tensor) -> tuple[Callable[[], Tensor], int]:
+    y = torch.empty_like(x)
+    return lambda: y.copy_(x), 2 * x.nbytes
+
+
+def _cast(x: Tensor) -> tuple[Callable[[], Tensor], int]:
+    other = torch.float32 if x.dtype is torch.bfloat16 else torch.bfloat16
+    return lambda: x.to(other), x.nbytes + x.numel() * other.itemsize
+
+
+def _taken(x: Tensor) -> tuple[Callable[[], Tensor], int]:
+    index = torch.randperm(x.shape[0])
+    return lambda: x.index_select(0, index), 2 * x.nbytes + index.nbytes
+
+
+def _put(x: Tensor) -> tuple[Callable[[], Tensor], int]:
+    index, target = torch.randperm(x.shape[0]), torch.zeros_like(x)
+    return lambda: target.index_add_(0, index, x), 3 * x.nbytes + index.nbytes
+
+
+def _joined(x: Tensor) -> tuple[Callable[[], Tensor], int]:
+    return lambda: torch.cat([x, x], dim=1), 4 * x.nbytes
+
+
+def _activated(x: Tensor) -> tuple[Callable[[], Tensor], int]:
+    dy = torch.ones_like(x)
+    return lambda: torch.ops.aten.silu_backward(dy, x), 3 * x.nbytes
+
+
+def _chosen(x: Tensor) -> tuple[Callable[[], object], int]:
+    return lambda: x.topk(8, dim=-1), x.nbytes + x.shape[0] * 8 * (8 + x.element_size())
+
+
+def _zeroed(x: Tensor) -> tuple[Callable[[], Tensor], int]:
+    return x.zero_, x.nbytes
+
+
+Make = Callable[[Tensor], tuple[Callable[[], object], int]]
+# By torch's name: for rows of a tensor, the operation and the bytes that it reads and writes.
+PASSES: dict[str, Make] = {
+    "mul": _binary(torch.mul),
+    "add": _binary(torch.add),
+    "add_": _binary(lambda x, y: y.add_(x)),
+    "copy_": _copied,
+    "_to_copy": _cast,
+    "clone": _unary(torch.clone),
+    "cat": _joined,
+    "zero_": _zeroed,
+    "sum": _unary(lambda x: x.sum(-1)),
+    "pow": _unary(lambda x: x.pow(2)),
+    "silu": _unary(F.silu),
+    "silu_backward": _activated,
+    "sigmoid": _unary(torch.sigmoid),
+    "exp": _unary(torch.exp),
+    "_softmax": _unary(lambda x: x.softmax(-1)),
+    "_log_softmax": _unary(lambda x: x.log_softmax(-1)),
+    "index_select": _taken,
+    "index_add_": _put,
+    "topk": _chosen,
+}
+# Of float64, in which proofs run, the common ones.
+PLAIN = ("mul", "add", "copy_", "sum", "silu", "index_select")
+
+
+def measured_attention(watch: Stopwatch, threads: int) -> Iterator[AttentionRate]:
+    """Causal attention, forward and backward."""
+    for name, dtype in DTYPES.items():
+        for width in WIDTHS:
+            for length in LENGTHS:
+                q, k, v = (torch.randn(1, NUM_HEADS, length, width, dtype=dtype, requires_grad=True) for _ in range(3))
+
+                def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> Tensor:
+                    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+                out = forward()
+                dy = torch.ones_like(out)
+
+                def backward(out: Tensor = out, dy: Tensor = dy, inputs: tuple[Tensor, ...] = (q, k, v)) -> object:
+                    return torch.autograd.grad(out, inputs, dy, retain_graph=True)
+
+                flops = 2 * NUM_HEADS * length * length * width  # two products, half of the square
+                there, back = watch.seconds("attention", forward), watch.seconds("attention", backward)
+                yield AttentionRate(
+                    name, width, width, length, flops / there / 1e12, 2.5 * flops / back / 1e12, threads
+                )
+
+
+def first_call_us() -> float:
+    """What the first product of a shape takes besides, in bfloat16, for which a processor's library makes code."""
+    found = []
+    for size in (72, 104, 136, 168, 200):
+        a, b = torch.ones(size, 96, dtype=torch.bfloat16), torch.ones(96, size, dtype=torch.bfloat16)
+        first, second = (_block(lambda a=a, b=b: a @ b, 1) for _ in range(2))  # type: ignore[misc]
+        found.append(max(first - second, 0.0))
+    return statistics.median(found) * 1e6
+
+
+def overheads_us(watch: Stopwatch) -> tuple[float, float]:
+    """(time of the smallest operation, what a model's own Python and autograd add to an operation)."""
+    x = torch.ones(8, 8)
+    least = watch.seconds("overheads", lambda: x.mul(x))
+    weight, gain = torch.ones(8, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+
+    def layer() -> None:
+        y = F.silu((x * x.pow(2).mean(-1, keepdim=True).rsqrt()) * gain @ weight)
+        y.sum().backward()
+
+    # 8 operations forward and 15 backward, sums into gradients among them.
+    per_operation = watch.seconds("overheads", layer) / 23
+    return least * 1e6, max(per_operation - least, 0.0) * 1e6
+
+
+def together() -> Found:
+    """What ranks that work at once find: messages by size, and how much longer than alone each takes for the same."""
+    watch = Stopwatch()
+    group = dist.group.WORLD
+    assert group is not None
+    messages = [asdict(row) for row in measured_messages(group)]
+    return Found([], [], [], messages, contention(watch, group), 0.0, 0.0, 0.0, watch.spreads())
+
+
+def measured_messages(group: dist.ProcessGroup) -> Iterator[MessageTime]:
+    """As the product sends: every call waits for its result."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    for num_bytes in MESSAGE_BYTES:
+        each = max(num_bytes // 4 // size, 1)
+        whole, piece = torch.ones(each * size), torch.ones(each)
+        counts = [each] * size
+        calls: dict[str, Callable[[], object]] = {
+            "exchange": lambda: exchange(whole, counts, counts, group).wait(),
+            "reduce_scatter": lambda: reduce_scatter(whole, group).wait(),
+            "all_gather": lambda: all_gather(piece, group).wait(),
+        }
+        for name, call in calls.items():
+            yield MessageTime(name, size, each * 4 * (size - 1), 1e6 * _agreed_seconds(call))
+        tensor = torch.ones(each * size)
+        if rank < 2:
+            yield MessageTime("send", 2, tensor.nbytes, 1e6 * _sent_seconds(tensor, rank))
+        dist.barrier(group)
+
+
+def _agreed_seconds(call: Callable[[], object]) -> float:
+    """Seconds of a call that all ranks make equally often."""
+    call()
+    once = torch.tensor([_block(call, 2)], dtype=torch.float64)
+    dist.broadcast(once, 0)
+    count = max(2, int(FIGURE_S / NUM_BLOCKS / float(once)))
+    return _figure([_block(call, count) for _ in range(NUM_BLOCKS)])
+
+
+def _sent_seconds(tensor: Tensor, rank: int) -> float:
+    """One way between ranks 0 and 1: half of there and back."""
+
+    def ping() -> None:
+        for turn in (0, 1):
+            if rank == turn:
+                dist.send(tensor, 1 - rank)
+            else:
+                dist.recv(tensor, 1 - rank)
+
+    ping()
+    count = max(2, int(FIGURE_S / NUM_BLOCKS / (2e-9 * tensor.nbytes + 1e-3)))
+    return _figure([_block(ping, count) for _ in range(NUM_BLOCKS)]) / 2
+
+
+def contention(watch: Stopwatch, group: dist.ProcessGroup) -> dict[str, float]:
+    """Times longer that a product and a pass take on all ranks at once than on the first alone."""
+    a = torch.randn(256, 256)
+    x, y = torch.ones(6 << 20), torch.empty(6 << 20)
+    calls: dict[str, Callable[[], object]] = {"product": lambda: a @ a, "passes": lambda: y.copy_(x)}
+    found = {}
+    for kind, call in calls.items():
+        alone_s = watch.seconds("contention", call, True) if dist.get_rank(group) == 0 else 0.0
+        dist.barrier(group)
+        found[kind] = max(watch.seconds("contention", call, True) / (alone_s or 1.0), 1.0)
+        dist.barrier(group)
+    return found
