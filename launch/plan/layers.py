@@ -121,7 +121,8 @@ class _Written:
     def layer(self, numbers: Collection[int]) -> LayerPasses:
         """Those of one layer, which may be several in a row."""
         forward, backward, weights = (_of(entries, numbers) for entries in (self.forward, self.backward, self.weights))
-        first = backward[0].piece.turn if backward else 0
+        # A backward may do nothing itself, and only leave a weight gradient.
+        first = min((entry.piece.turn for entry in [*backward, *weights]), default=0)
         num_turns = sum(isinstance(entry.event, Turn) for entry in backward)
         left = [[entry for entry in weights if entry.piece.turn == first + turn] for turn in range(num_turns + 1)]
         assert sum(map(len, left)) == len(weights), "a weight gradient was left outside of its layer's backward"
