@@ -19,6 +19,7 @@ from launch.plan.state import StateBytes, state_bytes, update_events
 from launch.plan.step import ActionCosts, PipelineStep, layers_of_parts, run_schedule
 from launch.plan.world import MakeRouting, balanced
 from parallel.pipeline.actions import Action
+from parallel.pipeline.links import slots
 from parallel.pipeline.order import messages
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import simulate
@@ -154,7 +155,7 @@ class Plan:
     def _rank(self, rank: int, booked: Mapping[str, Passes[memory.Booked]]) -> RankMemory:
         kinds = [kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage)]
         quantised = sum(self.layers.quantised_bytes.get(kind, 0) for kind in kinds)
-        peak = memory.peak_of(self.schedule, rank, self.slices, booked, self.boundary_bytes)
+        peak = memory.peak_of(self.schedule, rank, self.slices, booked, self.boundary_bytes, slots(self.device))
         state = state_bytes(self.config, rank)
         held = state.on_device + quantised + peak.num_bytes
         return RankMemory(state, quantised, peak, self._reserve(rank, held))

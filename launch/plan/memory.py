@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from launch.plan.events import Event, Memory
 from launch.plan.replay import Ends, Passes, Progress, ReplayedStage
 from parallel.pipeline.actions import Action, Chunk
+from parallel.pipeline.order import Channel, messages, source
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule
 
@@ -92,13 +93,17 @@ def peak_of(
     slices: Sequence[tuple[str, ...]],
     layers: Mapping[str, Passes[Booked]],
     boundary_bytes: int,
+    num_slots: int = 0,
 ) -> Peak:
     """What one rank holds over a step of a schedule.
 
     boundary_bytes: of the tensor that one stage hands to the next. What is received lies there from the action that
-    takes it on; what is sent is let go by the action that made it.
+    takes it on; what is sent is let go by the action that made it. num_slots: receives that each link has posted ahead.
     """
     ledger = _Ledger()
+    posted = num_slots * boundary_bytes * sum(channel.target == rank for channel in messages(schedule))
+    ahead = Counter({("links", "receives posted ahead"): posted})
+    ledger.play(Booked(ahead, posted, ahead), (-1, -1, 0))
     placement = schedule.placement
     stages = {
         stage: ReplayedStage(stage, [layers[kind] for kind in slices[placement.position(stage)]], ledger)
@@ -112,7 +117,7 @@ def peak_of(
             peaks.append((ledger.peak, action))
         series.append(ledger.total)
 
-    links = _Boundaries(schedule, ledger, boundary_bytes)
+    links = _Boundaries(schedule, rank, ledger, boundary_bytes)
     Runtime(rank, stages, links, Progress(ended)).run(schedule, ())
     assert ledger.snapshot is not None
     held, owners, _ = ledger.snapshot
@@ -125,28 +130,49 @@ def peak_of(
         ledger.peak,
         {name: size for name, size in components.most_common() if size},
         {name: size for name, size in labels.most_common() if size},
-        {owner: size for owner, size in sorted(owners.items()) if size},
+        {owner: size for owner, size in sorted(owners.items()) if size and owner[0] >= 0},
         peaks[-1][1],
         tuple(series),
     )
 
 
 class _Boundaries(Ends):
-    """Books the tensors that stages hand on."""
+    """Books the tensors that stages hand on, as `Links` holds them: one that was sent is let go when its target has
+    said something that it could not have said before it had taken it."""
 
-    def __init__(self, schedule: Schedule, ledger: _Ledger, num_bytes: int) -> None:
+    def __init__(self, schedule: Schedule, rank: int, ledger: _Ledger, num_bytes: int) -> None:
         super().__init__(self._leaves)
-        self._placement, self._ledger = schedule.placement, ledger
-        change = Counter({("activations", "between stages"): num_bytes})
-        gone = Counter({("activations", "between stages"): -num_bytes})
+        self._placement, self._rank, self._ledger = schedule.placement, rank, ledger
+        change = Counter({("links", "between stages"): num_bytes})
+        gone = Counter({("links", "between stages"): -num_bytes})
         self._arrives, self._goes = Booked(change, num_bytes, change), Booked(gone, 0, Counter())
+        sent = messages(schedule)
+        self._to_send = {channel: deque(each) for channel, each in sent.items() if channel.source == rank}
+        self._to_take = {channel: deque(each) for channel, each in sent.items() if channel.target == rank}
+        self._leaving: dict[Channel, deque[tuple[int, tuple[int, int, int]]]] = {
+            channel: deque() for channel in self._to_send
+        }
 
     def take(self, part: Chunk) -> None:
-        inner = self._placement.before if part.kind == "F" else self._placement.after
-        if inner(part.stage) is not None:
-            self._ledger.play(self._arrives, (part.stage, part.micro_batch, 0))
+        made_by = source(self._placement, part)
+        if made_by is None or self._placement.rank_of[made_by.stage] == self._rank:
+            return
+        channel = Channel(self._placement.rank_of[made_by.stage], self._rank, part.kind)
+        self._ledger.play(self._arrives, (part.stage, part.micro_batch, 0))
+        message = self._to_take[channel].popleft()
+        for kind in "FB":
+            leaving = self._leaving.get(Channel(self._rank, channel.source, kind), deque())
+            while leaving and leaving[0][0] < message.sent:
+                self._ledger.play(self._goes, leaving.popleft()[1])
+
+    def close(self) -> None:
+        for leaving in self._leaving.values():
+            while leaving:
+                self._ledger.play(self._goes, leaving.popleft()[1])
 
     def _leaves(self, part: Chunk) -> None:
-        inner = self._placement.after if part.kind == "F" else self._placement.before
-        if inner(part.stage) is not None:
-            self._ledger.play(self._goes, (part.stage, part.micro_batch, 0))
+        at = {"F": self._placement.after, "B": self._placement.before}[part.kind](part.stage)
+        if at is None or self._placement.rank_of[at] == self._rank:
+            return
+        channel = Channel(self._rank, self._placement.rank_of[at], part.kind)
+        self._leaving[channel].append((self._to_send[channel].popleft().taken, (part.stage, part.micro_batch, 0)))

@@ -82,6 +82,12 @@ class _Leaving(NamedTuple):
     need: Need
 
 
+def slots(kernels: str) -> int:
+    """How many receives each link has posted ahead. kernels: cpu or cuda, as in `Groups`."""
+    # A receive that waits on NCCL occupies multiprocessors, so there only the next one is posted.
+    return 1 if kernels == "cuda" else 2
+
+
 class Links:
     """One rank's ends of the links. `open` a schedule, then `take` and `send` in its order."""
 
@@ -97,8 +103,7 @@ class Links:
         """rank: in the pipeline. watch: through which it waits. kernels: cpu or cuda, as in `Groups`."""
         self._watch = watch or Watch()
         self._rank, self._groups = rank, groups
-        # A receive that waits on NCCL occupies multiprocessors, so there only the next one is posted.
-        self._slots = 1 if kernels == "cuda" else 2
+        self._slots = slots(kernels)
         self._dtype, self._device = dtype, device
         self._shape: tuple[int, ...] = ()
         self._placement: Placement | None = None
