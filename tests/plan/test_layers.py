@@ -31,7 +31,7 @@ def whole(passes: LayerPasses) -> tuple[Event, ...]:
 
 
 def vectors(config: RunConfig, kind: str) -> int:
-    """Parameters that multiply nothing and that the closed form counts: norms, of dense layers those of latents alone."""
+    """Norms that the closed form counts, which multiply nothing: of dense layers those of latents alone."""
     model = config.model
     latents = (model.q_lora_rank or 0) + (model.kv_lora_rank or 0)
     return latents + (2 * model.hidden_size if kind == "moe" else 0)
