@@ -158,7 +158,7 @@ def _operations() -> torch.library.Library:
 
 
 def _quantize(x: Tensor, rows: bool, columns: bool, blocks: bool) -> list[Tensor]:
-    """Values in E4M3 and scales in float32, of x [m, k] by rows, then by columns [k, m], as far as they are asked for."""
+    """Values in E4M3 and scales in float32 of x [m, k] by rows, and of its columns [k, m]; either if asked for."""
     found = []
     for asked, (height, width) in ((rows, x.shape), (columns, reversed(x.shape))):
         if asked:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import pairwise
 
 import pytest
 
 from launch.plan.events import Event, Kernel, Launch, LayerPasses, Memory, Turn
-from launch.plan.layers import Layers, layers_of
+from launch.plan.layers import Kept, Layers, layers_of
 from launch.plan.record import Entry, Recorder, events_of
 from launch.plan.world import world
 from tests.plan.jobs import RECOMPUTE, WAYS, job
 from train.config import RunConfig
 from train.flops import forward_costs
 from train.model.loss import LossTerms
+
+
+@pytest.fixture(scope="module")
+def kept() -> Kept:
+    """Layers that several tests ask for are traced once."""
+    return {}
 
 
 def flops(events: tuple[Event, ...], work: str) -> int:
@@ -41,12 +46,12 @@ KINDS = [("model=tiny", "two_hop", "bf16"), ("model=tiny", "local", "fp32"), ("m
 
 
 @pytest.mark.parametrize(("model", "way", "precision"), KINDS)
-def test_flops_are_those_of_the_closed_forms(model: str, way: str, precision: str) -> None:
+def test_flops_are_those_of_the_closed_forms(kept: Kept, model: str, way: str, precision: str) -> None:
     """A forward is two operations for each of its weights and half the attention core. The gradient of its input costs
     as much in products, and attention's two and a half times as much, since it makes the scores again; so do the
     weights' gradients in products."""
     config = job(model, *WAYS[way], f"precision={precision}")
-    found = layers_of(config).passes
+    found = layers_of(config, kept=kept).passes
     sizes, tokens = config.model.attention_sizes, config.train.micro_batch_size * config.train.seq_len
     core = tokens * sizes.core_flops(config.train.seq_len) / 2
     costs, _ = forward_costs(config.model, config.train.seq_len)
@@ -65,14 +70,14 @@ def test_flops_are_those_of_the_closed_forms(model: str, way: str, precision: st
         assert flops(passes.backward, "attention") == 2.5 * padded
 
 
-def test_what_is_computed_again_is_seen() -> None:
+def test_what_is_computed_again_is_seen(kept: Kept) -> None:
     """Whole nodes run twice: their forward's products are in the backward too."""
-    plain, again = (layers_of(job("precision=bf16", *RECOMPUTE[name])).passes for name in ("nothing", "nodes"))
+    settings = [[*WAYS["two_hop"], "precision=bf16", *RECOMPUTE[name]] for name in ("nothing", "nodes")]
+    plain, again = (layers_of(job(*each), kept=kept).passes for each in settings)
     for kind in ("dense", "moe"):
         extra = flops(again[kind].backward, "product") - flops(plain[kind].backward, "product")
         assert extra == flops(plain[kind].forward, "product")
-        kept = [sum(e.num_bytes for e in each[kind].forward if isinstance(e, Memory)) for each in (plain, again)]
-        assert kept[1] < kept[0]
+        assert held(again[kind].forward) < held(plain[kind].forward)
 
 
 def traced(config: RunConfig, rank: int, stage_number: int) -> list[Entry]:
@@ -117,7 +122,7 @@ def held(events: list[Event] | tuple[Event, ...]) -> int:
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_layers_together_are_the_rank(stages: int) -> None:
+def test_layers_together_are_the_rank(kept: Kept, stages: int) -> None:
     """By name, work, bytes and turns; a rank whose stage has every kind of layer, and each half of it.
 
     What differs between the first and the other layers of a kind is a few additions of scalars.
@@ -126,7 +131,7 @@ def test_layers_together_are_the_rank(stages: int) -> None:
     settings = [*WAYS["two_hop"], "precision=bf16", *RECOMPUTE["norms and heads"], f"pipeline.layers={split}"]
     settings += [f"parallel.pp={stages}", f"parallel.nodes={2 * stages}"]
     config, kinds = job(*settings), ["embedding", "dense", "moe", "moe", "head", "mtp"]
-    layers = layers_of(config)
+    layers = layers_of(config, kept=kept)
     parts = [kinds] if stages == 1 else [kinds[:3], kinds[3:]]
     for number, part in enumerate(parts):
         entries = traced(config, number * 4, number)
@@ -137,34 +142,54 @@ def test_layers_together_are_the_rank(stages: int) -> None:
             assert mine == pytest.approx(its, rel=1e-3)
 
 
-def test_every_layer_gives_back_what_it_takes() -> None:
+def test_every_layer_gives_back_what_it_takes(kept: Kept) -> None:
     """But for scalars, of which one more lives at the first layer of a kind than at the others."""
     for recompute in RECOMPUTE.values():
-        layers = layers_of(job(*WAYS["two_hop"], "precision=bf16", *recompute))
+        layers = layers_of(job(*WAYS["two_hop"], "precision=bf16", *recompute), kept=kept)
         left = {kind: held(whole(passes)) for kind, passes in layers.passes.items()}
         assert left["dense"] == left["moe"] == left["stage"] == 0
         assert abs(sum(left.values())) <= 8 * 512
 
 
-def test_layers_are_traced_once() -> None:
-    """For what decides them: the rest of a job is not asked."""
-    kept: dict[str, Layers] = {}
-    first = layers_of(job("precision=bf16"), kept=kept)
-    assert layers_of(job("precision=bf16", "parallel.pp=2", "model.num_hidden_layers=8"), kept=kept) is first
-    assert layers_of(job("precision=fp32"), kept=kept) is not first and len(kept) == 2
-    assert layers_of(job("precision=bf16")) == first
+def test_layers_are_traced_once(kept: Kept) -> None:
+    """For what decides them: the rest of a job is not asked. And traced again they are equal."""
+    first = layers_of(job("precision=fp32"), kept=kept)
+    assert layers_of(job("precision=fp32", "parallel.pp=2", "model.num_hidden_layers=8"), kept=kept) is first
+    assert layers_of(job("precision=fp32")) == first and layers_of(job("precision=fp32")) is not first
 
 
-def test_weights_are_quantised_once_for_a_step() -> None:
-    """Not by every micro-batch, and copies of them stay."""
-    plain, fp8 = (layers_of(job(f"precision={name}")) for name in ("bf16", "fp8"))
+def test_fp8_on_a_gpu_is_the_librarys(kept: Kept) -> None:
+    """Its products have E4M3 operands and the FLOPs of the same layer in bfloat16, rows of experts padded to multiples
+    of 16; weights are quantised once for a step, to one byte by rows and one by columns, with a scale of four bytes for
+    each tile."""
+    plain, fp8 = (layers_of(job(*WAYS["two_hop"], f"precision={name}"), kept=kept) for name in ("bf16", "fp8"))
     assert set(plain.quantising.values()) == {()} and set(plain.quantised_bytes.values()) == {0}
-    assert fp8.quantising["moe"] and fp8.quantised_bytes["moe"] > 0 and not fp8.quantising["embedding"]
+    for kind in ("dense", "moe"):
+        mine, its = whole(fp8.passes[kind]), whole(plain.passes[kind])
+        products = [each for each in mine if isinstance(each, Kernel) and each.name.startswith("fp8_")]
+        assert {each.dtype for each in products} == {"float8_e4m3fn"}
+        assert flops(mine, "product") == pytest.approx(flops(its, "product"), rel=0.1)
+        assert flops(mine, "product") >= flops(its, "product") and sum(e.flops for e in products) > 0
+        assert {each.name for each in fp8.quantising[kind]} >= {"quantize"} and held(mine) == 0
+    config = job().model
+    weights = config.attention_sizes.num_parameters + 3 * config.hidden_size * config.intermediate_size
+    assert fp8.quantised_bytes["dense"] == pytest.approx(2 * weights, rel=0.15)
+    assert not fp8.quantising["embedding"]
 
 
-def test_weights_follow_the_turns_of_their_backward() -> None:
+@pytest.mark.slow
+def test_fp8_on_a_cpu_is_the_references() -> None:
+    """Its products are of values that were rounded, in float32; of weights there is one rounded copy, of four bytes."""
+    found = layers_of(job("precision=fp8"), "cpu")
+    assert found.quantising["moe"] and not found.quantising["embedding"]
+    config = job().model
+    weights = config.attention_sizes.num_parameters + 3 * config.hidden_size * config.intermediate_size
+    assert found.quantised_bytes["dense"] == pytest.approx(4 * weights, rel=0.15)
+
+
+def test_weights_follow_the_turns_of_their_backward(kept: Kept) -> None:
     """What the backward of combine lets others compute, comes before what its own end does."""
-    moe = layers_of(job(*WAYS["two_hop"])).passes["moe"]
+    moe = layers_of(job(*WAYS["two_hop"], "precision=bf16"), kept=kept).passes["moe"]
     turns = sum(isinstance(event, Turn) for event in moe.backward)
     assert len(moe.weights) == turns + 1 == 3
     assert not moe.weights[0] and moe.weights[1] and moe.weights[2]
@@ -181,4 +206,3 @@ def test_v3_middle_rank_is_its_layers() -> None:
     assert sum(((expected[0] - found[0]) + (found[0] - expected[0])).values()) <= 16
     for mine, its in list(zip(expected, found, strict=True))[1:]:
         assert mine == pytest.approx(its, rel=1e-3)
-    assert all(first.event is not None for first, _ in pairwise(entries))
