@@ -42,6 +42,7 @@ from train.precision.build import build_engines, check_widths, choose_engine, fp
 from train.precision.config import PrecisionConfig
 from train.precision.engine import Engine
 from train.precision.grads import attach_main_grads
+from train.precision.reference import QuantisedWeights
 from train.precision.transformer_engine import LibraryModules
 from train.prompts import Prompts, read_prompts
 from train.recipe.balance import freeze_routers
@@ -150,13 +151,17 @@ def put_together(
     files: Files,
     make_engines: MakeEngines = build_engines,
     tapes: Tapes | None = None,
+    weights: QuantisedWeights | LibraryModules | None = None,
 ) -> Job:
-    """This rank's part of the run over files that are open; `assemble` says more."""
+    """This rank's part of the run over files that are open; `assemble` says more.
+
+    weights: what holds quantised weights, and so who multiplies in FP8; None is what the device has.
+    """
     place = environment.read()
     dispatch = build_dispatch(
         config.model.n_routed_experts, groups, row_codec(config.precision, config.model.hidden_size)
     )
-    weights = fp8_weights(config.precision, groups.kernels)
+    weights = weights or fp8_weights(config.precision, groups.kernels)
     engines = make_engines(config.precision, groups.kernels, weights)
     rows_seen = packing(config, files.train_rows.end_of_document, groups.kernels)
     stages = build_stages(config, dispatch, groups, engines, rows_seen, tapes)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from launch.plan.events import Kernel
+from launch.plan.fp8 import LIBRARY, library_sizes
 
 # Operations that give out memory or name it anew; those that only make views say so themselves.
 _FREE = {
@@ -47,6 +48,10 @@ def kernel_of(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mappin
         return None
     read, written = _traffic(func, name, operands, results)
     common: dict[str, Any] = {"dtype": _dtype(operands, results), "read_bytes": read, "written_bytes": written}
+    if func.namespace == LIBRARY and name in ("multiply", "multiply_add"):
+        sizes = library_sizes(name, operands)
+        flops = 2 * math.prod(sizes[1:])
+        return Kernel(name=f"fp8_{name}", work="product", sizes=sizes, flops=flops, **common)
     if "scaled_dot_product" in name:
         return _attention(name, operands, common)
     if name in _FACTORS:

@@ -5,9 +5,9 @@ set of experts, those of a rank and those of a node: how many of T tokens choose
 chooses any of the set), and how often it is chosen (rows, one for each choice).
 
 Model. A token's scores of the experts are independent and alike. Where it may choose from all groups, the chance that
-none of its K experts is of a set is hypergeometric. Where it is limited to some, the groups that it has are strong ones,
-and hardly any of them is left out in the end (by V3's sizes a token visits 3.96 of its 4 groups, and 3.63 if groups were
-chosen blindly): then the router's own limit is asked about tokens drawn at random, always the same. Where experts have
+none of its K experts is of a set is hypergeometric. Where it is limited to some, those are strong ones, and hardly any
+of them is left out in the end (by V3's sizes a token visits 3.96 of its 4 groups, and 3.63 if groups were chosen
+blindly): then the router's own limit is asked about tokens drawn at random, always the same ones. Where experts have
 unequal loads, a set that is chosen c times as often as with even ones is missed with the c-th power of that chance, as
 if its choices were independent. All ranks are taken to send alike.
 """

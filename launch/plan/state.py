@@ -6,7 +6,7 @@ layout. Nothing is assembled: a pipeline rank of any job takes milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -85,10 +85,7 @@ def update_events(config: RunConfig, pp_rank: int, kernels: str = "cuda") -> tup
     """
     shell, recorder = _Shell.of(config, pp_rank), Recorder()
     with fake_world(config.parallel.world_size, 0, kernels):
-        groups = ReplicaGroups(
-            **{kind: dist.new_group(range(size), group_desc=kind) for kind, size in shell.num_replicas.items()},
-            world=dist.new_group(range(config.parallel.world_size), group_desc="world"),
-        )
+        groups = _groups(config, shell.num_replicas)
         rule, dtype = rules(config.optimizer), DTYPES[config.precision.name]
         params = [
             (info, nn.Parameter(torch.empty(param.shape, dtype=dtype)), *rule(info.name, info.global_shape))
@@ -143,6 +140,14 @@ class _Shell:
         ]
         sets = split_sets(params, ReplicaGroups(), self.config.frozen)
         return [(each, layout_of(each, self.num_replicas[each.infos[0].replicas])) for each in sets]
+
+
+def _groups(config: RunConfig, num_replicas: Mapping[str, int]) -> ReplicaGroups:
+    """Groups of the right sizes, of which this process is the first rank."""
+    made = {kind: dist.new_group(range(size), group_desc=kind) for kind, size in num_replicas.items()}
+    if not config.shared_ends:
+        made["embedding"] = made["dense"]
+    return ReplicaGroups(**made, world=dist.new_group(range(config.parallel.world_size), group_desc="world"))
 
 
 def _models(config: RunConfig, mesh: Mesh) -> list[Transformer]:

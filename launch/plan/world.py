@@ -25,6 +25,7 @@ from torch._C._distributed_c10d import FakeProcessGroup
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from launch.plan.fp8 import library_shapes
 from launch.plan.record import Recorder
 from launch.plan.routing import RoutedHost, Routing
 from parallel import process
@@ -75,7 +76,8 @@ def world(
         )
         watch = recorder.watch(groups.watch.name, host.runs_ahead)
         groups = dataclasses.replace(groups, host=host, watch=watch)
-        yield put_together(config, groups, _files(config), tapes=recorder.tapes())
+        weights = library_shapes(config.precision) if kernels == "cuda" else None
+        yield put_together(config, groups, _files(config), tapes=recorder.tapes(), weights=weights)
 
 
 @contextmanager

@@ -68,7 +68,7 @@ BYTES = {
     "rows looked up": (lambda x, w, i: F.embedding(i, x), 24 + 192, 192),
     "rows put": (lambda x, w, i: x.index_copy_(0, i, x[:3]), 24 + 192, 192),
     "rows added": (lambda x, w, i: x.index_add_(0, i, x[:3]), 24 + 192 + 192, 192),
-    "sums of rows": (lambda x, w, i: F.embedding_bag(i, x, i.clone().detach(), mode="sum"), 24 + 24 + 192, 192),
+    "sums of rows": (lambda x, w, i: F.embedding_bag(i, x, i, mode="sum"), 24 + 24 + 192, 192),
     "widened": (lambda x, w, i: x.double(), 512, 1024),
 }
 
@@ -181,7 +181,7 @@ CASES = [
 def test_a_micro_batch(way: str, precision: str, recompute: str, kernels: str) -> None:
     """Names, memory, waits, turns, and the bytes that the dispatch itself counts between nodes; twice the same."""
     config = job(*WAYS[way], f"precision={precision}", *RECOMPUTE[recompute])
-    (first, second, third), counted = traced(config, kernels, 3)
+    (_, second, third), counted = traced(config, kernels, 3)
     assert [entry[1] for entry in second] == [entry[1] for entry in third]
     check_names(second)
     sizes = [entry.event.num_bytes for entry in second if isinstance(entry.event, Memory)]
@@ -199,7 +199,6 @@ def test_a_micro_batch(way: str, precision: str, recompute: str, kernels: str) -
         counts = [e.event.sent_bytes for e in second if isinstance(e.event, Launch) and e.event.number in read]
         rail = [e.event for e in second if isinstance(e.event, Launch) and e.event.group == "rail"]
         assert sum(each.sent_bytes for each in rail if each.number not in read) * 3 == counted and counts
-    assert len(first) >= len(second)
 
 
 def test_every_layer_and_node_has_its_name() -> None:

@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from train.precision.config import Fp8
 from train.precision.engine import Activation, Engine, Mlp
@@ -66,6 +68,30 @@ def _recipe(fp8: Fp8, power_of_two: bool) -> Any:
     return recipe
 
 
+class Library(Protocol):
+    """What is used of Transformer Engine: the library itself, or what stands for it where nothing is computed."""
+
+    @property
+    def pytorch(self) -> Any:
+        """`Linear`, `GroupedLinear` and `autocast`."""
+        ...
+
+    def recipe(self, fp8: Fp8, power_of_two: bool) -> Any:
+        """What `autocast` takes."""
+        ...
+
+
+class Installed:
+    """The library itself."""
+
+    @property
+    def pytorch(self) -> Any:
+        return _library()
+
+    def recipe(self, fp8: Fp8, power_of_two: bool) -> Any:
+        return _recipe(fp8, power_of_two)
+
+
 class _Store:
     """Stands for a module's store of delayed weight gradients during one forward: what comes leaves for the sink.
 
@@ -95,9 +121,9 @@ class _Store:
 class _Module:
     """One of the library's modules over one of our parameters: [n, k], or stacked [E, n, k]."""
 
-    def __init__(self, weight: Tensor, recipe: Any, saves_input: bool) -> None:
+    def __init__(self, weight: Tensor, recipe: Any, saves_input: bool, library: Library) -> None:
         *groups, num_outputs, num_inputs = weight.shape
-        te = _library()
+        self._te = te = library.pytorch
         make = te.GroupedLinear if groups else te.Linear
         self._grouped = bool(groups)
         self._module = make(
@@ -124,7 +150,7 @@ class _Module:
         module = self._module
         module.wgrad_store, before = _Store(module, sink), module.wgrad_store
         try:
-            with _library().autocast(enabled=True, recipe=self._recipe):
+            with self._te.autocast(enabled=True, recipe=self._recipe):
                 return module(x, *splits, is_first_microbatch=False)
         finally:
             module.wgrad_store = before
@@ -150,7 +176,7 @@ class _Module:
         splits = [torch.tensor([ROWS] + [0] * (self._weight.shape[0] - 1))] if self._grouped else []
         zeros = like.new_zeros(ROWS, like.shape[1]).requires_grad_()
         # With gradients, or there would be no columns; by hooks of its own, or it would count as saved by the model.
-        quantising = _library().autocast(enabled=True, recipe=self._recipe)
+        quantising = self._te.autocast(enabled=True, recipe=self._recipe)
         with torch.enable_grad(), saved_tensors_hooks(_itself, _itself), quantising:
             self._module(zeros, *splits, is_first_microbatch=True)
 
@@ -162,9 +188,10 @@ def _itself(tensor: Tensor) -> Tensor:
 class LibraryModules:
     """What all engines of a run share: a library's module for every weight, and how often weights have changed."""
 
-    def __init__(self, power_of_two: bool = False) -> None:
-        """power_of_two: for all scales, whatever an engine's own `Fp8` says."""
+    def __init__(self, power_of_two: bool = False, library: Library | None = None) -> None:
+        """power_of_two: for all scales, whatever an engine's own `Fp8` says. library: None is the installed one."""
         self.power_of_two, self.generation = power_of_two, 0
+        self.library = library or Installed()
         self._modules: dict[int, _Module] = {}
 
     def changed(self) -> None:
@@ -175,7 +202,7 @@ class LibraryModules:
         """The module over this weight."""
         found = self._modules.get(id(weight))
         if found is None:
-            found = self._modules[id(weight)] = _Module(weight, recipe, saves_input)
+            found = self._modules[id(weight)] = _Module(weight, recipe, saves_input, self.library)
         return found
 
 
@@ -184,7 +211,7 @@ class TransformerEngine:
 
     def __init__(self, fp8: Fp8, modules: LibraryModules) -> None:
         self.fp8, self.modules = fp8, modules
-        self.recipe = _recipe(fp8, modules.power_of_two)
+        self.recipe = modules.library.recipe(fp8, modules.power_of_two)
 
     def project(self, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
@@ -260,16 +287,17 @@ class _Padding:
 
     @staticmethod
     def of(splits: list[int], device: torch.device) -> _Padding:
-        counts = torch.tensor(splits)
+        # By numpy: all of it is the host's own, and no operation of the device.
+        counts = np.array(splits, dtype=np.int64)
         padded = (counts + ROWS - 1) // ROWS * ROWS
         if not counts.any():
             padded[0] = ROWS
-        shifts = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
-        rows = torch.arange(int(counts.sum())) + shifts.repeat_interleave(counts)
+        shifts = (padded.cumsum() - padded) - (counts.cumsum() - counts)
+        rows = torch.from_numpy(np.arange(counts.sum()) + np.repeat(shifts, counts))
         if device.type == "cuda":
             # From pinned memory: any other copy would make the host wait for the device.
             rows = rows.pin_memory().to(device, non_blocking=True)
-        return _Padding(rows, padded, int(padded.sum()))
+        return _Padding(rows, torch.from_numpy(padded), int(padded.sum()))
 
 
 def _pad(x: Tensor, padding: _Padding) -> Tensor:
@@ -297,16 +325,19 @@ def _padded_mlp(
 
     if not a.requires_grad:
         return multiply(a)
-    place, node = a.data_ptr(), a.grad_fn
+    kind, shape, place, node = type(a), a.shape, _place(a), a.grad_fn
 
     def pack(saved: Tensor) -> Any:
         # A quantised tensor of the library is a wrapper and lies nowhere.
-        mine = type(saved) is Tensor and saved.data_ptr() == place and saved.shape == a_shape
-        return node if mine else saved
+        return node if type(saved) is kind and saved.shape == shape and _place(saved) == place else saved
 
-    a_shape = a.shape
     with saved_tensors_hooks(pack, _unpack):
         return multiply(a)
+
+
+def _place(tensor: Tensor) -> int:
+    """Where a tensor's memory is told from all other that is in use."""
+    return StorageWeakRef(tensor.untyped_storage()).cdata
 
 
 def _unpack(packed: Any) -> Tensor:
