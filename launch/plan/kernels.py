@@ -86,7 +86,7 @@ class Rates:
 
     @property
     def least_s(self) -> float:
-        """Of any operation on the device."""
+        """What any operation takes on the device, however small."""
         return self.cluster.passes.least_us * 1e-6
 
     def core_seconds(self, kernel: Kernel, kernels: str, num_taken: int = 0) -> float:
