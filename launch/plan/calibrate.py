@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from launch.plan.cluster import DTYPES, Cluster, here_path, load
 from launch.plan.figures import (
@@ -194,7 +194,7 @@ def _memory_gb() -> float:
 
 def text(cluster: Cluster) -> str:
     """The cluster as YAML that `cluster.load` reads."""
-    return OmegaConf.to_yaml(OmegaConf.create(_rounded(asdict(cluster))))
+    return str(yaml.safe_dump(_rounded(asdict(cluster)), sort_keys=False))
 
 
 def _rounded(value: Any) -> Any:

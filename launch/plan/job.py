@@ -153,12 +153,15 @@ class Plan:
         return [self._rank(rank, booked) for rank in range(self.config.parallel.pp)]
 
     def _rank(self, rank: int, booked: Mapping[str, Passes[memory.Booked]]) -> RankMemory:
-        kinds = [kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage)]
-        quantised = sum(self.layers.quantised_bytes.get(kind, 0) for kind in kinds)
+        quantised = self._quantised_bytes(rank)
         peak = memory.peak_of(self.schedule, rank, self.slices, booked, self.boundary_bytes, slots(self.device))
         state = state_bytes(self.config, rank)
         held = state.on_device + quantised + peak.num_bytes
         return RankMemory(state, quantised, peak, self._reserve(rank, held))
+
+    def _quantised_bytes(self, rank: int) -> int:
+        kinds = [kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage)]
+        return sum(self.layers.quantised_bytes.get(kind, 0) for kind in kinds)
 
     def _reserve(self, rank: int, held: int) -> int:
         """Context, communicators, and fragmentation of what is held."""
@@ -243,7 +246,11 @@ class Plan:
             clock = Clock(self._host(kernels))
             kinds = Counter(kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage))
             again = [each for kind, num in kinds.items() for each in self.layers.quantising.get(kind, ()) * num]
-            for event, seconds in self._pricing(kernels, False).events([*self._updates[rank], *again]):
+            state = state_bytes(self.config, rank)
+            # Gradients are zeroed, and those of the shard read; masters and moments read and written, weights written.
+            num_bytes = state.main_grad + 3 * state.masters + 2 * state.moments + state.weights
+            num_bytes += self._quantised_bytes(rank)
+            for event, seconds in self._pricing(kernels, False).update([*self._updates[rank], *again], num_bytes):
                 clock.see(event, seconds, 0)
             found.append((clock.compute_s, rank, clock.totals))
         longest_s, _, totals = max(found, key=lambda each: each[:2])

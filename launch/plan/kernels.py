@@ -86,7 +86,7 @@ class Rates:
 
     @property
     def least_s(self) -> float:
-        """Of any operation on the device."""
+        """What any operation takes on the device, however small."""
         return self.cluster.passes.least_us * 1e-6
 
     def core_seconds(self, kernel: Kernel, kernels: str, num_taken: int = 0) -> float:
@@ -237,6 +237,8 @@ def shape_of_kernel(kernel: Kernel) -> Shape:
     """The shape of a product's kernel, and from its bytes what becomes of the result: of grouped products whether rows
     or depth were dealt out, of which types the result is, whether it is added to what is there."""
     groups, m, n, k = kernel.sizes
+    if kernel.flops == 2 * groups * m * n * k:  # a batch, whose products each have m rows
+        m *= groups
     width = WIDTHS.get(kernel.dtype, BF16)
     if not m * n * k:
         return Shape(groups, m, n, k)

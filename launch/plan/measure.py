@@ -66,7 +66,7 @@ class Stopwatch:
         self._spreads: dict[str, list[float]] = {}
 
     def seconds(self, kind: str, function: Callable[[], object], is_typical: bool = False) -> float:
-        """Of a call, the first apart; is_typical: of the middle block, with all that other programs make of it."""
+        """What a call takes, the first apart; is_typical: in the middle block, with what other programs make of it."""
         function()
         once = _block(function, 1)
         num_blocks = max(1, min(NUM_BLOCKS, int(self._figure_s / once)))

@@ -9,7 +9,7 @@ from launch.plan.clock import Priced
 from launch.plan.cluster import Cluster
 from launch.plan.events import Enter, Event, Kernel, Launch, LayerPasses, Turn
 from launch.plan.exchange import COMBINE, DISPATCH, EXCHANGE, exchange_seconds
-from launch.plan.kernels import AS_WRITTEN, PUBLISHED, Rates
+from launch.plan.kernels import AS_WRITTEN, BOUND, PUBLISHED, Rates
 from launch.plan.replay import Passes
 
 # Whose rows DeepEP's combine carries: those on their way home, and the gradients of those that went out.
@@ -63,6 +63,19 @@ class Pricing:
                 else:
                     found.append((event, 0.0))
         return found
+
+    def update(self, events: Sequence[Event], num_bytes: int) -> list[tuple[Event, float]]:
+        """The optimizer's events with their seconds. In sets of fused kernels all that it keeps passes memory once, which
+        is `num_bytes`; its collectives are those of the set."""
+        written = [self.rates.seconds(event) if isinstance(event, Kernel) else 0.0 for event in events]
+        figures = self.cluster.memory
+        rate = figures.peak_gb_per_s * 1e9 if self.kernels == BOUND else self.cluster.bytes_per_s
+        scale = 1.0 if self.kernels == AS_WRITTEN else num_bytes / rate / max(sum(written), 1e-12)
+        nowhere = Enter("optimizer", "update", "U")
+        return [
+            (event, self._communication(event, nowhere) if isinstance(event, Launch) else seconds * scale)
+            for event, seconds in zip(events, written, strict=True)
+        ]
 
     def _kernel(self, kernel: Kernel, scale: float) -> float:
         if kernel.work == "move" or not kernel.flops:

@@ -107,15 +107,18 @@ class ProductTable:
     ) -> None:
         self._dtype, self._tile, self._num_units = rows[0].dtype, tile, num_units
         self._bytes_per_s, self._least_s, self._peak = bytes_per_s, least_s, peak
+        self._seconds: dict[Shape, float] = {}
         measured = [(shape_of(row), shape_of(row).flops / (row.tflops * 1e12)) for row in rows]
         self.law = self._fitted(measured)
         self._factors = [(_place(shape), math.log(s / self.by_law(shape))) for shape, s in measured]
 
     def seconds(self, shape: Shape) -> float:
         """A product's time. An empty product takes what any operation takes."""
-        if not shape.flops:
-            return self._least_s
-        # Where many are as near, which of them is asked first must not matter: all are.
+        if shape not in self._seconds:
+            self._seconds[shape] = self._predicted(shape) if shape.flops else self._least_s
+        return self._seconds[shape]
+
+    def _predicted(self, shape: Shape) -> float:
         place, total, weights = _place(shape), 0.0, 0.0
         for at, factor in self._factors:
             weight = 1 / (math.dist(at, place) ** FADES + AT_HAND)

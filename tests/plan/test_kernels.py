@@ -137,6 +137,14 @@ def test_shapes_of_grouped_products_are_told_by_their_bytes() -> None:
         assert (gradient.by_depth, gradient.is_added, gradient.result_bytes) == (True, True, 4)
 
 
+def test_a_batch_of_products_has_the_rows_of_all() -> None:
+    one = Kernel(
+        "bmm", "product", BF16, (16, 64, 128, 32), 2 * 16 * 64 * 128 * 32, 2 * 16 * 32 * (64 + 128), 2 * 16 * 64 * 128
+    )
+    shape = shape_of_kernel(one)
+    assert (shape.groups, shape.m, shape.flops, shape.by_depth) == (16, 16 * 64, one.flops, False)
+
+
 def test_attention_is_that_of_the_nearest_widths(rates: dict[str, Rates]) -> None:
     cluster = rates["b200"].cluster
     kernel = attention(False)
