@@ -5,8 +5,8 @@ one pipeline stage with three layers of each kind. Of those the middle one is ta
 its output and the gradient of its input, is freed by that one: in the middle one frees what came and leaves what goes,
 so that in any composition everything is counted once.
 
-The small job's first micro-batch is not the one that is written down: where weights are quantised, its first use makes
-copies that serve until the weights change. They are told apart (`Layers.quantising`).
+Where weights are quantised, the first micro-batch makes copies that serve until the weights change: then the second one
+is taken, and what the first has more is told apart (`Layers.quantising`).
 """
 
 from __future__ import annotations
@@ -80,7 +80,6 @@ def small_job(config: RunConfig) -> RunConfig:
         model=replace(model, num_hidden_layers=num_dense + num_moe, first_k_dense_replace=num_dense),
         parallel=replace(mesh, pp=1, dp=mesh.ep, nodes=mesh.nodes_per_ep_group),
         pipeline=PipelineConfig(),
-        zero=replace(config.zero, engine="native"),
         optimizer=replace(config.optimizer, ema_decay=0.0),
         train=replace(config.train, freeze=[]),
     )
@@ -99,15 +98,22 @@ def _trace(small: RunConfig, kernels: str, make_routing: MakeRouting) -> Layers:
     with world(small, 0, kernels, make_routing, recorder) as job:
         (stage,) = job.stages.values()
         stage.begin(lambda _: job.train_rows.rows(0, small.train.micro_batch_size), LossTerms(1.0, 1.0, 1.0))
-        first, again = (_micro_batch(job, recorder, number) for number in range(2))
+        first = _micro_batch(job, recorder, 0) if small.precision.name == "fp8" else None
+        again = _micro_batch(job, recorder, 1)
     numbers = _numbers(again.forward)
     return Layers(
         passes={kind: again.layer(chosen) for kind, chosen in numbers.items()},
-        quantising={
-            kind: tuple((first.kernels(chosen) - again.kernels(chosen)).elements()) for kind, chosen in numbers.items()
+        quantising={kind: _once(first, again, chosen) for kind, chosen in numbers.items()},
+        quantised_bytes={
+            kind: first.left_bytes(chosen) - again.left_bytes(chosen) if first else 0
+            for kind, chosen in numbers.items()
         },
-        quantised_bytes={kind: first.left_bytes(chosen) - again.left_bytes(chosen) for kind, chosen in numbers.items()},
     )
+
+
+def _once(first: _Written | None, again: _Written, numbers: Collection[int]) -> tuple[Kernel, ...]:
+    """The operations of a layer that the first micro-batch has and the next one does not."""
+    return tuple((first.kernels(numbers) - again.kernels(numbers)).elements()) if first else ()
 
 
 @dataclass(frozen=True)

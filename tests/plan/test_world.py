@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 
+from launch.plan.events import Kernel
+from launch.plan.layers import layers_of
 from launch.plan.record import Recorder
 from launch.plan.world import world
 from tests.plan.jobs import WAYS, job
@@ -59,6 +61,19 @@ def test_kernels_are_those_of_the_device_that_is_asked_for(kernels: str) -> None
         found = operations(made, recorder)
         assert made.host.runs_ahead == (kernels == "cuda")
     assert ("_grouped_mm" in found) == (kernels == "cuda")
+
+
+@pytest.mark.parametrize("kernels", ["cuda", "cpu"])
+def test_documents_and_what_a_cpu_measures_are_no_obstacle(kernels: str) -> None:
+    """A mask over documents costs the whole square; where lengths would be read, a row is one document."""
+    settings = [*WAYS["flat"], "precision=bf16", "data.document_mask=true", "run.compile=true", "zero.engine=deepspeed"]
+    passes = layers_of(job(*settings), kernels).passes["dense"]
+    plain = layers_of(job(*WAYS["flat"], "precision=bf16"), kernels).passes["dense"]
+    cores = [
+        sum(event.flops for event in each.forward if isinstance(event, Kernel) and event.work == "attention")
+        for each in (passes, plain)
+    ]
+    assert cores[0] == (2 if kernels == "cuda" else 1) * cores[1] > 0
 
 
 def test_what_is_not_there_says_so() -> None:
