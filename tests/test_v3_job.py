@@ -112,9 +112,11 @@ def internode_bytes(job: Job, num_forwards: int) -> int:
     placement = placement_of(job.config, job.groups.mesh)
     visits = Routing.balanced(job.config.model, placement, 4096).copies(0, 32)
     copies = (NODES_PER_EP_GROUP - 1) * visits
-    row, weight, expert_id = 2 * job.config.model.hidden_size, 4, 2
+    # Out to the experts, and back to them with gradients, rows travel in FP8 with a scale's exponent for each tile.
+    width, weight, expert_id = job.config.model.hidden_size, 4, 2
+    there, home = width + width // 128, 2 * width
     routes = job.config.model.num_experts_per_tok * (2 * weight + expert_id)  # the weights' gradients come back
-    return num_forwards * copies * (4 * row + routes)
+    return num_forwards * copies * (2 * there + 2 * home + routes)
 
 
 # --- one step ---

@@ -97,7 +97,7 @@ class Rates:
             return kernel.flops / self.cluster.compute.peak(kernel.dtype)
         if kernel.work == "attention":
             return self.published_attention_seconds(kernel, num_taken)
-        return self.published_product_seconds(kernel.dtype, shape_of_kernel(kernel), num_taken)
+        return self.published_product_seconds(*_as_published(kernel), num_taken)
 
     # By node.
 
@@ -119,7 +119,7 @@ class Rates:
         raise ValueError(f"kernels={kernels} is not one of {', '.join(KERNELS)}")
 
     def _published(self, work: Sequence[Kernel], enter: Enter, num_taken: int) -> float:
-        products = [(each.dtype, shape_of_kernel(each)) for each in work if each.work == "product" and each.flops]
+        products = [_as_published(each) for each in work if each.work == "product" and each.flops]
         attention = [each for each in work if each.work == "attention"]
         if not products and not attention:
             if enter.layer in WHOLE_LAYERS or not work:
@@ -252,6 +252,12 @@ def shape_of_kernel(kernel: Kernel) -> Shape:
             shape = Shape(groups, m, n, k, by_depth, result or width, is_added)
             candidates.append((result not in RESULT_BYTES[width], missed, by_depth, shape))
     return min(candidates, key=lambda candidate: candidate[:3])[3]
+
+
+def _as_published(kernel: Kernel) -> tuple[str, Shape]:
+    """(type, shape) of a product in DeepSeek's kernels, which read BF16 where ours read FP32: the router's."""
+    shape = shape_of_kernel(kernel)
+    return ("bfloat16" if kernel.dtype == "float32" else kernel.dtype), shape
 
 
 def is_weight(dtype: str, shape: Shape) -> bool:

@@ -59,7 +59,9 @@ def kernel_of(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mappin
         sizes = _product_sizes(first, second, groups=name == "_grouped_mm")
         factors = {**common, "dtype": str(first.dtype).removeprefix("torch.")}
         flops = _flops(func, args, kwargs, out, 2 * math.prod(sizes) // (sizes[0] if name == "_grouped_mm" else 1))
-        return Kernel(name=name, work="product", sizes=sizes, flops=flops, **factors)
+        # With a vector it is a pass over the matrix.
+        work = "product" if min(sizes[1:3]) > 1 else "move"
+        return Kernel(name=name, work=work, sizes=sizes if work == "product" else (), flops=flops, **factors)
     return Kernel(name=name, work="move", sizes=(), flops=0, **common)
 
 

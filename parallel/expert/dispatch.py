@@ -179,17 +179,15 @@ class Dispatch(ABC):
 
     def _exchange_counts(
         self, name: str, leaving: Tensor, group: dist.ProcessGroup
-    ) -> Steps[tuple[Tensor, list[Any], list[Any]]]:
+    ) -> tuple[Tensor, list[Any], list[Any]]:
         """Exchange counts [group size, ...]: those that arrive, and as numbers those that leave and that arrive.
 
-        A host that runs ahead of its device queues another's work meanwhile; one that is the device would only send its
-        rows later for it.
+        No turn is given for them, though the host stands still: forwards alone count, so that the turns of a forward
+        and a backward would no longer fall together, and rows would wait exposed for longer than the host does.
         """
         counts = Need("experts", "the numbers of the experts' rows from {peers}", group)
         arriving = self._watch.launch(counts, lambda: exchange_counts(leaving, group))
         reading = self._host.start(name, lambda: (leaving, arriving.wait()))
-        if self._host.runs_ahead:
-            yield
         to_rank, from_rank = reading.wait()
         return arriving.wait(), to_rank, from_rank
 

@@ -27,7 +27,7 @@ class FlatDispatch(Dispatch):
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
         self._nodes_reached(indices)
         counts = tally(indices, self.placement.num_experts).view(self.placement.ep, self.num_local_experts)
-        counts, to_rank, from_rank = yield from self._exchange_counts("expert counts", counts, self.group)
+        counts, to_rank, from_rank = self._exchange_counts("expert counts", counts, self.group)
         send_counts, recv_counts = [sum(counts) for counts in to_rank], [sum(counts) for counts in from_rank]
         copies = arrange(indices >= 0, indices, sum(send_counts), weighted=True)
         hop = Hop(copies, self.group, send_counts, recv_counts, self.is_remote)

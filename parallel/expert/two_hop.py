@@ -38,7 +38,7 @@ class TwoHopDispatch(Dispatch):
 
         reached = self._nodes_reached(indices)
         leaving = reached.sum(0)
-        _, send_counts, recv_counts = yield from self._exchange_counts("rail counts", leaving, self.rail)
+        _, send_counts, recv_counts = self._exchange_counts("rail counts", leaving, self.rail)
         copies = one_per_place(reached, sum(send_counts))
         rail = Hop(copies, self.rail, send_counts, recv_counts, self.is_remote, takes_turn=self.has_rail)
         # What the next hop needs to be planned leaves before the rows, so that it is planned while they travel.
@@ -54,7 +54,7 @@ class TwoHopDispatch(Dispatch):
         # Beside them what each rank's experts will get, so that the last step needs no counts of its own.
         by_expert = tally(ids, place.experts_per_node).view(place.ranks_per_node, self.num_local_experts)
         leaving = by_source.sum(1)
-        counts, to_rank, from_rank = yield from self._exchange_counts(
+        counts, to_rank, from_rank = self._exchange_counts(
             "node counts", torch.cat([by_source, by_expert], 1), self.node
         )
         send_counts, recv_counts = ([sum(row[: place.num_nodes]) for row in rows] for rows in (to_rank, from_rank))
