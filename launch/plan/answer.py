@@ -61,7 +61,7 @@ def column(plan: Plan, kernels: str) -> dict[str, Any]:
 
 
 def exposed_share(totals: Totals) -> float:
-    """Of a stretch of time, what the device waits for communication."""
+    """The share of a stretch of time that the device waits for communication."""
     return sum(totals.exposed_s.values()) / totals.length_s
 
 

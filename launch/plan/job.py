@@ -124,22 +124,22 @@ class Plan:
 
     @cached_property
     def num_micro_batches(self) -> int:
-        """Of one pipeline, in a step of the full batch."""
+        """Micro-batches of one pipeline in a step of the full batch."""
         return self._count(self.config.train.global_batch_size)
 
     @cached_property
     def schedule(self) -> Schedule:
-        """Of a step of the full batch."""
+        """What each rank of a pipeline does in a step of the full batch."""
         return self.config.schedule(self.num_micro_batches)
 
     @property
     def num_tokens(self) -> int:
-        """Of a step of the full batch."""
+        """Tokens of a step of the full batch."""
         return self.config.train.global_batch_size * self.config.train.seq_len
 
     @cached_property
     def boundary_bytes(self) -> int:
-        """Of the tensor that one stage hands to the next."""
+        """Bytes of the tensor that one stage hands to the next."""
         train = self.config.train
         num_elements = train.micro_batch_size * train.seq_len * self.config.model.hidden_size
         return num_elements * DTYPES[self.config.precision.name].itemsize
@@ -245,7 +245,7 @@ class Plan:
         return dict(self._pricing(kernels, False).events([launch])).popitem()[1]
 
     def _optimizer(self, kernels: str) -> tuple[float, Totals]:
-        """Of the rank whose update takes longest; what is quantised anew with it."""
+        """The update of the rank that takes longest, with what it quantises anew."""
         found = []
         for rank in range(self.config.parallel.pp):
             clock = Clock(self._host(kernels))
@@ -274,7 +274,7 @@ class Plan:
         return found
 
     def gpu_hours(self, kernels: str) -> float:
-        """Of the whole recipe, with the steps of its ramp; evaluations and checkpoints are not in it."""
+        """Hours of all devices over the whole recipe, its ramp included, evaluations and checkpoints not."""
         sizes = [(self._count(num_sequences), num_steps) for num_sequences, num_steps in self.config.recipe().batches()]
         known: dict[str, list[int]] = {}
         for num, _ in sizes:
