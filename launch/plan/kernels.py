@@ -6,7 +6,8 @@
     published   DeepSeek's kernels and fusions: products and attention at the rates of their trace, what is neither by
                 the trace's time per byte of its necessary traffic (`published.py`). On another cluster than theirs a
                 product keeps its ratio to what the cluster's own table says of it, attention its ratio to the cluster's
-                attention, and the rest scales with memory bandwidth
+                attention, and the rest scales with memory bandwidth. What the trace does not have (embedding, loss,
+                optimizer) moves its operands and results once at the bandwidth that is reached
     bound       perfect fusion: a node moves weights, its inputs and its outputs once at the memory's peak and
                 multiplies at the peak of its types, at the same time
 
@@ -31,8 +32,9 @@ AS_WRITTEN, PUBLISHED, BOUND = "as_written", "published", "bound"
 KERNELS = (AS_WRITTEN, PUBLISHED, BOUND)
 # Nodes whose work the trace has in attention's parts; all others with products are of the experts' kind.
 OF_ATTENTION = {"attention", "router", "gate", "norm"}
-# Layers whose parts the trace has: a node of theirs without a product has its work in these parts.
-WHOLE_LAYERS = {"moe", "dense", "mtp"}
+# Layers whose parts the trace has, in these passes: a node of theirs without a product has its work in these parts. A
+# loss is none of them, wherever it is computed.
+WHOLE_LAYERS, PASSES, ALONE = {"moe", "dense", "mtp"}, ("F", "B", "W"), {"loss"}
 # The type that the trace's products tell something of.
 TRACED_DTYPE = "float8_e4m3fn"
 BF16 = WIDTHS["bfloat16"]
@@ -121,15 +123,18 @@ class Rates:
     def _published(self, work: Sequence[Kernel], enter: Enter, num_taken: int) -> float:
         products = [_as_published(each) for each in work if each.work == "product" and each.flops]
         attention = [each for each in work if each.work == "attention"]
+        is_of_layer = enter.layer in WHOLE_LAYERS and enter.node not in ALONE
         if not products and not attention:
-            if enter.layer in WHOLE_LAYERS or not work:
-                return 0.0
-            return max(map(_moved, work)) / self.cluster.bytes_per_s
-        name = "attention" if attention or enter.node in OF_ATTENTION else "experts"
-        part = self.kernel_set.part(name, enter.kind)
+            return 0.0 if is_of_layer or not work else max(map(_moved, work)) / self.cluster.bytes_per_s
         multiplied = sum(self.published_product_seconds(dtype, shape, num_taken) for dtype, shape in products)
         attended = sum(self.published_attention_seconds(kernel, num_taken) for kernel in attention)
-        return multiplied + attended + self._published_rest(part, products, attention)
+        if is_of_layer and enter.kind in PASSES:
+            part = self.kernel_set.part(
+                "attention" if attention or enter.node in OF_ATTENTION else "experts", enter.kind
+            )
+            return multiplied + attended + self._published_rest(part, products, attention)
+        moved = published.traffic(products, [kernel.sizes for kernel in attention], enter.kind).other
+        return multiplied + attended + moved / self.cluster.bytes_per_s
 
     def published_product_seconds(self, dtype: str, shape: Shape, num_taken: int = 0) -> float:
         """A product by DeepSeek's kernels: as far above or below this cluster's table as the trace's is of its own's.

@@ -117,6 +117,14 @@ def test_nodes_without_a_product(rates: dict[str, Rates]) -> None:
         assert h800.node_seconds([], Enter("moe", "dispatch", "F"), kernels) == 0
 
 
+def test_what_the_trace_does_not_have_moves_its_operands_and_results(rates: dict[str, Rates]) -> None:
+    h800, logits = rates["h800"], product(4096, 129280, 7168, dtype=BF16)
+    alone = h800.core_seconds(logits, PUBLISHED)
+    moved = 2 * 4096 * (129280 + 7168) / h800.cluster.bytes_per_s
+    for enter in (Enter("head", "loss", "F"), Enter("mtp", "loss", "B"), Enter("optimizer", "update", "U")):
+        assert h800.node_seconds([logits], enter, PUBLISHED) == pytest.approx(alone + moved)
+
+
 def test_the_bound_moves_what_outlives_a_node(rates: dict[str, Rates]) -> None:
     enter = Enter("moe", "dense", "F")
     thin = [product(64, 4096, 4096)]
