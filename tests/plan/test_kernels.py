@@ -153,6 +153,39 @@ def test_a_batch_of_products_has_the_rows_of_all() -> None:
     assert (shape.groups, shape.m, shape.flops, shape.by_depth) == (16, 16 * 64, one.flops, False)
 
 
+def test_published_attention_pads_no_values() -> None:
+    """Our own pads them to the width of the keys, for kernels that want that."""
+    h800 = clusters.load("h800")
+    enter = Enter("moe", "attention", "F")
+    for backward in (False, True):
+        kernel = attention(backward)
+        *others, qk_width, v_width = kernel.sizes
+        share = (5 * qk_width) / (3 * qk_width + 2 * v_width) if backward else 2 * qk_width / (qk_width + v_width)
+        padded = dataclasses.replace(kernel, sizes=(*others, qk_width, qk_width), flops=round(kernel.flops * share))
+        rates, blind = Rates(h800, value_width=v_width), Rates(h800)
+        assert rates.node_seconds([padded], enter, PUBLISHED) == pytest.approx(blind.node_seconds([kernel], enter, PUBLISHED))
+        assert rates.seconds(padded) > 1.1 * rates.seconds(kernel)
+
+
+def test_a_product_with_a_vector_is_a_pass_over_its_matrix(rates: dict[str, Rates]) -> None:
+    """As a norm's gradient has it; in the published set it is of the class of norms."""
+    moved = 4 * (4096 * 7168 + 7168 + 4096)
+    kernel = Kernel("mv", "product", "float32", (1, 4096, 1, 7168), 2 * 4096 * 7168, moved - 4096 * 4, 4096 * 4)
+    h800 = rates["h800"]
+    assert h800.seconds(kernel) == pytest.approx(moved / h800.cluster.bytes_per_s)
+    assert h800.core_seconds(kernel, PUBLISHED) == 0
+    enter, events = LAYER["attn(B)"]
+    assert h800.node_seconds([*events, kernel], enter, PUBLISHED) == h800.node_seconds(events, enter, PUBLISHED)
+
+
+def test_a_float32_router_is_the_traces(rates: dict[str, Rates]) -> None:
+    narrow = product(4096, 256, 7168, dtype=BF16)
+    wide = dataclasses.replace(narrow, dtype="float32", written_bytes=2 * narrow.written_bytes)
+    h800 = rates["h800"]
+    assert h800.core_seconds(wide, PUBLISHED) == pytest.approx(h800.core_seconds(narrow, PUBLISHED), rel=0.05)
+    assert h800.seconds(wide) > 4 * h800.seconds(narrow)
+
+
 def test_attention_is_that_of_the_nearest_widths(rates: dict[str, Rates]) -> None:
     cluster = rates["b200"].cluster
     kernel = attention(False)
