@@ -53,9 +53,7 @@ class Rates:
     ValueError from `load` if the set's own cluster cannot be had.
     """
 
-    def __init__(
-        self, cluster: Cluster, kernel_set: KernelSet | None = None, value_width: int | None = None
-    ) -> None:
+    def __init__(self, cluster: Cluster, kernel_set: KernelSet | None = None, value_width: int | None = None) -> None:
         self.cluster = cluster
         self._value_width = value_width
         self.kernel_set = kernel_set or published.load()
