@@ -101,7 +101,7 @@ class Plan:
         kept: Kept | None = None,
     ) -> None:
         self.config, self.cluster = config, cluster
-        self.rates = rates or Rates(cluster)
+        self.rates = rates or Rates(cluster, value_width=config.model.v_head_dim)
         self._make_routing, self._kept = make_routing, {} if kept is None else kept
         self._steps: dict[str, StepTime] = {}
 

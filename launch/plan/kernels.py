@@ -6,7 +6,8 @@
     published   DeepSeek's kernels and fusions: products and attention at the rates of their trace, what is neither by
                 the trace's time per byte of its necessary traffic (`published.py`). On another cluster than theirs a
                 product keeps its ratio to what the cluster's own table says of it, attention its ratio to the cluster's
-                attention, and the rest scales with memory bandwidth
+                attention, and the rest scales with memory bandwidth. What the trace does not have (embedding, loss,
+                optimizer) moves its operands and results once at the bandwidth that is reached
     bound       perfect fusion: a node moves weights, its inputs and its outputs once at the memory's peak and
                 multiplies at the peak of its types, at the same time
 
@@ -16,6 +17,7 @@ Communication has the same three: NCCL's rates, DeepEP's, the links' own.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -31,10 +33,12 @@ AS_WRITTEN, PUBLISHED, BOUND = "as_written", "published", "bound"
 KERNELS = (AS_WRITTEN, PUBLISHED, BOUND)
 # Nodes whose work the trace has in attention's parts; all others with products are of the experts' kind.
 OF_ATTENTION = {"attention", "router", "gate", "norm"}
-# Layers whose parts the trace has: a node of theirs without a product has its work in these parts.
-WHOLE_LAYERS = {"moe", "dense", "mtp"}
-# The type that the trace's products tell something of.
+# Layers whose parts the trace has, in these passes: a node of theirs without a product has its work in these parts. A
+# loss is none of them, wherever it is computed.
+WHOLE_LAYERS, PASSES, ALONE = {"moe", "dense", "mtp"}, ("F", "B", "W"), {"loss"}
+# The type that the trace's products tell something of, and what runs in another one there than in our code.
 TRACED_DTYPE = "float8_e4m3fn"
+NARROWED = {"float32": "bfloat16"}
 BF16 = WIDTHS["bfloat16"]
 # By the operands' bytes, those of an element of a product's result.
 RESULT_BYTES = {1: (2, 4), 2: (2, 4), 4: (4,), 8: (8,)}
@@ -43,11 +47,15 @@ RESULT_BYTES = {1: (2, 4), 2: (2, 4), 4: (4,), 8: (8,)}
 class Rates:
     """A cluster's kernels; as many objects as wanted may share a `KernelSet`.
 
+    value_width: of a head's values in the model, where our own attention pads them to the width of its keys, which
+        DeepSeek's kernel does not need; None: as wide as the events say.
+
     ValueError from `load` if the set's own cluster cannot be had.
     """
 
-    def __init__(self, cluster: Cluster, kernel_set: KernelSet | None = None) -> None:
+    def __init__(self, cluster: Cluster, kernel_set: KernelSet | None = None, value_width: int | None = None) -> None:
         self.cluster = cluster
+        self._value_width = value_width
         self.kernel_set = kernel_set or published.load()
         self._tables: dict[tuple[str, bool], ProductTable] = {}
         self._passes: dict[tuple[str, str], list[tuple[float, float]]] = {}
@@ -61,7 +69,7 @@ class Rates:
 
         ValueError for a product of a type without a rate.
         """
-        if kernel.work == "product":
+        if kernel.work == "product" and not is_vector(kernel):
             return self.product_seconds(kernel.dtype, shape_of_kernel(kernel), num_taken)
         if kernel.work == "attention":
             return self.attention_seconds(kernel, num_taken)
@@ -96,8 +104,10 @@ class Rates:
         if kernels == BOUND:
             return kernel.flops / self.cluster.compute.peak(kernel.dtype)
         if kernel.work == "attention":
-            return self.published_attention_seconds(kernel, num_taken)
-        return self.published_product_seconds(*_as_published(kernel), num_taken)
+            return self.published_attention_seconds(self._unpadded(kernel), num_taken)
+        if is_vector(kernel):
+            return 0.0
+        return self.published_product_seconds(kernel.dtype, shape_of_kernel(kernel), num_taken)
 
     # By node.
 
@@ -119,23 +129,30 @@ class Rates:
         raise ValueError(f"kernels={kernels} is not one of {', '.join(KERNELS)}")
 
     def _published(self, work: Sequence[Kernel], enter: Enter, num_taken: int) -> float:
-        products = [_as_published(each) for each in work if each.work == "product" and each.flops]
-        attention = [each for each in work if each.work == "attention"]
+        multiplying = [each for each in work if each.work == "product" and each.flops and not is_vector(each)]
+        products = [(each.dtype, shape_of_kernel(each)) for each in multiplying]
+        attention = [self._unpadded(each) for each in work if each.work == "attention"]
+        is_of_layer = enter.layer in WHOLE_LAYERS and enter.node not in ALONE
         if not products and not attention:
-            if enter.layer in WHOLE_LAYERS or not work:
-                return 0.0
-            return max(map(_moved, work)) / self.cluster.bytes_per_s
-        name = "attention" if attention or enter.node in OF_ATTENTION else "experts"
-        part = self.kernel_set.part(name, enter.kind)
+            return 0.0 if is_of_layer or not work else max(map(_moved, work)) / self.cluster.bytes_per_s
         multiplied = sum(self.published_product_seconds(dtype, shape, num_taken) for dtype, shape in products)
         attended = sum(self.published_attention_seconds(kernel, num_taken) for kernel in attention)
-        return multiplied + attended + self._published_rest(part, products, attention)
+        if is_of_layer and enter.kind in PASSES:
+            part = self.kernel_set.part(
+                "attention" if attention or enter.node in OF_ATTENTION else "experts", enter.kind
+            )
+            return multiplied + attended + self._published_rest(part, products, attention)
+        moved = published.traffic(products, [kernel.sizes for kernel in attention], enter.kind).other
+        return multiplied + attended + moved / self.cluster.bytes_per_s
 
     def published_product_seconds(self, dtype: str, shape: Shape, num_taken: int = 0) -> float:
         """A product by DeepSeek's kernels: as far above or below this cluster's table as the trace's is of its own's.
 
-        Types that the trace has no large products of are at the table's rate.
+        Types that the trace has no large products of are at the table's rate. What our code multiplies in float32 (a
+        router) has bfloat16 operands in the trace, and a float32 result.
         """
+        if not self.cluster.host.is_device:
+            dtype = NARROWED.get(dtype, dtype)
         ours = self.product_seconds(dtype, shape, num_taken)
         if dtype != TRACED_DTYPE:
             return ours
@@ -148,6 +165,15 @@ class Rates:
         traced = kernel.flops / attention_rate(self.kernel_set.attention, kernel, theirs.cluster)
         plain = kernel.flops / attention_rate(theirs.cluster.attention.measured, kernel, theirs.cluster)
         return self.attention_seconds(kernel, num_taken) * traced / (plain * theirs._crowded(taken))
+
+    def _unpadded(self, attention: Kernel) -> Kernel:
+        """Attention with values as wide as the model's."""
+        *others, qk_width, v_width = attention.sizes
+        width = min(self._value_width or v_width, v_width)
+        products = (3, 2) if attention.backward else (1, 1)
+        share = (products[0] * qk_width + products[1] * width) / (products[0] * qk_width + products[1] * v_width)
+        flops = round(attention.flops * share)
+        return dataclasses.replace(attention, sizes=(*others, qk_width, width), flops=flops)
 
     def _published_rest(self, part: Part, products: Sequence[tuple[str, Shape]], attention: Sequence[Kernel]) -> float:
         here = published.traffic(products, [kernel.sizes for kernel in attention], part.kind)
@@ -254,10 +280,10 @@ def shape_of_kernel(kernel: Kernel) -> Shape:
     return min(candidates, key=lambda candidate: candidate[:3])[3]
 
 
-def _as_published(kernel: Kernel) -> tuple[str, Shape]:
-    """(type, shape) of a product in DeepSeek's kernels, which read BF16 where ours read FP32: the router's."""
-    shape = shape_of_kernel(kernel)
-    return ("bfloat16" if kernel.dtype == "float32" else kernel.dtype), shape
+def is_vector(kernel: Kernel) -> bool:
+    """Whether one side of a product is a vector, so that it is a pass over the other one: a sum, as a norm's gradient
+    has it."""
+    return kernel.work == "product" and 1 in kernel.sizes[1:3]
 
 
 def is_weight(dtype: str, shape: Shape) -> bool:

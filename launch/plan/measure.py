@@ -26,12 +26,15 @@ from train.environment import num_threads, read
 
 # How long one figure is measured, and in how many blocks. The figure is the third of ten: other programs can only make
 # a block longer, and a machine that is never idle has no typical one.
-FIGURE_S, NUM_BLOCKS = 0.02, 10
+FIGURE_S, NUM_BLOCKS = 0.03, 10
+# Of a function that takes longer than a block: so many calls, unless one of them takes as long as ten figures.
+FEW_BLOCKS = 4
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 # (m, n, k): from what a head of attention multiplies and an expert gets on small runs to what fills a processor.
 PRODUCTS = (
     *((8, 128, 128), (32, 256, 128), (64, 64, 64), (128, 512, 128), (128, 128, 512), (256, 256, 1024)),
     *((512, 1024, 256), (512, 256, 1024), (1024, 1024, 1024), (2048, 512, 512), (64, 2048, 512)),
+    *((16, 512, 512), (128, 128, 128), (256, 512, 256), (512, 512, 512), (1024, 64, 256), (4096, 256, 128)),
 )
 # (groups, m of a group, n, k): batches of small products, as attention's core has them.
 BATCHES = ((8, 64, 64, 32), (16, 128, 128, 64), (16, 256, 64, 256))
@@ -69,7 +72,8 @@ class Stopwatch:
         """What a call takes, the first apart; is_typical: in the middle block, with what other programs make of it."""
         function()
         once = _block(function, 1)
-        num_blocks = max(1, min(NUM_BLOCKS, int(self._figure_s / once)))
+        few = FEW_BLOCKS if once < 10 * self._figure_s else 1
+        num_blocks = max(few, min(NUM_BLOCKS, int(self._figure_s / once)))
         count = max(1, int(self._figure_s / num_blocks / once))
         blocks = sorted(_block(function, count) for _ in range(num_blocks))
         if num_blocks == NUM_BLOCKS:
@@ -82,7 +86,7 @@ class Stopwatch:
 
 
 def _figure(blocks: Sequence[float]) -> float:
-    """The third of ten blocks, the fastest of fewer than five."""
+    """The third fastest of ten blocks, the fastest of fewer than five."""
     return sorted(blocks)[len(blocks) // 5]
 
 

@@ -117,6 +117,14 @@ def test_nodes_without_a_product(rates: dict[str, Rates]) -> None:
         assert h800.node_seconds([], Enter("moe", "dispatch", "F"), kernels) == 0
 
 
+def test_what_the_trace_does_not_have_moves_its_operands_and_results(rates: dict[str, Rates]) -> None:
+    h800, logits = rates["h800"], product(4096, 129280, 7168, dtype=BF16)
+    alone = h800.core_seconds(logits, PUBLISHED)
+    moved = 2 * 4096 * (129280 + 7168) / h800.cluster.bytes_per_s
+    for enter in (Enter("head", "loss", "F"), Enter("mtp", "loss", "B"), Enter("optimizer", "update", "U")):
+        assert h800.node_seconds([logits], enter, PUBLISHED) == pytest.approx(alone + moved)
+
+
 def test_the_bound_moves_what_outlives_a_node(rates: dict[str, Rates]) -> None:
     enter = Enter("moe", "dense", "F")
     thin = [product(64, 4096, 4096)]
@@ -145,6 +153,41 @@ def test_a_batch_of_products_has_the_rows_of_all() -> None:
     assert (shape.groups, shape.m, shape.flops, shape.by_depth) == (16, 16 * 64, one.flops, False)
 
 
+def test_published_attention_pads_no_values() -> None:
+    """Our own pads them to the width of the keys, for kernels that want that."""
+    h800 = clusters.load("h800")
+    enter = Enter("moe", "attention", "F")
+    for backward in (False, True):
+        kernel = attention(backward)
+        *others, qk_width, v_width = kernel.sizes
+        share = (5 * qk_width) / (3 * qk_width + 2 * v_width) if backward else 2 * qk_width / (qk_width + v_width)
+        padded = dataclasses.replace(kernel, sizes=(*others, qk_width, qk_width), flops=round(kernel.flops * share))
+        rates, blind = Rates(h800, value_width=v_width), Rates(h800)
+        assert rates.node_seconds([padded], enter, PUBLISHED) == pytest.approx(
+            blind.node_seconds([kernel], enter, PUBLISHED)
+        )
+        assert rates.seconds(padded) > 1.1 * rates.seconds(kernel)
+
+
+def test_a_product_with_a_vector_is_a_pass_over_its_matrix(rates: dict[str, Rates]) -> None:
+    """As a norm's gradient has it; in the published set it is of the class of norms."""
+    moved = 4 * (4096 * 7168 + 7168 + 4096)
+    kernel = Kernel("mv", "product", "float32", (1, 4096, 1, 7168), 2 * 4096 * 7168, moved - 4096 * 4, 4096 * 4)
+    h800 = rates["h800"]
+    assert h800.seconds(kernel) == pytest.approx(moved / h800.cluster.bytes_per_s)
+    assert h800.core_seconds(kernel, PUBLISHED) == 0
+    enter, events = LAYER["attn(B)"]
+    assert h800.node_seconds([*events, kernel], enter, PUBLISHED) == h800.node_seconds(events, enter, PUBLISHED)
+
+
+def test_a_float32_router_is_the_traces(rates: dict[str, Rates]) -> None:
+    narrow = product(4096, 256, 7168, dtype=BF16)
+    wide = dataclasses.replace(narrow, dtype="float32", written_bytes=2 * narrow.written_bytes)
+    h800 = rates["h800"]
+    assert h800.core_seconds(wide, PUBLISHED) == pytest.approx(h800.core_seconds(narrow, PUBLISHED), rel=0.05)
+    assert h800.seconds(wide) > 4 * h800.seconds(narrow)
+
+
 def test_attention_is_that_of_the_nearest_widths(rates: dict[str, Rates]) -> None:
     cluster = rates["b200"].cluster
     kernel = attention(False)
@@ -159,7 +202,7 @@ def test_words_that_are_none_are_refused(rates: dict[str, Rates]) -> None:
     with pytest.raises(ValueError, match="kernels=fast is not one of as_written, published, bound"):
         rates["h800"].node_seconds([], Enter("moe", "dispatch", "F"), "fast")
     with pytest.raises(ValueError, match="a product in int8 has no rate"):
-        rates["h800"].seconds(dataclasses.replace(product(1, 1, 1), dtype="int8"))
+        rates["h800"].seconds(dataclasses.replace(product(8, 8, 8), dtype="int8"))
 
 
 def test_a_type_without_a_row_goes_by_the_peaks(rates: dict[str, Rates]) -> None:
