@@ -110,9 +110,10 @@ class Enter:
     """From here on, events are of this piece.
 
     Attributes:
-        layer: `embedding`, `dense`, `moe`, `head`, `mtp`.
-        node: of the layer: `attention`, `dispatch`, `experts`, `combine`, `aggregate`, `dense`, `norm`, ...
-        kind: `F`, `B` or `W`.
+        layer: `embedding`, `dense`, `moe`, `head`, `mtp`, `stage` for what all layers of a stage share, or `optimizer`.
+        node: of the layer: `attention`, `dispatch`, `experts`, `combine`, `aggregate`, `dense`, `norm`, `loss`, `join`;
+            as the layer where it has no parts; of the optimizer `zero_grad` and `update`.
+        kind: `F`, `B` or `W`, of the optimizer `U`.
     """
 
     layer: str

@@ -195,12 +195,7 @@ class Plan:
     def _pricing(self, kernels: str, beside: bool) -> Pricing:
         mesh = self.config.parallel
         crosses = mesh.nodes_per_ep_group > 1
-        return Pricing(self.cluster, self.rates, kernels, beside, crosses, self._head_widths, self._together())
-
-    @property
-    def _head_widths(self) -> tuple[int, int]:
-        sizes = self.config.model.attention_sizes
-        return sizes.qk_head_dim, sizes.value_head_dim
+        return Pricing(self.cluster, self.rates, kernels, beside, crosses, self._together())
 
     def _together(self) -> dict[str, int]:
         """Kind of group -> how many of its ranks share a machine."""

@@ -102,7 +102,8 @@ class Rates:
         if kernels == AS_WRITTEN:
             return self.seconds(kernel, num_taken)
         if kernels == BOUND:
-            return kernel.flops / self.cluster.compute.peak(kernel.dtype)
+            whole = self._unpadded(kernel) if kernel.work == "attention" else kernel
+            return whole.flops / self.cluster.compute.peak(kernel.dtype)
         if kernel.work == "attention":
             return self.published_attention_seconds(self._unpadded(kernel), num_taken)
         if is_vector(kernel):

@@ -128,7 +128,7 @@ def _traffic(func: Any, name: str, operands: Mapping[str, Any], results: list[Te
 
 
 def _only_read(name: str, key: str) -> bool:
-    """Whether an operand that may be written is not: torch's fused optimizers scale gradients only where asked to."""
+    """Whether an operand that may be written is only read: torch's fused optimizers scale gradients if asked to."""
     return name.startswith("_fused_") and key == "grads"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from launch.plan.clock import Priced
 from launch.plan.cluster import Cluster
@@ -25,8 +25,6 @@ class Pricing:
         beside: whether communication runs beside what computes, and takes processors from it, as in a pair.
         crosses: whether experts' rows travel between machines: the hop inside one then rides, in the published set, on
             the kernel that brings them.
-        head_widths: of queries and keys, and of values, in attention as the model defines it. Our own kernel may take
-            padded ones; those of the other sets do not.
         ranks_together: kind of group -> how many of its ranks share a machine, where it is not what the cluster says.
     """
 
@@ -35,7 +33,6 @@ class Pricing:
     kernels: str
     beside: bool
     crosses: bool
-    head_widths: tuple[int, int]
     ranks_together: Mapping[str, int]
 
     @property
@@ -55,8 +52,7 @@ class Pricing:
         """Events with their seconds. In sets that know nodes only, products and attention take their own time, and what
         else a node takes is dealt out to its other kernels."""
         found: list[tuple[Event, float]] = []
-        for enter, traced in _nodes(events):
-            node = traced if self.kernels == AS_WRITTEN else [self._unpadded(event) for event in traced]
+        for enter, node in _nodes(events):
             scale = self._scale(enter, node)
             found.append((enter, 0.0))
             for event in node:
@@ -67,13 +63,6 @@ class Pricing:
                 else:
                     found.append((event, 0.0))
         return found
-
-    def _unpadded(self, event: Event) -> Event:
-        if not isinstance(event, Kernel) or event.work != "attention":
-            return event
-        *places, qk_width, v_width = event.sizes
-        share = sum(self.head_widths) / (qk_width + v_width)
-        return replace(event, sizes=(*places, *self.head_widths), flops=round(event.flops * share))
 
     def update(self, events: Sequence[Event], num_bytes: int) -> list[tuple[Event, float]]:
         """The optimizer's events with their seconds. In sets of fused kernels all that it keeps, `num_bytes`, passes

@@ -167,7 +167,7 @@ class Routing:
         return [leaving, [leaving[place.node]] * place.num_nodes]
 
     def _node_counts(self) -> list[Any]:
-        """Counts inside a node, of rows that have come over the rail, from as many ranks as there are nodes."""
+        """Counts of the rows that have come over the rail, from as many ranks as there are nodes."""
         place, own = self.placement, self.placement.num_local_experts
         first = place.node * place.experts_per_node
         leaving = []

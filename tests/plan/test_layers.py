@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
 from launch.plan.events import Event, Kernel, Launch, LayerPasses, Memory, Turn
 from launch.plan.layers import Kept, Layers, layers_of
 from launch.plan.record import Entry, Recorder, events_of
 from launch.plan.world import world
 from tests.plan.jobs import RECOMPUTE, WAYS, job
+from train.compose import compose
 from train.config import RunConfig
 from train.flops import forward_costs
 from train.model.loss import LossTerms
+from train.split import split
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +83,11 @@ def test_what_is_computed_again_is_seen(kept: Kept) -> None:
         assert held(again[kind].forward) < held(plain[kind].forward)
 
 
-def traced(config: RunConfig, rank: int, stage_number: int) -> list[Entry]:
-    """The second micro-batch of one stage of a rank of the whole job."""
-    import torch
-
+def traced(config: RunConfig, rank: int, place: int) -> list[Entry]:
+    """The second micro-batch through a slice of the model, counted from the first, on a rank of the whole job."""
     recorder = Recorder()
     with world(config, rank, recorder=recorder) as made:
-        stage = made.stages[stage_number]
+        (stage,) = (stage for number, stage in made.stages.items() if config.placement.position(number) == place)
         stage.begin(lambda _: made.train_rows.rows(0, config.train.micro_batch_size), LossTerms(1.0, 1.0, 1.0))
         shape = config.train.micro_batch_size, config.train.seq_len, config.model.hidden_size
         for number in range(2):
@@ -195,14 +196,22 @@ def test_weights_follow_the_turns_of_their_backward(kept: Kept) -> None:
     assert not moe.weights[0] and moe.weights[1] and moe.weights[2]
 
 
-@pytest.mark.slow
-def test_v3_middle_rank_is_its_layers() -> None:
-    from train.compose import compose
+# Both stages of the first pipeline rank, which mirrors the last one, and one in the middle.
+V3_STAGES = {"first": (0, 0), "last": (0, 15), "middle": (7 * 128 + 5, 7)}
 
-    config = compose(["experiment=v3_h800_2048"])
-    layers = layers_of(config)
-    entries = traced(config, 7 * 128 + 5, 7)
-    expected, found = measures(composed(layers, ["moe"] * 4)), measures(events_of(entries))
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", V3_STAGES)
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_stages_of_the_published_job_are_their_layers(place: str, precision: str) -> None:
+    rank, stage = V3_STAGES[place]
+    config = compose(["experiment=v3_h800_2048", f"precision={precision}"])
+    parts = split(config.model, 16, config.train.seq_len)[stage]
+    kinds = ["embedding"] * parts.embedding
+    kinds += ["moe" if layer >= config.model.first_k_dense_replace else "dense" for layer in parts.layers]
+    kinds += ["head"] * parts.head + ["mtp"] * parts.mtp
+    expected = measures(composed(layers_of(config), kinds))
+    found = measures(events_of(traced(config, rank, stage)))
     assert sum(((expected[0] - found[0]) + (found[0] - expected[0])).values()) <= 16
     for mine, its in list(zip(expected, found, strict=True))[1:]:
         assert mine == pytest.approx(its, rel=1e-3)

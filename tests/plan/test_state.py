@@ -10,6 +10,7 @@ from launch.plan.state import state_bytes, update_events
 from launch.plan.world import world
 from parallel.pipeline.segments import Name
 from tests.plan.jobs import WAYS, job
+from train.compose import compose
 from train.config import RunConfig
 from train.job import held
 
@@ -32,11 +33,9 @@ def check(config: RunConfig, pp_rank: int) -> None:
                 storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         formula = state_bytes(config, pp_rank)
         assert formula.weights + formula.main_grad == sum(storages.values())
-        own = 0 if formula.masters else formula.weights // made.optimizer._sets[0].num_shards
-        if formula.masters:
-            assert formula.masters + formula.moments == made.optimizer.state_bytes()
-        else:
-            assert formula.moments + own == pytest.approx(made.optimizer.state_bytes(), rel=0.3)
+        # Weights that are their own masters count as masters there: of their three states two are moments.
+        beside = formula.masters if formula.masters else formula.moments // 2
+        assert beside + formula.moments == made.optimizer.state_bytes()
         assert formula.buffers == sum(buffer.numel() * buffer.element_size() for buffer in buffers)
         if made.ema is not None:
             ema = sum(part.tensor.nbytes for parts in made.ema.state().values() for part in parts)
@@ -64,6 +63,4 @@ def test_bytes_and_update_of_a_rank(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("pp_rank", [0, 7, 15])
 def test_the_published_job(pp_rank: int) -> None:
-    from train.compose import compose
-
     check(compose(["experiment=v3_h800_2048"]), pp_rank)

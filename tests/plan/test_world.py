@@ -13,6 +13,7 @@ from launch.plan.record import Recorder
 from launch.plan.world import world
 from tests.plan.jobs import WAYS, job
 from train.job import Job
+from train.model.loss import LossTerms
 
 
 def test_nothing_is_left_behind() -> None:
@@ -46,8 +47,6 @@ def test_a_rank_of_a_job_is_no_place_for_one() -> None:
 
 def operations(made: Job, recorder: Recorder) -> list[str]:
     (stage,) = made.stages.values()
-    from train.model.loss import LossTerms
-
     stage.begin(lambda _: made.train_rows.rows(0, 2), LossTerms(1.0, 1.0, 1.0))
     with recorder.on():
         recorder.drive(stage.forward(0, None))
