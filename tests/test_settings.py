@@ -403,4 +403,5 @@ def test_verbs_read_their_settings() -> None:
         "config",
         "prepare",
         "schedule",
+        "plan",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,15 @@ def whole_rank(plan: Plan, rank: int) -> tuple[int, float, Clock]:
     with world(config, rank, plan.device, recorder=recorder) as job:
         step = job.recipe.at(job.recipe.num_steps - 1)
         micro_batches = list(job.micro_batches(step))
+        terms = loop.loss_terms(job, step)
+
+        def run() -> None:
+            job.forward_backward(lambda n: job.train_rows.rows(*micro_batches[n]), terms, len(micro_batches))
+
+        # Quantised copies of weights are made once per step, which a plan counts with the optimizer's part.
+        run()
         with recorder.on():
-            job.forward_backward(
-                lambda number: job.train_rows.rows(*micro_batches[number]),
-                loop.loss_terms(job, step),
-                len(micro_batches),
-            )
+            run()
         entries = recorder.entries()
     now = peak = 0
     for entry in entries:
@@ -58,7 +62,8 @@ def whole_rank(plan: Plan, rank: int) -> tuple[int, float, Clock]:
     clock = Clock(plan._host(AS_WRITTEN))
     pricing = plan._pricing(AS_WRITTEN, beside=plan.step(AS_WRITTEN).pair.kind == "pair")
     for event, seconds in pricing.events(events_of(entries)):
-        clock.see(event, 0.0 if is_link(event) else seconds, 0)
+        if not is_link(event):
+            clock.see(event, seconds, 0)
     return peak, clock.compute_s, clock
 
 
@@ -75,7 +80,7 @@ def check_against_whole(plan: Plan, pp_rank: int) -> None:
     num_rows = train.micro_batch_size * train.seq_len * (model.num_experts_per_tok or 0)
     rows_bytes = 2 * num_rows * model.hidden_size * DTYPES[plan.config.precision.name].itemsize
     rank = plan.ranks[pp_rank]
-    assert rank.quantised + rank.step.num_bytes == pytest.approx(peak, rel=0.01, abs=rows_bytes)
+    assert rank.step.num_bytes == pytest.approx(peak, rel=0.01, abs=rows_bytes)
     assert composed.ranks_s[pp_rank] == pytest.approx(seconds, rel=0.01)
     totals = composed.pipeline.totals[pp_rank]
     assert totals.num_kernels == pytest.approx(clock.totals.num_kernels, rel=0.01)
@@ -85,7 +90,10 @@ def check_against_whole(plan: Plan, pp_rank: int) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_layers_put_together_are_a_whole_rank(name: str) -> None:
-    plan = Plan(compose([*SMALL, *RUNS[name]]), cluster.load("h100"))
+    h100 = cluster.load("h100")
+    # The whole rank is priced at once, and does not know which of its actions are pairs.
+    figures = replace(h100, exchange=replace(h100.exchange, num_units_taken=0))
+    plan = Plan(compose([*SMALL, *RUNS[name]]), figures)
     for pp_rank in (0, 1):
         check_against_whole(plan, pp_rank)
 
@@ -154,7 +162,7 @@ def test_one_screen_for_people_and_one_object_for_scripts(capsys: pytest.Capture
 def test_what_cannot_fit_says_by_how_much(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     text = (Path(cluster.CLUSTERS) / "h100.yaml").read_text()
     own = tmp_path / "small.yaml"
-    own.write_text(text.replace("device_gb: 84.94", "device_gb: 2.5"))
+    own.write_text(text.replace("device_gb: 84.94", "device_gb: 1.5"))
     assert main(["plan", *SMALL, *RUNS["1f1b"], "train.micro_batch_size=4", f"cluster={own}"]) == 0
     assert "DOES NOT FIT, by" in capsys.readouterr().out
 
