@@ -21,12 +21,14 @@ class Host:
     """What the border between host and device costs, in seconds.
 
     Attributes:
-        issue_s: the host's time for one kernel or communication; 0 where the host is the device.
+        issue_s: the host's time for one kernel or communication.
         read_s: from the device's having a number to the host's having it.
+        is_device: the host computes itself, and goes on when an operation is over.
     """
 
     issue_s: float = 0.0
     read_s: float = 0.0
+    is_device: bool = False
 
 
 class Interval(NamedTuple):
@@ -132,6 +134,8 @@ class Clock:
         self._note(launch.group, start_s, start_s + seconds, launch)
 
     def _issue(self) -> None:
+        if self._host.is_device:
+            self.host_s = max(self.host_s, self.compute_s)
         self.host_s += self._host.issue_s
 
     def _note(self, stream: str, start_s: float, stop_s: float, event: Event) -> None:

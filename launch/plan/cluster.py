@@ -82,6 +82,14 @@ class Cluster:
             if not getattr(self, name).measured:
                 raise ValueError(f"cluster.{name}.measured is empty: a rate is needed to predict others from")
 
+    def slowdown(self, num_ranks: int) -> dict[str, float]:
+        """Kind of work -> how much longer it takes when so many ranks work at once: as measured with the nearest number
+        of them. Nothing where each rank has a device of its own, or is alone."""
+        if not self.contention or num_ranks == 1:
+            return {}
+        best = min(self.contention, key=lambda row: abs(math.log(row.num_ranks / num_ranks)))
+        return {"product": best.product, "attention": best.product, "move": best.passes}
+
     def on(self, num_threads: int) -> Cluster:
         """The cluster as a program with so many threads meets it: of its figures by threads, those measured with the
         nearest number. The same object where nothing was measured by threads."""

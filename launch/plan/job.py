@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from parallel.pipeline.links import slots
 from parallel.pipeline.order import messages
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import simulate
+from train import environment
 from train.assemble import DTYPES
 from train.config import RunConfig
 from train.flops import training_flops_per_token
@@ -100,8 +102,9 @@ class Plan:
         make_routing: MakeRouting = balanced,
         kept: Kept | None = None,
     ) -> None:
-        self.config, self.cluster = config, cluster
-        self.rates = rates or Rates(cluster, value_width=config.model.v_head_dim)
+        self.config = config
+        self.cluster = cluster.on(threads_of(config)) if cluster.host.is_device else cluster
+        self.rates = rates or Rates(self.cluster, value_width=config.model.v_head_dim)
         self._make_routing, self._kept = make_routing, {} if kept is None else kept
         self._steps: dict[str, StepTime] = {}
 
@@ -195,7 +198,12 @@ class Plan:
     def _pricing(self, kernels: str, beside: bool) -> Pricing:
         mesh = self.config.parallel
         crosses = mesh.nodes_per_ep_group > 1
-        return Pricing(self.cluster, self.rates, kernels, beside, crosses, self._together())
+        return Pricing(self.cluster, self.rates, kernels, beside, crosses, self._slowdown, self._together())
+
+    @property
+    def _slowdown(self) -> dict[str, float]:
+        ranks_per_node = min(self.config.parallel.ranks_per_node, self.config.parallel.world_size)
+        return self.cluster.slowdown(ranks_per_node)
 
     def _together(self) -> dict[str, int]:
         """Kind of group -> how many of its ranks share a machine."""
@@ -228,9 +236,10 @@ class Plan:
 
     def _host(self, kernels: str) -> Host:
         """Our own code's host. Fused kernels are few enough for any host to keep ahead."""
-        if kernels != AS_WRITTEN or self.cluster.host.is_device:
-            return Host()
-        return Host(self.cluster.host.launch_us * 1e-6, READ_S)
+        issue_s = self.cluster.host.launch_us * 1e-6
+        if self.cluster.host.is_device:
+            return Host(issue_s if kernels == AS_WRITTEN else 0.0, is_device=True)
+        return Host(issue_s, READ_S) if kernels == AS_WRITTEN else Host()
 
     def _latency_s(self, kernels: str) -> float:
         """From a chunk's end until its result is at the neighbour."""
@@ -306,6 +315,12 @@ class Plan:
         """Model FLOPs over bf16's peak, as the published figures have it: a causal mask counts half, or does not."""
         flops = training_flops_per_token(self.config.model, self.config.train.seq_len, causal=causal)
         return self.tokens_per_s_per_gpu(kernels) * flops / self.cluster.compute.peak(PEAK_DTYPE)
+
+
+def threads_of(config: RunConfig) -> int:
+    """With how many threads a rank computes on this machine, as it decides when it starts."""
+    fair = max(1, (os.cpu_count() or 1) // config.parallel.world_size)
+    return config.run.num_threads or environment.num_threads() or fair
 
 
 # Utilisation is counted against bf16's peak also where products are FP8 (arXiv 2505.09343, Table 4).

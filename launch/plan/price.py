@@ -25,6 +25,7 @@ class Pricing:
         beside: whether communication runs beside what computes, and takes processors from it, as in a pair.
         crosses: whether experts' rows travel between machines: the hop inside one then rides, in the published set, on
             the kernel that brings them.
+        slowdown: kind of work -> how much longer it takes beside other ranks that share a processor.
         ranks_together: kind of group -> how many of its ranks share a machine, where it is not what the cluster says.
     """
 
@@ -33,6 +34,7 @@ class Pricing:
     kernels: str
     beside: bool
     crosses: bool
+    slowdown: Mapping[str, float]
     ranks_together: Mapping[str, int]
 
     @property
@@ -78,9 +80,10 @@ class Pricing:
         ]
 
     def _kernel(self, kernel: Kernel, scale: float) -> float:
+        longer = self.slowdown.get(kernel.work, 1.0)
         if kernel.work == "move" or not kernel.flops:
-            return self.rates.seconds(kernel, self.num_taken) * scale
-        return self.rates.core_seconds(kernel, self.kernels, self.num_taken)
+            return self.rates.seconds(kernel, self.num_taken) * scale * longer
+        return self.rates.core_seconds(kernel, self.kernels, self.num_taken) * longer
 
     def _scale(self, enter: Enter, node: Sequence[Event]) -> float:
         """How long the passes over memory of a node are, over what they are as written."""

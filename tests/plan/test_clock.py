@@ -65,6 +65,11 @@ def test_a_slow_host_is_the_clock() -> None:
     assert clock.totals.length_s == pytest.approx(clock.compute_s)
 
 
+def test_a_host_that_is_the_device_does_one_thing_at_a_time() -> None:
+    clock = run([(kernel(), 1.0)] * 10, Host(issue_s=0.5, is_device=True))
+    assert clock.compute_s == 15.0 and clock.totals.host_s == 5.0
+
+
 def test_a_read_stops_the_host_and_not_the_device() -> None:
     """The device has work queued while the host waits; afterwards the host must issue anew."""
     events = [(launch(0), 2.0), (Read(0, 0), 0.0), (kernel(), 5.0), (Answer(0), 0.0), (kernel(), 1.0)]
