@@ -1,8 +1,12 @@
 """`python -m launch plan`: what a run needs on a cluster and how long it takes, before it is started there.
 
-python -m launch plan experiment=v3_h800_2048 cluster=h800
-python -m launch plan cluster=here                                   # this machine, once it is measured:
-python -m launch plan calibrate
+`plan calibrate` measures this machine, which `cluster=here` then is; `plan compare` puts settings with several values
+side by side.
+
+    python -m launch plan experiment=v3_h800_2048 cluster=h800
+    python -m launch plan compare experiment=v3_h800_2048 cluster=h800 pipeline.schedule=1f1b,zbv,dualpipe,dualpipev
+
+Words that are no settings of the verb are settings of the run.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from launch.plan import answer, cluster
+from launch.plan import answer, cluster, compare
 from launch.plan.job import Plan
 from launch.plan.routing import Routing
 from launch.plan.world import MakeRouting, balanced
@@ -28,17 +32,25 @@ def plan(words: Sequence[str]) -> int:
         from launch.plan.calibrate import calibrate
 
         return calibrate(words[1:])
+    several = words[:1] == ["compare"]
+    words = words[several:]
     keys = {key for key, _ in leaves(PlanSettings, "")}
     own = [word for word in words if word.partition("=")[0] in keys]
     asked = read(PlanSettings, own, "plan")
     figures = cluster.load(asked.cluster)
+
+    others = [word for word in words if word not in own]
+    if several:
+        runs = compare.compared(others, figures, routing_of(asked))
+        print(compare.numbers(runs) if asked.json else compare.table(runs))
+        return 0
 
     def start(config: RunConfig) -> int:
         planned = Plan(config, figures, make_routing=routing_of(asked))
         print(json.dumps(answer.numbers(planned), indent=1) if asked.json else answer.screen(planned))
         return 0
 
-    return compose.started([word for word in words if word not in own], start)
+    return compose.started(others, start)
 
 
 def routing_of(asked: PlanSettings) -> MakeRouting:

@@ -167,6 +167,24 @@ def test_what_cannot_fit_says_by_how_much(capsys: pytest.CaptureFixture[str], tm
     assert "DOES NOT FIT, by" in capsys.readouterr().out
 
 
+def test_plans_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is refused stands at the end with its rule, and is in nobody's way."""
+    words = [*SMALL, "cluster=h100", "precision=bf16", "pipeline.schedule=1f1b,zbv,dualpipe", "parallel.pp=2,4"]
+    assert main(["plan", "compare", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 6 and lines[0].split()[:2] == ["step,", "s:"]
+    assert "pipeline.num_micro_batches=4 with pipeline.schedule=dualpipe must be" in lines[-1]
+    steps = [float(line.split()[1]) for line in lines[1:-1]]
+    assert steps == sorted(steps)
+    assert main(["plan", "compare", *words, "json=true"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    settings = [*SMALL, "precision=bf16", *(f"{key}={value}" for key, value in found[0]["values"].items())]
+    alone = Plan(compose(settings), cluster.load("h100"))
+    assert found[0]["as_written"]["step_s"] == alone.step(AS_WRITTEN).step_s
+    assert main(["plan", "compare", *SMALL, "cluster=h100"]) == 2
+    assert "needs a setting with several values" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
