@@ -195,7 +195,8 @@ class Plan:
         """The step in all three."""
         return {kernels: self.step(kernels) for kernels in KERNELS}
 
-    def _pricing(self, kernels: str, beside: bool) -> Pricing:
+    def pricing(self, kernels: str, beside: bool) -> Pricing:
+        """What events take in a set of kernels. beside: in a pair, whose exchanges run beside what computes."""
         mesh = self.config.parallel
         crosses = mesh.nodes_per_ep_group > 1
         return Pricing(self.cluster, self.rates, kernels, beside, crosses, self._slowdown, self._together())
@@ -223,9 +224,9 @@ class Plan:
         }
 
     def _step(self, kernels: str) -> StepTime:
-        alone, beside = (priced(self.layers.passes, self._pricing(kernels, each)) for each in (False, True))
+        alone, beside = (priced(self.layers.passes, self.pricing(kernels, each)) for each in (False, True))
         costs = ActionCosts(
-            self.config.placement, self.slices, alone, beside, self._host(kernels), self._latency_s(kernels)
+            self.config.placement, self.slices, alone, beside, self.host(kernels), self._latency_s(kernels)
         )
         pipeline = run_schedule(self.schedule, costs)
         optimizer_s, optimizer_totals = self._optimizer(kernels)
@@ -234,7 +235,7 @@ class Plan:
         pair = _most_frequent(middle)
         return StepTime(kernels, costs, pipeline, optimizer_s, optimizer_totals, ranks_s, pair, costs.cost(pair).totals)
 
-    def _host(self, kernels: str) -> Host:
+    def host(self, kernels: str) -> Host:
         """Our own code's host. Fused kernels are few enough for any host to keep ahead."""
         issue_s = self.cluster.host.launch_us * 1e-6
         if self.cluster.host.is_device:
@@ -246,20 +247,20 @@ class Plan:
         if self.config.parallel.pp == 1:
             return 0.0
         launch = Launch(0, "send", "link", 2, self.boundary_bytes, 0)
-        return dict(self._pricing(kernels, False).events([launch])).popitem()[1]
+        return dict(self.pricing(kernels, False).events([launch])).popitem()[1]
 
     def _optimizer(self, kernels: str) -> tuple[float, Totals]:
         """The update of the rank that takes longest, with what it quantises anew."""
         found = []
         for rank in range(self.config.parallel.pp):
-            clock = Clock(self._host(kernels))
+            clock = Clock(self.host(kernels))
             kinds = Counter(kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage))
             again = [each for kind, num in kinds.items() for each in self.layers.quantising.get(kind, ()) * num]
             state = state_bytes(self.config, rank)
             # Gradients are zeroed, and those of the shard read; masters and moments read and written, weights written.
             num_bytes = state.main_grad + 3 * state.masters + 2 * state.moments + state.weights
             num_bytes += self._quantised_bytes(rank)
-            for event, seconds in self._pricing(kernels, False).update([*self._updates[rank], *again], num_bytes):
+            for event, seconds in self.pricing(kernels, False).update([*self._updates[rank], *again], num_bytes):
                 clock.see(event, seconds, 0)
             found.append((clock.compute_s, rank, clock.totals))
         longest_s, _, totals = max(found, key=lambda each: each[:2])

@@ -59,8 +59,8 @@ def whole_rank(plan: Plan, rank: int) -> tuple[int, float, Clock]:
         if isinstance(entry.event, Memory):
             now += entry.event.num_bytes
             peak = max(peak, now)
-    clock = Clock(plan._host(AS_WRITTEN))
-    pricing = plan._pricing(AS_WRITTEN, beside=plan.step(AS_WRITTEN).pair.kind == "pair")
+    clock = Clock(plan.host(AS_WRITTEN))
+    pricing = plan.pricing(AS_WRITTEN, beside=plan.step(AS_WRITTEN).pair.kind == "pair")
     for event, seconds in pricing.events(events_of(entries)):
         if not is_link(event):
             clock.see(event, seconds, 0)
