@@ -302,7 +302,22 @@ class _Padding:
 
 def _pad(x: Tensor, padding: _Padding) -> Tensor:
     """x [R, ...] -> [padding.total, ...], zeros between the groups."""
-    return x.new_zeros(padding.total, *x.shape[1:]).index_copy(0, padding.rows, x)
+    padded: Tensor = _PadRows.apply(x, padding.rows, padding.total)
+    return padded
+
+
+class _PadRows(torch.autograd.Function):
+    """Rows among zeros. Not torch's own `index_copy`, whose node keeps the rows for the sake of their shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, total: int) -> Tensor:
+        ctx.save_for_backward(rows)
+        return x.new_zeros(total, *x.shape[1:]).index_copy_(0, rows, x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (rows,) = ctx.saved_tensors
+        return dy.index_select(0, rows), None, None
 
 
 def _padded_mlp(
