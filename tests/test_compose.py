@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from train import compose
+from train.cli import refusals
 from train.config import RunConfig
 from train.flops import parameter_counts
 from train.model.transformer import Transformer
@@ -21,7 +22,7 @@ from train.precision.build import everywhere
 from train.precision.torch_engine import TorchEngine
 from train.settings import CONFIGS, defaults, settings_of
 
-FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.glob("*/*.yaml"))
+FILES = sorted(Path(group, name) for group, names in refusals.groups().items() for name in names)
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)

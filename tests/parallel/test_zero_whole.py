@@ -85,7 +85,7 @@ def cut_anywhere() -> Iterator[None]:
         return [(part.in_shard, 1, part.numel) for part in segments(layout, each.shard)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_lay_out", lambda each: lay_out(each.numels, each.num_shards))
+        patch.setattr(native, "layout_of", lambda each, num_shards: lay_out(each.numels, num_shards))
         patch.setattr(native, "matrices", parts)
         yield
 

@@ -13,7 +13,7 @@ def test_the_published_job_introduces_itself() -> None:
     lines = banner(config, "cuda:0 (H800)", 8, "transformer_engine", [Exposure("web", 1.0, 10, 0.9)], 0).splitlines()
     assert [line.split()[0] for line in lines] == ["model", "ranks", "recipe", "data"]
     assert "671B parameters, 36.6B activated" in lines[0] and "8 of 256 experts per token" in lines[0]
-    assert "2048 = pp 16 x dp 128, dualpipe" in lines[1] and "on cuda:0 (H800); bf16" in lines[1]
+    assert "2048 = pp 16 x dp 128, dualpipe" in lines[1] and "on cuda:0 (H800); fp8" in lines[1]
     assert "14.8T in all" in lines[2] and "12.6M to 62.9M tokens" in lines[2]
     assert "web 0.9 epochs" in lines[3] and config.run.dir in lines[3]
     assert all(len(line) < 240 for line in lines)
