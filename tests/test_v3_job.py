@@ -179,7 +179,7 @@ def first_step_of(job: Job, num_micro_batches: int) -> int:
 STEPS = [
     ("first", 32),
     ("middle", 24),
-    ("last", 32),
+    pytest.param("last", 32, marks=pytest.mark.slow),
     pytest.param("first", 24, marks=pytest.mark.slow),
     pytest.param("middle", 32, marks=pytest.mark.slow),
     pytest.param("last", 24, marks=pytest.mark.slow),
