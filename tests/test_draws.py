@@ -18,7 +18,7 @@ from hypothesis import given, settings, strategies
 @settings(database=None, phases=["generate"])
 def test_by_hypothesis(number):
     print("drew", number)
-    assert number < 2**59
+    assert number % 4
 
 def test_by_torch_and_by_hand():
     print("drew", torch.randn(3).tolist(), random.Random(int(os.environ["HALOCLINE_SEED"])).random())

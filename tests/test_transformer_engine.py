@@ -17,8 +17,8 @@ from torch import nn
 from train.precision import build
 from train.precision.build import check_widths, choose_engine, fp8_weights
 from train.precision.config import PrecisionConfig
+from train.precision.padding import Padding, pad_rows
 from train.precision.reference import QuantisedWeights
-from train.precision.transformer_engine import _pad, _Padding
 from train.settings import group
 
 FP8 = group(PrecisionConfig, "precision", "fp8")
@@ -92,7 +92,7 @@ def test_widths_that_it_cannot_multiply_by_are_refused_by_name() -> None:
 def test_padding_keeps_places_and_no_rows() -> None:
     """What autograd saves of it weighs nothing beside the rows, and its gradient is that of torch's own function."""
     splits = [3, 0, 17, 16]
-    padding = _Padding.of(splits, torch.device("cpu"))
+    padding = Padding.of(splits, torch.device("cpu"))
     x = torch.randn(sum(splits), 8, requires_grad=True)
     kept: list[torch.Tensor] = []
 
@@ -101,7 +101,7 @@ def test_padding_keeps_places_and_no_rows() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        padded = _pad(x, padding)
+        padded = pad_rows(x, padding)
     assert [tensor.dtype for tensor in kept] == [torch.int64]
     plain = x.new_zeros(padding.total, 8).index_copy(0, padding.rows, x)
     assert torch.equal(padded, plain) and padding.splits.tolist() == [16, 0, 32, 16]

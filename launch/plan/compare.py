@@ -89,7 +89,7 @@ def row(plan: Plan) -> dict[str, Any]:
 
 
 def numbers(runs: Sequence[Compared]) -> str:
-    """The same as one object for scripts."""
+    """All runs as one object for scripts."""
     return json.dumps(
         [
             {"values": dict(each.values), **(row(each.plan) if each.plan is not None else {"refused": each.refused})}

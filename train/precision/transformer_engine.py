@@ -14,11 +14,9 @@ replace what earlier micro-batches have left.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -27,10 +25,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from train.precision.config import Fp8
 from train.precision.engine import Activation, Engine, Mlp
 from train.precision.grads import Sink
+from train.precision.padding import ROWS, Padding, missing_rows, pad_rows
 from train.precision.tiles import keep_rows, restore_rows, round_rows
 
-# Rows of a group are padded to a multiple: they are the inner dim of the weight gradient's product.
-ROWS = 16
 # Widths of matrices have to be multiples by themselves (`build.check_widths`).
 WIDTH = 16
 CAPABILITY = (9, 0)
@@ -216,7 +213,7 @@ class TransformerEngine:
     def project(self, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
         num_rows = rows.shape[0]
-        rows = nn.functional.pad(rows, (0, 0, 0, _missing_rows(num_rows)))
+        rows = nn.functional.pad(rows, (0, 0, 0, missing_rows(num_rows)))
         outputs = [self.multiply(rows, sink, weight) for weight in weights]
         return tuple(y[:num_rows].view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
@@ -224,7 +221,7 @@ class TransformerEngine:
         down = mlp.down_engine
         assert isinstance(down, TransformerEngine)
         num_rows = x.shape[0]
-        extra = _missing_rows(num_rows)
+        extra = missing_rows(num_rows)
         x = nn.functional.pad(x, (0, 0, 0, extra))
         row_weights = None if row_weights is None else nn.functional.pad(row_weights, (0, extra))
         return _padded_mlp(self, down, mlp, x, row_weights)[:num_rows]
@@ -248,76 +245,22 @@ class _Groups:
         self.engine, self.splits = engine, splits
 
     def project(self, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
-        padding = _Padding.of(self.splits, x.device)
-        rows = _pad(_rounded(self.engine, x), padding)
+        padding = Padding.of(self.splits, x.device)
+        rows = pad_rows(_rounded(self.engine, x), padding)
         outputs = [self.engine.multiply(rows, sink, weight, padding.splits) for weight in weights]
         return tuple(y[padding.rows] for y in outputs)
 
     def mlp(self, mlp: Mlp, x: Tensor, row_weights: Tensor | None) -> Tensor:
         down = mlp.down_engine
         assert isinstance(down, _Groups)
-        padding = _Padding.of(self.splits, x.device)
-        x = _pad(_rounded(self.engine, x), padding)
-        row_weights = None if row_weights is None else _pad(row_weights, padding)
+        padding = Padding.of(self.splits, x.device)
+        x = pad_rows(_rounded(self.engine, x), padding)
+        row_weights = None if row_weights is None else pad_rows(row_weights, padding)
         y = _padded_mlp(self.engine, down.engine, mlp, x, row_weights, padding.splits)
         return _rounded_gradient(down.engine, y[padding.rows])
 
     def grouped(self, splits: list[int]) -> Engine:
         return self.engine.grouped(splits)
-
-
-def _missing_rows(num_rows: int) -> int:
-    """Rows to add; an empty input gets one round of them, because no kernel is asked for nothing."""
-    return -num_rows % ROWS if num_rows else ROWS
-
-
-@dataclass(frozen=True)
-class _Padding:
-    """Where rows of groups go that are padded to multiples.
-
-    Attributes:
-        rows: place of each row among the padded ones, on the device.
-        splits: padded rows of each group; on the host, where the library reads them.
-        total: padded rows of all groups.
-    """
-
-    rows: Tensor
-    splits: Tensor
-    total: int
-
-    @staticmethod
-    def of(splits: list[int], device: torch.device) -> _Padding:
-        # By numpy: all of it is the host's own, and no operation of the device.
-        counts = np.array(splits, dtype=np.int64)
-        padded = (counts + ROWS - 1) // ROWS * ROWS
-        if not counts.any():
-            padded[0] = ROWS
-        shifts = (padded.cumsum() - padded) - (counts.cumsum() - counts)
-        rows = torch.from_numpy(np.arange(counts.sum()) + np.repeat(shifts, counts))
-        if device.type == "cuda":
-            # From pinned memory: any other copy would make the host wait for the device.
-            rows = rows.pin_memory().to(device, non_blocking=True)
-        return _Padding(rows, torch.from_numpy(padded), int(padded.sum()))
-
-
-def _pad(x: Tensor, padding: _Padding) -> Tensor:
-    """x [R, ...] -> [padding.total, ...], zeros between the groups."""
-    padded: Tensor = _PadRows.apply(x, padding.rows, padding.total)
-    return padded
-
-
-class _PadRows(torch.autograd.Function):
-    """Rows among zeros. Not torch's own `index_copy`, whose node keeps the rows for the sake of their shape."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, total: int) -> Tensor:
-        ctx.save_for_backward(rows)
-        return x.new_zeros(total, *x.shape[1:]).index_copy_(0, rows, x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        (rows,) = ctx.saved_tensors
-        return dy.index_select(0, rows), None, None
 
 
 def _padded_mlp(
