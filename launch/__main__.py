@@ -100,7 +100,7 @@ VERBS = {
     ),
     "plan": Verb(
         "launch.plan.verb:plan",
-        "memory and step time of a run on a cluster, from the code itself: cluster=h800 experiment=NAME",
+        "memory and step time of a run on a cluster: cluster=h800 experiment=NAME; plan compare a=1,2; plan calibrate",
         ((PlanSettings, ""), RUN),
     ),
     "timeline": Verb(

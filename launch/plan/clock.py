@@ -31,15 +31,6 @@ class Host:
     is_device: bool = False
 
 
-class Interval(NamedTuple):
-    """A stream at work. stream: `compute` or the name of a group."""
-
-    stream: str
-    start_s: float
-    stop_s: float
-    event: Event
-
-
 @dataclass
 class Totals:
     """What has been counted over some events.
@@ -86,14 +77,13 @@ class Totals:
 class Clock:
     """Runs over events that are handed to it one by one; `totals` may be replaced at any time to count anew."""
 
-    def __init__(self, host: Host, keeps_intervals: bool = False) -> None:
+    def __init__(self, host: Host) -> None:
         self._host = host
         self.host_s = self.compute_s = 0.0
         self._streams: dict[str, float] = {}
         self._over: dict[Hashable, tuple[str, float]] = {}
         self._there: dict[Hashable, float] = {}
         self.totals = Totals()
-        self.intervals: list[Interval] | None = [] if keeps_intervals else None
 
     def see(self, event: Event, seconds: float, scope: Hashable) -> None:
         """The host comes to an event. seconds: that a kernel or a communication takes; scope: in which numbers are
@@ -121,7 +111,6 @@ class Clock:
         self.totals.busy_s[kernel.work] += seconds
         self.totals.num_kernels += 1
         self.totals.flops += kernel.flops
-        self._note("compute", start_s, self.compute_s, kernel)
 
     def _communicate(self, launch: Launch, seconds: float, key: Hashable) -> None:
         self._issue()
@@ -131,16 +120,11 @@ class Clock:
         self.totals.network_s[launch.group] += seconds
         self.totals.num_launches += 1
         self.totals.sent_bytes[launch.group] += launch.sent_bytes
-        self._note(launch.group, start_s, start_s + seconds, launch)
 
     def _issue(self) -> None:
         if self._host.is_device:
             self.host_s = max(self.host_s, self.compute_s)
         self.host_s += self._host.issue_s
-
-    def _note(self, stream: str, start_s: float, stop_s: float, event: Event) -> None:
-        if self.intervals is not None:
-            self.intervals.append(Interval(stream, start_s, stop_s, event))
 
 
 class Priced(NamedTuple):

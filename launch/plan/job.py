@@ -12,7 +12,7 @@ from launch.plan import memory
 from launch.plan.clock import Clock, Host, Totals
 from launch.plan.cluster import Cluster
 from launch.plan.events import Event, Launch
-from launch.plan.kernels import AS_WRITTEN, KERNELS, Rates
+from launch.plan.kernels import AS_WRITTEN, Rates
 from launch.plan.layers import Kept, Layers, layers_of
 from launch.plan.price import Pricing, priced
 from launch.plan.replay import Passes, passes_of
@@ -72,7 +72,6 @@ class StepTime:
     costs: ActionCosts
     pipeline: PipelineStep
     optimizer_s: float
-    optimizer_totals: Totals
     ranks_s: tuple[float, ...]
     pair: Action
     pair_totals: Totals
@@ -190,11 +189,6 @@ class Plan:
             self._steps[kernels] = self._step(kernels)
         return self._steps[kernels]
 
-    @property
-    def steps(self) -> dict[str, StepTime]:
-        """The step in all three."""
-        return {kernels: self.step(kernels) for kernels in KERNELS}
-
     def pricing(self, kernels: str, beside: bool) -> Pricing:
         """What events take in a set of kernels. beside: in a pair, whose exchanges run beside what computes."""
         mesh = self.config.parallel
@@ -229,11 +223,11 @@ class Plan:
             self.config.placement, self.slices, alone, beside, self.host(kernels), self._latency_s(kernels)
         )
         pipeline = run_schedule(self.schedule, costs)
-        optimizer_s, optimizer_totals = self._optimizer(kernels)
+        optimizer_s = self._optimizer(kernels)
         ranks_s = tuple(totals.length_s for totals in pipeline.totals)
         middle = self.schedule.ranks[self.config.parallel.pp // 2]
         pair = _most_frequent(middle)
-        return StepTime(kernels, costs, pipeline, optimizer_s, optimizer_totals, ranks_s, pair, costs.cost(pair).totals)
+        return StepTime(kernels, costs, pipeline, optimizer_s, ranks_s, pair, costs.cost(pair).totals)
 
     def host(self, kernels: str) -> Host:
         """Our own code's host. Fused kernels are few enough for any host to keep ahead."""
@@ -249,7 +243,7 @@ class Plan:
         launch = Launch(0, "send", "link", 2, self.boundary_bytes, 0)
         return dict(self.pricing(kernels, False).events([launch])).popitem()[1]
 
-    def _optimizer(self, kernels: str) -> tuple[float, Totals]:
+    def _optimizer(self, kernels: str) -> float:
         """The update of the rank that takes longest, with what it quantises anew."""
         found = []
         for rank in range(self.config.parallel.pp):
@@ -262,9 +256,8 @@ class Plan:
             num_bytes += self._quantised_bytes(rank)
             for event, seconds in self.pricing(kernels, False).update([*self._updates[rank], *again], num_bytes):
                 clock.see(event, seconds, 0)
-            found.append((clock.compute_s, rank, clock.totals))
-        longest_s, _, totals = max(found, key=lambda each: each[:2])
-        return longest_s, totals
+            found.append(clock.compute_s)
+        return max(found)
 
     @cached_property
     def _updates(self) -> list[tuple[Event, ...]]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from launch.plan.clock import Priced
 from launch.plan.cluster import Cluster
-from launch.plan.events import Enter, Event, Kernel, Launch, LayerPasses, Turn
-from launch.plan.exchange import COMBINE, DISPATCH, EXCHANGE, exchange_seconds
+from launch.plan.events import Enter, Event, Kernel, Launch, LayerPasses, Read, Turn
+from launch.plan.exchange import COMBINE, DISPATCH, exchange_seconds
 from launch.plan.kernels import AS_WRITTEN, BOUND, PUBLISHED, Rates
 from launch.plan.replay import Passes
 
@@ -54,15 +54,16 @@ class Pricing:
         """Events with their seconds. In sets that know nodes only, products and attention take their own time, and what
         else a node takes is dealt out to its other kernels."""
         found: list[tuple[Event, float]] = []
+        counts = {event.after for event in events if isinstance(event, Read)}
         for enter, node in _nodes(events):
             scale = self._scale(enter, node)
             found.append((enter, 0.0))
             for event in node:
                 if isinstance(event, Kernel):
                     found.append((event, self._kernel(event, scale)))
-                elif isinstance(event, Launch):
+                elif isinstance(event, Launch) and not (self.kernels == PUBLISHED and event.number in counts):
                     found.append((event, self._communication(event, enter)))
-                else:
+                else:  # DeepEP's kernels tell each other the counts before the rows, in the same launch
                     found.append((event, 0.0))
         return found
 
@@ -101,8 +102,6 @@ class Pricing:
         way = COMBINE if (enter.node, enter.kind) in _HOMEWARD else DISPATCH
         kernel_set = self.rates.kernel_set if self.beside else None
         together = self.ranks_together.get(launch.group)
-        if self.kernels == PUBLISHED and launch.name == EXCHANGE and launch.sent_bytes < launch.num_peers * 4096:
-            return 0.0  # counts: DeepEP's kernels tell each other before the rows, in the same launch
         return exchange_seconds(launch, self.cluster, self.kernels, kernel_set, way, together)
 
     def _stretches(self, events: Sequence[Event]) -> Iterator[Priced]:

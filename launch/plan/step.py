@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launch.plan.clock import Clock, Host, Interval, Priced, Totals
+from launch.plan.clock import Clock, Host, Priced, Totals
 from launch.plan.events import Enter, Kernel
 from launch.plan.replay import Passes, ReplayedStage, run_alone
 from parallel.pipeline.actions import Action, Chunk, Pair
@@ -87,12 +87,8 @@ class ActionCosts:
         """An action's cost. Actions over like slices cost the same."""
         key = (action.kind, *(",".join(self._kinds(part.stage)) for part in _chunks(action)))
         if key not in self._found:
-            self._found[key] = self._measure(action)[0]
+            self._found[key] = self._measure(action)
         return self._found[key]
-
-    def look(self, action: Action) -> list[Interval]:
-        """What each stream does when during an action; times count from its start."""
-        return self._measure(action, keeps_intervals=True)[1]
 
     def pieces(self, action: Action) -> list[tuple[tuple[str, str, str], float]]:
         """(layer, node, pass) and seconds of every kernel of an action, waits left out."""
@@ -109,8 +105,8 @@ class ActionCosts:
     def _kinds(self, stage: int) -> tuple[str, ...]:
         return self.slices[self.placement.position(stage)]
 
-    def _measure(self, action: Action, keeps_intervals: bool = False) -> tuple[ActionCost, list[Interval]]:
-        clock = Clock(self.host, keeps_intervals)
+    def _measure(self, action: Action) -> ActionCost:
+        clock = Clock(self.host)
         player = _ToClock(clock)
         layers = self.beside if isinstance(action, Pair) else self.alone
         stages = {
@@ -119,18 +115,11 @@ class ActionCosts:
         }
         started_s, sent_s = 0.0, dict[str, float]()
         found: list[ActionCost] = []
-        intervals: list[Interval] = []
 
         def ended(done: Action) -> None:
             nonlocal started_s
             leads_s = {kind: clock.compute_s - at_s for kind, at_s in sent_s.items()}
             found.append(ActionCost(clock.compute_s - started_s, leads_s, clock.totals))
-            if clock.intervals is not None:
-                intervals[:] = [
-                    each._replace(start_s=each.start_s - started_s, stop_s=each.stop_s - started_s)
-                    for each in clock.intervals
-                ]
-                clock.intervals.clear()
             started_s, clock.totals = clock.compute_s, Totals()
             sent_s.clear()
 
@@ -143,7 +132,7 @@ class ActionCosts:
             lambda part: sent_s.__setitem__(part.kind, clock.compute_s),
             ended,
         )
-        return found[-1], intervals
+        return found[-1]
 
 
 def _kernels(stretches: Sequence[Priced]) -> list[tuple[tuple[str, str, str], float]]:
