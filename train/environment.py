@@ -80,6 +80,11 @@ def num_threads(environ: Mapping[str, str] = os.environ) -> int | None:
     return number({"OMP_NUM_THREADS": first}, "OMP_NUM_THREADS")
 
 
+def fair_threads(num_ranks: int) -> int:
+    """Threads of each of this machine's ranks, where nothing says how many: they share its cores."""
+    return max(1, (os.cpu_count() or 1) // num_ranks)
+
+
 def number(environ: Mapping[str, str], name: str) -> int | None:
     """A variable of the launcher as a whole number; None where it is not set. ValueError for anything else."""
     text = environ.get(name)

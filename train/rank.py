@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -112,7 +111,7 @@ def _folders(config: RunConfig, meeting: Meeting) -> Iterator[None]:
 def _rank(config: RunConfig, meeting: Meeting, stop: StopRequest) -> None:
     place = environment.read()
     if config.run.num_threads is not None or place.num_threads is None:
-        fair = max(1, (os.cpu_count() or 1) // (place.local_world_size or 1))
+        fair = environment.fair_threads(place.local_world_size or 1)
         torch.set_num_threads(config.run.num_threads or fair)
     # Which way of multiplying is the faster one may differ between machines, and all ranks take one.
     config = meeting.from_first("times its products", lambda: settled(config, device_of(config)))

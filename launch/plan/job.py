@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -313,7 +312,7 @@ class Plan:
 
 def threads_of(config: RunConfig) -> int:
     """With how many threads a rank computes on this machine, as it decides when it starts."""
-    fair = max(1, (os.cpu_count() or 1) // config.parallel.world_size)
+    fair = environment.fair_threads(config.parallel.world_size)
     return config.run.num_threads or environment.num_threads() or fair
 
 

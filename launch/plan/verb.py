@@ -22,8 +22,11 @@ from launch.settings import PlanSettings
 from parallel.expert.placement import Placement
 from train import compose
 from train.config import RunConfig
-from train.settings import leaves, read
+from train.settings import hint, leaves, read
 from train.track.metrics_file import read_loads
+
+# Words that may follow `plan`.
+PARTS = ("calibrate", "compare")
 
 
 def plan(words: Sequence[str]) -> int:
@@ -32,6 +35,8 @@ def plan(words: Sequence[str]) -> int:
         from launch.plan.calibrate import calibrate
 
         return calibrate(words[1:])
+    if words and words[0] not in PARTS and "=" not in words[0] and not words[0].startswith("-"):
+        raise ValueError(f"plan {words[0]} is not known{hint(words[0], PARTS)}")
     several = words[:1] == ["compare"]
     words = words[several:]
     keys = {key for key, _ in leaves(PlanSettings, "")}

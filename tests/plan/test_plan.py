@@ -177,6 +177,8 @@ def test_plans_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     assert found[0]["as_written"]["step_s"] == alone.step(AS_WRITTEN).step_s
     assert main(["plan", "compare", *SMALL, "cluster=h100"]) == 2
     assert "needs a setting with several values" in capsys.readouterr().err
+    assert main(["plan", "compair", *SMALL]) == 2
+    assert capsys.readouterr().err == "plan compair is not known; did you mean compare?\n"
 
 
 @pytest.mark.parametrize(
