@@ -11,7 +11,6 @@ from launch.plan import answer
 from launch.plan.cluster import Cluster
 from launch.plan.job import Plan
 from launch.plan.kernels import KERNELS
-from launch.plan.layers import Layers
 from launch.plan.world import MakeRouting
 from launch.sweep.search import Grid
 from train import compose
@@ -35,7 +34,7 @@ def compared(words: Sequence[str], figures: Cluster, make_routing: MakeRouting) 
     fixed, swept = compose.space(words)
     if not any(len(each.choices) > 1 for each in swept) or not all(each.choices for each in swept):
         raise ValueError("plan compare needs a setting with several values: pipeline.schedule=1f1b,dualpipe")
-    grid, kept = Grid(swept), dict[str, Layers]()
+    grid, kept = Grid(swept), dict[str, Any]()
     found: list[Compared] = []
     while (job := grid.ask()) is not None:
         try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from launch.plan import memory
 from launch.plan.clock import Clock, Host, Totals
@@ -20,7 +21,7 @@ from launch.plan.step import ActionCosts, PipelineStep, layers_of_parts, run_sch
 from launch.plan.world import MakeRouting, balanced
 from parallel.pipeline.actions import Action
 from parallel.pipeline.links import slots
-from parallel.pipeline.order import messages
+from parallel.pipeline.order import Channel, Message, messages
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import simulate
 from train import environment
@@ -31,6 +32,8 @@ from train.split import split
 
 # What the host needs to see a number once the device has it: a copy over PCIe and an event.
 READ_S = 15e-6
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class StepTime:
 class Plan:
     """A run on a cluster. Everything is worked out when it is asked for, and once.
 
-    kept: layers by what decides them, shared between plans. make_routing: what experts get.
+    kept: what was traced by what decides it, shared between plans. make_routing: what experts get.
     """
 
     def __init__(
@@ -103,7 +106,8 @@ class Plan:
         self.config = config
         self.cluster = cluster.on(threads_of(config)) if cluster.host.is_device else cluster
         self.rates = rates or Rates(self.cluster, value_width=config.model.v_head_dim)
-        self._make_routing, self._kept = make_routing, {} if kept is None else kept
+        self._make_routing = make_routing
+        self._kept: Kept = {} if kept is None else kept
         self._steps: dict[str, StepTime] = {}
 
     @property
@@ -155,10 +159,16 @@ class Plan:
 
     def _rank(self, rank: int, booked: Mapping[str, Passes[memory.Booked]]) -> RankMemory:
         quantised = self._quantised_bytes(rank)
-        peak = memory.peak_of(self.schedule, rank, self.slices, booked, self.boundary_bytes, slots(self.device))
-        state = state_bytes(self.config, rank)
+        peak = memory.peak_of(
+            self.schedule, rank, self.slices, booked, self.boundary_bytes, slots(self.device), self._sent
+        )
+        state = self._states[rank]
         held = state.on_device + quantised + peak.num_bytes
         return RankMemory(state, quantised, peak, self._reserve(rank, held))
+
+    @cached_property
+    def _sent(self) -> dict[Channel, list[Message]]:
+        return messages(self.schedule)
 
     def _quantised_bytes(self, rank: int) -> int:
         kinds = [kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage)]
@@ -167,7 +177,7 @@ class Plan:
     def _reserve(self, rank: int, held: int) -> int:
         """Context, communicators, and fragmentation of what is held."""
         figures = self.cluster.memory
-        links = sum(rank in channel[:2] for channel in messages(self.schedule))
+        links = sum(rank in channel[:2] for channel in self._sent)
         fixed = figures.context_gb + (links + self._num_groups()) * figures.communicator_gb
         return int(fixed * 1e9 + held * figures.fragmentation_share / (1 - figures.fragmentation_share))
 
@@ -249,7 +259,7 @@ class Plan:
             clock = Clock(self.host(kernels))
             kinds = Counter(kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage))
             again = [each for kind, num in kinds.items() for each in self.layers.quantising.get(kind, ()) * num]
-            state = state_bytes(self.config, rank)
+            state = self._states[rank]
             # Gradients are zeroed, and those of the shard read; masters and moments read and written, weights written.
             num_bytes = state.main_grad + 3 * state.masters + 2 * state.moments + state.weights
             num_bytes += self._quantised_bytes(rank)
@@ -259,15 +269,37 @@ class Plan:
         return max(found)
 
     @cached_property
+    def _states(self) -> list[StateBytes]:
+        """What each rank keeps from step to step."""
+        return self._of_like_ranks(lambda rank: state_bytes(self.config, rank))
+
+    @cached_property
     def _updates(self) -> list[tuple[Event, ...]]:
-        """What each rank's optimizer does. Ranks that hold like layers do alike."""
-        known: dict[tuple[tuple[str, ...], ...], tuple[Event, ...]] = {}
+        """What each rank's optimizer does."""
+        config = self.config
+        job = config.model, config.parallel, config.mirrored, config.shared_ends, config.precision, config.optimizer
+
+        def update(rank: int) -> tuple[Event, ...]:
+            kinds = [self._kinds(stage) for stage in config.placement.stages_on(rank)]
+            key = repr(("update", self.device, *job, kinds, config.frozen and rank))
+            if key not in self._kept:
+                self._kept[key] = update_events(config, rank, self.device)
+            return self._kept[key]
+
+        return self._of_like_ranks(update)
+
+    def _of_like_ranks(self, of: Callable[[int], Found]) -> list[Found]:
+        """Of each rank of a pipeline, what is found out once for those that hold like layers. Where some parameters are
+        frozen, layers of a kind are not alike."""
+        known: dict[object, Found] = {}
         found = []
+        apart = bool(self.config.frozen)
         for rank in range(self.config.parallel.pp):
-            kinds = tuple(sorted(self._kinds(stage) for stage in self.config.placement.stages_on(rank)))
-            if kinds not in known:
-                known[kinds] = update_events(self.config, rank, self.device)
-            found.append(known[kinds])
+            kinds = sorted(self._kinds(stage) for stage in self.config.placement.stages_on(rank))
+            key = rank if apart else tuple(kinds)
+            if key not in known:
+                known[key] = of(rank)
+            found.append(known[key])
         return found
 
     def gpu_hours(self, kernels: str) -> float:

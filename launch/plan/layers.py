@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Collection, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from launch.plan.events import Kernel, LayerPasses, Memory, Turn
 from launch.plan.record import Entry, Piece, Recorder, events_of
@@ -48,8 +49,8 @@ class Layers:
     quantised_bytes: dict[str, int]
 
 
-# What decides the trace of a layer, as text, to the layers.
-Kept = MutableMapping[str, Layers]
+# What was traced, by what decides it, as text: `Layers` here, an optimizer's events in `job.Plan`.
+Kept = MutableMapping[str, Any]
 
 
 def layers_of(
@@ -62,7 +63,7 @@ def layers_of(
     small = small_job(config)
     routing = make_routing(small, placement_of(small, Mesh(small.parallel, 0)))
     key = _key(small, kernels, routing)
-    found = None if kept is None else kept.get(key)
+    found: Layers | None = None if kept is None else kept.get(key)
     if found is None:
         found = _trace(small, kernels, make_routing)
         if kept is not None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from launch.plan.events import Event, Memory
 from launch.plan.replay import Ends, Passes, Progress, ReplayedStage
 from parallel.pipeline.actions import Action, Chunk
-from parallel.pipeline.order import Channel, messages, source
+from parallel.pipeline.order import Channel, Message, messages, source
+from parallel.pipeline.placement import Placement
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule
 
@@ -94,14 +95,17 @@ def peak_of(
     layers: Mapping[str, Passes[Booked]],
     boundary_bytes: int,
     num_slots: int = 0,
+    sent: Mapping[Channel, Sequence[Message]] | None = None,
 ) -> Peak:
     """What one rank holds over a step of a schedule.
 
     boundary_bytes: of the tensor that one stage hands to the next. What is received lies there from the action that
     takes it on; what is sent is let go by the action that made it. num_slots: receives that each link has posted ahead.
+    sent: the schedule's messages, where they are known.
     """
     ledger = _Ledger()
-    posted = num_slots * boundary_bytes * sum(channel.target == rank for channel in messages(schedule))
+    sent = messages(schedule) if sent is None else sent
+    posted = num_slots * boundary_bytes * sum(channel.target == rank for channel in sent)
     ahead = Counter({("links", "receives posted ahead"): posted})
     ledger.play(Booked(ahead, posted, ahead), (-1, -1, 0))
     placement = schedule.placement
@@ -117,7 +121,7 @@ def peak_of(
             peaks.append((ledger.peak, action))
         series.append(ledger.total)
 
-    links = _Boundaries(schedule, rank, ledger, boundary_bytes)
+    links = _Boundaries(placement, sent, rank, ledger, boundary_bytes)
     Runtime(rank, stages, links, Progress(ended)).run(schedule, ())
     assert ledger.snapshot is not None
     held, owners, _ = ledger.snapshot
@@ -140,13 +144,19 @@ class _Boundaries(Ends):
     """Books the tensors that stages hand on, as `Links` holds them: one that was sent is let go when its target has
     said something that it could not have said before it had taken it."""
 
-    def __init__(self, schedule: Schedule, rank: int, ledger: _Ledger, num_bytes: int) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        sent: Mapping[Channel, Sequence[Message]],
+        rank: int,
+        ledger: _Ledger,
+        num_bytes: int,
+    ) -> None:
         super().__init__(self._leaves)
-        self._placement, self._rank, self._ledger = schedule.placement, rank, ledger
+        self._placement, self._rank, self._ledger = placement, rank, ledger
         change = Counter({("links", "between stages"): num_bytes})
         gone = Counter({("links", "between stages"): -num_bytes})
         self._arrives, self._goes = Booked(change, num_bytes, change), Booked(gone, 0, Counter())
-        sent = messages(schedule)
         self._to_send = {channel: deque(each) for channel, each in sent.items() if channel.source == rank}
         self._to_take = {channel: deque(each) for channel, each in sent.items() if channel.target == rank}
         self._leaving: dict[Channel, deque[tuple[int, tuple[int, int, int]]]] = {

@@ -110,6 +110,34 @@ def update_events(config: RunConfig, pp_rank: int, kernels: str = "cuda") -> tup
     return events_of(recorder.entries())
 
 
+# Kind of layer -> elements that every rank holds which holds the layer, and elements of all its experts together.
+Numels = dict[str, tuple[int, int]]
+
+
+def numels_by_kind(small: RunConfig) -> Numels:
+    """Elements of one layer of each kind, out of a run with one stage (`layers.small_job`).
+
+    The table of embeddings is counted with `embedding`, and once more with `mtp`, whose stage may need one of its own.
+    """
+    model, shell = small.model, _Shell.of(small, 0)
+    found: dict[str, list[int]] = {}
+    for info, param in shell.params:
+        kind = _kind(info.name, model.first_k_dense_replace)
+        layers = {"dense": model.first_k_dense_replace, "moe": model.num_moe_layers}.get(kind, 1)
+        is_expert = info.replicas == "expert"
+        numel = param.numel() * (small.parallel.ep if is_expert else 1) // layers
+        for each in (kind, "mtp") if kind == "embedding" and model.num_nextn_predict_layers else (kind,):
+            found.setdefault(each, [0, 0])[is_expert] += numel
+    return {kind: (everywhere, experts) for kind, (everywhere, experts) in found.items()}
+
+
+def _kind(name: str, first_k_dense_replace: int) -> str:
+    part, _, rest = name.partition(".")
+    if part == "layers":
+        return "dense" if int(rest.partition(".")[0]) < first_k_dense_replace else "moe"
+    return {"embed_tokens": "embedding", "mtp": "mtp"}.get(part, "head")
+
+
 @dataclass(frozen=True)
 class _Shell:
     """The parameters of a rank, without memory.

@@ -1,0 +1,360 @@
+"""`python -m launch plan search`: the best layouts of a run on so many devices.
+
+All legal layouts are guessed, in less than a millisecond each (`guess.py`); those that promise most are planned as
+`plan` does it, in as many processes as there are cores. What is said of a layout is its plan's: guesses choose what is
+planned, and say which setting would free most memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from launch.plan.cluster import Cluster
+from launch.plan.guess import Guess, Guesses
+from launch.plan.job import Plan, StepTime
+from launch.plan.kernels import AS_WRITTEN
+from launch.plan.layers import Kept
+from launch.plan.space import Space
+from launch.plan.world import MakeRouting
+from train.config import RunConfig
+
+# Layouts that are planned at once, sets of layers that are traced for them at most, and how often that is done.
+NUM_PLANNED, NUM_TRACED, NUM_ROUNDS = 20, 6, 3
+# What a guess of memory may be too high by: the plan then says whether it fits.
+SLACK = 1.1
+GB = 1e9
+
+# Runs a function over tasks, several at once; results come in the order of the tasks.
+Map = Callable[..., Iterable["list[Planned]"]]
+
+
+class Layout(NamedTuple):
+    """What tells the layouts of one run apart."""
+
+    pp: int
+    ep: int
+    dispatch: str
+    schedule: str
+    micro_batch_size: int
+    recompute: str
+    precision: str
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Layout:
+        """The layout of a run."""
+        mesh, again = config.parallel, config.recompute
+        names = ["norm"] * again.norm + ["mla_up_proj"] * again.mla_up_proj + again.nodes
+        size, precision = config.train.micro_batch_size, config.precision.name
+        return cls(mesh.pp, mesh.ep, mesh.dispatch, config.pipeline.schedule, size, "+".join(names), precision)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A layout and what its plan says.
+
+    Attributes:
+        step_s: as written.
+        parts_s: of a step, as a mean over the ranks of a pipeline; they add up to it.
+        tokens_per_s_per_gpu, mfu_causal: of the full batch.
+        num_bytes, rank: of the fullest pipeline rank, and which one that is.
+    """
+
+    config: RunConfig
+    step_s: float
+    parts_s: Mapping[str, float]
+    tokens_per_s_per_gpu: float
+    mfu_causal: float
+    num_bytes: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search has found.
+
+    Attributes:
+        best: what fits, the quickest first.
+        too_large: what does not fit: the quickest that would beat the best, or, where nothing fits, what lacks least.
+        guesses: of all legal layouts.
+    """
+
+    best: list[Planned]
+    too_large: list[Planned]
+    guesses: Mapping[Layout, Guess] = field(repr=False)
+
+
+def search(space: Space, figures: Cluster, make_routing: MakeRouting, num_best: int) -> Found:
+    """Guesses every layout and plans those that promise most. make_routing: travels to other processes.
+
+    ValueError where no layout is legal.
+    """
+    layouts = list(space.layouts())
+    if not layouts:
+        raise ValueError(
+            f"gpus={space.num_ranks} has no legal layout: pipelines, experts, nodes of {space.devices_per_node} and "
+            f"batches of {space.base.train.global_batch_size} sequences do not divide into each other, with what the "
+            "settings fix"
+        )
+    device_bytes = figures.memory.device_gb * GB
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, _one_thread) as pool:
+        traced = [Plan(config, figures, make_routing=make_routing) for config in _to_trace(layouts)]
+        _say(f"{len(layouts):,} legal layouts; {len(traced)} sets of layers are traced to guess them")
+        kept: Kept = {}
+        for each in pool.map(_trace, [(plan.config, figures, make_routing) for plan in traced]):
+            kept |= each
+        guesses = _guessed(layouts, [Plan(each.config, figures, kept=kept) for each in traced])
+        order = sorted(layouts, key=lambda each: _promise(guesses[Layout.of(each)], device_bytes))
+        found: list[Planned] = []
+        for _ in range(NUM_ROUNDS):
+            chosen, order = _chosen(order)
+            _say(f"{sum(map(len, chosen))} of them are planned")
+            for some in pool.map(_plan, [(each, figures, make_routing, kept) for each in chosen]):
+                found += some
+            if not order or sum(each.num_bytes <= device_bytes for each in found) >= num_best:
+                break
+    return _ranked(found, guesses, device_bytes, num_best)
+
+
+def _ranked(found: Sequence[Planned], guesses: Mapping[Layout, Guess], device_bytes: float, num_best: int) -> Found:
+    by_time = sorted(found, key=lambda each: each.step_s)
+    fits = [each for each in by_time if each.num_bytes <= device_bytes]
+    large = [each for each in by_time if each.num_bytes > device_bytes]
+    if fits:
+        large = [each for each in large if each.step_s < fits[0].step_s]
+    else:
+        large.sort(key=lambda each: each.num_bytes)
+    return Found(fits[:num_best], large[:3], guesses)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+# --- guesses
+
+
+def _to_trace(layouts: Sequence[RunConfig]) -> list[RunConfig]:
+    """For each precision, and for recomputing little and much: the layout with the smallest micro-batch and the fewest
+    experts on a rank, which is traced the soonest."""
+    chosen: dict[tuple[str, bool], RunConfig] = {}
+    for config in layouts:
+        if not config.recompute.nodes or len(layouts) == 1:
+            key = Guesses.key(config)
+            if key not in chosen or _smallness(config) < _smallness(chosen[key]):
+                chosen[key] = config
+    for config in layouts:  # whose nodes are fixed by the settings
+        chosen.setdefault(Guesses.key(config), config)
+    return list(chosen.values())
+
+
+def _smallness(config: RunConfig) -> tuple[int, int, bool]:
+    return config.train.micro_batch_size, -config.parallel.ep, config.parallel.dispatch != "two_hop"
+
+
+def _trace(task: tuple[RunConfig, Cluster, MakeRouting]) -> Kept:
+    config, figures, make_routing = task
+    kept: Kept = {}
+    _ = Plan(config, figures, make_routing=make_routing, kept=kept).layers
+    return kept
+
+
+def _guessed(layouts: Sequence[RunConfig], traced: Sequence[Plan]) -> dict[Layout, Guess]:
+    guesses = Guesses({Guesses.key(plan.config): plan for plan in traced})
+    return {Layout.of(config): guesses.of(config) for config in layouts}
+
+
+def _promise(guess: Guess, device_bytes: float) -> tuple[bool, float]:
+    """What fits comes first, the quickest of it before the others; what does not by how much it lacks."""
+    fits = guess.num_bytes <= device_bytes * SLACK
+    return not fits, guess.step_s if fits else guess.num_bytes
+
+
+# --- plans
+
+
+def _chosen(order: Sequence[RunConfig]) -> tuple[list[list[RunConfig]], list[RunConfig]]:
+    """The first legal layouts in groups that have the same layers, and what is left for later."""
+    groups: dict[tuple[object, ...], list[RunConfig]] = {}
+    rest: list[RunConfig] = []
+    num = 0
+    for config in order:
+        key = Layout.of(config)[1:3] + Layout.of(config)[4:]
+        if num == NUM_PLANNED or (key not in groups and len(groups) == NUM_TRACED):
+            rest.append(config)
+        elif _is_legal(config):
+            groups.setdefault(key, []).append(config)
+            num += 1
+    return list(groups.values()), rest
+
+
+def _is_legal(config: RunConfig) -> bool:
+    try:
+        config.check()
+    except ValueError:
+        return False
+    return True
+
+
+def _plan(task: tuple[Sequence[RunConfig], Cluster, MakeRouting, Kept]) -> list[Planned]:
+    """Plans of layouts that have the same layers."""
+    configs, figures, make_routing, kept = task
+    plans = [Plan(config, figures, make_routing=make_routing, kept=kept) for config in configs]
+    return [planned(plan) for plan in plans]
+
+
+def planned(plan: Plan) -> Planned:
+    """What a search keeps of a plan."""
+    step = plan.step(AS_WRITTEN)
+    totals = [rank.total for rank in plan.ranks]
+    most = max(totals)
+    tokens_per_s = plan.tokens_per_s_per_gpu(AS_WRITTEN)
+    return Planned(
+        plan.config, step.step_s, parts_s(step), tokens_per_s, plan.mfu(AS_WRITTEN), most, totals.index(most)
+    )
+
+
+def parts_s(step: StepTime) -> dict[str, float]:
+    """Where a step goes, in the mean over the ranks of a pipeline."""
+    totals = step.pipeline.totals
+    mean = {
+        "products": [each.busy_s["product"] for each in totals],
+        "attention": [each.busy_s["attention"] for each in totals],
+        "passes over memory": [each.busy_s["move"] for each in totals],
+        "waiting for exchanges": [sum(each.exposed_s.values()) for each in totals],
+        "waiting for the host": [each.host_s for each in totals],
+    }
+    found = {name: sum(each) / len(totals) for name, each in mean.items()}
+    return found | {"bubble": step.parts_s["bubble"], "optimizer": step.optimizer_s}
+
+
+# --- words
+
+
+def settings(config: RunConfig) -> list[str]:
+    """The words that make a run have this layout."""
+    mesh, again, pipeline = config.parallel, config.recompute, config.pipeline
+    words = [f"parallel.{key}={getattr(mesh, key)}" for key in ("pp", "dp", "ep", "nodes", "dispatch")]
+    words += [f"pipeline.schedule={pipeline.schedule}"]
+    if pipeline.schedule == "dualpipe" and config.train.batch_ramp.start is not None:
+        words += [f"pipeline.short_steps={pipeline.short_steps}"]
+    words += [f"train.micro_batch_size={config.train.micro_batch_size}", f"precision={config.precision.name}"]
+    words += [f"recompute.norm={str(again.norm).lower()}", f"recompute.mla_up_proj={str(again.mla_up_proj).lower()}"]
+    return [*words, f"recompute.nodes=[{','.join(again.nodes)}]"]
+
+
+def reason(loser: Planned, winner: Planned) -> str:
+    """Why one layout is slower than another: what it spends more on, as far as that makes up the difference."""
+    lost_s = loser.step_s - winner.step_s
+    more = sorted(((loser.parts_s[name] - winner.parts_s[name], name) for name in winner.parts_s), reverse=True)
+    said, explained_s = [], 0.0
+    for seconds, name in more[:2]:
+        if seconds > 0 and explained_s < 0.8 * lost_s:
+            said.append(f"{name} {loser.parts_s[name]:.3g} s for {winner.parts_s[name]:.3g}")
+            explained_s += seconds
+    return ", ".join(said)
+
+
+def relief(layout: Layout, guesses: Mapping[Layout, Guess]) -> tuple[str, float] | None:
+    """The one setting whose change frees most memory, by guesses, and how many bytes; None where none frees any."""
+    held = guesses[layout].num_bytes
+    best: tuple[str, float] | None = None
+    for other, guess in guesses.items():
+        differing = [name for name, mine, its in zip(Layout._fields, layout, other, strict=True) if mine != its]
+        freed = held - guess.num_bytes
+        if len(differing) == 1 and freed > (best[1] if best else 0.0):
+            (name,) = differing
+            best = f"{_KEYS[name]}={getattr(other, name) or 'none'}", freed
+    return best
+
+
+_KEYS = {
+    "pp": "parallel.pp",
+    "ep": "parallel.ep",
+    "dispatch": "parallel.dispatch",
+    "schedule": "pipeline.schedule",
+    "micro_batch_size": "train.micro_batch_size",
+    "recompute": "recompute",
+    "precision": "precision",
+}
+
+
+def table(found: Found, figures: Cluster) -> str:
+    """The best layouts, a line each, with the reason why each loses to the one above it; then what does not fit."""
+    device_gb = figures.memory.device_gb
+    lines = []
+    if found.best:
+        lines += [_HEADER, *_rows(found.best), "", "the first one's settings:"]
+        lines += [" ".join(settings(found.best[0].config))]
+    else:
+        lines += [f"nothing fits in {device_gb:g} GB; what lacks least:", _HEADER, *_rows(found.too_large)]
+    if found.best and found.too_large:
+        lines += ["", "quicker, but too large:", *_rows(found.too_large)]
+    for each in found.too_large:
+        freed = relief(Layout.of(each.config), found.guesses)
+        over = each.num_bytes / GB - device_gb
+        key = f"{freed[0]} frees most, about {freed[1] / GB:.1f} GB" if freed else "no single setting frees any"
+        lines.append(f"{_short(each)} lacks {over:.1f} GB on pipeline rank {each.rank}: {key}")
+    return "\n".join(lines)
+
+
+_HEADER = (
+    f"{'pp':>4}{'dp':>6}{'ep':>5} {'dispatch':<9}{'schedule':<17}{'batch':>5} {'recompute':<34}{'precision':<10}"
+    f"{'step, s':>9}{'tokens/s':>10}{'MFU':>7}{'GB':>7}  slower than the line above by"
+)
+
+
+def _rows(some: Sequence[Planned]) -> Iterator[str]:
+    for place, each in enumerate(some):
+        layout = Layout.of(each.config)
+        why = ""
+        if place:
+            above = some[place - 1]
+            why = f"{each.step_s / above.step_s - 1:.1%}: {reason(each, above)}" if each.step_s > above.step_s else ""
+        yield (
+            f"{layout.pp:>4}{each.config.parallel.dp:>6}{layout.ep:>5} {layout.dispatch:<9}{layout.schedule:<17}"
+            f"{layout.micro_batch_size:>5} {layout.recompute or 'none':<34}{layout.precision:<10}{each.step_s:>9.3f}"
+            f"{each.tokens_per_s_per_gpu:>10,.0f}{each.mfu_causal:>7.1%}{each.num_bytes / GB:>7.1f}  {why}"
+        ).rstrip()
+
+
+def _short(each: Planned) -> str:
+    layout = Layout.of(each.config)
+    return f"pp {layout.pp}, ep {layout.ep}, {layout.schedule}, {layout.precision}, recompute {layout.recompute or 'none'}"
+
+
+def numbers(found: Found, figures: Cluster) -> dict[str, object]:
+    """The same as one object for scripts."""
+
+    def row(each: Planned) -> dict[str, object]:
+        return {
+            "settings": settings(each.config),
+            "layout": Layout.of(each.config)._asdict() | {"dp": each.config.parallel.dp},
+            "step_s": each.step_s,
+            "parts_s": dict(each.parts_s),
+            "tokens_per_s_per_gpu": each.tokens_per_s_per_gpu,
+            "mfu_causal": each.mfu_causal,
+            "peak_bytes": each.num_bytes,
+            "lacks_bytes": max(0, int(each.num_bytes - figures.memory.device_gb * GB)),
+        }
+
+    best = [row(each) for each in found.best]
+    for place in range(1, len(best)):
+        best[place]["loses_by"] = reason(found.best[place], found.best[place - 1])
+    large = []
+    for each in found.too_large:
+        freed = relief(Layout.of(each.config), found.guesses)
+        large.append(row(each) | ({"frees_most": freed[0], "freed_bytes": int(freed[1])} if freed else {}))
+    return {"num_layouts": len(found.guesses), "best": best, "too_large": large}
