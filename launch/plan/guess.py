@@ -18,12 +18,14 @@ from launch.plan.job import Plan
 from launch.plan.kernels import AS_WRITTEN
 from launch.plan.layers import small_job
 from launch.plan.memory import book
-from launch.plan.price import Pricing
+from launch.plan.price import Pricing, priced
 from launch.plan.routing import Routing
 from launch.plan.state import Numels, numels_by_kind
-from launch.plan.step import layers_of_parts
+from launch.plan.step import ActionCosts, layers_of_parts
 from launch.plan.world import placement_of
 from parallel.mesh import Mesh
+from parallel.pipeline.actions import Chunk, Pair
+from parallel.pipeline.placement import loop
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import Costs, simulate
 from train.assemble import DTYPES
@@ -33,8 +35,6 @@ from train.split import split
 
 # A schedule is simulated with at most so many micro-batches per rank: more of them repeat its middle.
 _ROUNDS = 2
-# Of exchanges beside compute, what is not hidden.
-_SHOWS = 0.1
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,14 @@ class LayerFigures:
     Attributes:
         passes: `F`, `B`, `W`.
         kept_bytes: node -> what lies there from its forward to its backward.
+        waiting_bytes: what lies there from its backward to its weight gradients.
         moment_bytes: the most that any of its passes needs besides, for the time of the pass.
         quantised_bytes: copies of its weights in another format.
     """
 
     passes: Mapping[str, Pass]
     kept_bytes: Counter[str]
+    waiting_bytes: int
     moment_bytes: int
     quantised_bytes: int
 
@@ -80,7 +82,9 @@ def figures_of(layer: LayerPasses, quantised_bytes: int, pricing: Pricing) -> La
             kept[node] += event.num_bytes
     forward, backward = book(layer.forward), book(layer.backward)
     moment = max(forward.peak_bytes - max(0, sum(kept.values())), backward.peak_bytes)
-    return LayerFigures({kind: _pass(events, pricing) for kind, events in lists.items()}, kept, moment, quantised_bytes)
+    passes = {kind: _pass(events, pricing) for kind, events in lists.items()}
+    waiting = sum(kept.values()) + sum(backward.net_bytes.values())
+    return LayerFigures(passes, kept, waiting, moment, quantised_bytes)
 
 
 def _pass(events: Sequence[Event], pricing: Pricing) -> Pass:
@@ -120,6 +124,7 @@ class Guesses:
 
     traced: Mapping[tuple[str, bool], Plan]
     _figures: dict[tuple[str, bool], dict[str, LayerFigures]] = field(default_factory=dict)
+    _shows: dict[tuple[tuple[str, bool], str], float] = field(default_factory=dict)
     _numels: Numels | None = None
     idle: dict[tuple[object, ...], float] = field(default_factory=dict)
     _schedules: dict[tuple[object, ...], Schedule] = field(default_factory=dict)
@@ -134,14 +139,30 @@ class Guesses:
     def of(self, config: RunConfig) -> Guess:
         """A layout. ValueError for a schedule that cannot be."""
         key = self.key(config)
-        plan = self.traced[key]
+        return _One(self, self.traced[key], self.figures(key), config).guess()
+
+    def figures(self, key: tuple[str, bool]) -> dict[str, LayerFigures]:
+        """Of each kind of layer, as it was traced."""
         if key not in self._figures:
-            pricing = plan.pricing(AS_WRITTEN, False)
-            traced = plan.layers
+            traced, pricing = self.traced[key].layers, self.traced[key].pricing(AS_WRITTEN, False)
             self._figures[key] = {
                 kind: figures_of(layer, traced.quantised_bytes[kind], pricing) for kind, layer in traced.passes.items()
             }
-        return _One(self, plan, self._figures[key], config).guess()
+        return self._figures[key]
+
+    def shows(self, config: RunConfig, kind: str) -> float:
+        """Of a kind of layer's exchanges, the share that a pair of a forward and a backward does not hide: as in the
+        traced layout."""
+        key = self.key(config)
+        if (key, kind) not in self._shows:
+            plan = self.traced[key]
+            pricing = (plan.pricing(AS_WRITTEN, beside) for beside in (False, True))
+            alone, beside = (priced(plan.layers.passes, each) for each in pricing)
+            costs = ActionCosts(loop(1), [("stage", kind)], alone, beside, plan.host(AS_WRITTEN), 0.0)
+            exposed_s = costs.cost(Pair(Chunk("F", 0, 0), Chunk("D", 0, 1))).totals.exposed_s
+            wire_s = 2 * _One(self, plan, self.figures(key), plan.config).wire_s * _num_routers(kind, plan.config)
+            self._shows[key, kind] = sum(exposed_s.values()) / wire_s if wire_s else 0.0
+        return self._shows[key, kind]
 
     def numels(self) -> Numels:
         """Elements of each kind of layer."""
@@ -159,7 +180,8 @@ class Guesses:
         return self._kinds[key]
 
     def alive(self, config: RunConfig, schedule: Schedule) -> list[set[tuple[int, ...]]]:
-        """Of each rank, how many micro-batches of each of its stages are alive at once, at any time."""
+        """Of each rank, how many micro-batches of each of its stages wait for their backward at once, and for their
+        weight gradients, at any time."""
         key = config.pipeline.schedule, config.parallel.pp, schedule.num_micro_batches
         if key not in self._alive:
             self._alive[key] = [_alive(schedule, rank) for rank in range(config.parallel.pp)]
@@ -211,22 +233,22 @@ class _One:
         found = [0.0, 0.0, 0.0]
         for kind in kinds:
             passes = self.layers[kind].passes
-            wire_s = self._wire_s * _num_routers(kind, self.config)
+            wire_s = self.wire_s * _num_routers(kind, self.config)
             for place, name in enumerate("FBW"):
                 found[place] += self._pass_s(kind, passes[name]) + (wire_s if name != "W" else 0.0)
             found[1] += self._again_s(kind)
         return found[0], found[1], found[2]
 
     def _pair_s(self, slices: Sequence[Sequence[str]]) -> list[float]:
-        """Of each slice, a forward beside a backward: exchanges are hidden, but for a small part, as far as there is
-        something to hide behind."""
+        """Of each slice, a forward beside a backward."""
         found = []
         for kinds in slices:
             total_s = 0.0
             for kind in kinds:
                 compute_s = sum(self._pass_s(kind, each) for each in self.layers[kind].passes.values())
-                wire_s = 2 * self._wire_s * _num_routers(kind, self.config)
-                total_s += max(compute_s + self._again_s(kind), wire_s) + _SHOWS * wire_s
+                wire_s = 2 * self.wire_s * _num_routers(kind, self.config)
+                shows_s = self.all.shows(self.config, kind) * wire_s
+                total_s += max(compute_s + self._again_s(kind) + shows_s, wire_s)
             found.append(total_s)
         return found
 
@@ -246,7 +268,7 @@ class _One:
         return mine.micro_batch_size * mine.seq_len / (traced.micro_batch_size * traced.seq_len)
 
     @cached_property
-    def _wire_s(self) -> float:
+    def wire_s(self) -> float:
         """Rows on their way to experts and back, one layer."""
         if self.config.parallel.ep == 1:
             return 0.0
@@ -259,22 +281,30 @@ class _One:
     def _num_bytes(self, schedule: Schedule) -> float:
         slices, placement = self.all.kinds(self.config), schedule.placement
         kept = [sum(self._kept_bytes(kind) for kind in kinds) for kinds in slices]
+        waiting = [sum(self.layers[kind].waiting_bytes for kind in kinds) * self._ratio for kinds in slices]
         moment = max(self.layers[kind].moment_bytes for kinds in slices for kind in kinds) * self._ratio
         most = 0.0
         for rank, counts in enumerate(self.all.alive(self.config, schedule)):
             places = [placement.position(stage) for stage in placement.stages_on(rank)]
-            peak = max(sum(num * kept[place] for num, place in zip(each, places, strict=True)) for each in counts)
+            sizes = [size for place in places for size in (kept[place], waiting[place])]
+            peak = max(sum(num * size for num, size in zip(each, sizes, strict=True)) for each in counts)
             most = max(most, peak + self._state_bytes([kind for place in places for kind in slices[place]]))
         figures = self.plan.cluster.memory
         return (most + moment + figures.context_gb * 1e9) / (1 - figures.fragmentation_share)
 
     def _kept_bytes(self, kind: str) -> float:
-        train, model = self.config.train, self.config.model
-        input_bytes = train.micro_batch_size * train.seq_len * model.hidden_size
-        input_bytes *= DTYPES[self.config.precision.name].itemsize
         again = _nodes_again(kind, self.config)
         kept = self.layers[kind].kept_bytes
-        return sum(size for node, size in kept.items() if node not in again) * self._ratio + len(again) * input_bytes
+        own = sum(size for node, size in kept.items() if node not in again) * self._ratio
+        return own + sum(self._border_bytes(node) for node in again)
+
+    def _border_bytes(self, node: str) -> float:
+        """What lies at the borders of a node whose inside is computed again: its input, and of attention the sum that
+        it is added to, of experts what they hand to the combine."""
+        train, model = self.config.train, self.config.model
+        rows = {"dense": 1, "attention": 2, "experts": 1 + (model.num_experts_per_tok or 0)}[node]
+        row_bytes = model.hidden_size * DTYPES[self.config.precision.name].itemsize
+        return rows * train.micro_batch_size * train.seq_len * row_bytes
 
     def _state_bytes(self, kinds: Sequence[str]) -> float:
         config, numels = self.config, self.all.numels()
@@ -295,14 +325,18 @@ class _One:
 
 
 def _alive(schedule: Schedule, rank: int) -> set[tuple[int, ...]]:
+    """(stage 0's between forward and backward, between backward and weight gradients, stage 1's ...), each time at
+    which no other one has as many of all."""
     stages = schedule.placement.stages_on(rank)
-    now, found = dict.fromkeys(stages, 0), {(0,) * len(stages)}
+    now = {(stage, state): 0 for stage in stages for state in "FB"}
+    found = set()
     for action in schedule.ranks[rank]:
         for part in action.parts:
-            now[part.stage] += part.kind == "F"
+            now[part.stage, "F"] += {"F": 1, "B": -1, "W": 0}[part.kind]
+            now[part.stage, "B"] += {"F": 0, "B": 1, "W": -1}[part.kind]
+            if part.kind == "F":
+                found.add(tuple(now.values()))
         found.add(tuple(now.values()))
-        for part in action.parts:
-            now[part.stage] -= part.kind == "W"
     return {each for each in found if not any(each != other and all(map(int.__le__, each, other)) for other in found)}
 
 

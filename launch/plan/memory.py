@@ -154,8 +154,8 @@ class _Boundaries(Ends):
     ) -> None:
         super().__init__(self._leaves)
         self._placement, self._rank, self._ledger = placement, rank, ledger
-        change = Counter({("links", "between stages"): num_bytes})
-        gone = Counter({("links", "between stages"): -num_bytes})
+        change = Counter({("activations", "between stages"): num_bytes})
+        gone = Counter({("activations", "between stages"): -num_bytes})
         self._arrives, self._goes = Booked(change, num_bytes, change), Booked(gone, 0, Counter())
         self._to_send = {channel: deque(each) for channel, each in sent.items() if channel.source == rank}
         self._to_take = {channel: deque(each) for channel, each in sent.items() if channel.target == rank}
