@@ -15,9 +15,9 @@ from launch.settings import (
     ExportSettings,
     GenerateSettings,
     ImportSettings,
-    PlanSettings,
     ReportSettings,
     ScheduleSettings,
+    SearchSettings,
     TimelineSettings,
 )
 from launch.sweep.config import SweepConfig
@@ -100,8 +100,8 @@ VERBS = {
     ),
     "plan": Verb(
         "launch.plan.verb:plan",
-        "memory and step time of a run on a cluster: cluster=h800 experiment=NAME; plan compare a=1,2; plan calibrate",
-        ((PlanSettings, ""), RUN),
+        "memory and step time of a run on a cluster: cluster=h800 experiment=NAME; plan search, compare, calibrate",
+        ((SearchSettings, ""), RUN),
     ),
     "timeline": Verb(
         "launch.timeline:timeline",

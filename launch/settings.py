@@ -211,6 +211,31 @@ class PlanSettings:
 
 
 @dataclass(frozen=True)
+class SearchSettings(PlanSettings):
+    """`plan search`: for how many devices a layout is searched. What other words set stays as it is set.
+
+    Attributes:
+        gpus: devices; unless it is set as many as the run has ranks.
+        memory_gb: of a device, instead of the cluster's `memory.device_gb`; in 1e9 bytes, the reserve included.
+        num_best: layouts to show.
+    """
+
+    gpus: int | None = None
+    memory_gb: float | None = None
+    num_best: int = 10
+
+    def check(self) -> None:
+        """As `PlanSettings`; ValueError for a number that cannot be."""
+        super().check()
+        for name in ("gpus", "num_best"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
+            raise ValueError(f"memory_gb={self.memory_gb:g} must be a number above 0")
+
+
+@dataclass(frozen=True)
 class TimelinePipelineSettings:
     """`pipeline`: the schedule that a timeline simulates.
 

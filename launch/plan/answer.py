@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
+from launch.plan.advice import advice
 from launch.plan.clock import Totals
 from launch.plan.job import Plan, RankMemory, StepTime
 from launch.plan.kernels import AS_WRITTEN, KERNELS, PUBLISHED
@@ -29,6 +30,7 @@ def numbers(plan: Plan) -> dict[str, Any]:
         "fits": fits(plan),
         "memory": [rank_numbers(rank) for rank in plan.ranks],
         "costliest_differences": differences(plan),
+        "advice": advice(plan),
     }
     return found | {kernels: column(plan, kernels) for kernels in KERNELS}
 
@@ -126,7 +128,8 @@ def by_piece(plan: Plan, step: StepTime) -> dict[tuple[str, str, str], float]:
 
 def screen(plan: Plan) -> str:
     """One screen."""
-    return "\n".join([*_heading(plan), "", *_memory(plan), "", *_times(plan), "", *_work(plan)])
+    better = ["", *advice(plan)]
+    return "\n".join([*_heading(plan), "", *_memory(plan), "", *_times(plan), "", *_work(plan), *better]).rstrip()
 
 
 def _heading(plan: Plan) -> list[str]:

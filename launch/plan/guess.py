@@ -7,14 +7,14 @@ share them, exchanges with the rows that leave a rank. A plan of its own then sa
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from launch.plan.events import Enter, Event, Kernel, Launch, LayerPasses, Memory
 from launch.plan.exchange import EXCHANGE
-from launch.plan.job import Plan
+from launch.plan.job import Plan, num_groups
 from launch.plan.kernels import AS_WRITTEN
 from launch.plan.layers import small_job
 from launch.plan.memory import book
@@ -25,6 +25,7 @@ from launch.plan.step import ActionCosts, layers_of_parts
 from launch.plan.world import placement_of
 from parallel.mesh import Mesh
 from parallel.pipeline.actions import Chunk, Pair
+from parallel.pipeline.order import messages
 from parallel.pipeline.placement import loop
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import Costs, simulate
@@ -46,7 +47,7 @@ class Pass:
         num_issued: kernels and communications.
     """
 
-    seconds: Counter[str]
+    seconds: Mapping[str, float]
     num_issued: int
 
 
@@ -88,7 +89,7 @@ def figures_of(layer: LayerPasses, quantised_bytes: int, pricing: Pricing) -> La
 
 
 def _pass(events: Sequence[Event], pricing: Pricing) -> Pass:
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     node, num = "", 0
     for event, each_s in pricing.events(events):
         if isinstance(event, Enter):
@@ -103,13 +104,15 @@ def _pass(events: Sequence[Event], pricing: Pricing) -> Pass:
 
 @dataclass(frozen=True)
 class Guess:
-    """Of one layout.
+    """What one layout comes to.
 
     Attributes:
+        config: the run that has it.
         step_s: its step, as written.
         num_bytes: of the rank that needs most.
     """
 
+    config: RunConfig
     step_s: float
     num_bytes: float
 
@@ -128,12 +131,12 @@ class Guesses:
     _numels: Numels | None = None
     idle: dict[tuple[object, ...], float] = field(default_factory=dict)
     _schedules: dict[tuple[object, ...], Schedule] = field(default_factory=dict)
-    _alive: dict[tuple[object, ...], list[set[tuple[int, ...]]]] = field(default_factory=dict)
+    _alive: dict[tuple[object, ...], list[tuple[set[tuple[int, ...]], int]]] = field(default_factory=dict)
     _kinds: dict[tuple[object, ...], list[tuple[str, ...]]] = field(default_factory=dict)
 
     @staticmethod
     def key(config: RunConfig) -> tuple[str, bool]:
-        """Of layouts whose layers are scaled from the same trace."""
+        """What layouts share whose layers are scaled from the same trace."""
         return config.precision.name, config.recompute.norm or config.recompute.mla_up_proj
 
     def of(self, config: RunConfig) -> Guess:
@@ -142,7 +145,7 @@ class Guesses:
         return _One(self, self.traced[key], self.figures(key), config).guess()
 
     def figures(self, key: tuple[str, bool]) -> dict[str, LayerFigures]:
-        """Of each kind of layer, as it was traced."""
+        """Each kind of layer as it was traced."""
         if key not in self._figures:
             traced, pricing = self.traced[key].layers, self.traced[key].pricing(AS_WRITTEN, False)
             self._figures[key] = {
@@ -151,7 +154,7 @@ class Guesses:
         return self._figures[key]
 
     def shows(self, config: RunConfig, kind: str) -> float:
-        """Of a kind of layer's exchanges, the share that a pair of a forward and a backward does not hide: as in the
+        """The share of a kind of layer's exchanges that a pair of a forward and a backward does not hide, as in the
         traced layout."""
         key = self.key(config)
         if (key, kind) not in self._shows:
@@ -179,16 +182,17 @@ class Guesses:
             self._kinds[key] = [layers_of_parts(each, config.model.first_k_dense_replace) for each in parts]
         return self._kinds[key]
 
-    def alive(self, config: RunConfig, schedule: Schedule) -> list[set[tuple[int, ...]]]:
-        """Of each rank, how many micro-batches of each of its stages wait for their backward at once, and for their
-        weight gradients, at any time."""
+    def alive(self, config: RunConfig, schedule: Schedule) -> list[tuple[set[tuple[int, ...]], int]]:
+        """How many micro-batches of each of a rank's stages wait for their backward at once, and for their weight
+        gradients, at any time, and the number of its links; of every rank."""
         key = config.pipeline.schedule, config.parallel.pp, schedule.num_micro_batches
         if key not in self._alive:
-            self._alive[key] = [_alive(schedule, rank) for rank in range(config.parallel.pp)]
+            links = Counter(rank for channel in messages(schedule) for rank in channel[:2])
+            self._alive[key] = [(_alive(schedule, rank), links[rank]) for rank in range(config.parallel.pp)]
         return self._alive[key]
 
     def schedule(self, config: RunConfig, num: int) -> Schedule:
-        """Of so many micro-batches."""
+        """The schedule of so many micro-batches."""
         key = config.pipeline.schedule, config.pipeline.stages_per_rank, config.parallel.pp, num
         if key not in self._schedules:
             self._schedules[key] = config.schedule(num)
@@ -207,7 +211,7 @@ class _One:
         num = _count(self.config)
         few = min(num, _ROUNDS * pp)
         schedule = self.all.schedule(self.config, few)
-        return Guess(self._step_s(schedule, num, few), self._num_bytes(schedule))
+        return Guess(self.config, self._step_s(schedule, num, few), self._num_bytes(schedule))
 
     # --- time
 
@@ -240,7 +244,7 @@ class _One:
         return found[0], found[1], found[2]
 
     def _pair_s(self, slices: Sequence[Sequence[str]]) -> list[float]:
-        """Of each slice, a forward beside a backward."""
+        """Seconds of a forward beside a backward, of each slice."""
         found = []
         for kinds in slices:
             total_s = 0.0
@@ -259,7 +263,7 @@ class _One:
     def _again_s(self, kind: str) -> float:
         """What a backward computes again of whole nodes."""
         forward = self.layers[kind].passes["F"].seconds
-        return sum(forward[node] for node in _nodes_again(kind, self.config)) * self._ratio
+        return sum(forward.get(node, 0.0) for node in _nodes_again(kind, self.config)) * self._ratio
 
     @property
     def _ratio(self) -> float:
@@ -284,13 +288,15 @@ class _One:
         waiting = [sum(self.layers[kind].waiting_bytes for kind in kinds) * self._ratio for kinds in slices]
         moment = max(self.layers[kind].moment_bytes for kinds in slices for kind in kinds) * self._ratio
         most = 0.0
-        for rank, counts in enumerate(self.all.alive(self.config, schedule)):
+        figures = self.plan.cluster.memory
+        for rank, (counts, num_links) in enumerate(self.all.alive(self.config, schedule)):
             places = [placement.position(stage) for stage in placement.stages_on(rank)]
             sizes = [size for place in places for size in (kept[place], waiting[place])]
             peak = max(sum(num * size for num, size in zip(each, sizes, strict=True)) for each in counts)
-            most = max(most, peak + self._state_bytes([kind for place in places for kind in slices[place]]))
-        figures = self.plan.cluster.memory
-        return (most + moment + figures.context_gb * 1e9) / (1 - figures.fragmentation_share)
+            held = peak + self._state_bytes([kind for place in places for kind in slices[place]])
+            most = max(most, held / (1 - figures.fragmentation_share) + num_links * figures.communicator_gb * 1e9)
+        fixed_gb = figures.context_gb + num_groups(self.config.parallel) * figures.communicator_gb
+        return most + moment / (1 - figures.fragmentation_share) + fixed_gb * 1e9
 
     def _kept_bytes(self, kind: str) -> float:
         again = _nodes_again(kind, self.config)
@@ -370,5 +376,6 @@ def _exchanges(config: RunConfig) -> list[Launch]:
     rail = sum(routing.copies(node * each, each) * row for node in range(1, place.num_nodes))
     node = sum(ranks[: place.ranks_per_node - 1]) * place.num_nodes
     hops = [("rail", place.num_nodes, rail), ("node", place.ranks_per_node, node)]
-    return [Launch(number, EXCHANGE, group, num, size, size) for number, (group, num, size) in enumerate(hops) if num > 1]
-
+    return [
+        Launch(number, EXCHANGE, group, num, size, size) for number, (group, num, size) in enumerate(hops) if num > 1
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from launch.plan.replay import Passes, passes_of
 from launch.plan.state import StateBytes, state_bytes, update_events
 from launch.plan.step import ActionCosts, PipelineStep, layers_of_parts, run_schedule
 from launch.plan.world import MakeRouting, balanced
+from parallel.mesh import ParallelConfig
 from parallel.pipeline.actions import Action
 from parallel.pipeline.links import slots
 from parallel.pipeline.order import Channel, Message, messages
@@ -110,6 +111,11 @@ class Plan:
         self._kept: Kept = {} if kept is None else kept
         self._steps: dict[str, StepTime] = {}
 
+    def with_layers(self, layers: Sequence[int]) -> Plan:
+        """This plan with another number of layers on each stage; nothing is traced again."""
+        pipeline = replace(self.config.pipeline, layers=list(layers))
+        return Plan(replace(self.config, pipeline=pipeline), self.cluster, self.rates, self._make_routing, self._kept)
+
     @property
     def device(self) -> str:
         """For which kind of device everything is chosen."""
@@ -178,14 +184,8 @@ class Plan:
         """Context, communicators, and fragmentation of what is held."""
         figures = self.cluster.memory
         links = sum(rank in channel[:2] for channel in self._sent)
-        fixed = figures.context_gb + (links + self._num_groups()) * figures.communicator_gb
+        fixed = figures.context_gb + (links + num_groups(self.config.parallel)) * figures.communicator_gb
         return int(fixed * 1e9 + held * figures.fragmentation_share / (1 - figures.fragmentation_share))
-
-    def _num_groups(self) -> int:
-        """Communicators of a rank beside its links: those of more than one rank."""
-        mesh = self.config.parallel
-        sizes = (mesh.world_size, mesh.dp, mesh.dp // mesh.ep, mesh.ep, mesh.ep // mesh.nodes_per_ep_group)
-        return sum(size > 1 for size in (*sizes, mesh.nodes_per_ep_group))
 
     def _kinds(self, stage: int) -> tuple[str, ...]:
         return self.slices[self.config.placement.position(stage)]
@@ -289,7 +289,7 @@ class Plan:
         return self._of_like_ranks(update)
 
     def _of_like_ranks(self, of: Callable[[int], Found]) -> list[Found]:
-        """Of each rank of a pipeline, what is found out once for those that hold like layers. Where some parameters are
+        """What is found out of each rank of a pipeline, once for those that hold like layers. Where some parameters are
         frozen, layers of a kind are not alike."""
         known: dict[object, Found] = {}
         found = []
@@ -340,6 +340,12 @@ class Plan:
         """Model FLOPs over bf16's peak, as the published figures have it: a causal mask counts half, or does not."""
         flops = training_flops_per_token(self.config.model, self.config.train.seq_len, causal=causal)
         return self.tokens_per_s_per_gpu(kernels) * flops / self.cluster.compute.peak(PEAK_DTYPE)
+
+
+def num_groups(mesh: ParallelConfig) -> int:
+    """Communicators of a rank beside its links: those of more than one rank."""
+    sizes = (mesh.world_size, mesh.dp, mesh.dp // mesh.ep, mesh.ep, mesh.ep // mesh.nodes_per_ep_group)
+    return sum(size > 1 for size in (*sizes, mesh.nodes_per_ep_group))
 
 
 def threads_of(config: RunConfig) -> int:

@@ -12,8 +12,9 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ from launch.plan.guess import Guess, Guesses
 from launch.plan.job import Plan, StepTime
 from launch.plan.kernels import AS_WRITTEN
 from launch.plan.layers import Kept
+from launch.plan.layout import Layout, relief, settings
 from launch.plan.space import Space
 from launch.plan.world import MakeRouting
 from train.config import RunConfig
@@ -31,29 +33,6 @@ NUM_PLANNED, NUM_TRACED, NUM_ROUNDS = 14, 4, 3
 # What a guess of memory may be too high by: the plan then says whether it fits.
 SLACK = 1.03
 GB = 1e9
-
-# Runs a function over tasks, several at once; results come in the order of the tasks.
-Map = Callable[..., Iterable["list[Planned]"]]
-
-
-class Layout(NamedTuple):
-    """What tells the layouts of one run apart."""
-
-    pp: int
-    ep: int
-    dispatch: str
-    schedule: str
-    micro_batch_size: int
-    recompute: str
-    precision: str
-
-    @classmethod
-    def of(cls, config: RunConfig) -> Layout:
-        """The layout of a run."""
-        mesh, again = config.parallel, config.recompute
-        names = ["norm"] * again.norm + ["mla_up_proj"] * again.mla_up_proj + again.nodes
-        size, precision = config.train.micro_batch_size, config.precision.name
-        return cls(mesh.pp, mesh.ep, mesh.dispatch, config.pipeline.schedule, size, "+".join(names), precision)
 
 
 @dataclass(frozen=True)
@@ -91,9 +70,12 @@ class Found:
     guesses: Mapping[Layout, Guess] = field(repr=False)
 
 
-def search(space: Space, figures: Cluster, make_routing: MakeRouting, num_best: int) -> Found:
-    """Guesses every layout and plans those that promise most. make_routing: travels to other processes.
+def search(
+    space: Space, figures: Cluster, make_routing: MakeRouting, num_best: int, num_processes: int | None = None
+) -> Found:
+    """Guesses every layout and plans those that promise most.
 
+    make_routing: travels to other processes. num_processes: None for as many as there are cores.
     ValueError where no layout is legal.
     """
     layouts = list(space.layouts())
@@ -104,20 +86,20 @@ def search(space: Space, figures: Cluster, make_routing: MakeRouting, num_best: 
             "settings fix"
         )
     device_bytes = figures.memory.device_gb * GB
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, _one_thread) as pool:
+    with _at_once(num_processes or len(os.sched_getaffinity(0))) as at_once:
         traced = [Plan(config, figures, make_routing=make_routing) for config in _to_trace(layouts)]
         _say(f"{len(layouts):,} legal layouts; {len(traced)} sets of layers are traced to guess them")
         kept: Kept = {}
-        for each in pool.map(_trace, [(plan.config, figures, make_routing) for plan in traced]):
-            kept |= each
-        guesses = _guessed(layouts, [Plan(each.config, figures, kept=kept) for each in traced])
+        for each in at_once(_trace, [(plan.config, figures, make_routing) for plan in traced]):
+            kept.update(each)
+        plans = [Plan(each.config, figures, make_routing=make_routing, kept=kept) for each in traced]
+        guesses = _guessed(layouts, plans)
         order = sorted(layouts, key=lambda each: _promise(guesses[Layout.of(each)], device_bytes))
         found: list[Planned] = []
         for _ in range(NUM_ROUNDS):
             chosen, order = _chosen(order)
             _say(f"{sum(map(len, chosen))} of them are planned")
-            for some in pool.map(_plan, [(each, figures, make_routing, kept) for each in chosen]):
+            for some in at_once(_plan, [(each, figures, make_routing, kept) for each in chosen]):
                 found += some
             if not order or sum(each.num_bytes <= device_bytes for each in found) >= num_best:
                 break
@@ -137,6 +119,17 @@ def _ranked(found: Sequence[Planned], guesses: Mapping[Layout, Guess], device_by
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _at_once(num_processes: int) -> Iterator[Callable[..., Iterable[Any]]]:
+    """`map` over processes."""
+    if num_processes == 1:
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, context, _one_thread) as pool:
+        yield pool.map
 
 
 def _one_thread() -> None:
@@ -243,18 +236,6 @@ def parts_s(step: StepTime) -> dict[str, float]:
 # --- words
 
 
-def settings(config: RunConfig) -> list[str]:
-    """The words that make a run have this layout."""
-    mesh, again, pipeline = config.parallel, config.recompute, config.pipeline
-    words = [f"parallel.{key}={getattr(mesh, key)}" for key in ("pp", "dp", "ep", "nodes", "dispatch")]
-    words += [f"pipeline.schedule={pipeline.schedule}"]
-    if pipeline.schedule == "dualpipe" and config.train.batch_ramp.start is not None:
-        words += [f"pipeline.short_steps={pipeline.short_steps}"]
-    words += [f"train.micro_batch_size={config.train.micro_batch_size}", f"precision={config.precision.name}"]
-    words += [f"recompute.norm={str(again.norm).lower()}", f"recompute.mla_up_proj={str(again.mla_up_proj).lower()}"]
-    return [*words, f"recompute.nodes=[{','.join(again.nodes)}]"]
-
-
 def reason(loser: Planned, winner: Planned) -> str:
     """Why one layout is slower than another: what it spends more on, as far as that makes up the difference."""
     lost_s = loser.step_s - winner.step_s
@@ -265,30 +246,6 @@ def reason(loser: Planned, winner: Planned) -> str:
             said.append(f"{name} {loser.parts_s[name]:.3g} s for {winner.parts_s[name]:.3g}")
             explained_s += seconds
     return ", ".join(said)
-
-
-def relief(layout: Layout, guesses: Mapping[Layout, Guess]) -> tuple[str, float] | None:
-    """The one setting whose change frees most memory, by guesses, and how many bytes; None where none frees any."""
-    held = guesses[layout].num_bytes
-    best: tuple[str, float] | None = None
-    for other, guess in guesses.items():
-        differing = [name for name, mine, its in zip(Layout._fields, layout, other, strict=True) if mine != its]
-        freed = held - guess.num_bytes
-        if len(differing) == 1 and freed > (best[1] if best else 0.0):
-            (name,) = differing
-            best = f"{_KEYS[name]}={getattr(other, name) or 'none'}", freed
-    return best
-
-
-_KEYS = {
-    "pp": "parallel.pp",
-    "ep": "parallel.ep",
-    "dispatch": "parallel.dispatch",
-    "schedule": "pipeline.schedule",
-    "micro_batch_size": "train.micro_batch_size",
-    "recompute": "recompute",
-    "precision": "precision",
-}
 
 
 def table(found: Found, figures: Cluster) -> str:
@@ -303,7 +260,7 @@ def table(found: Found, figures: Cluster) -> str:
     if found.best and found.too_large:
         lines += ["", "quicker, but too large:", *_rows(found.too_large)]
     for each in found.too_large:
-        freed = relief(Layout.of(each.config), found.guesses)
+        freed = relief(each.config, found.guesses.values())
         over = each.num_bytes / GB - device_gb
         key = f"{freed[0]} frees most, about {freed[1] / GB:.1f} GB" if freed else "no single setting frees any"
         lines.append(f"{_short(each)} lacks {over:.1f} GB on pipeline rank {each.rank}: {key}")
@@ -334,11 +291,13 @@ def _rows(some: Sequence[Planned]) -> Iterator[str]:
 
 def _short(each: Planned) -> str:
     layout = Layout.of(each.config)
-    return f"pp {layout.pp}, ep {layout.ep}, {layout.schedule}, {layout.precision}, recompute {layout.recompute or 'none'}"
+    return (
+        f"pp {layout.pp}, ep {layout.ep}, {layout.schedule}, {layout.precision}, recompute {layout.recompute or 'none'}"
+    )
 
 
 def numbers(found: Found, figures: Cluster) -> dict[str, object]:
-    """The same as one object for scripts."""
+    """What a search has found, as one object for scripts."""
 
     def row(each: Planned) -> dict[str, object]:
         return {
@@ -357,6 +316,6 @@ def numbers(found: Found, figures: Cluster) -> dict[str, object]:
         best[place]["loses_by"] = reason(found.best[place], found.best[place - 1])
     large = []
     for each in found.too_large:
-        freed = relief(Layout.of(each.config), found.guesses)
+        freed = relief(each.config, found.guesses.values())
         large.append(row(each) | ({"frees_most": freed[0], "freed_bytes": int(freed[1])} if freed else {}))
     return {"num_layouts": len(found.guesses), "best": best, "too_large": large}

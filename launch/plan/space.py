@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
+from launch.plan.cluster import Cluster
 from parallel import mesh
 from parallel.expert import placement
 from parallel.mesh import ParallelConfig
 from parallel.pipeline import registry
+from train import compose
 from train.config import RunConfig
 from train.model.attention.kinds import LatentSizes
 from train.model.config import given
@@ -19,6 +21,50 @@ from train.precision.config import PrecisionConfig
 from train.recipe.ramp import batch_sizes
 
 MICRO_BATCHES = (1, 2, 4, 8)
+# What a search varies, beside `recompute` and `precision`.
+KEYS = (
+    *("parallel.pp", "parallel.dp", "parallel.ep", "parallel.nodes", "parallel.dispatch", "train.micro_batch_size"),
+    *("pipeline.schedule", "pipeline.stages_per_rank", "pipeline.pairs", "pipeline.layers"),
+)
+
+
+def space_of(words: Sequence[str], num_ranks: int | None, figures: Cluster) -> Space:
+    """The space around the run that these settings describe: what they set themselves is held.
+
+    num_ranks: None for those of the run. ValueError for settings that no layout makes legal, by the first one's rule.
+    """
+    typed = {word.partition("=")[0].lstrip("+~") for word in words}
+    held = {key for key in KEYS if key in typed or key.partition(".")[0] in typed}
+    held |= {key for key in ("recompute", "precision") if any(each.partition(".")[0] == key for each in typed)}
+    base = _base(words, num_ranks, figures.devices_per_node, held)
+    names = ["bf16", "fp8"] + ([base.precision.name] if figures.host.is_device else [])
+    precisions: dict[str, PrecisionConfig] = {}
+    for name in [] if "precision" in held else names:
+        try:
+            found = compose.compose([*words, f"precision={name}"]).precision
+        except ValueError:  # such as widths that FP8's tiles do not divide
+            continue
+        precisions[found.name] = found
+    num = num_ranks or base.parallel.world_size
+    return Space(base, num, figures.devices_per_node, held, list(precisions.values()) or [base.precision])
+
+
+def _base(words: Sequence[str], num_ranks: int | None, per_node: int, held: Collection[str]) -> RunConfig:
+    """The run, over some mesh on which it is legal."""
+    first: ValueError | None = None
+    depths = [None] if num_ranks is None or "parallel.dp" in held else [None, *_divisors(num_ranks)]
+    for pp in depths:
+        mesh = [] if pp is None else [f"parallel.dp={(num_ranks or 1) // pp}"]
+        mesh += [f"parallel.pp={pp}"] if pp is not None and "parallel.pp" not in held else []
+        mesh += (
+            [f"parallel.nodes={max(1, (num_ranks or 1) // per_node)}"] if mesh and "parallel.nodes" not in held else []
+        )
+        try:
+            return compose.compose([*words, *mesh])
+        except ValueError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 @dataclass(frozen=True)
@@ -59,7 +105,8 @@ class Space:
 
     def _depths(self) -> list[int]:
         """Pipelines that give every rank a layer."""
-        return [pp for pp in _divisors(self.num_ranks) if pp <= self.base.model.num_hidden_layers]
+        found = [pp for pp in _divisors(self.num_ranks) if pp <= self.base.model.num_hidden_layers]
+        return [pp for pp in found if "parallel.dp" not in self.held or self.num_ranks == pp * self.base.parallel.dp]
 
     def _schedules(self) -> Sequence[str]:
         return [self.base.pipeline.schedule] if "pipeline.schedule" in self.held else registry.NAMES
@@ -69,8 +116,11 @@ class Space:
         if self.num_ranks % pp or (pp == 1 and "pipeline.schedule" not in self.held and schedule != "1f1b"):
             return  # with one rank all schedules are the same
         pipeline = base.pipeline
-        if schedule != pipeline.schedule or "pipeline.stages_per_rank" not in self.held:
-            pipeline = replace(pipeline, schedule=schedule, stages_per_rank=None, pairs=None)
+        pipeline = replace(pipeline, schedule=schedule)
+        if "pipeline.stages_per_rank" not in self.held:
+            pipeline = replace(pipeline, stages_per_rank=None)
+        if "pipeline.pairs" not in self.held:
+            pipeline = replace(pipeline, pairs=None)
         if "pipeline.layers" not in self.held:
             pipeline = replace(pipeline, layers=None)
         if schedule == "dualpipe":

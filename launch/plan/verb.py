@@ -1,9 +1,10 @@
 """`python -m launch plan`: what a run needs on a cluster and how long it takes, before it is started there.
 
-`plan calibrate` measures this machine, which `cluster=here` then is; `plan compare` puts settings with several values
-side by side.
+`plan search` looks for the best layout on so many devices, `plan compare` puts settings with several values side by
+side, and `plan calibrate` measures this machine, which `cluster=here` then is.
 
     python -m launch plan experiment=v3_h800_2048 cluster=h800
+    python -m launch plan search experiment=v3_h800_2048 cluster=h800 gpus=2048 memory_gb=80
     python -m launch plan compare experiment=v3_h800_2048 cluster=h800 pipeline.schedule=1f1b,zbv,dualpipe,dualpipev
 
 Words that are no settings of the verb are settings of the run.
@@ -12,76 +13,75 @@ Words that are no settings of the verb are settings of the run.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
-from launch.plan import answer, cluster, compare
+from launch.plan import answer, cluster, compare, search
 from launch.plan.job import Plan
-from launch.plan.routing import Routing
-from launch.plan.world import MakeRouting, balanced
-from launch.settings import PlanSettings
-from parallel.expert.placement import Placement
+from launch.plan.loads import make_routing
+from launch.plan.space import space_of
+from launch.settings import PlanSettings, SearchSettings
 from train import compose
 from train.config import RunConfig
 from train.settings import hint, leaves, read
-from train.track.metrics_file import read_loads
 
-# Words that may follow `plan`.
-PARTS = ("calibrate", "compare")
+Asked = TypeVar("Asked", bound=PlanSettings)
 
 
 def plan(words: Sequence[str]) -> int:
     """Plans the run that the settings describe. ValueError for bad settings, of the run's or of the cluster's."""
-    if words and words[0] == "calibrate":
-        from launch.plan.calibrate import calibrate
-
-        return calibrate(words[1:])
-    if words and words[0] not in PARTS and "=" not in words[0] and not words[0].startswith("-"):
-        raise ValueError(f"plan {words[0]} is not known{hint(words[0], PARTS)}")
-    several = words[:1] == ["compare"]
-    words = words[several:]
-    keys = {key for key, _ in leaves(PlanSettings, "")}
-    own = [word for word in words if word.partition("=")[0] in keys]
-    asked = read(PlanSettings, own, "plan")
+    if words and words[0] in PARTS:
+        return PARTS[words[0]](words[1:])
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        raise ValueError(f"plan {words[0]} is not known{hint(words[0], tuple(PARTS))}")
+    asked, others = _apart(PlanSettings, words)
     figures = cluster.load(asked.cluster)
 
-    others = [word for word in words if word not in own]
-    if several:
-        runs = compare.compared(others, figures, routing_of(asked))
-        print(compare.numbers(runs) if asked.json else compare.table(runs))
-        return 0
-
     def start(config: RunConfig) -> int:
-        planned = Plan(config, figures, make_routing=routing_of(asked))
+        planned = Plan(config, figures, make_routing=make_routing(asked.max_vio, asked.loads))
         print(json.dumps(answer.numbers(planned), indent=1) if asked.json else answer.screen(planned))
         return 0
 
     return compose.started(others, start)
 
 
-def routing_of(asked: PlanSettings) -> MakeRouting:
-    """What experts get, by the verb's settings. ValueError for a file without loads."""
-    if asked.loads is not None:
-        rows = read_loads(asked.loads)
-        if not rows:
-            raise ValueError(f"loads={asked.loads} holds no step")
-        loads = rows[-1].loads
-
-        def counted(config: RunConfig, placement: Placement) -> Routing | None:
-            if not config.model.n_routed_experts:
-                return None
-            return Routing.of_loads(config.model, placement, _num_tokens(config), loads)
-
-        return counted
-    if not asked.max_vio:
-        return balanced
-
-    def uneven(config: RunConfig, placement: Placement) -> Routing | None:
-        if not config.model.n_routed_experts:
-            return None
-        return Routing.with_max_vio(config.model, placement, _num_tokens(config), asked.max_vio)
-
-    return uneven
+def _compare(words: Sequence[str]) -> int:
+    asked, others = _apart(PlanSettings, words)
+    routing = make_routing(asked.max_vio, asked.loads)
+    runs = compare.compared(others, cluster.load(asked.cluster), routing)
+    print(compare.numbers(runs) if asked.json else compare.table(runs))
+    return 0
 
 
-def _num_tokens(config: RunConfig) -> int:
-    return config.train.micro_batch_size * config.train.seq_len
+def _search(words: Sequence[str]) -> int:
+    asked, others = _apart(SearchSettings, words)
+    figures = cluster.load(asked.cluster)
+    if asked.memory_gb is not None:
+        figures = replace(figures, memory=replace(figures.memory, device_gb=asked.memory_gb))
+        figures.check()
+    space = space_of(others, asked.gpus, figures)
+    found = search.search(space, figures, make_routing(asked.max_vio, asked.loads), asked.num_best)
+    print(json.dumps(search.numbers(found, figures), indent=1) if asked.json else search.table(found, figures))
+    return 0 if found.best else 1
+
+
+def _calibrate(words: Sequence[str]) -> int:
+    from launch.plan.calibrate import calibrate
+
+    return calibrate(words)
+
+
+# What may follow `plan`.
+PARTS: dict[str, Callable[[Sequence[str]], int]] = {
+    "calibrate": _calibrate,
+    "compare": _compare,
+    "search": _search,
+}
+
+
+def _apart(kind: type[Asked], words: Sequence[str]) -> tuple[Asked, list[str]]:
+    """The verb's own settings, checked, and the others."""
+    keys = {key for key, _ in leaves(kind, "")}
+    own = [word for word in words if word.partition("=")[0] in keys]
+    return read(kind, own, "plan"), [word for word in words if word not in own]

@@ -28,6 +28,8 @@ class SweepConfig:
         pruner: `none`, or `median`, which stops a job whose metric is worse than the median of ended jobs at the same
             step.
         prune_after_steps: the pruner looks at later steps only.
+        plan: a cluster, as `cluster` of `plan` names it: a job that does not fit into its memory by its plan is refused
+            before it starts, and the others go on. None: no job is planned.
     """
 
     sampler: str | None = None
@@ -38,6 +40,7 @@ class SweepConfig:
     seed: int = 0
     pruner: str = "none"
     prune_after_steps: int = 0
+    plan: str | None = None
 
     def check(self) -> None:
         """ValueError for an unknown word, or a count below what makes sense."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +64,9 @@ def sweep(settings: Sequence[str], machine: Machine) -> int:
     first = _first_legal(fixed, swept)
     config.check_source(first.data.valid_names)
     root = Path(f"{first.run.dir}-sweep")
+    fits = _fits(config)
     with _alone(root):
-        jobs = _Sweep(config, fixed, swept, build(config, fixed, swept, root), root, machine)
+        jobs = _Sweep(config, fixed, swept, build(config, fixed, swept, root), root, machine, fits)
         with stop_signals(end_now, insist=jobs.end) as stop:
             machine.prepare(first)
             stop.honour()
@@ -81,8 +82,10 @@ class _Sweep:
         search: Search,
         root: Path,
         machine: Machine,
+        fits: Callable[[RunConfig], None],
     ) -> None:
         self.config, self.fixed, self.search, self.root, self.machine = config, fixed, search, root, machine
+        self.fits = fits
         self.varied = [each.key for each in swept if len(each.choices) != 1]
         self.outcomes: list[Outcome] = []
         self.jobs: list[_Job] = []
@@ -129,6 +132,7 @@ class _Sweep:
             if is_finished(config):  # but killed before it could be noted
                 self._conclude(outcome, config, Ended(0), "")
                 return
+            self.fits(config)
             _wait_until_free(outcome.folder)
             console = outcome.folder / "logs" / "console.log" if self.config.num_parallel > 1 else None
             self.jobs.append(_Job(outcome, config, self.machine.start(config, self.config.num_parallel, console)))
@@ -206,6 +210,16 @@ class _Sweep:
             write_report([read_run(each.folder) for each in best if each.step], self.root / "report.html")
             print(f"report: {self.root / 'report.html'}", flush=True)
         return int(any(outcome.status not in ("finished", "pruned") for outcome in self.outcomes))
+
+
+def _fits(config: SweepConfig) -> Callable[[RunConfig], None]:
+    """What refuses jobs by their plan. ValueError for a cluster that is not known."""
+    if config.plan is None:
+        return lambda _: None
+    # Not above: planning needs torch, and a launcher that plans nothing starts without it.
+    from launch.sweep.fits import Fits
+
+    return Fits(config.plan).check
 
 
 def _first_legal(fixed: Sequence[str], swept: Sequence[Swept]) -> RunConfig:

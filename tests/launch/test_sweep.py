@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from tests.runs import SMALL, prepare_text
 from train import compose
 from train.checkpoint import step_folders
 from train.config import RunConfig
+from train.settings import CONFIGS
 from train.track.metrics_file import read_metrics
 
 DIVERGED = Ended(3, "step 3: loss or gradient is not finite")
@@ -94,6 +96,22 @@ def _checkpoint(folder: Path, step: int) -> None:
 def table(root: Path) -> list[dict[str, str]]:
     with (root / "results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_a_job_that_cannot_fit_does_not_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`sweep.plan`: the others go on, and the table says why."""
+    figures = tmp_path / "small.yaml"
+    figures.write_text(re.sub(r"device_gb: .*", "device_gb: 2.5", (CONFIGS / "cluster" / "h800.yaml").read_text()))
+    machine = FakeMachine()
+    sizes = ["model.vocab_size=2048,2000000", "train.max_steps=3", f"run.dir={tmp_path / 'base'}"]
+    assert sweep([*sizes, f"sweep.plan={figures}"], machine) == 1
+    assert [config.model.vocab_size for config in machine.configs] == [2048]
+    small, large = sorted(table(tmp_path / "base-sweep"), key=lambda row: row["status"], reverse=True)
+    assert (small["status"], large["status"]) == ("finished", "failed")
+    assert re.search(r"pipeline rank 0 needs \d+\.\d GB and a device has 2\.5", large["reason"])
+    with pytest.raises(ValueError, match="h801"):
+        sweep([*sizes, "sweep.plan=h801"], machine)
+    assert len(machine.configs) == 1
 
 
 def test_a_grid_over_keys_and_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
