@@ -212,12 +212,17 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class SearchSettings(PlanSettings):
-    """`plan search`: for how many devices a layout is searched. What other words set stays as it is set.
+    """`plan` and `plan search`: the last three say for what a layout is searched.
 
     Attributes:
-        gpus: devices; unless it is set as many as the run has ranks.
-        memory_gb: of a device, instead of the cluster's `memory.device_gb`; in 1e9 bytes, the reserve included.
-        num_best: layouts to show.
+        cluster: a cluster of `configs/cluster`, a YAML file of one's own, or `here`, which `plan calibrate` measures.
+        max_vio: how uneven the routers are taken to be: the fullest expert's load over the mean, less 1. The rank that
+            is shown holds such experts.
+        loads: a run's `loads.jsonl`, whose last step says what experts get, instead of `max_vio`.
+        json: print one object for scripts instead of a screen for people.
+        gpus: of `plan search`, devices; unless it is set as many as the run has ranks.
+        memory_gb: of `plan search`, what a device has, instead of the cluster's `memory.device_gb`; in 1e9 bytes, the reserve included.
+        num_best: of `plan search`, layouts to show.
     """
 
     gpus: int | None = None
