@@ -221,7 +221,8 @@ class SearchSettings(PlanSettings):
         loads: a run's `loads.jsonl`, whose last step says what experts get, instead of `max_vio`.
         json: print one object for scripts instead of a screen for people.
         gpus: of `plan search`, devices; unless it is set as many as the run has ranks.
-        memory_gb: of `plan search`, what a device has, instead of the cluster's `memory.device_gb`; in 1e9 bytes, the reserve included.
+        memory_gb: of `plan search`, what a device has, instead of the cluster's `memory.device_gb`; in 1e9 bytes,
+            the reserve included.
         num_best: of `plan search`, layouts to show.
     """
 
