@@ -226,12 +226,16 @@ class Plan:
             "link": 2 if per_node > mesh.dp else 1,
         }
 
-    def _step(self, kernels: str) -> StepTime:
+    def pipeline(self, kernels: str) -> tuple[ActionCosts, PipelineStep]:
+        """What the schedule's actions take in one set of kernels, and the schedule simulated with that."""
         alone, beside = (priced(self.layers.passes, self.pricing(kernels, each)) for each in (False, True))
         costs = ActionCosts(
             self.config.placement, self.slices, alone, beside, self.host(kernels), self._latency_s(kernels)
         )
-        pipeline = run_schedule(self.schedule, costs)
+        return costs, run_schedule(self.schedule, costs)
+
+    def _step(self, kernels: str) -> StepTime:
+        costs, pipeline = self.pipeline(kernels)
         optimizer_s = self._optimizer(kernels)
         ranks_s = tuple(totals.length_s for totals in pipeline.totals)
         middle = self.schedule.ranks[self.config.parallel.pp // 2]
