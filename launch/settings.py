@@ -15,6 +15,7 @@ EXPORT_DTYPES = ("bf16", "fp32", "fp8")
 WEIGHTS = ("model", "ema")
 DEVICES = ("auto", "cpu", "cuda")
 TIMELINE_SUFFIXES = (".svg", ".png", ".json")
+PLAN_SUFFIXES = (".html", ".svg", ".png")
 SHOWS = ("simulated", "recorded", "both")
 
 
@@ -195,12 +196,14 @@ class PlanSettings:
             is shown holds such experts.
         loads: a run's `loads.jsonl`, whose last step says what experts get, instead of `max_vio`.
         json: print one object for scripts instead of a screen for people.
+        out: a page to write (`.html`), or a folder for it, with that object beside it; or a picture (`.svg`, `.png`).
     """
 
     cluster: str = "here"
     max_vio: float = 0.0
     loads: Path | None = None
     json: bool = False
+    out: Path | None = None
 
     def check(self) -> None:
         """ValueError for a load that cannot be, or two answers to one question."""
@@ -208,6 +211,10 @@ class PlanSettings:
             raise ValueError(f"max_vio={self.max_vio:g} must be a number of at least 0")
         if self.loads is not None and self.max_vio:
             raise ValueError(f"max_vio={self.max_vio:g} and loads={self.loads} both say what experts get: give one")
+        if self.out is not None and self.out.suffix not in ("", *PLAN_SUFFIXES) and not self.out.is_dir():
+            raise ValueError(
+                f"out={self.out} must end in {', '.join(PLAN_SUFFIXES)}, or be a folder, without an ending"
+            )
 
 
 @dataclass(frozen=True)
@@ -220,6 +227,8 @@ class SearchSettings(PlanSettings):
             is shown holds such experts.
         loads: a run's `loads.jsonl`, whose last step says what experts get, instead of `max_vio`.
         json: print one object for scripts instead of a screen for people.
+        out: a page to write (`.html`), or a folder for it, with that object beside it; or a picture (`.svg`, `.png`).
+            Not of `plan search`.
         gpus: of `plan search`, devices; unless it is set as many as the run has ranks.
         memory_gb: of `plan search`, what a device has, instead of the cluster's `memory.device_gb`; in 1e9 bytes,
             the reserve included.

@@ -125,7 +125,7 @@ def draw(result: Simulation, out: Path, recorded: Sequence[Event] = (), show: st
 
 def _draw_picture(result: Simulation, steps: dict[str, Sequence[Event]], out: Path) -> None:
     schedule, num_ranks = result.schedule, result.schedule.placement.num_ranks
-    palette = _palette(schedule)
+    colors = palette(schedule)
     columns = {"simulated": ("bubble", "peak"), "recorded": ("bubble", "exposed")}
     headings = list(dict.fromkeys(name for kind in steps for name in columns[kind]))
     notes, lanes, bars = [], [], []
@@ -141,13 +141,13 @@ def _draw_picture(result: Simulation, steps: dict[str, Sequence[Event]], out: Pa
             lanes.append((rank, place, kind if place else f"rank {rank}", entry))
         for event in events:
             marks = tuple(Mark(wait.start_s, wait.stop_s, EXPOSED) for wait in event.waits if wait.kind == "experts")
-            look = _look(schedule, palette, event.action)
-            bars.append(Bar(event.rank * len(steps) + place, event.start_s, event.stop_s, *look, marks))
+            looks = look(schedule, colors, event.action)
+            bars.append(Bar(event.rank * len(steps) + place, event.start_s, event.stop_s, *looks, marks))
     lanes.sort()
-    key = _key(schedule, palette)
+    key = key_of(schedule, colors)
     if any(bar.marks for bar in bars):
         key.append(Swatch("Waits for experts", [[EXPOSED]]))
-    note = f"{'; '.join(notes).capitalize()}. {_shades_mean(schedule)}"
+    note = f"{'; '.join(notes).capitalize()}. {shades_mean(schedule)}"
     unit = "time, s" if "recorded" in steps else "time, in the unit of the costs"
     names, entries = [name for _, _, name, _ in lanes], [entry for *_, entry in lanes]
     draw_rows(RowChart(_title(schedule), note, unit, names, headings, entries), bars, key, out)
@@ -174,7 +174,8 @@ def _shade(schedule: Schedule, stage: int) -> int:
     return placement.stages_on(placement.rank_of[stage]).index(stage)
 
 
-def _shades_mean(schedule: Schedule) -> str:
+def shades_mean(schedule: Schedule) -> str:
+    """What light and dark colours mean, as a sentence; nothing where there is one shade."""
     placement = schedule.placement
     if len(placement.routes) > 1:
         ends = [placement.rank_of[route[0]] for route in placement.routes]
@@ -191,22 +192,25 @@ def _shades_mean(schedule: Schedule) -> str:
     )
 
 
-def _palette(schedule: Schedule) -> dict[str, list[str]]:
+def palette(schedule: Schedule) -> dict[str, list[str]]:
+    """A colour for each kind of chunk and each stage or direction of a rank."""
     count = schedule.placement.num_stages // schedule.placement.num_ranks
     return {kind: shades(light, dark, count) for kind, (_, light, dark) in KINDS.items()}
 
 
-def _look(schedule: Schedule, palette: dict[str, list[str]], action: Action) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def look(schedule: Schedule, colors: dict[str, list[str]], action: Action) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The colours of a bar, and the micro-batches that stand on it: one of each, of a pair two."""
     chunks = (action.forward, action.backward) if isinstance(action, Pair) else (action,)
-    colors = tuple(palette[chunk.kind][_shade(schedule, chunk.stage)] for chunk in chunks)
-    return colors, tuple(str(chunk.micro_batch) for chunk in chunks)
+    found = tuple(colors[chunk.kind][_shade(schedule, chunk.stage)] for chunk in chunks)
+    return found, tuple(str(chunk.micro_batch) for chunk in chunks)
 
 
-def _key(schedule: Schedule, palette: dict[str, list[str]]) -> list[Swatch]:
+def key_of(schedule: Schedule, colors: dict[str, list[str]]) -> list[Swatch]:
+    """What the colours of a schedule's bars mean."""
     seen = {action.kind for actions in schedule.ranks for action in actions}
-    key = [Swatch(title, [palette[kind]]) for kind, (title, _, _) in KINDS.items() if kind in seen]
+    key = [Swatch(title, [colors[kind]]) for kind, (title, _, _) in KINDS.items() if kind in seen]
     if "pair" in seen:
-        key.append(Swatch("Forward and backward, overlapped", [palette["F"], palette["D"][::-1]]))
+        key.append(Swatch("Forward and backward, overlapped", [colors["F"], colors["D"][::-1]]))
     return key
 
 

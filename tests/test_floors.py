@@ -22,7 +22,10 @@ DOORS = {
     "torch.utils.tensorboard": {"train/track/tensorboard.py"},
     "hydra": {"train/compose.py", "train/typed.py"},
     "tokenizers": {"train/data/tokenizer.py"},
-    "matplotlib": {"train/view/curves.py", "train/view/rows.py", "launch/sweep/picture.py"},
+    "matplotlib": {
+        *("train/view/curves.py", "train/view/rows.py"),
+        *("launch/sweep/picture.py", "launch/plan/page/picture.py"),
+    },
     "optuna": {"launch/sweep/optuna_search.py"},
     "transformer_engine": {"train/precision/transformer_engine.py"},
     "datasets": {"train/data/read/hub.py"},

@@ -141,7 +141,7 @@ def _moved(counts: Sequence[int], source: int, target: int) -> list[int]:
 def _kind_seconds(plan: Plan) -> dict[str, float]:
     """What a micro-batch takes in each kind of layer, exchanges left out where pairs hide them."""
     costs, kinds = plan.step(AS_WRITTEN).costs, plan.layers.passes
-    has_pairs = plan.step(AS_WRITTEN).pair.kind == "pair"
+    has_pairs = plan.step(AS_WRITTEN).has_pairs
     found = {}
     for kind in kinds:
         alone = ActionCosts(loop(1), [(kind,)], costs.alone, costs.beside, costs.host, 0.0)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from statistics import median
 from typing import Any
 
+from launch.plan import breakdown
 from launch.plan.advice import advice
 from launch.plan.clock import Totals
 from launch.plan.job import Plan, RankMemory, StepTime
@@ -18,7 +19,7 @@ GB = 1e9
 
 
 def numbers(plan: Plan) -> dict[str, Any]:
-    """Everything that the screen says, and each rank's memory by component, as plain values."""
+    """Everything that the screen says and the page draws, as plain values."""
     mesh = plan.config.parallel
     found: dict[str, Any] = {
         "cluster": plan.cluster.title,
@@ -29,6 +30,7 @@ def numbers(plan: Plan) -> dict[str, Any]:
         "device_bytes": int(plan.cluster.memory.device_gb * GB),
         "fits": fits(plan),
         "memory": [rank_numbers(rank) for rank in plan.ranks],
+        "memory_over_step": breakdown.memory_over_step(plan),
         "costliest_differences": differences(plan),
         "advice": advice(plan),
     }
@@ -38,6 +40,12 @@ def numbers(plan: Plan) -> dict[str, Any]:
 def fits(plan: Plan) -> bool:
     """Whether every rank's memory is within the device's."""
     return max(rank.total for rank in plan.ranks) <= plan.cluster.memory.device_gb * GB
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits, and by how much not."""
+    over = max(rank.total for rank in plan.ranks) / GB - plan.cluster.memory.device_gb
+    return "fits" if fits(plan) else f"DOES NOT FIT, by {over:.1f} GB"
 
 
 def column(plan: Plan, kernels: str) -> dict[str, Any]:
@@ -52,13 +60,16 @@ def column(plan: Plan, kernels: str) -> dict[str, Any]:
         "mfu_causal": plan.mfu(kernels),
         "mfu_noncausal": plan.mfu(kernels, causal=False),
         "peak_bytes": [rank.total for rank in plan.ranks],
-        "pair": str(step.pair),
+        "pair": " ".join(map(str, step.pair)),
         "pair_s": step.pair_totals.length_s,
         "exposed_share_of_pair": exposed_share(step.pair_totals),
         "host_share_of_pair": step.pair_totals.host_s / step.pair_totals.length_s,
         "launches_per_pair": step.pair_totals.num_kernels + step.pair_totals.num_launches,
         "other_share": step.pair_totals.busy_s["move"] / sum(step.pair_totals.busy_s.values()),
         "end_over_middle": end_over_middle(step),
+        "pair_by_part_s": {_words(piece): seconds for piece, seconds in by_piece(plan, step).items()},
+        "rank_time_s": breakdown.ranks_time(step),
+        "traffic": breakdown.traffic(plan, step),
     }
 
 
@@ -104,7 +115,7 @@ def differences(plan: Plan) -> list[dict[str, Any]]:
     costliest = sorted(extra, key=lambda piece: -extra[piece])[:10]
     return [
         {
-            "piece": " ".join(piece),
+            "piece": _words(piece),
             "as_written_s": written[piece],
             "published_s": published.get(piece, 0.0),
             "difference_s": extra[piece],
@@ -114,11 +125,16 @@ def differences(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
+def _words(piece: tuple[str, str, str]) -> str:
+    return " ".join(filter(None, piece))
+
+
 def by_piece(plan: Plan, step: StepTime) -> dict[tuple[str, str, str], float]:
     """(layer, node, pass) -> seconds of the device in a pair of a middle rank, and what it waits for by group."""
     found: defaultdict[tuple[str, str, str], float] = defaultdict(float)
-    for piece, seconds in step.costs.pieces(step.pair):
-        found[piece] += seconds
+    for action in step.pair:
+        for piece, seconds in step.costs.pieces(action):
+            found[piece] += seconds
     for group, seconds in step.pair_totals.exposed_s.items():
         found["waits for", group, "exchange"] += seconds
     if step.pair_totals.host_s:
@@ -129,35 +145,33 @@ def by_piece(plan: Plan, step: StepTime) -> dict[tuple[str, str, str], float]:
 def screen(plan: Plan) -> str:
     """One screen."""
     better = ["", *advice(plan)]
-    return "\n".join([*_heading(plan), "", *_memory(plan), "", *_times(plan), "", *_work(plan), *better]).rstrip()
+    return "\n".join([*heading(plan), "", *_memory(plan), "", *_times(plan), "", *_work(plan), *better]).rstrip()
 
 
-def _heading(plan: Plan) -> list[str]:
-    mesh, train = plan.config.parallel, plan.config.train
+def heading(plan: Plan) -> list[str]:
+    """What is planned, on what, in two lines."""
+    mesh, train, schedule = plan.config.parallel, plan.config.train, plan.schedule.name
+    experts = f"experts over {mesh.ep} ({mesh.dispatch}, {_count(mesh.nodes_per_ep_group, 'machine')}), "
     return [
-        f"{plan.cluster.title}: {mesh.world_size} ranks = pp {mesh.pp} x dp {mesh.dp}, experts over {mesh.ep} "
-        f"({mesh.dispatch}, {mesh.nodes_per_ep_group} machines), {plan.schedule.name}",
+        f"{plan.cluster.title}: {_count(mesh.world_size, 'rank')} = pp {mesh.pp} x dp {mesh.dp}, "
+        f"{experts if plan.config.model.n_routed_experts else ''}{schedule}",
         f"{plan.config.precision.name}, {plan.num_micro_batches} micro-batches of {train.micro_batch_size} x "
         f"{train.seq_len} tokens, {short(plan.num_tokens)} tokens a step",
     ]
 
 
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
 def _memory(plan: Plan) -> list[str]:
-    worst = max(range(len(plan.ranks)), key=lambda rank: plan.ranks[rank].total)
+    worst = breakdown.fullest_rank(plan)
     rank, device = plan.ranks[worst], plan.cluster.memory.device_gb
-    state = rank.state
-    parts = {
-        "weights": state.weights + rank.quantised,
-        "main_grad": state.main_grad,
-        "masters and moments": state.masters + state.moments,
-        **rank.step.by_component,
-        "reserve": rank.reserve,
-    }
-    over = rank.total / GB - device
-    verdict = "fits" if over <= 0 else f"DOES NOT FIT, by {over:.1f} GB"
-    lines = [
-        f"memory  {verdict}: {rank.total / GB:.1f} of {device:.1f} GB on pipeline rank {worst}, in {rank.step.action}"
-    ]
+    place = f"on pipeline rank {worst}, in {rank.step.action}"
+    always = breakdown.components(rank)
+    reserve = always.pop("reserve")
+    parts = {**always, **rank.step.by_component, "reserve": reserve}
+    lines = [f"memory  {verdict(plan)}: {rank.total / GB:.1f} of {device:.1f} GB {place}"]
     lines += [f"        {name:<22}{size / GB:7.2f} GB" for name, size in parts.items() if size >= 0.005 * GB]
     alive = sorted(rank.step.by_micro_batch.items(), key=lambda each: -each[1])
     lines.append(
@@ -172,27 +186,34 @@ def _memory(plan: Plan) -> list[str]:
 
 def _times(plan: Plan) -> list[str]:
     columns = {kernels: column(plan, kernels) for kernels in KERNELS}
-    rows: list[tuple[str, Mapping[str, str]]] = [
-        ("step, s", {name: f"{each['step_s']:.3f}" for name, each in columns.items()})
-    ]
-    for part in columns[AS_WRITTEN]["parts_s"]:
-        rows.append((f"  {part}", {name: f"{each['parts_s'][part]:.3f}" for name, each in columns.items()}))
-    rows += [
-        ("tokens/s per device", {name: f"{each['tokens_per_s_per_gpu']:,.0f}" for name, each in columns.items()}),
-        ("device hours of the run", {name: short(each["gpu_hours"]) for name, each in columns.items()}),
-        ("MFU, causal", {name: f"{each['mfu_causal']:.1%}" for name, each in columns.items()}),
-        ("MFU, not causal", {name: f"{each['mfu_noncausal']:.1%}" for name, each in columns.items()}),
-        ("a middle rank's pair, ms", {name: f"{1e3 * each['pair_s']:.1f}" for name, each in columns.items()}),
-        ("  waits for exchanges", {name: f"{each['exposed_share_of_pair']:.1%}" for name, each in columns.items()}),
-        ("  waits for its host", {name: f"{each['host_share_of_pair']:.1%}" for name, each in columns.items()}),
-        ("  neither product nor attention", {name: f"{each['other_share']:.1%}" for name, each in columns.items()}),
-        ("end ranks over middle ones", {name: f"{each['end_over_middle']:.2f}" for name, each in columns.items()}),
-    ]
+    rows = time_rows(columns)
     width = max(len(name) for name, _ in rows)
     lines = [f"time    {'':<{width}}" + "".join(f"{WORDS[kernels]:>12}" for kernels in KERNELS)]
     lines += [f"        {name:<{width}}" + "".join(f"{row[kernels]:>12}" for kernels in KERNELS) for name, row in rows]
     launches = columns[AS_WRITTEN]["launches_per_pair"]
     return [*lines, f"        {launches:,} launches in such a pair"]
+
+
+def time_rows(columns: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, str]]]:
+    """The figures of the three sets, by kernels, as rows of text."""
+    unit, scale, digits = ("s", 1.0, 1) if columns[AS_WRITTEN]["step_s"] >= 1 else ("ms", 1e3, 3)
+    rows: list[tuple[str, Mapping[str, str]]] = [
+        (f"step, {unit}", {name: f"{scale * each['step_s']:.3f}" for name, each in columns.items()})
+    ]
+    for part in columns[AS_WRITTEN]["parts_s"]:
+        rows.append((f"  {part}", {name: f"{scale * each['parts_s'][part]:.3f}" for name, each in columns.items()}))
+    rows += [
+        ("tokens/s per device", {name: f"{each['tokens_per_s_per_gpu']:,.0f}" for name, each in columns.items()}),
+        ("device hours of the run", {name: short(each["gpu_hours"]) for name, each in columns.items()}),
+        ("MFU, causal", {name: f"{each['mfu_causal']:.1%}" for name, each in columns.items()}),
+        ("MFU, not causal", {name: f"{each['mfu_noncausal']:.1%}" for name, each in columns.items()}),
+        ("a middle rank's pair, ms", {name: f"{1e3 * each['pair_s']:.{digits}f}" for name, each in columns.items()}),
+        ("  waits for exchanges", {name: f"{each['exposed_share_of_pair']:.1%}" for name, each in columns.items()}),
+        ("  waits for its host", {name: f"{each['host_share_of_pair']:.1%}" for name, each in columns.items()}),
+        ("  neither product nor attention", {name: f"{each['other_share']:.1%}" for name, each in columns.items()}),
+        ("end ranks over middle ones", {name: f"{each['end_over_middle']:.2f}" for name, each in columns.items()}),
+    ]
+    return rows
 
 
 def _work(plan: Plan) -> list[str]:

@@ -20,7 +20,7 @@ from launch.plan.state import StateBytes, state_bytes, update_events
 from launch.plan.step import ActionCosts, PipelineStep, layers_of_parts, run_schedule
 from launch.plan.world import MakeRouting, balanced
 from parallel.mesh import ParallelConfig
-from parallel.pipeline.actions import Action
+from parallel.pipeline.actions import Action, Chunk, Pair
 from parallel.pipeline.links import slots
 from parallel.pipeline.order import Channel, Message, messages
 from parallel.pipeline.schedule import Schedule
@@ -65,19 +65,30 @@ class StepTime:
 
     Attributes:
         pipeline: the schedule, simulated.
-        optimizer_s: from the last backward to new weights everywhere.
+        updates: of each pipeline rank's optimizer, from the last backward to new weights everywhere.
         ranks_s: what the device of each pipeline rank works, from which waits for neighbours are left out.
-        pair: the most frequent action of a middle rank.
+        pair: a pair of forward and backward of a middle rank; of a schedule without pairs the actions, one by one, that
+            take one micro-batch through one of its stages and back.
         pair_totals: what happens in it.
     """
 
     kernels: str
     costs: ActionCosts
     pipeline: PipelineStep
-    optimizer_s: float
+    updates: tuple[Totals, ...]
     ranks_s: tuple[float, ...]
-    pair: Action
+    pair: tuple[Action, ...]
     pair_totals: Totals
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether forward and backward run together."""
+        return self.pair[0].kind == "pair"
+
+    @property
+    def optimizer_s(self) -> float:
+        """What the slowest optimizer of a pipeline takes."""
+        return max(totals.length_s for totals in self.updates)
 
     @property
     def step_s(self) -> float:
@@ -236,11 +247,12 @@ class Plan:
 
     def _step(self, kernels: str) -> StepTime:
         costs, pipeline = self.pipeline(kernels)
-        optimizer_s = self._optimizer(kernels)
         ranks_s = tuple(totals.length_s for totals in pipeline.totals)
         middle = self.schedule.ranks[self.config.parallel.pp // 2]
-        pair = _most_frequent(middle)
-        return StepTime(kernels, costs, pipeline, optimizer_s, ranks_s, pair, costs.cost(pair).totals)
+        pair, totals = _pair(middle), Totals()
+        for action in pair:
+            totals.add(costs.cost(action).totals)
+        return StepTime(kernels, costs, pipeline, self._updating(kernels), ranks_s, pair, totals)
 
     def host(self, kernels: str) -> Host:
         """Our own code's host. Fused kernels are few enough for any host to keep ahead."""
@@ -256,8 +268,8 @@ class Plan:
         launch = Launch(0, "send", "link", 2, self.boundary_bytes, 0)
         return dict(self.pricing(kernels, False).events([launch])).popitem()[1]
 
-    def _optimizer(self, kernels: str) -> float:
-        """The update of the rank that takes longest, with what it quantises anew."""
+    def _updating(self, kernels: str) -> tuple[Totals, ...]:
+        """Each rank's update, with what it quantises anew."""
         found = []
         for rank in range(self.config.parallel.pp):
             clock = Clock(self.host(kernels))
@@ -269,8 +281,8 @@ class Plan:
             num_bytes += self._quantised_bytes(rank)
             for event, seconds in self.pricing(kernels, False).update([*self._updates[rank], *again], num_bytes):
                 clock.see(event, seconds, 0)
-            found.append(clock.compute_s)
-        return max(found)
+            found.append(clock.totals)
+        return tuple(found)
 
     @cached_property
     def _states(self) -> list[StateBytes]:
@@ -362,9 +374,12 @@ def threads_of(config: RunConfig) -> int:
 PEAK_DTYPE = "bfloat16"
 
 
-def _most_frequent(actions: Sequence[Action]) -> Action:
-    """A pair if there is one; else whatever there is most of."""
-    kinds = Counter(action.kind for action in actions)
-    kind = "pair" if kinds["pair"] else kinds.most_common(1)[0][0]
-    those = [action for action in actions if action.kind == kind]
-    return those[len(those) // 2]
+def _pair(actions: Sequence[Action]) -> tuple[Action, ...]:
+    """A pair, or where there is none whatever passes a micro-batch through a stage and back, halfway through a step."""
+    pairs = [action for action in actions if isinstance(action, Pair)]
+    if pairs:
+        return (pairs[len(pairs) // 2],)
+    chunks = [action for action in actions if isinstance(action, Chunk)]
+    forwards = [chunk for chunk in chunks if chunk.kind == "F"]
+    chosen = forwards[len(forwards) // 2]
+    return tuple(each for each in chunks if (each.stage, each.micro_batch) == (chosen.stage, chosen.micro_batch))

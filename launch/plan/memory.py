@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from launch.plan.events import Event, Memory
 from launch.plan.replay import Ends, Passes, Progress, ReplayedStage
@@ -29,6 +30,16 @@ class Booked:
     peak_bytes: int
     at_peak: Counter[tuple[str, str]]
 
+    @cached_property
+    def net_of_component(self) -> Counter[str]:
+        """What is taken and not given back, by component."""
+        return _by_component(self.net_bytes)
+
+    @cached_property
+    def peak_of_component(self) -> Counter[str]:
+        """What makes up the most, by component."""
+        return _by_component(self.at_peak)
+
 
 def book(events: Iterable[Event]) -> Booked:
     """The memory of a stretch of events."""
@@ -46,6 +57,26 @@ def book(events: Iterable[Event]) -> Booked:
     return Booked(Counter({key: size for key, size in now.items() if size}), peak, at_peak)
 
 
+def _by_component(sizes: Mapping[tuple[str, str], int]) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for (component, _), size in sizes.items():
+        found[component] += size
+    return found
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a rank holds around one action, in bytes by component.
+
+    Attributes:
+        fullest: at the moment of the action at which it is most.
+        after: when the action is over.
+    """
+
+    fullest: dict[str, int]
+    after: dict[str, int]
+
+
 @dataclass(frozen=True)
 class Peak:
     """The moment at which a rank holds most.
@@ -55,7 +86,7 @@ class Peak:
         by_component, by_label: what of.
         by_micro_batch: (stage, micro-batch) -> bytes that it holds.
         action: in which it happens.
-        series: after each action of the list, what is held.
+        series: what is held around each action of the list.
     """
 
     num_bytes: int
@@ -63,7 +94,7 @@ class Peak:
     by_label: dict[str, int]
     by_micro_batch: dict[tuple[int, int], int]
     action: Action | None
-    series: tuple[int, ...]
+    series: tuple[Held, ...]
 
 
 class _Ledger:
@@ -74,8 +105,14 @@ class _Ledger:
         self.of_micro_batch: Counter[tuple[int, int]] = Counter()
         self.total = self.peak = 0
         self.snapshot: tuple[Counter[tuple[str, str]], Counter[tuple[int, int]], int] | None = None
+        self._components: Counter[str] = Counter()
+        self._fullest, self._most = dict[str, int](), 0
 
     def play(self, stretch: Booked, scope: tuple[int, int, int]) -> None:
+        if self.total + stretch.peak_bytes > self._most:
+            self._most = self.total + stretch.peak_bytes
+            self._fullest = dict(self._components + stretch.peak_of_component)
+        self._components.update(stretch.net_of_component)
         if self.total + stretch.peak_bytes > self.peak:
             self.peak = self.total + stretch.peak_bytes
             held, owners = self.held.copy(), self.of_micro_batch.copy()
@@ -86,6 +123,13 @@ class _Ledger:
         net = sum(stretch.net_bytes.values())
         self.of_micro_batch[scope[:2]] += net
         self.total += net
+
+    def ended(self) -> Held:
+        """What was held around the action that is over now."""
+        after = {name: size for name, size in self._components.items() if size}
+        held = Held(self._fullest or after, after)
+        self._fullest, self._most = after, self.total
+        return held
 
 
 def peak_of(
@@ -113,13 +157,13 @@ def peak_of(
         stage: ReplayedStage(stage, [layers[kind] for kind in slices[placement.position(stage)]], ledger)
         for stage in placement.stages_on(rank)
     }
-    series: list[int] = []
+    series: list[Held] = []
     peaks: list[tuple[int, Action]] = []
 
     def ended(action: Action) -> None:
         if not peaks or ledger.peak > peaks[-1][0]:
             peaks.append((ledger.peak, action))
-        series.append(ledger.total)
+        series.append(ledger.ended())
 
     links = _Boundaries(placement, sent, rank, ledger, boundary_bytes)
     Runtime(rank, stages, links, Progress(ended)).run(schedule, ())

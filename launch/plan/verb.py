@@ -4,6 +4,7 @@
 side, and `plan calibrate` measures this machine, which `cluster=here` then is.
 
     python -m launch plan experiment=v3_h800_2048 cluster=h800
+    python -m launch plan experiment=v3_h800_2048 cluster=h800 out=v3.html
     python -m launch plan search experiment=v3_h800_2048 cluster=h800 gpus=2048 memory_gb=80
     python -m launch plan compare experiment=v3_h800_2048 cluster=h800 pipeline.schedule=1f1b,zbv,dualpipe,dualpipev
 
@@ -38,16 +39,26 @@ def plan(words: Sequence[str]) -> int:
     asked, others = _apart(PlanSettings, words)
     figures = cluster.load(asked.cluster)
 
+    if asked.out is not None:
+        from launch.plan.page import write as page  # what draws takes half a second to import
+
+        page.check_can_write(asked.out)
+
     def start(config: RunConfig) -> int:
         planned = Plan(config, figures, make_routing=make_routing(asked.max_vio, asked.loads))
-        print(json.dumps(answer.numbers(planned), indent=1) if asked.json else answer.screen(planned))
+        found = answer.numbers(planned) if asked.json or asked.out else {}
+        print(json.dumps(found, indent=1) if asked.json else answer.screen(planned))
+        if asked.out is not None:
+            written = page.write(planned, found, asked.out)
+            if not asked.json:
+                print(f"\nwritten: {written}")
         return 0
 
     return compose.started(others, start)
 
 
 def _compare(words: Sequence[str]) -> int:
-    asked, others = _apart(PlanSettings, words)
+    asked, others = _apart(PlanSettings, words, "compare")
     routing = make_routing(asked.max_vio, asked.loads)
     runs = compare.compared(others, cluster.load(asked.cluster), routing)
     print(compare.numbers(runs) if asked.json else compare.table(runs))
@@ -55,7 +66,7 @@ def _compare(words: Sequence[str]) -> int:
 
 
 def _search(words: Sequence[str]) -> int:
-    asked, others = _apart(SearchSettings, words)
+    asked, others = _apart(SearchSettings, words, "search")
     figures = cluster.load(asked.cluster)
     if asked.memory_gb is not None:
         figures = replace(figures, memory=replace(figures.memory, device_gb=asked.memory_gb))
@@ -80,8 +91,11 @@ PARTS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-def _apart(kind: type[Asked], words: Sequence[str]) -> tuple[Asked, list[str]]:
-    """The verb's own settings, checked, and the others."""
+def _apart(kind: type[Asked], words: Sequence[str], part: str = "") -> tuple[Asked, list[str]]:
+    """The verb's own settings, checked, and the others. part: what follows `plan`, where that draws nothing."""
     keys = {key for key, _ in leaves(kind, "")}
     own = [word for word in words if word.partition("=")[0] in keys]
-    return read(kind, own, "plan"), [word for word in words if word not in own]
+    asked = read(kind, own, "plan")
+    if part and asked.out is not None:
+        raise ValueError(f"out={asked.out}: plan {part} draws nothing; give it to the plan of one run")
+    return asked, [word for word in words if word not in own]

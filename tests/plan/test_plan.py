@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,7 @@ def whole_rank(plan: Plan, rank: int) -> tuple[int, float, Clock]:
             now += entry.event.num_bytes
             peak = max(peak, now)
     clock = Clock(plan.host(AS_WRITTEN))
-    pricing = plan.pricing(AS_WRITTEN, beside=plan.step(AS_WRITTEN).pair.kind == "pair")
+    pricing = plan.pricing(AS_WRITTEN, beside=plan.step(AS_WRITTEN).has_pairs)
     for event, seconds in pricing.events(events_of(entries)):
         if not is_link(event):
             clock.see(event, seconds, 0)
@@ -136,6 +138,20 @@ def test_every_figure_of_a_plan_hangs_together(v3: Plan) -> None:
     assert figures["costliest_differences"][0]["difference_s"] > 0
     # Rank and mirror hold the same layers and do the same work.
     assert figures["memory"][0]["weights"] == figures["memory"][15]["weights"]
+
+
+def test_the_picture_of_the_published_job_is_this_plan(v3: Plan) -> None:
+    """docs/plan_v3.svg says what this plan does within 10 %: after a larger change it is to be drawn anew, as
+    docs/planner.md says."""
+    drawing = ElementTree.parse(Path(__file__).parents[2] / "docs" / "plan_v3.svg")
+    texts = [str(each.text).strip() for each in drawing.iter("{http://www.w3.org/2000/svg}text")]
+    (peak,) = [re.match(r"peak ([\d.]+) GB", text) for text in texts if text.startswith("peak")]
+    assert peak is not None and float(peak[1]) == pytest.approx(max(rank.total for rank in v3.ranks) / 1e9, rel=0.1)
+    steps, pairs = (
+        [float(text.split()[0]) for text in texts if re.fullmatch(rf"[\d.]+ {unit}", text)] for unit in ("s", "ms")
+    )
+    assert steps[-3:] == pytest.approx([v3.step(kernels).step_s for kernels in KERNELS], rel=0.1)
+    assert pairs == pytest.approx([1e3 * v3.step(kernels).pair_totals.length_s for kernels in KERNELS], rel=0.1)
 
 
 # --- the verb ---

@@ -120,8 +120,8 @@ def draw(chart: Chart, x_form: Callable[[float], str], x_end: float) -> str:
         title = f"<title>{html.escape(word)}</title>"
         parts.append(f'<path class="{kind} run{run}" d="M{place:.1f} 0V{SIDE:.0f}">{title}</path>')
     parts += [_path(curve, across, scale) for curve in chart.curves]
-    labels = [_label("y", place, chart.form(value)) for value, place in zip(y_at, places, strict=True)]
-    labels += [_label("x", float(across(np.array([at]))[0]), x_form(at)) for at in ticks(0.0, x_end, 4)]
+    labels = [label("y", place, chart.form(value)) for value, place in zip(y_at, places, strict=True)]
+    labels += [label("x", float(across(np.array([at]))[0]), x_form(at)) for at in ticks(0.0, x_end, 4)]
     return f'{head}{_key(chart)}<div class="box">{"".join(parts)}</svg>{"".join(labels)}</div></section>'
 
 
@@ -178,6 +178,7 @@ def _key(chart: Chart) -> str:
     return f'<div class="key">{"".join(words)}</div>' if words else ""
 
 
-def _label(axis: str, place: float, text: str) -> str:
+def label(axis: str, place: float, text: str) -> str:
+    """A number of an axis, "x" or "y", at its place on the side of the square."""
     side = "top" if axis == "y" else "left"
     return f'<span class="{axis}" style="{side}:{place / SIDE:.2%}">{html.escape(text)}</span>'

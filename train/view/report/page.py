@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import html
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +14,10 @@ from train.files import replacing
 from train.view.curves import column, short_tokens
 from train.view.report import heatmap
 from train.view.report.chart import draw, ticks
+from train.view.report.document import document, escaped, facts, folded, table
 from train.view.report.panels import charts, short_bytes, tokens_of
 from train.view.report.runs import Run
-from train.view.report.style import CSS, JS
 
-_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2
 # Differ between any two runs, and say nothing about their numbers.
 _PLACES = ("run.name", "run.dir", "track.name", "track.group", "checkpoint.dir")
 
@@ -38,7 +35,7 @@ def page(runs: Sequence[Run], entropy: float | None = None) -> str:
     x_end = max((float(tokens_of(run)[-1]) for run in runs if run.steps), default=1.0)
     made = [replace(chart, has_key=len(runs) == 1) for chart in charts(runs, entropy)]
     panels = "".join(draw(chart, short_tokens, x_end) for chart in made)
-    body = [f"<h1>{html.escape(title)}</h1>"]
+    body = [f"<h1>{escaped(title)}</h1>"]
     body += [_facts(runs[0])] if len(runs) == 1 else [_toggles(runs), _table_of_runs(runs), _differences(runs)]
     body.append('<h2>Over tokens</h2><div class="panels">' + panels + "</div>")
     body += [_ancestry(run) for run in runs]
@@ -47,12 +44,7 @@ def page(runs: Sequence[Run], entropy: float | None = None) -> str:
     body += [_checkpoints(run) for run in runs]
     body += [_settings(run) for run in runs]
     toggles = "".join(f"body:has(#run{n}:not(:checked)) .run{n}{{display:none}}" for n in range(len(runs)))
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"/>'
-        f"<title>{html.escape(title)}</title><style>{CSS}{toggles}</style></head>\n<body>{''.join(body)}"
-        f"<script>//<![CDATA[\n{JS}\n//]]></script></body></html>\n"
-    )
+    return document(title, "".join(body), toggles)
 
 
 def _told_apart(runs: Sequence[Run]) -> list[Run]:
@@ -97,37 +89,25 @@ def _numbers(run: Run) -> list[tuple[str, str]]:
 
 def _facts(run: Run) -> str:
     kind = ' class="bad"' if run.trouble else ""
-    facts = "".join(f"<div><small>{name}</small><b>{value}</b></div>" for name, value in _numbers(run) if value != "-")
+    known = [(name, value) for name, value in _numbers(run) if value != "-"]
     resumed = f"; resumed after step {', '.join(map(str, run.resumed))}" if run.resumed else ""
     begun = f"; branched off {run.branches[-1].run} after step {run.branches[-1].step}" if run.branches else ""
-    said = html.escape(run.standing + begun + resumed)
-    return f'<p class="note"><span{kind}>{said}</span></p><div class="facts">{facts}</div>'
+    said = escaped(run.standing + begun + resumed)
+    return f'<p class="note"><span{kind}>{said}</span></p>{facts(known)}'
 
 
 def _toggles(runs: Sequence[Run]) -> str:
     boxes = "".join(
         f'<label class="c{number % 8}"><input type="checkbox" id="run{number}" checked="checked"/> <i></i>'
-        f"{html.escape(run.name)}</label>"
+        f"{escaped(run.name)}</label>"
         for number, run in enumerate(runs)
     )
     return f'<div class="runs">{boxes}</div>'
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """kind: class of the table, for its style."""
-    head = "".join(f"<th>{_escaped(cell)}</th>" for cell in header)
-    lines = "".join("<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table class="{kind}"><tr>{head}</tr>{lines}</table></div>'
-
-
-def _escaped(text: str) -> str:
-    """Text for the page. What XML has no place for, a model may have written: U+FFFD stands for it."""
-    return html.escape(_NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text))
-
-
 def _table_of_runs(runs: Sequence[Run]) -> str:
     header = ["run", *(name for name, _ in _numbers(runs[0])), "how it stands"]
-    return _table(header, [[run.name, *(value for _, value in _numbers(run)), run.standing] for run in runs])
+    return table(header, [[run.name, *(value for _, value in _numbers(run)), run.standing] for run in runs])
 
 
 def _differences(runs: Sequence[Run]) -> str:
@@ -140,7 +120,7 @@ def _differences(runs: Sequence[Run]) -> str:
             rows.append([key, *values])
     if not rows:
         return '<h2>Settings that differ</h2><p class="none">none</p>'
-    return "<h2>Settings that differ</h2>" + _table(["setting", *(run.name for run in runs)], rows)
+    return "<h2>Settings that differ</h2>" + table(["setting", *(run.name for run in runs)], rows)
 
 
 def _as_text(value: Any) -> str:
@@ -158,7 +138,7 @@ def _ancestry(run: Run) -> str:
             rows.append([*where, key, _as_text(was), _as_text(now)])
             where = ["", ""]
     header = ["branches off", "tokens", "setting", "was", "is"]
-    return f"<h2>Ancestry of {html.escape(run.name)}</h2>" + _table(header, rows)
+    return f"<h2>Ancestry of {escaped(run.name)}</h2>" + table(header, rows)
 
 
 def _heatmaps(run: Run, number: int, is_one_of_many: bool) -> str:
@@ -185,7 +165,7 @@ def _heatmaps(run: Run, number: int, is_one_of_many: bool) -> str:
         '<div class="ramp">1/4 of the mean or less <span class="scale" style="background:linear-gradient(90deg,'
         f'{colors})"></span> 4 times the mean or more <span class="swatch"></span> no token</div>'
     )
-    head = f"Expert load per layer{': ' + html.escape(run.name) if is_one_of_many else ''}"
+    head = f"Expert load per layer{': ' + escaped(run.name) if is_one_of_many else ''}"
     what = "rows are experts, columns steps over tokens"
     text = f'{ramp}<div class="maps">{"".join(maps)}</div>'
     if is_one_of_many:
@@ -206,10 +186,10 @@ def _samples(run: Run, number: int, is_one_of_many: bool) -> str:
     if not run.samples:
         return ""
     last, *earlier = reversed(run.samples)
-    head = f"Samples after step {last.step}{': ' + html.escape(run.name) if is_one_of_many else ''}"
-    text = _table(["prompt", "goes on"], [[each.prompt, each.text] for each in last.samples], kind="samples")
+    head = f"Samples after step {last.step}{': ' + escaped(run.name) if is_one_of_many else ''}"
+    text = table(["prompt", "goes on"], [[each.prompt, each.text] for each in last.samples], kind="samples")
     rows = [[str(at.step), each.prompt, each.text] for at in earlier for each in at.samples]
-    before = _folded("Earlier samples", ["step", "prompt", "goes on"], rows, kind="samples") if rows else ""
+    before = folded("Earlier samples", ["step", "prompt", "goes on"], rows, kind="samples") if rows else ""
     if is_one_of_many:
         return f'<div class="run{number}"><details><summary>{head}</summary>{text}{before}</details></div>'
     return f"<h2>{head}</h2>{text}{before}"
@@ -219,15 +199,11 @@ def _checkpoints(run: Run) -> str:
     rows = [[name, short_bytes(size)] for name, size in run.checkpoints]
     if not rows:
         return ""
-    return _folded(f"Checkpoints of {run.name}", ["folder", "size"], rows)
+    return folded(f"Checkpoints of {run.name}", ["folder", "size"], rows)
 
 
 def _settings(run: Run) -> str:
     rows = [[key, _as_text(value)] for key, value in run.settings.items()]
     if not rows:
         return ""
-    return _folded(f"All settings of {run.name}", ["setting", "value"], rows)
-
-
-def _folded(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    return f"<details><summary>{html.escape(title)}</summary>{_table(header, rows, kind)}</details>"
+    return folded(f"All settings of {run.name}", ["setting", "value"], rows)

@@ -1,0 +1,1 @@
+"""A plan as a page: where memory, time and traffic go, drawn."""
