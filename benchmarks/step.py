@@ -46,10 +46,9 @@ from train.model.init import init_weights
 from train.model.kernels import Kernels
 from train.model.loss import LossTerms
 from train.model.transformer import Transformer
-from train.precision.build import build_engines
+from train.precision.build import build_engines, fp8_weights
 from train.precision.config import PrecisionConfig
 from train.precision.grads import attach_main_grads
-from train.precision.reference import QuantisedWeights
 from train.recipe.optimizer import OptimizerConfig, rules
 from train.settings import group
 
@@ -140,8 +139,9 @@ class Batches:
 
 
 def ours(config: ModelConfig, clip: float, precision: str = "fp32", compile: bool = False) -> Side:
-    dispatch, weights = LocalDispatch(config.n_routed_experts), QuantisedWeights()
-    engines = build_engines(group(PrecisionConfig, "precision", precision), "cpu", weights)
+    dispatch, precise = LocalDispatch(config.n_routed_experts), group(PrecisionConfig, "precision", precision)
+    weights = fp8_weights(precise, "cpu")
+    engines = build_engines(precise, "cpu", weights)
     with torch.device("meta"):
         model = Transformer(config, dispatch, engines, kernels=Kernels(compile=compile))
     init_weights(model, 0, DTYPES[precision], "cpu")

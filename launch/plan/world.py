@@ -36,6 +36,7 @@ from train.config import RunConfig
 from train.data.rows.blend import Stream
 from train.job import Job
 from train.precision.build import settle
+from train.precision.reference import QuantisedWeights
 
 # Fake groups that are taken for NCCL's, whose collectives are the library's own, and for gloo's, where they are ours.
 _BACKENDS = {"cuda": "fake", "cpu": "fake_gloo"}
@@ -75,7 +76,9 @@ def world(
         )
         watch = recorder.watch(groups.watch.name, host.runs_ahead)
         groups = dataclasses.replace(groups, host=host, watch=watch)
-        weights = library_shapes(config.precision) if kernels == "cuda" else None
+        library = library_shapes(config.precision) if kernels == "cuda" else None
+        # Rounding as torch's operations: code compiled for a CPU would look for values.
+        weights = library or QuantisedWeights(config.precision.power_of_two_scales)
         yield put_together(config, groups, _files(config), tapes=recorder.tapes(), weights=weights)
 
 

@@ -8,11 +8,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from train.precision import tiles
 from train.precision.codec import Fp8Rows
+from train.precision.compiled_tiles import compiled_tiles
 from train.precision.config import FP8_MODULES, MODULE_KEYS, Fp8, PrecisionConfig
 from train.precision.engine import Engine
 from train.precision.measure import faster_bf16_products
-from train.precision.reference import Fp8Engine, QuantisedWeights
+from train.precision.reference import Fp8Engine, QuantisedWeights, Rounding
 from train.precision.torch_engine import TorchEngine, WideningEngine
 from train.precision.transformer_engine import WIDTH, LibraryModules, TransformerEngine, missing
 
@@ -47,10 +49,16 @@ def choose_engine(config: PrecisionConfig, device: torch.device | str) -> str:
 
 
 def fp8_weights(config: PrecisionConfig, device: torch.device | str) -> QuantisedWeights | LibraryModules:
-    """What holds a run's quantised weights, and is told when weights have changed."""
+    """What holds a run's quantised weights, says who rounds, and is told when weights have changed."""
     if config.name == "fp8" and choose_engine(config, device) == "transformer_engine":
         return LibraryModules(config.power_of_two_scales)
-    return QuantisedWeights(config.power_of_two_scales)
+    return QuantisedWeights(config.power_of_two_scales, rounding(config, device))
+
+
+def rounding(config: PrecisionConfig, device: torch.device | str) -> Rounding:
+    """Who rounds to E4M3: compiled code on a CPU with a compiler, torch's operations elsewhere. Both make the same bits."""
+    rounds_here = config.name == "fp8" and torch.device(device).type == "cpu"
+    return (compiled_tiles() if rounds_here else None) or tiles
 
 
 def check_widths(model: nn.Module, config: PrecisionConfig) -> None:

@@ -9,22 +9,31 @@ have the type of the weights; gradients of weights stay float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from train.precision import tiles
 from train.precision.config import Fp8
 from train.precision.engine import Products, spans
-from train.precision.tiles import (
-    Kept,
-    keep_rows,
-    keep_rows_e5m6,
-    restore_rows,
-    restore_rows_e5m6,
-    round_blocks,
-    round_group_columns,
-    round_rows,
-)
+from train.precision.tiles import Kept, keep_rows_e5m6, restore_rows_e5m6
+
+
+class Rounding(Protocol):
+    """Who rounds to E4M3: `tiles`, where each of these is told, or the same compiled."""
+
+    def round_rows(self, x: Tensor, power_of_two: bool = False) -> Tensor: ...
+
+    def keep_rows(self, x: Tensor, power_of_two: bool = False) -> Kept: ...
+
+    def enter_rows(self, x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Kept]: ...
+
+    def restore_rows(self, kept: Kept) -> Tensor: ...
+
+    def round_group_columns(self, x: Tensor, groups: Sequence[slice], power_of_two: bool = False) -> list[Tensor]: ...
+
+    def round_blocks(self, weight: Tensor, power_of_two: bool = False, out: Tensor | None = None) -> Tensor: ...
 
 
 class QuantisedWeights:
@@ -33,22 +42,31 @@ class QuantisedWeights:
     One dequantised copy serves the forward product and the gradient of the input: a block is its own transpose's.
     """
 
-    def __init__(self, power_of_two: bool = False) -> None:
+    def __init__(self, power_of_two: bool = False, rounding: Rounding = tiles) -> None:
+        """power_of_two: for all scales of weights. rounding: who rounds, for the engines of these weights too."""
+        self.rounding = rounding
         self._power_of_two = power_of_two
         self._rounded: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._is_current: set[int] = set()
 
     def of(self, weight: Tensor) -> Tensor:
         """weight [..., n, k] -> float32, the same shape."""
-        found = self._rounded.get(id(weight))
+        key = id(weight)
+        found = self._rounded.get(key)
         # The count of in-place changes does not see those made through a flat buffer: `changed` says them.
-        if found is None or found[1] != weight._version:
-            found = weight, weight._version, round_blocks(weight.detach(), self._power_of_two)
-            self._rounded[id(weight)] = found
+        if found is None or key not in self._is_current or found[1] != weight._version:
+            out = found[2] if found and (found[2].shape, found[2].device) == (weight.shape, weight.device) else None
+            rounded = self.rounding.round_blocks(weight.detach(), self._power_of_two, out)
+            found = self._rounded[key] = weight, weight._version, rounded
+            self._is_current.add(key)
         return found[2]
 
     def changed(self) -> None:
-        """Forget all: an optimizer has stepped, or a checkpoint was read."""
-        self._rounded.clear()
+        """An optimizer has stepped, or a checkpoint was read: weights are rounded anew when next used.
+
+        Into the memory that they have had, which the system would have to fill with zeros if it were new.
+        """
+        self._is_current.clear()
 
 
 class Fp8Engine(Products):
@@ -56,23 +74,24 @@ class Fp8Engine(Products):
 
     def __init__(self, fp8: Fp8, weights: QuantisedWeights, power_of_two: bool = False) -> None:
         """power_of_two: for all scales of inputs and gradients, whatever `fp8` says."""
-        self._fp8, self._weights = fp8, weights
+        self._fp8, self._weights, self._rounding = fp8, weights, weights.rounding
         self._round_input = fp8.round_input or power_of_two
         self._round_gradient = fp8.round_gradient or power_of_two
 
     def operand(self, x: Tensor) -> Tensor:
-        return round_rows(x, self._round_input)
+        return self._rounding.round_rows(x, self._round_input)
 
     def keep(self, x: Tensor) -> Kept:
-        return keep_rows(x, self._round_input) if self._fp8.keep == "e4m3" else keep_rows_e5m6(x)
+        return self._rounding.keep_rows(x, self._round_input) if self._fp8.keep == "e4m3" else keep_rows_e5m6(x)
 
     def enter(self, x: Tensor) -> tuple[Tensor, Kept]:
-        kept = self.keep(x)
-        # Values and scales of E4M3 are found once; another format is kept of another rounding.
-        return (restore_rows(kept) if self._fp8.keep == "e4m3" else self.operand(x)), kept
+        if self._fp8.keep == "e4m3":
+            return self._rounding.enter_rows(x, self._round_input)
+        # Another format is kept of another rounding.
+        return self.operand(x), self.keep(x)
 
     def restore(self, kept: Kept) -> Tensor:
-        return restore_rows(kept) if self._fp8.keep == "e4m3" else restore_rows_e5m6(kept)
+        return self._rounding.restore_rows(kept) if self._fp8.keep == "e4m3" else restore_rows_e5m6(kept)
 
     def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(operand, self._weights.of(weight).t()).to(weight.dtype)
@@ -82,7 +101,7 @@ class Fp8Engine(Products):
 
     def gradient_operand(self, dy: Tensor) -> Tensor:
         """dy [T, n] as `dgrad` multiplies it."""
-        return round_rows(dy, self._round_gradient)
+        return self._rounding.round_rows(dy, self._round_gradient)
 
     def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
         self.add_products_([accumulator], self.received(dy), x, [slice(0, len(dy))])
@@ -92,7 +111,7 @@ class Fp8Engine(Products):
 
     def received(self, dy: Tensor) -> Tensor:
         """The gradient dy [T, n] of which the weight gradient makes its columns."""
-        return round_rows(dy, self._round_gradient) if self._fp8.round_gradient else dy
+        return self._rounding.round_rows(dy, self._round_gradient) if self._fp8.round_gradient else dy
 
     def add_products_(self, accumulators: Sequence[Tensor], dy: Tensor, x: Tensor, groups: Sequence[slice]) -> None:
         """accumulators[i] [n, k] += dyᵀ x of the rows of group i, both in columns."""
@@ -102,11 +121,11 @@ class Fp8Engine(Products):
 
     def gradient_columns(self, dy: Tensor, groups: Sequence[slice]) -> list[Tensor]:
         """The rows of dy [T, n] of each group as the weight gradient multiplies them."""
-        return round_group_columns(dy, groups, self._round_gradient)
+        return self._rounding.round_group_columns(dy, groups, self._round_gradient)
 
     def input_columns(self, x: Tensor, groups: Sequence[slice]) -> list[Tensor]:
         """The rows of x [T, k] of each group as the weight gradient multiplies them."""
-        return round_group_columns(x, groups, self._round_input)
+        return self._rounding.round_group_columns(x, groups, self._round_input)
 
 
 class Fp8Groups(Products):

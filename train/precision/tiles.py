@@ -106,9 +106,12 @@ def round_group_columns(x: Tensor, groups: Sequence[slice], power_of_two: bool =
     return found
 
 
-def round_blocks(weight: Tensor, power_of_two: bool = False) -> Tensor:
-    """weight [..., n, k] -> float32, the same shape: quantised in blocks of 128 x 128 and dequantised."""
-    out = torch.empty(weight.shape, device=weight.device)
+def round_blocks(weight: Tensor, power_of_two: bool = False, out: Tensor | None = None) -> Tensor:
+    """weight [..., n, k] -> float32, the same shape: quantised in blocks of 128 x 128 and dequantised.
+
+    out: where the result goes; new memory without it.
+    """
+    out = torch.empty(weight.shape, device=weight.device) if out is None else out
     for rows, height in _spans(weight.shape[-2]):
         for columns, width in _spans(weight.shape[-1]):
             place = (..., rows, columns)
@@ -126,6 +129,12 @@ def keep_rows(x: Tensor, power_of_two: bool = False) -> Kept:
         values[..., where].copy_(tiles.flatten(-2))
         scales.append(of_tiles)
     return values, _joined(scales, x)
+
+
+def enter_rows(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Kept]:
+    """(`round_rows`, `keep_rows`) of x, whose values and scales are found once."""
+    kept = keep_rows(x, power_of_two)
+    return restore_rows(kept), kept
 
 
 def restore_rows(kept: Kept) -> Tensor:
