@@ -65,7 +65,9 @@ def halocline(installed: Path, cwd: Path, *words: str) -> subprocess.CompletedPr
 
 def test_a_wheel_has_every_file(installed: Path) -> None:
     for name in ("train", "parallel", "launch", "configs"):
-        ours = {path.relative_to(ROOT) for suffix in ("py", "yaml") for path in (ROOT / name).rglob(f"*.{suffix}")}
+        ours = {
+            path.relative_to(ROOT) for suffix in ("py", "yaml", "cpp") for path in (ROOT / name).rglob(f"*.{suffix}")
+        }
         assert ours and all((installed / path).exists() for path in ours)
 
 

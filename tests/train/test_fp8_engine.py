@@ -22,7 +22,7 @@ from train.model.kernels import Kernels
 from train.model.layers import Backend, FeedForward
 from train.model.loss import LossTerms
 from train.model.transformer import Transformer
-from train.precision import reference
+from train.precision import tiles
 from train.precision.blockwise import BLOCKS, COLUMNS, ROWS, dequantise, quantise
 from train.precision.build import build_engines
 from train.precision.config import FP8_MODULES, Fp8, PrecisionConfig
@@ -54,7 +54,7 @@ def expected_operands(fp8: Fp8, everywhere: bool, x: Tensor, dy: Tensor, weight:
     round_x, round_dy = fp8.round_input or everywhere, fp8.round_gradient or everywhere
     blocks = twice(weight, BLOCKS, everywhere)
     rows_x, rows_dy = twice(x, ROWS, round_x), twice(dy, ROWS, round_dy)
-    kept = rows_x if fp8.keep == "e4m3" else restore_rows_e5m6(reference.keep_rows_e5m6(x))
+    kept = rows_x if fp8.keep == "e4m3" else restore_rows_e5m6(tiles.keep_rows_e5m6(x))
     columns_x = twice(kept.float(), COLUMNS, round_x)
     columns_dy = twice(rows_dy.float() if fp8.round_gradient else dy, COLUMNS, round_dy)
     return [(rows_x, blocks.T), (rows_dy, blocks), (columns_dy.T, columns_x)]
@@ -207,7 +207,7 @@ def test_swiglu_is_recomputed_from_what_is_kept() -> None:
 
 def test_weights_are_quantised_once_per_step(monkeypatch: pytest.MonkeyPatch) -> None:
     quantised = []
-    monkeypatch.setattr(reference, "round_blocks", lambda *args: quantised.append(1) or torch.zeros(args[0].shape))
+    monkeypatch.setattr(tiles, "round_blocks", lambda *args: quantised.append(1) or torch.zeros(args[0].shape))
     weights = QuantisedWeights()
     layers = [linear(K, N, Fp8Engine(Fp8(), weights)) for _ in range(2)]
     for step in (1, 2):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from train.precision import tiles
 from train.precision.blockwise import (
     BLOCKS,
     COLUMNS,
@@ -21,19 +24,11 @@ from train.precision.blockwise import (
     quantise,
     scales_of,
 )
-from train.precision.tiles import (
-    keep_rows,
-    keep_rows_e5m6,
-    restore_rows,
-    restore_rows_e5m6,
-    round_blocks,
-    round_columns,
-    round_group_columns,
-    round_rows,
-    round_to,
-)
+from train.precision.compiled_tiles import compiled_tiles
+from train.precision.tiles import keep_rows_e5m6, restore_rows_e5m6, round_to
 
-FAST = {ROWS: round_rows, COLUMNS: round_columns, BLOCKS: round_blocks}
+# Torch's operations, and the same compiled where there is a compiler.
+ROUNDINGS: list[Any] = [each for each in (tiles, compiled_tiles()) if each]
 
 
 def finite_values(fmt: Format) -> np.ndarray:
@@ -82,6 +77,16 @@ def test_rounding_is_to_the_nearest_value(fmt: Format) -> None:
 def test_rounding_equals_the_cast_of_torch() -> None:
     x = torch.cat((broad(4_000_000, E4M3.largest, seed=1), borders(E4M3)))
     assert torch.equal(round_to(x.clone(), E4M3), x.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_every_border_is_rounded_alike(rounding: Any) -> None:
+    """Values, bytes and what is read from bytes, where all tiles have the scale 1 and where none has."""
+    x = torch.cat((broad(400_000, E4M3.largest, seed=2), borders(E4M3)))
+    tall = torch.full((-(-len(x) // 127), 128), E4M3.largest)
+    tall[:, 1:] = torch.cat((x, x.new_zeros(-len(x) % 127))).view(-1, 127)
+    for factor in (1.0, 2.0**-130, 3.1e-9, 2.0**100 * 0.7):
+        assert_rounds_as_defined(rounding, tall * factor, False)
 
 
 def exact_scale(amax: float, power_of_two: bool, fmt: Format) -> float:
@@ -164,26 +169,40 @@ def test_the_fast_form_equals_the_definition(
     if layout == "step":
         x = torch.stack((x, x + 1), -1).flatten(-2)[:, ::2]
     before = x.clone()
-    for tile, fast in FAST.items():
-        if x.numel():
-            assert torch.equal(fast(x, power_of_two), dequantise(quantise(x, tile, power_of_two), tile))
-        assert fast(x, power_of_two).shape == x.shape
-    kept = keep_rows(x, power_of_two)
-    if x.numel():
-        twin = quantise(x, ROWS, power_of_two)
-        # The bytes too, with the sign of a zero.
-        assert torch.equal(kept[0].view(torch.uint8), twin.values.view(torch.uint8))
-        assert torch.equal(kept[1], twin.scales)
-    assert torch.equal(restore_rows(kept), round_rows(x, power_of_two))
+    for rounding in ROUNDINGS:
+        assert_rounds_as_defined(rounding, x, power_of_two)
     assert torch.equal(x, before)
+
+
+def assert_rounds_as_defined(rounding: Any, x: Tensor, power_of_two: bool) -> None:
+    fast = {ROWS: rounding.round_rows, COLUMNS: rounding.round_columns, BLOCKS: rounding.round_blocks}
+    for tile, rounds in fast.items():
+        if x.numel():
+            assert same_bits(rounds(x, power_of_two), dequantise(quantise(x, tile, power_of_two), tile))
+        assert rounds(x, power_of_two).shape == x.shape
+    kept = rounding.keep_rows(x, power_of_two)
+    if x.numel():
+        assert all(map(same_bits, kept, quantise(x, ROWS, power_of_two)))
+    assert same_bits(rounding.restore_rows(kept), rounding.round_rows(x, power_of_two))
+    entered, kept_too = rounding.enter_rows(x, power_of_two)
+    assert same_bits(entered, rounding.round_rows(x, power_of_two)) and all(map(same_bits, kept, kept_too))
+    where = torch.full(x.shape, torch.nan)
+    assert rounding.round_blocks(x, power_of_two, where) is where
+    assert same_bits(where, rounding.round_blocks(x, power_of_two))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether all bytes are equal, the sign of a zero among them."""
+    return one.dtype == other.dtype and torch.equal(one.contiguous().view(torch.uint8), other.view(torch.uint8))
 
 
 @given(st.integers(0, 5), st.integers(1, 300), st.integers(1, 300), seeds)
 @settings(max_examples=20, deadline=None)
 def test_stacked_weights_are_quantised_one_by_one(num: int, n: int, k: int, seed: int) -> None:
     weight = matrix((num * n, k), seed).view(num, n, k)
-    if num:
-        assert torch.equal(round_blocks(weight), torch.stack([round_blocks(each) for each in weight]))
+    for rounding in ROUNDINGS if num else []:
+        whole = rounding.round_blocks(weight)
+        assert torch.equal(whole, torch.stack([rounding.round_blocks(each) for each in weight]))
 
 
 @given(shapes, seeds)
@@ -204,9 +223,11 @@ def test_e5m6(shape: tuple[int, int], seed: int) -> None:
     assert num_bytes == shape[0] * (shape[1] + -(-shape[1] // 2) + 4 * -(-shape[1] // 128))
 
 
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_spoils_its_tile_and_no_other(bad: float, power_of_two: bool) -> None:
+def test_what_is_not_finite_spoils_its_tile_and_no_other(bad: float, power_of_two: bool, rounding: Any) -> None:
+    round_rows, round_columns = rounding.round_rows, rounding.round_columns
     x = torch.randn(3, 300)
     x[1, 130] = bad
     spoilt = torch.zeros(3, 300, dtype=torch.bool)
@@ -214,31 +235,34 @@ def test_what_is_not_finite_spoils_its_tile_and_no_other(bad: float, power_of_tw
     clean = torch.where(spoilt, torch.zeros(()), x)
     for values in (
         round_rows(x, power_of_two),
-        restore_rows(keep_rows(x, power_of_two)),
+        rounding.restore_rows(rounding.keep_rows(x, power_of_two)),
         dequantise(quantise(x, ROWS, power_of_two), ROWS),
     ):
         assert torch.equal(values.isnan(), spoilt)
         assert torch.equal(values[~spoilt], round_rows(clean, power_of_two)[~spoilt])
     assert torch.equal(restore_rows_e5m6(keep_rows_e5m6(x)).isnan(), spoilt)
     assert torch.equal(round_columns(x, power_of_two).isnan(), torch.zeros(3, 300) + torch.arange(300).eq(130) > 0)
-    assert round_blocks(x, power_of_two)[:, 128:256].isnan().all()
+    assert rounding.round_blocks(x, power_of_two)[:, 128:256].isnan().all()
 
 
 def test_a_tile_knows_nothing_of_its_neighbours() -> None:
     """Rows are quantised alike wherever they lie: forward and input gradient do not see how tokens are spread."""
     x = matrix((50, 300), 7, torch.bfloat16)
-    parts = torch.cat([round_rows(part) for part in x.split([1, 20, 0, 29])])
-    assert torch.equal(round_rows(x), parts)
-    # Columns do see it: their tiles reach over 128 tokens.
-    assert not torch.equal(round_columns(x), torch.cat([round_columns(part) for part in x.split([20, 30])]))
+    for rounding in ROUNDINGS:
+        round_rows, round_columns = rounding.round_rows, rounding.round_columns
+        parts = torch.cat([round_rows(part) for part in x.split([1, 20, 0, 29])])
+        assert torch.equal(round_rows(x), parts)
+        # Columns do see it: their tiles reach over 128 tokens.
+        assert not torch.equal(round_columns(x), torch.cat([round_columns(part) for part in x.split([20, 30])]))
 
 
 @given(st.integers(1, 20), st.integers(1, 300), seeds)
 @settings(max_examples=40, deadline=None)
 def test_rounding_twice_with_powers_of_two_is_rounding_once(m: int, k: int, seed: int) -> None:
-    once = round_rows(matrix((m, k), seed), True)
-    assert torch.equal(round_rows(once, True), once)
-    assert torch.equal(restore_rows(keep_rows(once, True)), once)
+    for rounding in ROUNDINGS:
+        once = rounding.round_rows(matrix((m, k), seed), True)
+        assert torch.equal(rounding.round_rows(once, True), once)
+        assert torch.equal(rounding.restore_rows(rounding.keep_rows(once, True)), once)
 
 
 @given(st.integers(1, 300), st.integers(1, 300), seeds, st.integers(-40, 40), st.booleans())
@@ -246,7 +270,7 @@ def test_rounding_twice_with_powers_of_two_is_rounding_once(m: int, k: int, seed
 def test_a_factor_of_two_changes_exponents_alone(m: int, k: int, seed: int, shift: int, power_of_two: bool) -> None:
     """No floor: gradients of a mean over any number of tokens keep the same bits."""
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed))
-    for fast in (round_rows, round_columns, round_blocks):
+    for fast in (tiles.round_rows, tiles.round_columns, tiles.round_blocks):
         assert torch.equal(fast(x * 2.0**shift, power_of_two), fast(x, power_of_two) * 2.0**shift)
 
 
@@ -259,7 +283,8 @@ def test_groups_rounded_together_are_each_rounded_alone(
     x = matrix((sum(lengths) + 3, k), seed).bfloat16()
     ends = [sum(lengths[: number + 1]) for number in range(len(lengths))]
     groups = [slice(end - length, end) for length, end in zip(lengths, ends, strict=True)][::-1]
-    together = round_group_columns(x, groups, power_of_two)
-    for rows, found in zip(groups, together, strict=True):
-        want = dequantise(quantise(x[rows], COLUMNS, power_of_two), COLUMNS)
-        assert torch.equal(found, want)
+    for rounding in ROUNDINGS:
+        together = rounding.round_group_columns(x, groups, power_of_two)
+        for rows, found in zip(groups, together, strict=True):
+            want = dequantise(quantise(x[rows], COLUMNS, power_of_two), COLUMNS)
+            assert same_bits(found, want)

@@ -56,7 +56,7 @@ def fp8_weights(config: PrecisionConfig, device: torch.device | str) -> Quantise
 
 
 def rounding(config: PrecisionConfig, device: torch.device | str) -> Rounding:
-    """Who rounds to E4M3: compiled code on a CPU with a compiler, torch's operations elsewhere. Both make the same bits."""
+    """Who rounds to E4M3, in the same bits: compiled code on a CPU with a compiler, torch's operations elsewhere."""
     rounds_here = config.name == "fp8" and torch.device(device).type == "cpu"
     return (compiled_tiles() if rounds_here else None) or tiles
 

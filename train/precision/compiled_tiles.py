@@ -7,6 +7,7 @@ Where there is no compiler, or where one makes other bits, `tiles` itself rounds
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +31,11 @@ from train.precision.tiles import Kept
 _log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("tiles.cpp")
 # Nothing that lets a compiler reorder sums or fuse a product into one: results have the bits of torch's operations.
-FLAGS = (
-    *("-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno"),
-    *("-fno-trapping-math", "-fopenmp", "-std=c++17", "-shared", "-fPIC"),
+_FLAGS = (
+    *("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fopenmp", "-std=c++17", "-shared", "-fPIC"),
 )
+_X86_FLAGS = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 _COMPILING_S = 60.0
 _POINTER, _SIZE, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
@@ -44,57 +47,47 @@ _ARGUMENTS = {
 
 
 def compiled_tiles(environ: Mapping[str, str] = os.environ) -> CompiledTiles | None:
-    """The compiled quantisers; None where they cannot be made or do not agree with `tiles`, of which the log tells."""
-    command = [*(shlex.split(environ.get("CXX", "")) or ["g++"]), *FLAGS]
+    """The compiled quantisers; None where they cannot be made or have other bits than `tiles`, of which the log tells.
+
+    environ: CXX names the compiler, g++ without it; XDG_CACHE_HOME where the user's cache is, ~/.cache without it.
+    """
+    cache = Path(environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "halocline"
     try:
-        library = _library(command, _cache(environ))
-        found = CompiledTiles(library)
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        _log.info("FP8 is rounded by torch's operations, since %s cannot be compiled here: %s", SOURCE.name, error)
+        compiler = shlex.split(environ.get("CXX", "")) or ["g++"]
+        found = CompiledTiles(_library(compiler, cache))
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError, AttributeError) as error:
+        _log.info("FP8 is rounded by torch's operations, as %s cannot be compiled here: %s", SOURCE.name, error)
         return None
     if not _agrees(found):
-        _log.warning(
-            "FP8 is rounded by torch's operations: what %s makes of %s has other bits", command[0], SOURCE.name
-        )
+        _log.warning("FP8 is rounded by torch's operations: %s makes other bits of %s", compiler, SOURCE.name)
         return None
     return found
 
 
-def _cache(environ: Mapping[str, str]) -> Path:
-    home = environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(home) / "halocline"
-
-
-def _library(command: Sequence[str], cache: Path) -> ctypes.CDLL:
-    """What the command makes of the source, from the cache if another process has left it there.
+def _library(compiler: Sequence[str], cache: Path) -> ctypes.CDLL:
+    """What the compiler makes of the source, from the cache if another process has left it there.
 
     A name stands for one source, one compiler and one kind of CPU: a home may be shared by machines that differ.
     """
-    version = subprocess.run([command[0], "--version"], capture_output=True, check=True, timeout=_COMPILING_S).stdout
+    command = [*compiler, *_FLAGS, *_X86_FLAGS]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_COMPILING_S).stdout
     parts = (SOURCE.read_bytes(), version, " ".join(command).encode(), _cpu().encode())
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
     path = cache / f"tiles-{digest[:16]}.so"
-    try:
+    with contextlib.suppress(OSError):  # not there yet, or spoilt
         return ctypes.CDLL(str(path))
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=cache)
     except OSError:
-        pass  # not there yet, or spoilt
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "tiles.so"
+        folder = tempfile.TemporaryDirectory()
+    with folder as name:
+        made = Path(name) / path.name
         subprocess.run([*command, str(SOURCE), "-o", str(made)], capture_output=True, check=True, timeout=_COMPILING_S)
         library = ctypes.CDLL(str(made))
-        _keep(made, path)
+        with contextlib.suppress(OSError):  # without a cache the next process compiles again
+            made.replace(path)
     return library
-
-
-def _keep(made: Path, path: Path) -> None:
-    """Copy a file into the cache, whole or not at all; without a cache the next process compiles again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as copy:
-            copy.write(made.read_bytes())
-        os.replace(copy.name, path)
-    except OSError as error:
-        _log.info("%s is not kept for later runs: %s", path.name, error)
 
 
 def _cpu() -> str:
@@ -108,14 +101,23 @@ def _cpu() -> str:
 
 
 def _agrees(compiled: CompiledTiles) -> bool:
-    """Whether the bits are those of `tiles`, over magnitudes that reach every corner of the format."""
-    x = torch.linspace(-20, 20, 3 * TILE * 5 // 2).exp2().view(3, -1).mul_(torch.tensor([[1.0], [-1.0], [2.0**-120]]))
-    return all(
-        torch.equal(getattr(compiled, name)(each, power_of_two), getattr(tiles, name)(each, power_of_two))
-        for name in ("round_rows", "round_columns", "round_blocks")
+    """Whether the bits are those of `tiles`, for tiles that hold normal, subnormal and vanishing values."""
+    exponents = torch.arange(3 * 5 * TILE // 2).mul_(89).remainder_(257).mul(40 / 257).sub_(20)
+    x = exponents.exp2().view(3, -1) * torch.tensor([[1.0], [-1.0], [2.0**-120]])
+    kept = tiles.keep_rows(x)
+    return _bits(compiled.restore_rows(kept)) == _bits(tiles.restore_rows(kept)) and all(
+        _bits(getattr(compiled, name)(each, power_of_two)) == _bits(getattr(tiles, name)(each, power_of_two))
+        for name in ("enter_rows", "round_columns", "round_blocks")
         for each in (x, x.bfloat16())
         for power_of_two in (False, True)
     )
+
+
+def _bits(found: Any) -> Any:
+    """Tensors, one or several, nested as they are, by their bytes."""
+    if isinstance(found, Tensor):
+        return found.contiguous().view(torch.uint8).tolist()
+    return [_bits(each) for each in found]
 
 
 def _read(x: Tensor) -> tuple[Tensor, int]:
