@@ -111,9 +111,14 @@ def wandb_mode(environ: Mapping[str, str] = os.environ) -> str | None:
     return _WANDB_MODES.get(asked)
 
 
+def compiler(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The words that start the C++ compiler which torch takes: those of CXX, or g++."""
+    return shlex.split(environ.get("CXX", "")) or ["g++"]
+
+
 def check_compiler(environ: Mapping[str, str] = os.environ) -> None:
     """ValueError unless there is the C++ compiler that torch takes for `run.compile`: CXX, or g++."""
-    words = shlex.split(environ.get("CXX", "")) or ["g++"]
+    words = compiler(environ)
     if shutil.which(words[0], path=environ.get("PATH")) is None:
         raise ValueError(
             f"run.compile=true needs a C++ compiler, and there is no {words[0]} here: install one, name one in the "

@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import platform
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train import environment
 from train.precision import tiles
 from train.precision.blockwise import TILE
 from train.precision.tiles import Kept
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("tiles.cpp")
 # Nothing that lets a compiler reorder sums or fuse a product into one: results have the bits of torch's operations.
 _FLAGS = (
@@ -51,15 +51,15 @@ def compiled_tiles(environ: Mapping[str, str] = os.environ) -> CompiledTiles | N
 
     environ: CXX names the compiler, g++ without it; XDG_CACHE_HOME where the user's cache is, ~/.cache without it.
     """
-    cache = Path(environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "halocline"
     try:
-        compiler = shlex.split(environ.get("CXX", "")) or ["g++"]
-        found = CompiledTiles(_library(compiler, cache))
+        compiler = environment.compiler(environ)
+        cache = Path(environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+        found = CompiledTiles(_library(compiler, cache / "halocline"))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError, AttributeError) as error:
-        _log.info("FP8 is rounded by torch's operations, as %s cannot be compiled here: %s", SOURCE.name, error)
+        log.info("FP8 is rounded by torch's operations, as %s cannot be compiled here: %s", SOURCE.name, error)
         return None
     if not _agrees(found):
-        _log.warning("FP8 is rounded by torch's operations: %s makes other bits of %s", compiler, SOURCE.name)
+        log.warning("FP8 is rounded by torch's operations: %s makes other bits of %s", compiler, SOURCE.name)
         return None
     return found
 
