@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train import environment
+from train.environment import compiler
 from train.precision import tiles
 from train.precision.blockwise import TILE
 from train.precision.tiles import Kept
@@ -52,25 +52,25 @@ def compiled_tiles(environ: Mapping[str, str] = os.environ) -> CompiledTiles | N
     environ: CXX names the compiler, g++ without it; XDG_CACHE_HOME where the user's cache is, ~/.cache without it.
     """
     try:
-        compiler = environment.compiler(environ)
+        words = compiler(environ)
         cache = Path(environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-        found = CompiledTiles(_library(compiler, cache / "halocline"))
+        found = CompiledTiles(_library(words, cache / "halocline"))
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError, AttributeError) as error:
         log.info("FP8 is rounded by torch's operations, as %s cannot be compiled here: %s", SOURCE.name, error)
         return None
     if not _agrees(found):
-        log.warning("FP8 is rounded by torch's operations: %s makes other bits of %s", compiler, SOURCE.name)
+        log.warning("FP8 is rounded by torch's operations: %s makes other bits of %s", words[0], SOURCE.name)
         return None
     return found
 
 
-def _library(compiler: Sequence[str], cache: Path) -> ctypes.CDLL:
-    """What the compiler makes of the source, from the cache if another process has left it there.
+def _library(words: Sequence[str], cache: Path) -> ctypes.CDLL:
+    """What the compiler started by `words` makes of the source, from the cache if another process has left it there.
 
     A name stands for one source, one compiler and one kind of CPU: a home may be shared by machines that differ.
     """
-    command = [*compiler, *_FLAGS, *_X86_FLAGS]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=_COMPILING_S).stdout
+    command = [*words, *_FLAGS, *_X86_FLAGS]
+    version = subprocess.run([*words, "--version"], capture_output=True, check=True, timeout=_COMPILING_S).stdout
     parts = (SOURCE.read_bytes(), version, " ".join(command).encode(), _cpu().encode())
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
     path = cache / f"tiles-{digest[:16]}.so"
