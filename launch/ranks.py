@@ -266,6 +266,8 @@ def _verdict(ranks: list[_Rank], failed: list[int], was_asked: bool) -> Ended:
         return Ended(code, words, was_asked)
     if code in (HUNG, LOST) and words:
         return Ended(code, "; ".join([*_accused(ranks, cause), words]), was_asked)
+    if code == -signal.SIGABRT and blamed(words):  # NCCL ends a process whose peer is gone, from a thread of its own
+        return Ended(LOST, "; ".join([*_accused(ranks, cause), f"rank {cause} was ended by SIGABRT; {words}"]), was_asked)
     if code in (-signal.SIGTERM, 128 + signal.SIGTERM) and was_asked:
         return Ended(128 + signal.SIGTERM, "stopped before the first step: there was nothing to save", True)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
@@ -298,12 +300,17 @@ def _is_stopped(pid: int) -> bool:
 
 
 def _last_words(rank: _Rank) -> str:
-    """Why a rank says it stops: the last error in its log, else the log's last line; empty if it says nothing."""
+    """Why a rank says it stops: the last error in its log; a wait, where its log ends in one; else the log's last line.
+
+    Empty if it says nothing.
+    """
     with rank.log.open("rb") as file:
         file.seek(rank.log_start)
         lines = file.read().decode(errors="replace").strip().splitlines()
-    errors = [found[1] for line in lines if (found := re.fullmatch(r"\d{4}-\S+ \S+ ERROR (.+)", line))]
-    return (errors or lines or [""])[-1].strip()
+    said = [found.groups() for line in lines if (found := re.fullmatch(r"\d{4}-\S+ \S+ ([A-Z]+) (.+)", line))]
+    errors = [words for level, words in said if level == "ERROR"]
+    waits = [words for _, words in said[-1:] if blamed(words)]
+    return (errors or waits or lines or [""])[-1].strip()
 
 
 class HeldPort:

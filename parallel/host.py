@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from parallel.watch import Mark
+
 # Called to obtain the tensors of a read, which may first wait for their communication.
 Source = Callable[[], Sequence[Tensor]]
 
@@ -55,8 +57,30 @@ class Host:
         """A tensor of the host's, on the device. The host does not wait."""
         return tensor
 
+    def mark(self) -> Mark:
+        """Mark the place behind all that the current stream has been given to do: where host and device are one, now.
+        The host does not wait."""
+        return _Passed()
+
     def _start(self, source: Source) -> Reading:
         return _Here(source)
+
+
+class _Passed:
+    """Behind what has been done."""
+
+    def passed(self) -> bool:
+        return True
+
+
+class _Event:
+    """A mark of a stream."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = stream.record_event()
+
+    def passed(self) -> bool:
+        return self._event.query()
 
 
 class _Here:
@@ -86,6 +110,9 @@ class CudaHost(Host):
     def put(self, tensor: Tensor) -> Tensor:
         # A copy from memory that is not pinned would wait for everything queued before it.
         return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def mark(self) -> Mark:
+        return _Event(torch.cuda.current_stream(self._device))
 
     def _start(self, source: Source) -> Reading:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))

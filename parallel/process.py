@@ -91,10 +91,11 @@ def start(
     embedding = made["dense"]
     if shared_ends:
         embedding = _own_group(rank, mesh.groups("embedding"), "embedding", chosen, timeout)
+    host = host_of(place)
     return Groups(
         mesh=mesh,
         device=place,
-        host=host_of(place),
+        host=host,
         **made,
         embedding=embedding,
         world=_own_group(rank, everyone, "world", chosen, timeout),
@@ -102,7 +103,10 @@ def start(
         started_default=not in_job,
         kernels=kernels,
         timeout=timeout,
-        watch=Watch(f"rank {rank} (pipeline rank {mesh.pp_rank}, data rank {mesh.dp_rank})", behind=kernels == "cuda"),
+        watch=Watch(
+            f"rank {rank} (pipeline rank {mesh.pp_rank}, data rank {mesh.dp_rank})",
+            mark=host.mark if host.runs_ahead else None,
+        ),
     )
 
 

@@ -85,10 +85,13 @@ def meet(
 
 
 @contextmanager
-def join(config: RunConfig, met: Meeting, end_hung: Callable[[str], object]) -> Iterator[Groups]:
+def join(
+    config: RunConfig, met: Meeting, end_hung: Callable[[str], object], note: Callable[[str | None], object]
+) -> Iterator[Groups]:
     """This rank's process groups, for ranks that have met, until all leave.
 
     end_hung: called from another thread, with a sentence, when this rank has waited `run.hang_timeout_s` for others.
+    note: is given the sentence of a long wait, and None when it is over; from there too.
     After an exception nobody waits for the others: the process is expected to end, which is how they hear of it.
     Whatever torch says of a lost rank is a PeerError.
     """
@@ -101,7 +104,8 @@ def join(config: RunConfig, met: Meeting, end_hung: Callable[[str], object]) -> 
         ),
     )
     met.close()
-    with Watchdog(groups.watch, limit_s, end_hung) if limit_s is not None else nullcontext(), groups.watch.losses():
+    dog = Watchdog(groups.watch, limit_s, end_hung, note) if limit_s is not None else nullcontext()
+    with dog, groups.watch.losses():
         yield groups
         process.stop(groups)
 

@@ -119,7 +119,7 @@ def _rank(config: RunConfig, meeting: Meeting, stop: StopRequest) -> None:
     meeting.from_first("prepares the data", lambda: _prepare(config.data, meeting))
     same_tokens(meeting, config.data)
     together: Exception | None = None
-    with join(config, meeting, _end_hung) as groups:
+    with join(config, meeting, _end_hung, _note) as groups:
         stop.honour()
         try:
             with named_files():
@@ -145,6 +145,12 @@ def _prepare(data: DataConfig, meeting: Meeting) -> None:
 def _end_hung(sentence: str) -> NoReturn:
     """End this process, from the watchdog's thread: the main one waits where nothing reaches it."""
     _end(HangError(sentence))
+
+
+def _note(sentence: str | None) -> None:
+    """Of a long wait, and that it is over: for whoever looks at a rank that a library has ended without a word."""
+    log.info("%s", sentence or "that wait is over")
+    tell_torchrun(sentence)
 
 
 def _end(error: Exception) -> NoReturn:

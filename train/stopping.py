@@ -143,10 +143,16 @@ def within(limit_s: float, end: Callable[[], object]) -> Iterator[None]:
         timer.cancel()
 
 
-def tell_torchrun(sentence: str) -> None:
-    """Leave this process's last words where torchrun looks for them: it shows them last, in its table of failures."""
+def tell_torchrun(sentence: str | None) -> None:
+    """Leave this process's last words where torchrun looks for them: it shows them last, in its table of failures.
+
+    None takes back what was said.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
+    if path and sentence is None:
+        with contextlib.suppress(OSError):
+            Path(path).unlink(missing_ok=True)
+    elif path:
         body = {"message": {"message": sentence, "extraInfo": {"timestamp": str(int(time.time()))}}}
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps(body))

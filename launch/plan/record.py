@@ -102,9 +102,9 @@ class Recorder(TorchDispatchMode):
         """What a stage is to write its passes on, so that this recorder hears the names of their pieces."""
         return Tapes(lambda: _NamedSegments(self), lambda: _NamedGradients(self))
 
-    def watch(self, name: str, behind: bool) -> Watch:
+    def watch(self, name: str) -> Watch:
         """A rank's watch that tells this recorder of all communications."""
-        return _TellingWatch(self, name, behind)
+        return _TellingWatch(self, name)
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -350,8 +350,8 @@ class _NamedGradients(WeightGradients):
 class _TellingWatch(Watch):
     """A watch that tells a recorder of communications."""
 
-    def __init__(self, recorder: Recorder, name: str, behind: bool) -> None:
-        super().__init__(name, behind)
+    def __init__(self, recorder: Recorder, name: str) -> None:
+        super().__init__(name)
         self._recorder = recorder
 
     def reach(self, need: Need, call: Callable[[], T]) -> T:

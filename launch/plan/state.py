@@ -99,7 +99,7 @@ def update_events(config: RunConfig, pp_rank: int, kernels: str = "cuda") -> tup
             clip_grad_norm=config.optimizer.clip_grad_norm,
             frozen=config.frozen,
             host=RoutedHost(None, ahead, recorder),
-            watch=recorder.watch("a rank", ahead),
+            watch=recorder.watch("a rank"),
             kernels=kernels,
         )
         with recorder.on():

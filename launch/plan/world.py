@@ -74,7 +74,7 @@ def world(
         groups = process.start(
             config.parallel, "cpu", config.mirrored, config.shared_ends, backend=_BACKENDS[kernels], kernels=kernels
         )
-        watch = recorder.watch(groups.watch.name, host.runs_ahead)
+        watch = recorder.watch(groups.watch.name)
         groups = dataclasses.replace(groups, host=host, watch=watch)
         library = library_shapes(config.precision) if kernels == "cuda" else None
         # Rounding as torch's operations: code compiled for a CPU would look for values.

@@ -134,6 +134,24 @@ def test_the_rank_that_all_others_wait_for_is_the_cause(tmp_path: Path, hold_tim
     assert ended == Ended(5, f"rank 3 is stopped, and others wait for it; its log: {log}; {HANG.format(0, 1)}")
 
 
+def test_the_wait_in_which_a_library_ends_a_rank_is_told(tmp_path: Path, hold_time: Callable) -> None:
+    """NCCL aborts a process from a thread of its own, in words of its own: what the rank had noted says why."""
+    body = f"""
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    wait_for(lambda: is_stopped(2))
+    print("2030-01-01 00:00:00,000 INFO " + {HANG!r}.format(rank, 2), file=sys.stderr, flush=True)
+    if rank == 1:
+        print("terminate called after throwing an instance of 'c10::DistBackendError'", file=sys.stderr, flush=True)
+        os.abort()
+    time.sleep(1200)
+    """
+    hold_time(lambda: has_been_seen_to_end(tmp_path, 1))
+    ended = start(body, 3, tmp_path)
+    why = f"rank 2 is stopped, and others wait for it; its log: {tmp_path / 'rank_2.log'}"
+    assert ended == Ended(6, f"{why}; rank 1 was ended by SIGABRT; {HANG.format(1, 2)}")
+
+
 def test_ranks_that_wait_in_a_circle_have_no_culprit(tmp_path: Path, hold_time: Callable) -> None:
     hold_time(never)
     body = f"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from parallel.collectives import Handle, all_gather
 from parallel.pipeline.actions import Chunk, parse_action
 from parallel.watch import Need, PeerError, Watch, Watchdog, blamed
+from tests.behind import Device
 from tests.spawn import STOP_S, Ranks
 
 ROWS = Need("experts", "rows of {what} from {peers}", None, Chunk("F", 2, 5))
@@ -58,14 +61,6 @@ def test_a_wait_is_known_while_it_lasts_and_told_when_it_is_over() -> None:
 
     assert here.wait(ROWS, call) == "came"
     assert here.waiting is None and told == [("experts", 1.0, 2.0)]
-
-
-def test_a_device_that_runs_behind_keeps_its_last_wait() -> None:
-    here = Watch(behind=True)
-    here.wait(ROWS, lambda: None)
-    assert here.waiting is not None
-    here.do("optimizer")
-    assert here.waiting is None
 
 
 def test_who_is_late_is_named(three: Callable[..., Need]) -> None:
@@ -168,6 +163,145 @@ def test_it_speaks_from_its_thread(three: Callable[..., Need]) -> None:
     assert len(said) == 1 and said[0].endswith("for rows of F2.5 from rank 4")
     with Watchdog(here, 0.1, end):
         pass  # and ends with the rank
+
+
+def test_a_long_wait_is_noted_and_so_is_its_end(three: Callable[..., Need]) -> None:
+    here, noted = a_watch(), []
+    dog = Watchdog(here, 10, lambda _: None, noted.append)
+    at_s = dog._looked_s
+    here.wait(three(source=0), lambda: looks(dog, here, [at_s + second for second in range(1, 9)]))
+    assert len(noted) == 1 and blamed(noted[0]) == [4], "once, before the end"
+    assert looks(dog, here, [at_s + 9, at_s + 10]) == [False, False]
+    assert noted[1:] == [None]
+    here.wait(three(), lambda: looks(dog, here, [at_s + second for second in range(11, 15)]))
+    assert len(noted) == 2, "a short one is not worth a line"
+
+
+# --- a device that runs behind ---
+
+
+class Moved:
+    """A clock that is moved by hand."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_the_wait_that_a_device_is_in_is_told_from_what_the_host_does(three: Callable[..., Need]) -> None:
+    clock = Moved()
+    device = Device(clock)
+    here = Watch("rank 7", device.mark)
+    here.clock = clock
+    here.do("F0.1")
+    device.work(5)
+    here.wait(three(source=0), lambda: device.wait_until(20))
+    here.do("after the optimizer")
+    here.wait(three(source=2), lambda: device.wait_until(30))
+    seen = []
+    for now_s in (1, 6, 12, 21, 31):
+        clock.now_s = now_s
+        seen.append(here.waiting and here.hang(here.waiting))
+    # Since when is known to one look. Computing before a wait is none, and one that the host is past is named as its own.
+    assert seen == [
+        None,
+        "rank 7, F0.1: has waited 0.0 s for rows of F2.5 from rank 4",
+        "rank 7, F0.1: has waited 6.0 s for rows of F2.5 from rank 4",
+        "rank 7, after the optimizer: has waited 0.0 s for rows of F2.5 from rank 9",
+        None,
+    ]
+    here.wait(three(), lambda: None)
+    assert len(here._ahead) == 1, "what is over is not kept"
+
+
+def test_an_error_that_arrives_elsewhere_names_what_the_device_waited_for(three: Callable[..., Need]) -> None:
+    clock = Moved()
+    device = Device(clock)
+    here = Watch("rank 7", device.mark)
+    here.clock = clock
+    here.do("F0.1")
+    here.wait(three(source=0), lambda: device.wait_until(math.inf))
+    assert here.waiting is not None
+    clock.now_s = 3
+    lost = "rank 7, F0.1: waited 3.0 s for rows of F2.5 from rank 4, and that failed: NCCL error 6"
+    here.do("optimizer")
+    # As an exception of a call about something else, of a wait for something else, and of one that nobody watches.
+    for error in (dist.DistBackendError("NCCL error 6"), RuntimeError("NCCL error 6")):
+        with pytest.raises(PeerError) as caught, here.losses():
+            raise error
+        assert str(caught.value) == lost and blamed(lost) == [4]
+    with pytest.raises(PeerError) as caught:
+        here.wait(three(source=2), lambda: _raise("NCCL error 6"))
+    assert str(caught.value) == lost
+    with pytest.raises(RuntimeError, match="out of memory"), here.losses():
+        raise RuntimeError("CUDA error: out of memory")
+
+
+def test_a_device_that_has_failed_does_not_silence_the_watchdog(three: Callable[..., Need]) -> None:
+    class Broken:
+        def passed(self) -> bool:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    here = Watch("rank 7", Broken)
+    here.wait(three(), lambda: None)
+    assert here.waiting is None
+    here.wait(three(), lambda: None)
+
+
+def _raise(text: str) -> None:
+    raise RuntimeError(text)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_hang_is_a_wait_of_the_device_and_nothing_else(three: Callable[..., Need], seed: int) -> None:
+    """A random program of a host that runs ahead, works, saves and waits for itself, over a device that computes and
+    waits: the watchdog speaks exactly where one of the device's waits, or of the host's own, outlasts the timeout."""
+    draw, clock = random.Random(seed), Moved()
+    device, timeout_s = Device(clock), 10.0
+    here = Watch("rank 7", device.mark)
+    here.clock = clock
+    dog = Watchdog(here, timeout_s, lambda _: None)
+    dog._looked_s = 0.0
+    spoken: list[float] = []
+    waits: list[tuple[float, float]] = []
+
+    def pass_time(duration_s: float) -> None:
+        until_s = clock.now_s + duration_s
+        while clock.now_s < until_s:
+            clock.now_s = min(until_s, clock.now_s + dog.tick_s)
+            if dog.look(clock.now_s) is not None:
+                spoken.append(clock.now_s)
+
+    def wait_on_device(lasts_s: float) -> None:
+        start_s = max(device.free_s, clock.now_s)
+        device.wait_until(start_s + lasts_s)
+        waits.append((start_s, device.free_s))
+
+    def wait_here(lasts_s: float) -> None:
+        waits.append((clock.now_s, clock.now_s + lasts_s))
+        pass_time(lasts_s)
+
+    for _ in range(60):
+        # Well below the timeout or well above it, as the watchdog looks from time to time.
+        lasts_s = draw.choice([0.0, 0.5, 4.0, *([25.0] if draw.random() < 0.1 else [])])
+        kind = draw.choice(["compute", "rows", "rows", "words", "a save"])
+        if kind == "compute":
+            device.work(draw.choice([0.1, 40.0]))
+        elif kind == "rows":
+            here.wait(three(), lambda lasts_s=lasts_s: wait_on_device(lasts_s))
+        elif kind == "words":
+            pass_time(max(0.0, device.free_s - clock.now_s))  # as a host that reads: what it waits for here is its own
+            here.wait(three(), lambda lasts_s=lasts_s: wait_here(lasts_s))
+        else:
+            pass_time(draw.choice([0.5, 30.0, 100.0]))
+    pass_time(max(0.0, device.free_s - clock.now_s) + 1)
+    slack_s = 3 * dog.tick_s
+    for at_s in spoken:
+        assert any(start_s + timeout_s - slack_s <= at_s <= end_s + slack_s for start_s, end_s in waits), at_s
+    for start_s, end_s in waits:
+        if end_s - start_s > timeout_s + slack_s:
+            assert any(start_s <= at_s <= end_s for at_s in spoken), (start_s, end_s)
 
 
 # --- real groups ---
