@@ -267,7 +267,9 @@ def _verdict(ranks: list[_Rank], failed: list[int], was_asked: bool) -> Ended:
     if code in (HUNG, LOST) and words:
         return Ended(code, "; ".join([*_accused(ranks, cause), words]), was_asked)
     if code == -signal.SIGABRT and blamed(words):  # NCCL ends a process whose peer is gone, from a thread of its own
-        return Ended(LOST, "; ".join([*_accused(ranks, cause), f"rank {cause} was ended by SIGABRT; {words}"]), was_asked)
+        return Ended(
+            LOST, "; ".join([*_accused(ranks, cause), f"rank {cause} was ended by SIGABRT; {words}"]), was_asked
+        )
     if code in (-signal.SIGTERM, 128 + signal.SIGTERM) and was_asked:
         return Ended(128 + signal.SIGTERM, "stopped before the first step: there was nothing to save", True)
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"

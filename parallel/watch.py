@@ -4,10 +4,10 @@ Every place where a rank waits for others goes through one `Watch`. So what ends
 names what was awaited and from whom (`PeerError`), and one that never ends is found by the `Watchdog`, a thread that
 looks from time to time and costs the rank's work nothing.
 
-Where the device runs behind the host (CUDA), the host does not stand still in a wait: it makes the device's stream wait
-and goes on. Each such wait is bracketed by two marks in the stream (`host.Host.mark`). The device waits from when it has
-passed the first until it passes the second; what the host does meanwhile, or when the device has nothing left to do (a
-save, a slow disk), is no wait for anybody. Marks have not yet run on a GPU.
+Where the device runs behind the host (CUDA), the host does not stand still in a wait: it makes the device's stream
+wait and goes on. Each such wait is bracketed by two marks in the stream (`host.Host.mark`). The device waits from when
+it has passed the first until it passes the second; what the host does meanwhile, or when the device has nothing left to
+do (a save, a slow disk), is no wait for anybody. Marks have not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -53,27 +53,28 @@ class Need(NamedTuple):
 
     kind: what the time counts as: "input" (activations and gradients of neighbours), "experts", "optimizer", "numbers".
     text: names it; {what} and {peers} are filled in when it is spoken, and the peers come last.
-    group: the ranks that give it. source: one of the group, where only one does.
+    group: the ranks that give it. source: one of the group or some, where only they do.
     """
 
     kind: str
     text: str
     group: dist.ProcessGroup | None
     what: object = None
-    source: int | None = None
+    source: int | tuple[int, ...] | None = None
 
     def words(self, peer: int | None) -> str:
         """For a sentence. peer: the rank of the group that is known to be late, if one is."""
         return self.text.format(what=self.what, peers=self._peers(self.source if peer is None else peer))
 
-    def _peers(self, peer: int | None) -> str:
+    def _peers(self, peer: int | tuple[int, ...] | None) -> str:
         import torch.distributed as dist  # not above: the launcher reads sentences and needs no torch
 
         if self.group is None:
             return "no rank"
         ranks = dist.get_process_group_ranks(self.group)
-        late = [rank for rank in ranks if rank != dist.get_rank()] if peer is None else [ranks[peer]]
-        return named(late)
+        if peer is None:
+            return named([rank for rank in ranks if rank != dist.get_rank()])
+        return named([ranks[each] for each in ((peer,) if isinstance(peer, int) else peer)])
 
 
 class Mark(Protocol):

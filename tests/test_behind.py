@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.behind import HostAhead, behind
 from tests.runs import SMALL, prepare_text, train_main
 from train import rank
 from train.checkpoint.writer import FlatWriter
+from train.track.metrics_file import read_metrics
 from train.track.sinks import Tracker
 
 LIMIT_S = 1.0
@@ -34,6 +36,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[HostAhead]
             return train_main([*SMALL, *text, *RUN, f"run.dir={tmp_path / 'run'}"]), said
 
     return go
+
+
+def test_it_has_the_numbers_of_one_that_does_not(tmp_path: Path) -> None:
+    """Of the micro-batch before the first step, which warms a device up, nothing is left."""
+    text = prepare_text(tmp_path / "tokens")
+    torch.set_num_threads(1)
+    settings = [*SMALL, *text, "train.max_steps=2", "evaluate.interval=0", "precision=bf16"]
+    found = []
+    for name in ("behind", "here"):
+        with behind(HostAhead(time.monotonic, 0.001)) if name == "behind" else nullcontext():
+            assert train_main([*settings, f"run.dir={tmp_path / name}"]) == 0
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        found.append([{key: row[key] for key in row if key.startswith(("train/", "valid/", "moe/"))} for row in rows])
+    assert found[0] == found[1] and len(found[0]) == 2
 
 
 def slowed(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, times: int) -> list[float]:
@@ -64,10 +80,13 @@ def test_a_slow_disk_slow_data_and_slow_reports_are_no_hang(
 
 
 class Stuck(HostAhead):
-    """One whose device never comes out of the last wait of the first step."""
+    """One whose device comes into the first wait behind the first step, and not out of it."""
+
+    num_late = 0
 
     def mark(self) -> Mark:
-        if self.num_reads["step"]:
+        self.num_late += bool(self.num_reads["step"])
+        if self.num_late == 2:
             self.device.wait_until(math.inf)
         return super().mark()
 

@@ -14,12 +14,14 @@ from parallel import meeting, process
 from parallel.expert.build import build as build_dispatch
 from parallel.expert.dispatch import Dispatch, LocalDispatch
 from parallel.meeting import Meeting
+from parallel.pipeline.grouped_links import GroupedLinks, connect_column
 from parallel.pipeline.links import Links, connect
 from parallel.pipeline.record import Recorder
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.segments import Segments
 from parallel.process import Groups
 from parallel.shards import Piece
+from parallel.warm_up import use_communicators
 from parallel.watch import HangError, Need, PeerError, Watchdog
 from parallel.zero.optimizer import ZeroOptimizer
 from parallel.zero.optimizer import build as build_optimizer
@@ -106,6 +108,8 @@ def join(
     met.close()
     dog = Watchdog(groups.watch, limit_s, end_hung, note) if limit_s is not None else nullcontext()
     with dog, groups.watch.losses():
+        if groups.kernels == "cuda":
+            use_communicators(groups)
         yield groups
         process.stop(groups)
 
@@ -223,11 +227,14 @@ def optimizer_of(
     return optimizer
 
 
-def connected(config: RunConfig, groups: Groups) -> Links:
-    """This rank's links to the stages before and behind its own."""
+def connected(config: RunConfig, groups: Groups) -> Links | GroupedLinks:
+    """This rank's links to the stages before and behind its own, as the device's messages are."""
+    rank, dtype = groups.mesh.pp_rank, DTYPES[config.precision.name]
+    if groups.kernels == "cuda":
+        column = connect_column(config.placement, groups.mesh, groups.device, groups.timeout)
+        return GroupedLinks(rank, column, dtype, groups.device, groups.watch)
     link_groups = connect(config.placement, groups.mesh, groups.device, groups.timeout)
-    dtype = DTYPES[config.precision.name]
-    return Links(groups.mesh.pp_rank, link_groups, dtype, groups.device, groups.watch, groups.kernels)
+    return Links(rank, link_groups, dtype, groups.device, groups.watch)
 
 
 def run_metrics(config: RunConfig, sources: Sequence[str] | None = None) -> Metrics:

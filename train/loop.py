@@ -19,6 +19,7 @@ from train.tally import Tally, describe, reduce, tally_of
 from train.track.gauges import StepTimer
 from train.track.metrics import Sample
 from train.track.sinks import Tracker
+from train.warm_up import warm_up
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
     if job.step == 0 and evaluation_due(job):
         measured, found = look(job)
         tracker.write(job.metrics.report({"step": 0, "train/consumed_tokens": 0, **measured}, samples=found))
+    if job.host.runs_ahead and not job.is_done:
+        plan = recipe.at(job.step)
+        warm_up(job, plan, loss_terms(job, plan))
     timer = StepTimer()
     job.meet()
     if job.any_rank(stop.asked):

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 import torch
 
-from train import compose, environment, run_folder
+from train import compose, device_variables, environment, run_folder
 from train.agree import same_device, same_run, same_tokens, shared
 from train.assemble import HangError, Meeting, PeerError, assemble, device_of, join, meet
 from train.banner import banner
@@ -205,6 +205,8 @@ def _introduce(job: Job) -> None:
     engines = choose_engine(config.precision, device) if config.precision.name == "fp8" else "torch"
     exposures = job.train_rows.exposures(config.num_sequences)
     text = banner(config, where, torch.get_num_threads(), engines, exposures, job.step)
+    if device.type == "cuda":
+        text = f"{text}\ndevice  {', '.join(device_variables.shown())}"
     log.info("what runs:\n%s", text)
     log.info("what it reads:\n%s", exposure_table(job.train_rows, config.num_sequences))
     print(text, flush=True)

@@ -21,8 +21,9 @@ from launch.plan.step import ActionCosts, PipelineStep, layers_of_parts, run_sch
 from launch.plan.world import MakeRouting, balanced
 from parallel.mesh import ParallelConfig
 from parallel.pipeline.actions import Action, Chunk, Pair
-from parallel.pipeline.links import slots
+from parallel.pipeline.links import NUM_POSTED
 from parallel.pipeline.order import Channel, Message, messages
+from parallel.pipeline.rounds import most_waiting
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import simulate
 from train import environment
@@ -177,7 +178,7 @@ class Plan:
     def _rank(self, rank: int, booked: Mapping[str, Passes[memory.Booked]]) -> RankMemory:
         quantised = self._quantised_bytes(rank)
         peak = memory.peak_of(
-            self.schedule, rank, self.slices, booked, self.boundary_bytes, slots(self.device), self._sent
+            self.schedule, rank, self.slices, booked, self.boundary_bytes, self._num_posted(rank), self._sent
         )
         state = self._states[rank]
         held = state.on_device + quantised + peak.num_bytes
@@ -187,6 +188,12 @@ class Plan:
     def _sent(self) -> dict[Channel, list[Message]]:
         return messages(self.schedule)
 
+    def _num_posted(self, rank: int) -> int:
+        """Tensors of receives that wait to be taken, at most."""
+        if self.device == "cuda":
+            return most_waiting(self.schedule, rank)
+        return NUM_POSTED * sum(channel.target == rank for channel in self._sent)
+
     def _quantised_bytes(self, rank: int) -> int:
         kinds = [kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage)]
         return sum(self.layers.quantised_bytes.get(kind, 0) for kind in kinds)
@@ -195,6 +202,8 @@ class Plan:
         """Context, communicators, and fragmentation of what is held."""
         figures = self.cluster.memory
         links = sum(rank in channel[:2] for channel in self._sent)
+        if self.device == "cuda":
+            links = min(links, 1)  # one for all ranks of a pipeline
         fixed = figures.context_gb + (links + num_groups(self.config.parallel)) * figures.communicator_gb
         return int(fixed * 1e9 + held * figures.fragmentation_share / (1 - figures.fragmentation_share))
 

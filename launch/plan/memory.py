@@ -138,18 +138,18 @@ def peak_of(
     slices: Sequence[tuple[str, ...]],
     layers: Mapping[str, Passes[Booked]],
     boundary_bytes: int,
-    num_slots: int = 0,
+    num_posted: int = 0,
     sent: Mapping[Channel, Sequence[Message]] | None = None,
 ) -> Peak:
     """What one rank holds over a step of a schedule.
 
     boundary_bytes: of the tensor that one stage hands to the next. What is received lies there from the action that
-    takes it on; what is sent is let go by the action that made it. num_slots: receives that each link has posted ahead.
-    sent: the schedule's messages, where they are known.
+    takes it on; what is sent is let go by the action that made it. num_posted: of receives, tensors that wait to be
+    taken. sent: the schedule's messages, where they are known.
     """
     ledger = _Ledger()
     sent = messages(schedule) if sent is None else sent
-    posted = num_slots * boundary_bytes * sum(channel.target == rank for channel in sent)
+    posted = num_posted * boundary_bytes
     ahead = Counter({("links", "receives posted ahead"): posted})
     ledger.play(Booked(ahead, posted, ahead), (-1, -1, 0))
     placement = schedule.placement

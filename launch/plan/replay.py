@@ -103,6 +103,8 @@ class Ends:
 
     def close(self) -> None: ...
 
+    def turn_to(self, at: int) -> None: ...
+
     def take(self, part: Chunk) -> Any:
         return None
 

@@ -1,9 +1,9 @@
-"""Activations and gradients between neighbouring stages: two one-way links per direction, each with a group of its own.
+"""Activations and gradients between neighbouring stages where receives cost nothing until they are met (gloo).
 
-A link keeps order and the schedule says it, so no message carries a tag: both ends derive from the lists which tensor
-comes next. Receives are posted ahead of need. A sent tensor is kept until the lists prove that it has arrived: whoever
-sends at the end of one action has taken all that its earlier actions work on. (Asking would not help: gloo says that a
-send is complete only to those who wait for it.)
+Two one-way links per direction, each with a group of its own. A link keeps order and the schedule says it, so no
+message carries a tag: both ends derive from the lists which tensor comes next. Receives are posted ahead of need. A
+sent tensor is kept until the lists prove that it has arrived: whoever sends at the end of one action has taken all that
+its earlier actions work on. (Asking would not help: gloo says that a send is complete only to those who wait for it.)
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from parallel.pipeline.placement import Placement
 from parallel.pipeline.schedule import Schedule
 from parallel.watch import Need, Watch
 
+# Receives that each link has posted ahead.
+NUM_POSTED = 2
 # What a link of each kind brings.
 CARRIES = {"F": "the activations", "B": "the gradient"}
 
@@ -44,9 +46,8 @@ def connect(
 ) -> dict[Channel, dist.ProcessGroup]:
     """Make the two-rank groups of all links of all pipelines; every rank of the job must call it. Returns one's own.
 
-    Each link carries one message at once. NCCL connects two ranks at their first message and waits there for the other
-    end: met first in the middle of a schedule, in an order of each rank's own, they could wait in a circle. (A rank
-    that is not in a group only counts it; for all links of 2048 ranks that takes a few hundredths of a second.)
+    Each link carries one message at once: who is missing is missed here. (A rank that is not in a group only counts it;
+    for all links of 2048 ranks that takes a few hundredths of a second.)
     """
     own = {}
     for column in range(mesh.config.dp):
@@ -82,12 +83,6 @@ class _Leaving(NamedTuple):
     need: Need
 
 
-def slots(kernels: str) -> int:
-    """How many receives each link has posted ahead. kernels: cpu or cuda, as in `Groups`."""
-    # A receive that waits on NCCL occupies multiprocessors, so there only the next one is posted.
-    return 1 if kernels == "cuda" else 2
-
-
 class Links:
     """One rank's ends of the links. `open` a schedule, then `take` and `send` in its order."""
 
@@ -98,12 +93,10 @@ class Links:
         dtype: torch.dtype,
         device: torch.device,
         watch: Watch | None = None,
-        kernels: str = "cpu",
     ) -> None:
-        """rank: in the pipeline. watch: through which it waits. kernels: cpu or cuda, as in `Groups`."""
+        """rank: in the pipeline. watch: through which it waits."""
         self._watch = watch or Watch()
         self._rank, self._groups = rank, groups
-        self._slots = slots(kernels)
         self._dtype, self._device = dtype, device
         self._shape: tuple[int, ...] = ()
         self._placement: Placement | None = None
@@ -121,8 +114,11 @@ class Links:
                 self._to_send[channel], self._leaving[channel] = deque(sent), deque()
             if channel.target == self._rank:
                 self._to_post[channel], self._posted[channel] = deque(sent), deque()
-                for _ in range(self._slots):
+                for _ in range(NUM_POSTED):
                     self._post(channel)
+
+    def turn_to(self, at: int) -> None:
+        """The rank begins the `at`-th action of its list."""
 
     def close(self) -> None:
         """Wait until everything sent has left."""

@@ -36,6 +36,8 @@ class Ends(Protocol):
 
     def close(self) -> None: ...
 
+    def turn_to(self, at: int) -> None: ...
+
     def take(self, part: Chunk) -> Any: ...
 
     def send(self, part: Chunk, tensor: Any) -> None: ...
@@ -60,8 +62,9 @@ class Runtime:
     def run(self, schedule: Schedule, shape: tuple[int, ...]) -> None:
         """Do this rank's list from its first action to its last; stages hand on tensors of `shape`."""
         self._links.open(schedule, shape)
-        for action in schedule.ranks[self._rank]:
+        for at, action in enumerate(schedule.ranks[self._rank]):
             self._recorder.begin(action)
+            self._links.turn_to(at)
             self._do(action)
             self._recorder.end()
         self._links.close()

@@ -143,6 +143,9 @@ class Copies:
     def close(self) -> None:
         pass
 
+    def turn_to(self, at: int) -> None:
+        pass
+
     def take(self, part: Chunk) -> Tensor | None:
         if source(self._world.placement, part) is None:
             return None

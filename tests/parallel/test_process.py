@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from launch.ranks import HeldPort
-from parallel import process
+from parallel import process, warm_up
 from parallel.mesh import KINDS, Mesh, ParallelConfig
 from tests.spawn import Ranks
 
@@ -93,7 +94,7 @@ def test_what_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SCRIPT = """
 import os, signal, torch
-from parallel import process
+from parallel import process, warm_up
 from parallel.collectives import all_gather
 from parallel.mesh import ParallelConfig
 groups = process.start(ParallelConfig(dp=3))
@@ -132,3 +133,17 @@ def test_a_killed_rank_ends_the_others_within_seconds() -> None:
             for rank in started:
                 rank.kill()
                 rank.communicate()
+
+
+def _warmed_up() -> list[Any]:
+    """What a rank reads as it uses its communicators, twice as on any other day."""
+    groups = process.start(ParallelConfig(pp=1, dp=4, ep=2, nodes=2), "cpu")
+    warm_up.use_communicators(groups)
+    warm_up.use_communicators(groups)
+    process.stop(groups)
+    return [groups.watch.waiting, groups.host.num_reads["first messages"]]
+
+
+def test_every_communicator_is_used_once_before_the_first_step(ranks: Ranks) -> None:
+    # Twice: dense, expert, with two calls each, ep or node or rail with more than one rank, world with two.
+    assert ranks.run(_warmed_up, world_size=4, with_group=False) == [[None, 2 * (2 + 2 + 1 + 1 + 2)]] * 4

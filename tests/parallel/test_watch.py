@@ -203,7 +203,7 @@ def test_the_wait_that_a_device_is_in_is_told_from_what_the_host_does(three: Cal
     for now_s in (1, 6, 12, 21, 31):
         clock.now_s = now_s
         seen.append(here.waiting and here.hang(here.waiting))
-    # Since when is known to one look. Computing before a wait is none, and one that the host is past is named as its own.
+    # Since when is known to one look. To compute is not to wait, and a wait keeps the place at which the host met it.
     assert seen == [
         None,
         "rank 7, F0.1: has waited 0.0 s for rows of F2.5 from rank 4",

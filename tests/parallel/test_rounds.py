@@ -1,0 +1,142 @@
+"""Rounds of messages between stages: complete, in one order at both ends, and never waiting in a circle."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import pytest
+
+from parallel.pipeline.order import Channel, Message, messages
+from parallel.pipeline.registry import FAMILIES, build, build_alone, build_forward, build_one_way
+from parallel.pipeline.rounds import Round, most_waiting, rounds
+from parallel.pipeline.schedule import Schedule
+
+
+def stuck(lists: Sequence[Sequence[Round]]) -> list[int]:
+    """Ranks that hang by NCCL's rules at their strictest.
+
+    A rank's calls run one after the other, and each stops the rank until it is over: when all its sends and receives
+    have met their other ends, which is when those calls have begun, too. What has begun never ends otherwise, so it
+    does not matter which rank moves first.
+    """
+    at = [0] * len(lists)
+    begun: set[tuple[str, Channel, Message]] = set()
+    moved = True
+    while moved:
+        moved = False
+        for rank, own in enumerate(lists):
+            if at[rank] == len(own):
+                continue
+            now, before = own[at[rank]], len(begun)
+            begun |= {("send", *each) for each in now.sends} | {("receive", *each) for each in now.receives}
+            moved |= len(begun) > before
+            if all(("receive", *each) in begun for each in now.sends) and all(
+                ("send", *each) in begun for each in now.receives
+            ):
+                at[rank] += 1
+                moved = True
+    return [rank for rank, own in enumerate(lists) if at[rank] < len(own)]
+
+
+def all_schedules(most_ranks: int) -> list[Schedule]:
+    found = []
+    for name, num_ranks in product(FAMILIES, range(1, most_ranks + 1)):
+        for num_micro_batches in (1, 2, 3, num_ranks, 2 * num_ranks, 3 * num_ranks + 1, 4 * num_ranks + 2):
+            for pairs, per_rank in product((None, True, False), (None, 3)):
+                try:
+                    found.append(build(name, num_ranks, num_micro_batches, pairs, per_rank))
+                except ValueError:
+                    continue  # sizes that this schedule does not take
+            found.append(build_forward(name, num_ranks, num_micro_batches) if _has(name, num_ranks) else found[-1])
+        if _has(name, num_ranks):
+            found.append(build_alone(build_forward(name, num_ranks, 1).placement))
+        if num_ranks % 2 == 0:
+            found.append(build_one_way(num_ranks, num_ranks))
+    return list({schedule.text(): schedule for schedule in found}.values())
+
+
+def _has(name: str, num_ranks: int) -> bool:
+    return name != "dualpipe" or num_ranks % 2 == 0 or num_ranks == 1
+
+
+def check(schedule: Schedule) -> None:
+    lists = rounds(schedule)
+    assert stuck(lists) == []
+    ends: dict[Channel, list[tuple[str, Message]]] = {channel: [] for channel in messages(schedule)}
+    for rank, own in enumerate(lists):
+        places = [each.place for each in own]
+        assert places == sorted(places)
+        # Between two ranks one way, of both kinds: NCCL knows messages by their order alone.
+        for peer in {peer for each in own for peer in each.peers}:
+            out = [each for part in own for each in part.sends if each[0].target == peer]
+            into = [each for part in lists[peer] for each in part.receives if each[0].source == rank]
+            assert out == into
+        for each in own:
+            assert each.sends or each.receives
+            for channel, message in each.sends:
+                assert channel.source == rank
+                ends[channel].append(("send", message))
+                # Sent as soon as it is there: behind the action, or inside one that has more to do than it.
+                whole = schedule.ranks[rank][message.sent]
+                assert each.place == 2 * message.sent + (1 if whole.kind == "D" else 2)
+            for channel, message in each.receives:
+                assert channel.target == rank
+                ends[channel].append(("receive", message))
+                assert each.place <= 2 * message.taken, "before it is taken"
+    for channel, sent in messages(schedule).items():
+        assert Counter(ends[channel]) == Counter((end, message) for message in sent for end in ("send", "receive"))
+
+
+def test_every_schedule_can_be_exchanged_in_rounds() -> None:
+    schedules = all_schedules(6)
+    assert len(schedules) > 300
+    for schedule in schedules:
+        check(schedule)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zbv", "dualpipe", "dualpipev"])
+def test_many_ranks(name: str) -> None:
+    check(build(name, 16, 64))
+
+
+@pytest.mark.slow
+def test_every_schedule_of_up_to_twelve_ranks() -> None:
+    for schedule in all_schedules(12):
+        check(schedule)
+
+
+def at_need(schedule: Schedule) -> list[list[Round]]:
+    """A call for every message: sent when it is there, received when it is taken."""
+    return _by_places(schedule, lambda message: 2 * message.taken)
+
+
+def ahead(schedule: Schedule) -> list[list[Round]]:
+    """The same with all receives before the first action, each in a call of its own."""
+    return _by_places(schedule, lambda message: 0)
+
+
+def _by_places(schedule: Schedule, received: Callable[[Message], int]) -> list[list[Round]]:
+    lists: list[list[Round]] = [[] for _ in schedule.ranks]
+    for channel, sent in messages(schedule).items():
+        for message in sent:
+            lists[channel.source].append(Round(2 * message.sent + 1, ((channel, message),), ()))
+            lists[channel.target].append(Round(received(message), (), ((channel, message),)))
+    return [sorted(own, key=lambda each: each.place) for own in lists]
+
+
+@pytest.mark.parametrize("policy", [at_need, ahead])
+def test_the_model_finds_what_hangs(policy: Callable[[Schedule], list[list[Round]]]) -> None:
+    """Calls of one message each hang in every training schedule of two ranks and more."""
+    for name in ("1f1b", "zb_h1", "zbv", "dualpipe", "dualpipev", "interleaved_1f1b"):
+        assert stuck(policy(build(name, 4, 8))), name
+
+
+def test_few_wait_to_be_taken() -> None:
+    """Receives are not launched long ahead: about as many tensors lie there as results would in the simulation."""
+    for name in ("1f1b", "zb_h1", "zbv", "dualpipe", "dualpipev"):
+        few, many = (build(name, 8, num) for num in (16, 64))
+        most = [most_waiting(many, rank) for rank in range(8)]
+        assert most == [most_waiting(few, rank) for rank in range(8)], "a longer step holds no more"
+        assert max(most) <= 4, (name, most)
