@@ -6,7 +6,7 @@ behind one's own payload and the two directions of a link run one after the othe
 `all_to_all_single`. On every other backend (NCCL) the library's own collectives are used.
 
 On NCCL an operation runs on a stream of its group, which first waits for what is queued on the current one: to start is
-to queue. `Handle.wait` makes the current stream wait, by an event, and never the host; so it is called as late as on a
+to queue. `Queued.wait` makes the current stream wait, by an event, and never the host; so it is called as late as on a
 CPU, and what is queued between start and wait runs beside the operation. Until then the handle holds the operation's
 tensors, and after it their memory is given out again in the order of the current stream. This has not yet run on a GPU.
 
@@ -69,6 +69,30 @@ class Handle:
         return self._peers[self._at] if self._peers else None
 
 
+class Queued(Handle):
+    """An operation of the library's on a stream of its own (NCCL). `wait` makes the current stream wait for it, once for
+    each stream: who waits again on the same one finds it done, and another one may not read the result before."""
+
+    def __init__(self, work: dist.Work, keep: Sequence[Tensor], result: Tensor) -> None:
+        super().__init__([work], keep, lambda: result)
+        self._work, self._streams = work, set[object]()
+
+    def wait(self) -> Tensor:
+        """The result, which what is queued on the current stream from here on may use."""
+        result = self._result if self._result is not None else super().wait()
+        stream = current_stream(result)
+        if stream not in self._streams:
+            if self._streams:
+                self._work.wait()
+            self._streams.add(stream)
+        return result
+
+
+def current_stream(tensor: Tensor) -> object:
+    """The stream of a tensor's device that is queued to now; the same one for all where there are none."""
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
+
+
 # Backends whose collectives are built here from messages: gloo, and groups that stand for gloo's where nothing is sent.
 BY_MESSAGES = ("gloo", "fake_gloo")
 
@@ -106,7 +130,7 @@ def exchange(send: Tensor, send_counts: list[int], recv_counts: list[int], group
     received = send.new_empty((sum(recv_counts), *send.shape[1:]))
     if not _is_gloo(group):
         work = dist.all_to_all_single(received, send, recv_counts, send_counts, group=group, async_op=True)
-        return Handle([work], (send, received), lambda: received)
+        return Queued(work, (send, received), received)
     outgoing, incoming = send.split(send_counts), received.split(recv_counts)
     works, peers = _post(incoming, outgoing, group)
     incoming[me].copy_(outgoing[me])
@@ -141,7 +165,7 @@ def reduce_scatter(flat: Tensor, group: dist.ProcessGroup, numels: Sequence[int]
             work = dist.reduce_scatter_single(piece, flat, group=group, async_op=True)
         else:
             work = dist.reduce_scatter(piece, list(own), group=group, async_op=True)
-        return Handle([work], (flat, piece), lambda: piece)
+        return Queued(work, (flat, piece), piece)
     parts = flat.new_empty(size, sizes[me])
     works, peers = _post(parts.unbind(), own, group)
     parts[me].copy_(own[me])
@@ -167,7 +191,7 @@ def all_gather(
             work = dist.all_gather_single(gathered, shard, group=group, async_op=True)
         else:
             work = dist.all_gather(list(parts), shard, group=group, async_op=True)
-        return Handle([work], (shard, gathered), lambda: gathered)
+        return Queued(work, (shard, gathered), gathered)
     works, peers = _post(parts, [shard] * size, group)
     if parts[me].data_ptr() != shard.data_ptr():
         parts[me].copy_(shard)

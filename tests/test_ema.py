@@ -6,6 +6,7 @@ import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ from train.model.init import init_weights
 from train.model.transformer import Transformer
 from train.precision.build import everywhere
 from train.precision.torch_engine import TorchEngine
-from train.recipe.ema import Ema
+from train.recipe import ema as ema_module
+from train.recipe.ema import Ema, Pinned
 
 DECAY = 0.75
 STEPS = ["train.max_steps=4", "checkpoint.interval=1", "checkpoint.keep_latest_k=0", f"optimizer.ema_decay={DECAY}"]
@@ -109,3 +111,45 @@ def test_it_runs_beside_training_and_its_errors_are_raised(monkeypatch: pytest.M
     with pytest.raises(ZeroDivisionError):
         ema.wait()
     ema.wait()
+
+
+class Late(Pinned):
+    """Copies that arrive when they are waited for, and not before; its buffers are those of a test's size."""
+
+    def __init__(self) -> None:
+        self.streams: list[object] = []
+        super().__init__(torch.device("cpu"))
+
+    def ready(self) -> None: ...
+
+    def _new_stream(self, device: torch.device) -> Any:
+        self.streams.append(device)
+        return None
+
+    def _new_home(self) -> Tensor:
+        return torch.full((ema_module._STAGED,), torch.nan, dtype=torch.float64)
+
+    def _copy(self, piece: Tensor, home: Tensor) -> Any:
+        home.fill_(torch.nan)
+        return SimpleNamespace(synchronize=lambda: home.copy_(piece))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pieces_of_a_device_come_through_two_buffers(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Nothing is read before it has arrived, nor overwritten before it was read; no start makes a stream."""
+    monkeypatch.setattr(ema_module, "_STAGED", 7)
+    monkeypatch.setattr(ema_module, "_CHUNK", 3)
+    sizes = (1, 6, 7, 8, 14, 30)
+    masters = {f"master.{n}": [SimpleNamespace(offset=0, tensor=torch.zeros(n, dtype=dtype))] for n in sizes}
+    source = Late()
+    ema = Ema(masters, 0.75, source)
+    for step in (1, 2):
+        for number, parts in enumerate(masters.values()):
+            parts[0].tensor.copy_(torch.arange(parts[0].tensor.numel()) + 100 * number * step)
+        ema.start()
+        ema.wait()
+    for number, (name, parts) in enumerate(masters.items()):
+        (average,) = ema.state()[name.replace("master", "ema")]
+        first = torch.arange(parts[0].tensor.numel(), dtype=dtype) + 100 * number
+        torch.testing.assert_close(average.tensor, 0.75 * 0.25 * first + 0.25 * parts[0].tensor)
+    assert len(source.streams) == 1

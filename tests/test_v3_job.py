@@ -126,16 +126,17 @@ def trace(job: Job, num_micro_batches: int) -> None:
     """Everything that `loop.run` does in a step, held against the closed forms."""
     plan = job.recipe.at(first_step_of(job, num_micro_batches))
     schedule = job.config.schedule(plan.num_sequences // DP)
-    sent: Counter[Any] = Counter()
-    isend = dist.isend
+    exchanged: Counter[tuple[str, int]] = Counter()
+    batch = dist.batch_isend_irecv
 
-    def note(tensor: Tensor, group: Any, group_dst: int) -> Any:
-        assert tensor.shape == (1, 4096, 7168) and tensor.dtype == torch.bfloat16
-        sent[next(channel for channel, own in job.runtime._links._groups.items() if own is group)] += 1
-        return isend(tensor, group=group, group_dst=group_dst)
+    def note(operations: list[dist.P2POp]) -> Any:
+        for each in operations:
+            assert each.tensor.shape == (1, 4096, 7168) and each.tensor.dtype == torch.bfloat16
+            exchanged["sent" if each.op is dist.isend else "received", each.group_peer] += 1
+        return batch(operations)
 
     with Copies() as copies:
-        with mock.patch.object(dist, "isend", note):
+        with mock.patch.object(dist, "batch_isend_irecv", note):
             tally = loop.accumulate(job, plan, loop.loss_terms(job, plan), StepTimer())
         forwards = moe_forwards(job, schedule)
         assert job.dispatch.internode_bytes == internode_bytes(job, forwards)
@@ -147,11 +148,13 @@ def trace(job: Job, num_micro_batches: int) -> None:
             loop.update_bias(model, tally.load, plan.bias_update_rate)
     assert copies.found == []
     pp_rank = job.groups.mesh.pp_rank
-    assert sent == {
-        channel: len(carried)
-        for channel, carried in messages(schedule).items()
-        if channel.source == pp_rank and carried
-    }
+    expected: Counter[tuple[str, int]] = Counter()
+    for channel, carried in messages(schedule).items():
+        if channel.source == pp_rank:
+            expected["sent", channel.target] += len(carried)
+        if channel.target == pp_rank:
+            expected["received", channel.source] += len(carried)
+    assert exchanged == expected
     reads = {"rail counts": forwards, "node counts": forwards, "gradient norm": 1, "step": 1}
     assert job.host.num_reads == {name: count for name, count in reads.items() if count}
 

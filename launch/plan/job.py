@@ -23,7 +23,7 @@ from parallel.mesh import ParallelConfig
 from parallel.pipeline.actions import Action, Chunk, Pair
 from parallel.pipeline.links import NUM_POSTED
 from parallel.pipeline.order import Channel, Message, messages
-from parallel.pipeline.rounds import most_waiting
+from parallel.pipeline.rounds import Round, most_waiting, rounds
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import simulate
 from train import environment
@@ -155,6 +155,11 @@ class Plan:
         """What each rank of a pipeline does in a step of the full batch."""
         return self.config.schedule(self.num_micro_batches)
 
+    @cached_property
+    def rounds(self) -> tuple[tuple[Round, ...], ...]:
+        """What each rank of a pipeline exchanges in that step where messages are kernels."""
+        return rounds(self.schedule)
+
     @property
     def num_tokens(self) -> int:
         """Tokens of a step of the full batch."""
@@ -191,7 +196,7 @@ class Plan:
     def _num_posted(self, rank: int) -> int:
         """Tensors of receives that wait to be taken, at most."""
         if self.device == "cuda":
-            return most_waiting(self.schedule, rank)
+            return most_waiting(self.rounds[rank])
         return NUM_POSTED * sum(channel.target == rank for channel in self._sent)
 
     def _quantised_bytes(self, rank: int) -> int:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from parallel.pipeline.actions import Action, Chunk, Pair
@@ -73,10 +74,10 @@ def rounds(schedule: Schedule) -> tuple[tuple[Round, ...], ...]:
     )
 
 
-def most_waiting(schedule: Schedule, rank: int) -> int:
-    """The most tensors that have a rank's memory, for their receives are launched, before an action takes them."""
-    changes = [(each.place, 1) for each in rounds(schedule)[rank] for _ in each.receives]
-    changes += [(2 * message.taken, -1) for each in rounds(schedule)[rank] for _, message in each.receives]
+def most_waiting(own: Sequence[Round]) -> int:
+    """The most tensors that have memory, as their receives are launched, and wait for an action to take them."""
+    changes = [(each.place, 1) for each in own for _ in each.receives]
+    changes += [(2 * message.taken, -1) for each in own for _, message in each.receives]
     most = held = 0
     for _, change in sorted(changes, key=lambda entry: (entry[0], -entry[1])):
         held += change

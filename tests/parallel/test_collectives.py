@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import random
+import weakref
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel import collectives
 from parallel.collectives import Steps, all_gather, drive, exchange, exchange_counts, reduce_scatter
 from tests.spawn import Ranks
 
@@ -157,3 +159,28 @@ def test_drive_returns_the_result() -> None:
         return 7
 
     assert drive(steps()) == 7
+
+
+class Work:
+    """An operation that is queued elsewhere; counts who was made to wait for it."""
+
+    def __init__(self) -> None:
+        self.waited: list[object] = []
+
+    def wait(self) -> None:
+        self.waited.append(collectives.current_stream(torch.zeros(1)))
+
+
+def test_each_stream_waits_once_for_what_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts are read on a stream of their own, and used on the one that computes."""
+    now = ["computing"]
+    monkeypatch.setattr(collectives, "current_stream", lambda tensor: now[0])
+    work, result, kept = Work(), torch.ones(2), torch.zeros(3)
+    held = weakref.ref(kept)
+    handle = collectives.Queued(work, (kept,), result)
+    del kept
+    for stream in ("reading", "reading", "computing", "computing", "reading"):
+        now[0] = stream
+        assert handle.wait() is result
+        assert held() is None, "what was sent is let go at the first wait"
+    assert work.waited == ["reading", "computing"]

@@ -90,8 +90,8 @@ def check(schedule: Schedule) -> None:
 
 
 def test_every_schedule_can_be_exchanged_in_rounds() -> None:
-    schedules = all_schedules(6)
-    assert len(schedules) > 300
+    schedules = all_schedules(5)
+    assert len(schedules) > 200
     for schedule in schedules:
         check(schedule)
 
@@ -137,6 +137,6 @@ def test_few_wait_to_be_taken() -> None:
     """Receives are not launched long ahead: about as many tensors lie there as results would in the simulation."""
     for name in ("1f1b", "zb_h1", "zbv", "dualpipe", "dualpipev"):
         few, many = (build(name, 8, num) for num in (16, 64))
-        most = [most_waiting(many, rank) for rank in range(8)]
-        assert most == [most_waiting(few, rank) for rank in range(8)], "a longer step holds no more"
+        most = [most_waiting(own) for own in rounds(many)]
+        assert most == [most_waiting(own) for own in rounds(few)], "a longer step holds no more"
         assert max(most) <= 4, (name, most)
