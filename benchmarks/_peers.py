@@ -135,6 +135,6 @@ def _uncast_experts(experts: Any, x: Tensor, num_tokens: Tensor) -> Tensor:
     ends = num_tokens.cumsum(0, dtype=torch.int32)
 
     def product(rows: Tensor, weight: Tensor) -> Tensor:
-        return torch._grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
+        return F.grouped_mm(rows, weight.transpose(-2, -1), offs=ends)
 
     return product(F.silu(product(x, experts.w1_EFD)) * product(x, experts.w3_EFD), experts.w2_EDF)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from parallel.torch_names import TorchDispatchMode, tree_leaves
 
 
 class _Followed(NamedTuple):

@@ -36,6 +36,7 @@ from torch import Tensor
 from benchmarks import _peers
 from benchmarks._sides import Neighbours, cpu, median_ms, speedup, take_turns, wall
 from parallel.expert.dispatch import LocalDispatch
+from parallel.torch_names import cpu_multiplies_bf16
 from parallel.zero.optimizer import build
 from parallel.zero.sets import ReplicaGroups
 from train.assemble import DTYPES
@@ -265,9 +266,10 @@ def cpu_model() -> str:
 
 def describe(settings: dict[str, str], config: ModelConfig) -> None:
     print("settings: " + " ".join(f"{key}={value}" for key, value in settings.items()))
+    by_avx512, by_amx = cpu_multiplies_bf16()
     print(
         f"machine: {cpu_model()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, bf16 products in "
-        f"hardware: {torch.cpu._is_avx512_bf16_supported()}, AMX: {torch.cpu._is_amx_tile_supported()}; "
+        f"hardware: {by_avx512}, AMX: {by_amx}; "
         f"torch {torch.__version__}"
     )
     shown = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "LD_PRELOAD", *TUNED)

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.torch_names import all_gather_single, reduce_scatter_single
+
 T = TypeVar("T")
 # `train.model.tape` has this type and `drive` as well, as neither floor imports the other.
 Steps = Generator[None, None, T]
@@ -70,8 +72,11 @@ class Handle:
 
 
 class Queued(Handle):
-    """An operation of the library's on a stream of its own (NCCL). `wait` makes the current stream wait for it, once for
-    each stream: who waits again on the same one finds it done, and another one may not read the result before."""
+    """An operation of the library's on a stream of its own (NCCL).
+
+    `wait` makes the current stream wait for it, once for each stream: who waits again on the same one finds it done,
+    and another one may not read the result before it has waited, too.
+    """
 
     def __init__(self, work: dist.Work, keep: Sequence[Tensor], result: Tensor) -> None:
         super().__init__([work], keep, lambda: result)
@@ -162,7 +167,7 @@ def reduce_scatter(flat: Tensor, group: dist.ProcessGroup, numels: Sequence[int]
     if not _is_gloo(group):
         piece = flat.new_empty(sizes[me])
         if len(set(sizes)) == 1:
-            work = dist.reduce_scatter_single(piece, flat, group=group, async_op=True)
+            work = reduce_scatter_single(piece, flat, group=group, async_op=True)
         else:
             work = dist.reduce_scatter(piece, list(own), group=group, async_op=True)
         return Queued(work, (flat, piece), piece)
@@ -188,7 +193,7 @@ def all_gather(
     parts = gathered.split(sizes)
     if not _is_gloo(group):
         if len(set(sizes)) == 1:
-            work = dist.all_gather_single(gathered, shard, group=group, async_op=True)
+            work = all_gather_single(gathered, shard, group=group, async_op=True)
         else:
             work = dist.all_gather(list(parts), shard, group=group, async_op=True)
         return Queued(work, (shard, gathered), gathered)

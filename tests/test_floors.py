@@ -40,6 +40,8 @@ PURE = {
     *("parallel.mesh", "parallel.expert.placement", "parallel", "parallel.expert"),
     *("parallel.pipeline", "parallel.pipeline.registry", "parallel.pipeline.placement", "parallel.pipeline.schedule"),
 }
+# What lies below every room: torch's own names.
+LOWEST = {"parallel.torch_names"}
 # What a config is checked by, and a model counted: torch is not reached from here.
 LIGHT = {"train.split", "train.flops", "train.model.config", "train.precision.config"}
 # What a rank holds, and what puts it together: here the run meets the ranks.
@@ -106,7 +108,7 @@ def forbidden(me: str, targets: set[str]) -> set[str]:
         if me.startswith("parallel/") and floor != "parallel":
             bad.add(target)
         if me.startswith("train/"):
-            meets = me in MEETING or (me == RULES and target in PURE)
+            meets = me in MEETING or (me == RULES and target in PURE) or target in LOWEST
             if floor == "launch" or (floor == "parallel" and not meets):
                 bad.add(target)
             room = room_of(me)
@@ -205,3 +207,56 @@ def test_docstrings_stand_alone(path: Path) -> None:
 )
 def test_the_rule_itself(me: str, target: str, allowed: bool) -> None:
     assert (target not in forbidden(me, {target})) == allowed
+
+
+# --- torch's own names ---
+
+
+def private_names(path: Path) -> set[str]:
+    """What of torch's a file imports or reaches whose path has a part that begins with one underscore."""
+    known: dict[str, str] = {}
+    found: set[str] = set()
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.split(".")[0] == "torch":
+                    known[alias.asname or "torch"] = alias.name if alias.asname else "torch"
+                    found.add(alias.name)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            for alias in node.names:
+                known[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                found.add(f"{node.module}.{alias.name}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            parts, inner = [node.attr], node.value
+            while isinstance(inner, ast.Attribute):
+                parts.append(inner.attr)
+                inner = inner.value
+            if isinstance(inner, ast.Name) and inner.id in known:
+                found.add(".".join([known[inner.id], *reversed(parts)]))
+    return {name for name in found if any(re.match(r"_[^_]", part) for part in name.split("."))}
+
+
+TORCH_NAMES = ROOT / "parallel" / "torch_names.py"
+
+
+def test_private_names_of_torch_live_in_one_file() -> None:
+    others = [*FILES, *(ROOT / "benchmarks").glob("*.py")]
+    assert {path.name: private_names(path) for path in others if path != TORCH_NAMES and private_names(path)} == {}
+
+
+def test_private_names_are_seen(tmp_path: Path) -> None:
+    assert len(private_names(TORCH_NAMES)) >= 8
+    file = tmp_path / "some.py"
+    file.write_text(
+        "import torch\nimport torch.distributed as dist\nfrom torch.utils import _pytree as trees\n"
+        "torch._grouped_mm\ntorch.ops.aten._softmax(1)\ndist._world\ntrees.tree_map\ntorch.__version__\ntorch.mm\n"
+    )
+    assert private_names(file) == {
+        "torch._grouped_mm",
+        "torch.ops.aten._softmax",
+        "torch.distributed._world",
+        "torch.utils._pytree",
+        "torch.utils._pytree.tree_map",
+    }

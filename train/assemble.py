@@ -31,6 +31,7 @@ from train.checkpoint.saver import Checkpoints, read_pieces
 from train.config import RunConfig
 from train.data.rows.blend import Stream, check_epochs, open_stream
 from train.data.rows.valid import Validation, open_validation
+from train.deterministic import check_variables
 from train.device import uses_cuda
 from train.job import Job, held
 from train.model.config import ModelConfig
@@ -72,6 +73,8 @@ def device_of(config: RunConfig) -> str:
     cuda = uses_cuda("run.device", config.run.device, place.local_world_size or 1)
     if cuda and config.profile.steps:
         raise ValueError(f"profile.steps={config.profile.steps}: steps can be recorded with run.device=cpu only")
+    if cuda and config.run.deterministic:
+        check_variables()
     device = "cuda" if cuda else "cpu"
     if config.precision.name == "fp8":
         choose_engine(config.precision, device)

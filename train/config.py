@@ -41,6 +41,8 @@ class FolderConfig:
         num_threads: threads per process; None takes `OMP_NUM_THREADS`, or shares the cores among this machine's
             processes.
         compile: `torch.compile` for the element-wise kernels; needs a C++ compiler.
+        deterministic: on GPUs take no kernel whose bits depend on timing, so that a run repeats bit for bit; slower
+            (docs/precision.md). On a CPU it changes nothing.
         hang_timeout_s: longest wait of a rank for another one. It then says what it waits for and from whom, and the
             job ends (exit code 5). At least 1; an evaluation, a picture or a wandb start on rank 0 must fit, as the
             others wait for it meanwhile. Before the first step it counts silence alone, so that preparing data may take
@@ -53,6 +55,7 @@ class FolderConfig:
     device: str = "auto"
     num_threads: int | None = None
     compile: bool = False
+    deterministic: bool = False
     hang_timeout_s: float | None = 600.0
 
     def check(self) -> None:

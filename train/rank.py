@@ -23,6 +23,7 @@ from train.config import RunConfig
 from train.data.config import DataConfig
 from train.data.prepare.all_sources import prepare_sources
 from train.data.rows.blend import exposure_table
+from train.deterministic import deterministic
 from train.files import named_files, replace_durably
 from train.job import Job
 from train.loop import run
@@ -65,7 +66,7 @@ def run_rank(config: RunConfig, settings: Callable[[], Mapping[str, str]], stop:
             meeting.come()
             config = same_run(meeting, config, settings)
             same_device(meeting, lambda: device_of(config))
-            with _folders(config, meeting):
+            with _folders(config, meeting), deterministic(config.run.deterministic):
                 _rank(config, meeting, stop)
             return 0
         except tuple(EXIT_CODES) as error:

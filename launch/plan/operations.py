@@ -12,6 +12,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from launch.plan.events import Kernel
 from launch.plan.fp8 import LIBRARY, library_sizes
+from parallel.torch_names import OpOverload
 
 # Operations that give out memory or name it anew; those that only make views say so themselves.
 _FREE = {
@@ -31,7 +32,7 @@ _FACTORS = {
 }
 
 
-def kernel_of(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Kernel | None:
+def kernel_of(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Kernel | None:
     """The device's work in `func(*args, **kwargs)`, which returned `out`; None where there is none.
 
     Every byte of an operand is read once and every byte of a result written once, whatever a cache might spare. An

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from launch.plan.events import Answer, Enter, Event, Launch, Memory, Read, Turn, Wait
 from launch.plan.messages import message_of
 from launch.plan.operations import kernel_of
 from parallel.host import Source
 from parallel.pipeline.segments import Name, Segments
+from parallel.torch_names import TorchDispatchMode
 from parallel.watch import Need, Watch
 from train.assemble import Tapes
 from train.stage import WeightGradients

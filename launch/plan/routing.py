@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from launch.plan.record import Recorder
 from parallel.expert.placement import Placement
 from parallel.host import Host, Source
+from parallel.torch_names import unset_fake_temporarily
 from train.model.config import ModelConfig, given
 from train.model.router import TOPK_METHODS, GroupLimit, largest
 

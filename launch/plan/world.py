@@ -21,9 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FakeProcessGroup
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from launch.plan.fp8 import library_shapes
 from launch.plan.record import Recorder
@@ -31,6 +28,7 @@ from launch.plan.routing import RoutedHost, Routing
 from parallel import process
 from parallel.expert.placement import Placement
 from parallel.mesh import Mesh
+from parallel.torch_names import FakeStore, FakeTensorMode, fake_process_group
 from train.assemble import Files, put_together
 from train.config import RunConfig
 from train.data.rows.blend import Stream
@@ -128,12 +126,7 @@ def placement_of(config: RunConfig, mesh: Mesh) -> Placement:
 def _register() -> None:
     """Make the second kind of fake groups known to torch, once in a process."""
     if not hasattr(dist.Backend, "FAKE_GLOO"):
-
-        def make(common: Any, options: Any) -> Any:
-            # Not in torch's stubs, which torch's own fake backend calls in the same way.
-            return FakeProcessGroup._create_internal(common.group_rank, common.group_size, options)  # type: ignore[call-arg]
-
-        dist.Backend.register_backend("fake_gloo", make, extended_api=True, devices=["cpu"])
+        dist.Backend.register_backend("fake_gloo", fake_process_group, extended_api=True, devices=["cpu"])
 
 
 class FakeRows:

@@ -19,9 +19,9 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
+from parallel.torch_names import StorageInfo
 from train.checkpoint.ranges import Pieces, check_ranges
 
 METADATA = ".metadata"
@@ -235,7 +235,7 @@ class _Slice:
         return data
 
 
-def _data_offset(file: IO[bytes], place: _StorageInfo, num_bytes: int) -> int:
+def _data_offset(file: IO[bytes], place: StorageInfo, num_bytes: int) -> int:
     """Where the elements of a saved range start, from the start of what `torch.save` wrote of it: a zip archive that
     stores them uncompressed. ValueError when it is not so."""
     part = _Slice(file, place.offset, place.length)

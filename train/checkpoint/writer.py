@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
-from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from parallel.torch_names import StorageInfo
 from train.checkpoint.ranges import Pieces
 from train.checkpoint.reader import METADATA, saved_tensors
 from train.files import CRC32, FileRecord, SummedFile, check_read_back
@@ -131,7 +132,7 @@ def write_ranges(
             whole = values.untyped_storage().nbytes() == values.nbytes
             torch.save(values if whole else values.clone(), cast(IO[bytes], file))
             chunks[name].append(_chunk(offset, values))
-            storage[MetadataIndex(name, [offset])] = _StorageInfo(_TENSORS, start, file.num_bytes - start)
+            storage[MetadataIndex(name, [offset])] = StorageInfo(_TENSORS, start, file.num_bytes - start)
             del values  # before the next range is made
     metadata = Metadata(
         {

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from parallel.torch_names import softmax_backward
 from train.model.balance_loss import BalanceLosses, balance_losses
 from train.model.config import ModelConfig, given
 from train.model.layers import Backend
@@ -62,15 +63,11 @@ class Scoring:
     """scores [..., E] -> what of their sum each expert has, differentiable."""
 
 
-def _softmax_backward(d_scores: Tensor, scores: Tensor) -> Tensor:
-    return torch.ops.aten._softmax_backward_data(d_scores, scores, -1, scores.dtype)
-
-
 SCORINGS = {
     # DeepSeek-V3, Eq. 15, and Eq. 19 for the shares.
     "sigmoid": Scoring(torch.sigmoid_, torch.ops.aten.sigmoid_backward, lambda s: s / s.sum(-1, keepdim=True)),
     # DeepSeekMoE, Eq. 11; DeepSeek-V2, Eq. 22. Sums to 1 already.
-    "softmax": Scoring(partial(torch.softmax, dim=-1), _softmax_backward, lambda s: s),
+    "softmax": Scoring(partial(torch.softmax, dim=-1), softmax_backward, lambda s: s),
 }
 
 

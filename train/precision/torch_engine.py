@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from train.precision.engine import Products, spans
 
@@ -114,7 +115,7 @@ class _FusedGroups(_LoopedGroups):
         return self._ends
 
     def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
-        return torch._grouped_mm(operand, weight.transpose(1, 2), offs=self._ends_on(operand.device))
+        return F.grouped_mm(operand, weight.transpose(1, 2), offs=self._ends_on(operand.device))
 
     def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
-        return torch._grouped_mm(dy, weight, offs=self._ends_on(dy.device))
+        return F.grouped_mm(dy, weight, offs=self._ends_on(dy.device))
