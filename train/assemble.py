@@ -91,7 +91,10 @@ def meet(
 
 @contextmanager
 def join(
-    config: RunConfig, met: Meeting, end_hung: Callable[[str], object], note: Callable[[str | None], object]
+    config: RunConfig,
+    met: Meeting,
+    end_hung: Callable[[str], object],
+    note: Callable[[str | None], object] = lambda _: None,
 ) -> Iterator[Groups]:
     """This rank's process groups, for ranks that have met, until all leave.
 
