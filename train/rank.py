@@ -149,7 +149,7 @@ def _end_hung(sentence: str) -> NoReturn:
 
 
 def _note(sentence: str | None) -> None:
-    """Of a long wait, and that it is over: for whoever looks at a rank that a library has ended without a word."""
+    """Note a long wait, and that it is over, for whoever looks at a rank that a library has ended without a word."""
     log.info("%s", sentence or "that wait is over")
     tell_torchrun(sentence)
 

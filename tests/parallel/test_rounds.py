@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -13,31 +14,53 @@ from parallel.pipeline.registry import FAMILIES, build, build_alone, build_forwa
 from parallel.pipeline.rounds import Round, most_waiting, rounds
 from parallel.pipeline.schedule import Schedule
 
+# What a call brings to others, and what of others it waits for.
+Call = tuple[set[Any], set[Any]]
 
-def stuck(lists: Sequence[Sequence[Round]]) -> list[int]:
+
+def call_of(each: Round, column: int = 0) -> Call:
+    """A round as ends of messages."""
+    sends = {("send", column, *sent) for sent in each.sends}
+    receives = {("receive", column, *sent) for sent in each.receives}
+    met = {("receive", *end[1:]) for end in sends} | {("send", *end[1:]) for end in receives}
+    return sends | receives, met
+
+
+def stuck(lists: Sequence[Sequence[Call]]) -> list[int]:
     """Ranks that hang by NCCL's rules at their strictest.
 
-    A rank's calls run one after the other, and each stops the rank until it is over: when all its sends and receives
-    have met their other ends, which is when those calls have begun, too. What has begun never ends otherwise, so it
-    does not matter which rank moves first.
+    A rank's calls run one after the other, and each stops the rank until it is over: when all that it meets in other
+    ranks' calls has begun, too. What has begun never ends otherwise, so it does not matter which rank moves first.
     """
     at = [0] * len(lists)
-    begun: set[tuple[str, Channel, Message]] = set()
+    begun: set[Any] = set()
     moved = True
     while moved:
         moved = False
         for rank, own in enumerate(lists):
             if at[rank] == len(own):
                 continue
-            now, before = own[at[rank]], len(begun)
-            begun |= {("send", *each) for each in now.sends} | {("receive", *each) for each in now.receives}
+            (brings, meets), before = own[at[rank]], len(begun)
+            begun |= brings
             moved |= len(begun) > before
-            if all(("receive", *each) in begun for each in now.sends) and all(
-                ("send", *each) in begun for each in now.receives
-            ):
+            if meets <= begun:
                 at[rank] += 1
                 moved = True
     return [rank for rank, own in enumerate(lists) if at[rank] < len(own)]
+
+
+def with_experts(schedule: Schedule, lists: Sequence[Sequence[Round]], num_columns: int) -> list[list[Call]]:
+    """The calls of several pipelines side by side, whose ranks of one stage share experts: in the middle of each F and
+    B, and twice in a pair, all of them exchange rows, in a call of another communicator."""
+    calls = []
+    for column, (rank, own) in product(range(num_columns), enumerate(lists)):
+        placed: list[tuple[float, int, Call]] = [(each.place, 0, call_of(each, column)) for each in own]
+        for at, action in enumerate(schedule.ranks[rank]):
+            for turn in range(sum(part.kind != "W" for part in action.parts)):
+                everyone = [("rows", rank, at, turn, other) for other in range(num_columns)]
+                placed.append((2 * at + 0.5, turn, ({everyone[column]}, set(everyone))))
+        calls.append([call for _, _, call in sorted(placed, key=lambda entry: entry[:2])])
+    return calls
 
 
 def all_schedules(most_ranks: int) -> list[Schedule]:
@@ -63,7 +86,8 @@ def _has(name: str, num_ranks: int) -> bool:
 
 def check(schedule: Schedule) -> None:
     lists = rounds(schedule)
-    assert stuck(lists) == []
+    assert stuck([list(map(call_of, own)) for own in lists]) == []
+    assert stuck(with_experts(schedule, lists, num_columns=2)) == []
     ends: dict[Channel, list[tuple[str, Message]]] = {channel: [] for channel in messages(schedule)}
     for rank, own in enumerate(lists):
         places = [each.place for each in own]
@@ -90,8 +114,8 @@ def check(schedule: Schedule) -> None:
 
 
 def test_every_schedule_can_be_exchanged_in_rounds() -> None:
-    schedules = all_schedules(5)
-    assert len(schedules) > 200
+    schedules = all_schedules(6)
+    assert len(schedules) > 300
     for schedule in schedules:
         check(schedule)
 
@@ -130,7 +154,7 @@ def _by_places(schedule: Schedule, received: Callable[[Message], int]) -> list[l
 def test_the_model_finds_what_hangs(policy: Callable[[Schedule], list[list[Round]]]) -> None:
     """Calls of one message each hang in every training schedule of two ranks and more."""
     for name in ("1f1b", "zb_h1", "zbv", "dualpipe", "dualpipev", "interleaved_1f1b"):
-        assert stuck(policy(build(name, 4, 8))), name
+        assert stuck([list(map(call_of, own)) for own in policy(build(name, 4, 8))]), name
 
 
 def test_few_wait_to_be_taken() -> None:
