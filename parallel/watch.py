@@ -275,15 +275,15 @@ class Watchdog:
     def __exit__(self, *_: Any) -> None:
         self._over.set()
         self._thread.join()
+        self._take_back()
 
     def look(self, now_s: float) -> str | None:
         """One look at this time of `time.monotonic`: what to say if the wait has lasted too long."""
         waiting = self._watch.waiting
         ran_s = min(now_s - self._looked_s, 2 * self.tick_s)
         self._lasted_s = self._lasted_s + ran_s if waiting is self._seen else 0.0
-        if self._has_noted and waiting is not self._seen:
-            self._note(None)
-            self._has_noted = False
+        if waiting is not self._seen:
+            self._take_back()
         self._seen, self._looked_s = waiting, now_s
         if waiting is None or self._lasted_s < self.notice_s:
             return None
@@ -291,6 +291,12 @@ class Watchdog:
             self._note(self._watch.hang(waiting))
             self._has_noted = True
         return self._watch.hang(waiting) if self._lasted_s >= self._timeout_s else None
+
+    def _take_back(self) -> None:
+        """The wait that was noted is over."""
+        if self._has_noted:
+            self._note(None)
+            self._has_noted = False
 
     def _run(self) -> None:
         while not self._over.wait(self.tick_s):

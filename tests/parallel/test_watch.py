@@ -175,6 +175,11 @@ def test_a_long_wait_is_noted_and_so_is_its_end(three: Callable[..., Need]) -> N
     assert noted[1:] == [None]
     here.wait(three(), lambda: looks(dog, here, [at_s + second for second in range(11, 15)]))
     assert len(noted) == 2, "a short one is not worth a line"
+    heard = threading.Event()
+    noted.clear()
+    with pytest.raises(KeyError), Watchdog(here, 0.2, lambda _: None, lambda said: (noted.append(said), heard.set())):
+        here.wait(three(), lambda: heard.wait(STOP_S) and {}["of another cause"])
+    assert len(noted) == 2 and noted[1] is None, "a rank that ends otherwise leaves no such words"
 
 
 # --- a device that runs behind ---
