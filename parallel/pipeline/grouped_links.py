@@ -27,6 +27,9 @@ from parallel.pipeline.rounds import Round, rounds
 from parallel.pipeline.schedule import Schedule
 from parallel.watch import Need, Watch
 
+# Calls under way after which the oldest is waited for, which no order forbids: where a rank only sends, as the first
+# one of an evaluation does, nothing else lets go of what it has sent. Each is over about an action later.
+NUM_UNDER_WAY = 8
 # A run has one list for a step of each size, and those of its evaluations.
 _rounds = lru_cache(maxsize=8)(rounds)
 
@@ -129,6 +132,8 @@ class GroupedLinks:
         self._place = place - place % 2
         while self._ahead and self._ahead[0].place <= place:
             self._under_way.append(_Call(self._ahead.popleft(), self._group, self._new, self._to_send, self._watch))
+            if len(self._under_way) > NUM_UNDER_WAY:
+                self._wait(self._under_way[0], None)
 
     def _new(self) -> Tensor:
         return torch.empty(self._shape, dtype=self._dtype, device=self._device)

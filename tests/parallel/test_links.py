@@ -11,10 +11,10 @@ from torch import Tensor
 from parallel import process
 from parallel.collectives import Steps
 from parallel.mesh import ParallelConfig
-from parallel.pipeline.grouped_links import GroupedLinks, connect_column
+from parallel.pipeline.grouped_links import NUM_UNDER_WAY, GroupedLinks, connect_column
 from parallel.pipeline.links import Links, connect
 from parallel.pipeline.record import Recorder
-from parallel.pipeline.registry import build
+from parallel.pipeline.registry import build, build_forward
 from parallel.pipeline.runtime import Runtime
 from tests.spawn import Ranks
 
@@ -82,6 +82,25 @@ def test_what_was_sent_is_let_go(ranks: Ranks, name: str, grouped: bool) -> None
     # A step three times as long holds no more. (Every result is of its own: kept to the end, they would be 16 and 48.)
     assert few == many
     assert max(many) < 12
+
+
+def most_alive_of_an_evaluation(num_micro_batches: int) -> int:
+    """On this rank, which only sends or only receives."""
+    groups = process.start(ParallelConfig(pp=2), "cpu")
+    schedule = build_forward("1f1b", 2, num_micro_batches)
+    rank, most = groups.mesh.pp_rank, [0]
+    column = connect_column(schedule.placement, groups.mesh, groups.device)
+    links = GroupedLinks(rank, column, torch.float32, groups.device)
+    stage = Doubling(weakref.WeakSet(), most)
+    Runtime(rank, {rank: stage}, links, Recorder(rank, groups.watch)).run(schedule, SHAPE)
+    assert stage.made["F"] == {number: number * 2.0**rank for number in range(num_micro_batches)}
+    process.stop(groups)
+    return most[0]
+
+
+def test_a_rank_that_only_sends_lets_go_too(ranks: Ranks) -> None:
+    most = ranks.run(most_alive_of_an_evaluation, 5 * NUM_UNDER_WAY, world_size=2, with_group=False)
+    assert max(most) <= NUM_UNDER_WAY + 3
 
 
 @pytest.mark.slow
