@@ -14,7 +14,7 @@ from functools import cached_property
 
 from launch.plan.events import Enter, Event, Kernel, Launch, LayerPasses, Memory
 from launch.plan.exchange import EXCHANGE
-from launch.plan.job import Plan, num_groups
+from launch.plan.job import Plan, link_groups, num_groups
 from launch.plan.kernels import AS_WRITTEN
 from launch.plan.layers import small_job
 from launch.plan.memory import book
@@ -294,7 +294,8 @@ class _One:
             sizes = [size for place in places for size in (kept[place], waiting[place])]
             peak = max(sum(num * size for num, size in zip(each, sizes, strict=True)) for each in counts)
             held = peak + self._state_bytes([kind for place in places for kind in slices[place]])
-            most = max(most, held / (1 - figures.fragmentation_share) + num_links * figures.communicator_gb * 1e9)
+            links = link_groups(num_links, self.plan.device)
+            most = max(most, held / (1 - figures.fragmentation_share) + links * figures.communicator_gb * 1e9)
         fixed_gb = figures.context_gb + num_groups(self.config.parallel) * figures.communicator_gb
         return most + moment / (1 - figures.fragmentation_share) + fixed_gb * 1e9
 

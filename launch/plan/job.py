@@ -206,9 +206,7 @@ class Plan:
     def _reserve(self, rank: int, held: int) -> int:
         """Context, communicators, and fragmentation of what is held."""
         figures = self.cluster.memory
-        links = sum(rank in channel[:2] for channel in self._sent)
-        if self.device == "cuda":
-            links = min(links, 1)  # one for all ranks of a pipeline
+        links = link_groups(sum(rank in channel[:2] for channel in self._sent), self.device)
         fixed = figures.context_gb + (links + num_groups(self.config.parallel)) * figures.communicator_gb
         return int(fixed * 1e9 + held * figures.fragmentation_share / (1 - figures.fragmentation_share))
 
@@ -370,6 +368,11 @@ class Plan:
         """Model FLOPs over bf16's peak, as the published figures have it: a causal mask counts half, or does not."""
         flops = training_flops_per_token(self.config.model, self.config.train.seq_len, causal=causal)
         return self.tokens_per_s_per_gpu(kernels) * flops / self.cluster.compute.peak(PEAK_DTYPE)
+
+
+def link_groups(num_links: int, device: str) -> int:
+    """Communicators of a rank for so many one-way links to its neighbours: on cuda one for all ranks of a pipeline."""
+    return min(num_links, 1) if device == "cuda" else num_links
 
 
 def num_groups(mesh: ParallelConfig) -> int:
