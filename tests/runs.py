@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -74,12 +76,34 @@ def prepare_text(folder: Path) -> list[str]:
     ]
 
 
-def train_main(settings: list[str], fault: Callable[[], Any] | None = None) -> int:
-    """What `torchrun ... -m train SETTINGS` runs on this rank; `fault`, a context manager's maker, spoils it."""
+@contextmanager
+def nothing_beside_the_numbers() -> Iterator[None]:
+    """Makes short what would take half of a small run and is no part of its numbers: the half second of products whose
+    rate MFU calls 1, and the picture of the loss, an empty file here."""
+    from train.track import gauges
+    from train.view.sinks import PictureSink
+
+    rate = partial(gauges.gemm_flops_per_s, size=64, window_s=0.01)
+    with (
+        mock.patch.object(gauges, "gemm_flops_per_s", rate),
+        mock.patch.object(PictureSink, "checkpoint", lambda sink: sink._out.touch()),
+    ):
+        yield
+
+
+def train_main(settings: list[str], fault: Callable[[], Any] | None = None, whole: bool = False) -> int:
+    """What `torchrun ... -m train SETTINGS` runs on this rank; `fault`, a context manager's maker, spoils it.
+
+    whole: nothing of the run is made shorter, as nothing is in processes of their own (tests/launched.py).
+    """
     from train.__main__ import main
 
     try:
-        with nullcontext() if fault is None else fault():
+        with ExitStack() as stack:
+            if not whole:
+                stack.enter_context(nothing_beside_the_numbers())
+            if fault is not None:
+                stack.enter_context(fault())
             return main(settings)
     finally:
         # A run that was refused ends without a word to the others, as its process is about to; this process goes on.
@@ -133,9 +157,11 @@ def run_in(
     world_size: int,
     fault: Callable[[], Any] | None = None,
     exit_code: int | None = 0,
+    whole: bool = False,
 ) -> Finished:
-    """Train in `folder` on long-lived ranks, to the exit code that is expected (None: any)."""
-    codes = ranks.run(train_main, [*settings, f"run.dir={folder}"], fault, world_size=world_size, with_group=False)
+    """Train in `folder` on long-lived ranks, to the exit code that is expected (None: any); `whole` as `train_main`."""
+    words = [*settings, f"run.dir={folder}"]
+    codes = ranks.run(train_main, words, fault, whole, world_size=world_size, with_group=False)
     assert exit_code is None or codes == [exit_code] * world_size, codes
     path = folder / "metrics.jsonl"
     return Finished(folder, read_metrics(path) if path.exists() else [])

@@ -22,7 +22,7 @@ from tests.fuzz import FP64, FP64_NATIVE, Bench
 from tests.spawn import Ranks
 
 SEED = int(os.environ["HALOCLINE_SEED"])  # tests/conftest.py draws one
-NUM_COMPOSITIONS = int(os.environ.get("HALOCLINE_COMPOSITIONS", 4))
+NUM_COMPOSITIONS = int(os.environ.get("HALOCLINE_COMPOSITIONS", 3))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,9 @@ from train.data.rows.blend import open_stream
 from train.data.rows.epochs import Rows
 
 FOUR = ["parallel.dp=4", "parallel.ep=2", "parallel.dispatch=flat"]
-BAD_STEP = 6
+# Steps of the runs that a bad one ends; a checkpoint lies just before it.
+STEPS = ["train.max_steps=4", "checkpoint.interval=2"]
+BAD_STEP = 3
 BAD_POSITION = (BAD_STEP - 1) * 8 + 5  # steps take 8 sequences, ranks 2 each: this one is rank 2's
 
 
@@ -81,9 +83,9 @@ def gradient_is_inf() -> Any:
 def test_one_bad_sequence_stops_all_ranks_and_is_named(
     ranks: Ranks, tmp_path: Path, text: list[str], fault: Any, engine: str
 ) -> None:
-    settings = [*SMALL, *text, *FOUR, "checkpoint.interval=5", f"zero.engine={engine}"]
+    settings = [*SMALL, *text, *FOUR, *STEPS, f"zero.engine={engine}"]
     run = run_in(ranks, tmp_path, settings, 4, fault, exit_code=3)
-    assert [row["step"] for row in run.rows] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in run.rows] == [1, 2]
     record = record_of(run)
     assert record["step"] == BAD_STEP
     config = compose([*SMALL, *text])
@@ -91,10 +93,10 @@ def test_one_bad_sequence_stops_all_ranks_and_is_named(
     documents = [document._asdict() for document in rows.documents(BAD_POSITION)]
     assert record["sequences"] == [{"rank": 2, "sequence": BAD_POSITION, "documents": documents}]
     assert documents and Path(config.data.source or "", documents[0]["file"]).exists()
-    assert_last_good_is_whole(run, 5)
+    assert_last_good_is_whole(run, BAD_STEP - 1)
     # Without the fault the same command goes on from there.
     again = run_in(ranks, tmp_path, settings, 4)
-    assert [row["step"] for row in again.rows] == list(range(1, 11))
+    assert [row["step"] for row in again.rows] == [1, 2, 3, 4]
 
 
 @contextmanager
@@ -126,12 +128,12 @@ def an_expert_overflows() -> Iterator[None]:
 def test_an_expert_whose_gradient_overflows_accuses_all_whose_tokens_it_may_have_seen(
     ranks: Ranks, tmp_path: Path, text: list[str]
 ) -> None:
-    settings = [*SMALL, *text, *FOUR, "checkpoint.interval=5"]
+    settings = [*SMALL, *text, *FOUR, *STEPS]
     run = run_in(ranks, tmp_path, settings, 4, an_expert_overflows, exit_code=3)
     found = [(each["rank"], each["sequence"]) for each in record_of(run)["sequences"]]
     first = (BAD_STEP - 1) * 8
     assert found == [(number // 2, first + number) for number in range(8)]
-    assert_last_good_is_whole(run, 5)
+    assert_last_good_is_whole(run, BAD_STEP - 1)
 
 
 def test_a_learning_rate_that_diverges(ranks: Ranks, tmp_path: Path, text: list[str]) -> None:
@@ -180,17 +182,17 @@ def the_disk_is_full(*steps: int) -> Iterator[None]:
 
 def test_a_disk_that_one_rank_finds_full(ranks: Ranks, tmp_path: Path, text: list[str]) -> None:
     """A checkpoint on the way is tried again when the next is due; the last one ends the job with a sentence."""
-    settings = [*SMALL, *text, *FOUR, "checkpoint.interval=3", "checkpoint.keep_latest_k=1"]
-    run = run_in(ranks, tmp_path, settings, 4, partial(the_disk_is_full, 6, 10), exit_code=4)
-    assert_last_good_is_whole(run, 9)
+    settings = [*SMALL, *text, *FOUR, "train.max_steps=4", "checkpoint.interval=1", "checkpoint.keep_latest_k=1"]
+    run = run_in(ranks, tmp_path, settings, 4, partial(the_disk_is_full, 2, 4), exit_code=4)
+    assert_last_good_is_whole(run, 3)
     words = "could not be written to {}/checkpoints: No space left on device (on rank 1) (needs about "
-    assert f"checkpoint of step 6 {words.format(tmp_path)}" in (tmp_path / "logs" / "rank_0.log").read_text()
+    assert f"checkpoint of step 2 {words.format(tmp_path)}" in (tmp_path / "logs" / "rank_0.log").read_text()
     for rank in range(4):
         last = (tmp_path / "logs" / f"rank_{rank}.log").read_text().splitlines()[-1]
-        assert f"checkpoint of step 10 {words.format(tmp_path)}" in last
-        assert last.endswith("step 9 is the newest whole one")
+        assert f"checkpoint of step 4 {words.format(tmp_path)}" in last
+        assert last.endswith("step 3 is the newest whole one")
     # With space again, the same command goes on.
-    assert len(run_in(ranks, tmp_path, settings, 4).rows) == 10
+    assert len(run_in(ranks, tmp_path, settings, 4).rows) == 4
 
 
 def test_torchrun_ends_when_a_rank_dies(tmp_path: Path, text: list[str]) -> None:

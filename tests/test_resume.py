@@ -26,7 +26,8 @@ from train.track.metrics_file import read_metrics
 
 NUMBERS = ("train/", "valid/", "moe/")
 FOUR = ["parallel.dp=4", "parallel.ep=2", "parallel.dispatch=flat"]
-LONG = ["train.max_steps=14", "evaluate.interval=4", "checkpoint.interval=3", "checkpoint.async_mode=async"]
+NUM_STEPS = 10
+LONG = [f"train.max_steps={NUM_STEPS}", "evaluate.interval=4", "checkpoint.interval=3", "checkpoint.async_mode=async"]
 CONSTANT = ["lr_scheduler.phases=[{kind:constant}]"]  # no phase's border depends on the end
 # A run that is asked to stop is not done before it hears of it, however late; how far it gets is its own matter.
 ENDLESS = [*LONG, *CONSTANT, "train.max_steps=1000000"]
@@ -105,7 +106,7 @@ def test_killed_at_any_moment_equals_undisturbed(
         codes = job.codes()
         # Nobody claims success, unless the rank was killed when there was nothing left to do.
         assert codes[rank] in (0, -signal.SIGKILL)
-        assert 0 not in codes or (last_step(folder), last_checkpoint(folder).name) == (14, "step-00000014"), codes
+        assert 0 not in codes or (last_step(folder), last_checkpoint(folder).name) == (NUM_STEPS, f"step-{NUM_STEPS:08d}"), codes
     assert Forked(settings, folder, 4).codes() == [0] * 4
     assert_the_same(finished(folder), undisturbed)
 
@@ -188,9 +189,10 @@ TOPOLOGIES = [
     (1, "train.micro_batch_size=4"),
     (4, "parallel.dp=4 parallel.ep=4 parallel.dispatch=two_hop parallel.nodes=2"),
 ]
+RESUMED = [pytest.param(*case, id=case[1], marks=() if case[0] == 4 else pytest.mark.slow) for case in TOPOLOGIES]
 
 
-@pytest.mark.parametrize(("world_size", "topology"), TOPOLOGIES, ids=[each for _, each in TOPOLOGIES])
+@pytest.mark.parametrize(("world_size", "topology"), RESUMED)
 def test_resumed_on_another_topology_in_fp64(
     ranks: Ranks, tmp_path: Path, text: list[str], halves: Any, plain_fp64: PlainRun, world_size: int, topology: str
 ) -> None:
