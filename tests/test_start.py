@@ -147,16 +147,17 @@ def asked_in(where: str, name: str) -> Iterator[None]:
 
 
 def test_asked_in_an_evaluation_a_run_saves_after_it(ranks: Ranks, tmp_path: Path, text: list[str]) -> None:
-    run = run_in(ranks, tmp_path, [*SMALL, *text, *TWO], 2, partial(asked_in, "train.loop", "evaluate"))
-    assert len(run.rows) == 5 and "valid/loss" in run.rows[-1]
-    assert last_checkpoint(tmp_path).name == "step-00000005"
+    settings = [*SMALL, *text, *TWO, "evaluate.interval=2"]
+    run = run_in(ranks, tmp_path, settings, 2, partial(asked_in, "train.loop", "evaluate"))
+    assert len(run.rows) == 2 and "valid/loss" in run.rows[-1]
+    assert last_checkpoint(tmp_path).name == "step-00000002"
 
 
 def test_asked_before_the_first_step_a_run_ends_without_one(ranks: Ranks, tmp_path: Path, text: list[str]) -> None:
-    settings = [*SMALL, *text, *TWO]
+    settings = [*SMALL, *text, *TWO, "train.max_steps=2"]
     run = run_in(ranks, tmp_path, settings, 2, partial(asked_in, "train.rank", "assemble"))
     assert run.rows == [] and not list(tmp_path.rglob("step-*"))
-    assert len(run_in(ranks, tmp_path, settings, 2).rows) == 10, "and the same command begins"
+    assert len(run_in(ranks, tmp_path, settings, 2).rows) == 2, "and the same command begins"
 
 
 def test_a_mistake_of_one_rank_alone_is_said_by_it(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

@@ -31,9 +31,10 @@ CONTRACT += ["-o", "addopts=--strict-markers", "-x", "tests/te"]
     importlib.util.find_spec("transformer_engine") is None,
     reason="Transformer Engine's Python is not installed: pip install --no-deps transformer-engine==2.20.2",
 )
-def test_the_contract() -> None:
+@pytest.mark.parametrize("part", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_contract(part: str) -> None:
     """All of tests/te: nothing fails, nothing is skipped."""
-    done = subprocess.run([sys.executable, *CONTRACT], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *CONTRACT, "-m", part], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert re.search(r"\d+ passed", done.stdout) and "skipped" not in done.stdout
 

@@ -123,15 +123,25 @@ def test_widths_are_refused_before_a_step(tmp_path: Path, text: list[str], capsy
 
 
 # Of the first loss, the first norm and all later losses, as tests/test_fp8.py has them for the reference.
+# The same products in another order of float32 sums into `main_grad`.
+SAME = (0.0, 1e-6, 1e-6)
+# Tiles of an expert's tokens hold those of all ranks that share it.
+OTHER_TILES = (1e-5, 1e-4, 1e-3)
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "topology", "tolerances"),
     [
-        # The same products in another order of float32 sums into `main_grad`.
-        (2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=dualpipev", (0.0, 1e-6, 1e-6)),
-        # Tiles of an expert's tokens hold those of all ranks that share it.
-        (4, "parallel.pp=2 parallel.dp=2 parallel.ep=2 pipeline.schedule=dualpipe", (1e-5, 1e-4, 1e-3)),
+        pytest.param(2, "parallel.pp=2 parallel.dp=1 pipeline.schedule=dualpipev", SAME, id="pipeline"),
+        pytest.param(2, "parallel.dp=2 parallel.ep=2", OTHER_TILES, id="experts"),
+        pytest.param(
+            4,
+            "parallel.pp=2 parallel.dp=2 parallel.ep=2 pipeline.schedule=dualpipe",
+            OTHER_TILES,
+            id="pipeline and experts",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["pipeline", "pipeline and experts"],
 )
 def test_on_several_ranks(
     ranks: Ranks,
