@@ -1,21 +1,30 @@
-"""Every benchmark runs at its smallest setting. What it measures is never asserted: machines are busy."""
+"""Every benchmark runs at its smallest setting. What it measures is never asserted: machines are busy.
+
+One is started as people start it; the others, whose own processes would import for longer than they work, in this one
+and in the ranks of the tests.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import warnings
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO
 
 import pytest
-import torch
 
 from benchmarks import balance, bubble, data, emulate, load, mtp, recompute, runtime, start, step
+from launch.ranks import Ended
 from parallel.pipeline.registry import build
 from parallel.pipeline.simulate import simulate
-from tests.runs import SMALL, prepare_text
-from tests.spawn import STOP_S
+from tests.runs import SMALL, prepare_text, train_main
+from tests.spawn import STOP_S, Ranks
 from train.compose import compose
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,10 +68,9 @@ def test_step_refuses(argument: str, sentence: str) -> None:
         step.read([argument])
 
 
-def test_recompute() -> None:
-    result = run("recompute", "model=tiny", "seq_len=16", "rounds=2")
-    assert result.returncode == 0, result.stderr
-    table = result.stdout.splitlines()[-7:]
+def test_recompute(capsys: pytest.CaptureFixture[str]) -> None:
+    recompute.main(["model=tiny", "seq_len=16", "rounds=2"])
+    table = capsys.readouterr().out.splitlines()[-7:]
     assert table[0].startswith("none ") and "100.0%" in table[0]
     assert all("[" in line and "100.0%" not in line for line in table[1:])
 
@@ -85,20 +93,18 @@ def test_balance_goes_on_with_the_runs_that_are_missing(tmp_path: Path, capsys: 
     for number in range(40):
         words = " ".join(f"word{(i * i + number) % 97} = {i % 13};" for i in range(300))
         (tmp_path / "text" / f"{number}.txt").write_text(words)
-    settings = ("size=tiny", "steps=6", "seeds=0,1", f"folder={tmp_path / 'runs'}", f"source={tmp_path / 'text'}")
-    result = run("balance", *settings)
-    assert result.returncode == 0, result.stdout + result.stderr
-    rows = table(result.stdout)
+    settings = ["size=tiny", "steps=5", "seeds=0,1", f"folder={tmp_path / 'runs'}", f"source={tmp_path / 'text'}"]
+    balance.main(settings)
+    said = capsys.readouterr().out
+    rows = table(said)
     # two layers, their mean and the worst of them, the loss, and that of each seed
     assert [len(rows[side]) for side in ("none", "losses", "bias")] == [6, 6, 6]
-    assert re.search(r"(Shown|Refuted|Neither shown nor refuted) at this size", result.stdout)
+    assert re.search(r"(Shown|Refuted|Neither shown nor refuted) at this size", said)
     assert (tmp_path / "runs" / "balance.png").stat().st_size > 10_000
     files = sorted((tmp_path / "runs").glob("*.json"))
     assert len(files) == 6
     files[0].unlink()  # as if the benchmark had been ended before this run was
-    num_threads = torch.get_num_threads()
-    balance.main([*settings])
-    torch.set_num_threads(num_threads)
+    balance.main(settings)
     again = capsys.readouterr().out
     trained = {line.split(":")[0].strip() for line in again.splitlines() if ": step " in line}
     assert trained == {"bias, seed 0"}
@@ -158,16 +164,34 @@ def table(output: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows if len(row) > 1}
 
 
-def test_bubble(tmp_path: Path) -> None:
+def said_to(folder: Path, words: list[str]) -> None:
+    """On a rank: what `python -m benchmarks.bubble rank ...` does, its words in a file."""
+    with (folder / f"{os.environ['RANK']}.txt").open("w") as file, redirect_stdout(file), warnings.catch_warnings():
+        assert bubble.main(words) == 0
+
+
+def test_bubble(
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its ranks are those of the tests; `test_bubble_of_deepspeed` starts its own."""
     sides = ["ours 1f1b", "ours dualpipev", "torch dualpipev"]
-    result = run(
-        "bubble", "ranks=2", "forward_ms=4", "rounds=2", f"sides={','.join(sides)}", f"out={tmp_path / 'bubble.svg'}"
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    rows = table(result.stdout)
+
+    def start(command: list[str], num_ranks: int, logs: Path) -> Ended:
+        python, *words = command
+        assert (python, words[:3]) == (sys.executable, ["-m", "benchmarks.bubble", "rank"])
+        ranks.run(said_to, logs, words[2:], world_size=num_ranks, with_group=False)
+        print((logs / "0.txt").read_text())
+        return Ended(0)
+
+    monkeypatch.setattr(bubble, "start_ranks", start)
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")  # or the benchmark would, for all tests behind this one
+    words = ["ranks=2", "forward_ms=4", "rounds=2", f"sides={','.join(sides)}", f"out={tmp_path / 'bubble.svg'}"]
+    assert bubble.main(words) == 0
+    said = capsys.readouterr().out
+    rows = table(said)
     # formula, as run, measured, best, spread, above formula, and above torch where torch has the schedule
     assert [(rows[side][0], len(rows[side])) for side in sides] == [("3.0", 6), ("1.0", 7), ("1.0", 6)]
-    assert "late on average" in result.stdout and "neighbours" in result.stdout
+    assert "late on average" in said and "neighbours" in said
     assert "dualpipev" in (tmp_path / "bubble.2.svg").read_text()
 
 
@@ -194,13 +218,12 @@ def test_the_bubbles_formula_is_the_simulators(name: str, num_ranks: int) -> Non
     assert max(simulate(bubble.as_run(schedule)).bubble) <= due  # results that leave earlier never idle a rank longer
 
 
-def test_runtime() -> None:
-    result = run(
-        "runtime", "rounds=2", "seq_len=16", "micro_batch_size=1", "micro_batches=2", "stages=2", "few_tokens=4"
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_runtime(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["rounds=2", "seq_len=16", "micro_batch_size=1", "micro_batches=2", "stages=2", "few_tokens=4"]
+    runtime.main(settings)
+    said = capsys.readouterr().out
     for size in ("2 micro-batches of 1 x 16 tokens", "2 micro-batches of 1 x 4 tokens"):
-        rows = table(result.stdout.split(size)[1])
+        rows = table(said.split(size)[1])
         assert [rows[side][1] for side in ("ours", "ours, pairs", "ours, 2 stages")] == ["4", "3", "8"]
 
 
@@ -247,7 +270,13 @@ def test_dispatch() -> None:
     assert "two_hop against flat" in result.stdout
 
 
-def test_mtp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mtp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def here(command: list[str], stdout: TextIO, **_: Any) -> SimpleNamespace:
+        assert command[:3] == [sys.executable, "-m", "train"]
+        with redirect_stdout(stdout):
+            return SimpleNamespace(returncode=train_main(command[3:]))
+
+    monkeypatch.setattr(mtp.subprocess, "run", here)
     small = [word for word in SMALL if not word.startswith(("train.max_steps", "evaluate.interval", "lr_sch"))]
     small += [*prepare_text(tmp_path / "data"), "model.num_hidden_layers=1", "lr_scheduler.warmup_steps=1"]
     arguments = ["steps=2", "seeds=1", f"out={tmp_path / 'mtp'}", *small]

@@ -10,7 +10,7 @@ from tests.runs import SMALL, prepare_text, train_main
 from train.track.metrics_file import read_metrics
 
 SEEDS = (0, 1, 2)
-EVALUATED = ["train.micro_batch_size=8", "evaluate.interval=20", "evaluate.num_sequences=64", "train.max_steps=60"]
+EVALUATED = ["train.micro_batch_size=8", "evaluate.interval=20", "evaluate.num_sequences=64", "train.max_steps=40"]
 # The model of `make train` on its text, in steps of 2048 tokens.
 TINY = ["model=tiny", "train.global_batch_size=8", "track.wandb=disabled", "checkpoint.interval=0", "run.num_threads=1"]
 

@@ -10,7 +10,8 @@ import pytest
 from benchmarks import fp8_gap
 from train.track.metrics_file import read_metrics
 
-SETTINGS = ["size=tiny", "steps=40", "tokens=256", "seeds=1", "sides=fp32,reassociated,fp8,control"]
+NUM_STEPS = 25
+SETTINGS = ["size=tiny", f"steps={NUM_STEPS}", "tokens=256", "seeds=1", "sides=fp32,reassociated,fp8,control"]
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +42,12 @@ def test_everything_is_written(
 ) -> None:
     fp8_gap.main([*SETTINGS, f"dir={bench.folder}"])
     said = capsys.readouterr().out
-    assert "4 runs of 40 steps, 0 to do" in said and "loss" not in said
+    assert f"4 runs of {NUM_STEPS} steps, 0 to do" in said and "loss" not in said
     rows = (bench.folder / "gap.csv").read_text().splitlines()
-    assert rows[0] == "side,seed,step,loss" and len(rows) == 1 + 4 * 40
+    assert rows[0] == "side,seed,step,loss" and len(rows) == 1 + 4 * NUM_STEPS
     assert (bench.folder / "gap.png").stat().st_size > 20_000
-    refusal = (
-        r"has runs of size=tiny steps=40 tokens=256 lr=0\.001 config=\w+, and not of size=tiny steps=40 tokens=384"
-    )
+    size = f"size=tiny steps={NUM_STEPS}"
+    refusal = rf"has runs of {size} tokens=256 lr=0\.001 config=\w+, and not of {size} tokens=384"
     with pytest.raises(SystemExit, match=refusal):
         fp8_gap.main([*SETTINGS, "tokens=384", f"dir={bench.folder}"])
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="has runs of size=tiny"):
@@ -65,10 +65,10 @@ def test_a_run_goes_on_where_it_was_ended(bench: fp8_gap.Bench, tmp_path: Path) 
     again = fp8_gap.read([*SETTINGS, f"dir={tmp_path}"])
 
     with pytest.raises(KeyboardInterrupt):
-        _work_until(again, 8 + 3)  # past the first checkpoint, after a fifth of the steps
+        _work_until(again, NUM_STEPS // 5 + 3)  # past the first checkpoint, after a fifth of the steps
     fp8_gap.work(again, "fp8", 0)
     np.testing.assert_array_equal(again.losses("fp8", 0), bench.losses("fp8", 0))
-    assert len(read_metrics(tmp_path / "fp8-0" / "metrics.jsonl")) == 40
+    assert len(read_metrics(tmp_path / "fp8-0" / "metrics.jsonl")) == NUM_STEPS
 
 
 def _work_until(bench: fp8_gap.Bench, step: int) -> None:
@@ -91,7 +91,7 @@ def test_a_run_that_was_not_finite_counts_as_infinitely_far(tmp_path: Path) -> N
     assert len(bench.losses("control", 0)) == 10
     (folder / "not-finite").touch()
     losses = bench.losses("control", 0)
-    assert len(losses) == 40 and np.isnan(losses[10:]).all()
+    assert len(losses) == NUM_STEPS and np.isnan(losses[10:]).all()
     assert fp8_gap.largest(fp8_gap.smooth(losses) / 7 - 1) == float("inf")
 
 

@@ -24,7 +24,7 @@ FOUR = ["parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "parallel.dispatch=fl
 LONG = ["train.max_steps=3", "train.global_batch_size=4008", "evaluate.interval=0"]
 RAMP = ["train.batch_ramp.start=8", "train.batch_ramp.tokens=1", "train.batch_ramp.quantum=4000"]
 # For a rank that was stopped. A machine that is busy may keep one from its work for seconds, too, as the run begins.
-TIMEOUT_S = 20
+TIMEOUT_S = 12
 WHERE = r"(\S+ \(micro-batch \d+ on stage \d+[^)]*\)|start of the pipeline)"
 WORDS = rf"step 2, {WHERE}: (has waited|waited|was about to wait)\b.* for .* ranks? \d"
 

@@ -90,14 +90,14 @@ def check_against_whole(plan: Plan, pp_rank: int) -> None:
     assert {group: size for group, size in totals.sent_bytes.items() if size} == exchanged
 
 
-# Ranks of DualPipe and ZB-V both hold two chunks; those of DualPipe are mirrors of each other besides.
+# The two ranks of DualPipe are mirrors of each other: one is looked at. ZB-V holds two chunks as they do.
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe", pytest.param("zbv", marks=pytest.mark.slow)])
 def test_layers_put_together_are_a_whole_rank(name: str) -> None:
     h100 = cluster.load("h100")
     # The whole rank is priced at once, and does not know which of its actions are pairs.
     figures = replace(h100, exchange=replace(h100.exchange, num_units_taken=0))
     plan = Plan(compose([*SMALL, *RUNS[name]]), figures)
-    for pp_rank in (0, 1):
+    for pp_rank in (0,) if name == "dualpipe" else (0, 1):
         check_against_whole(plan, pp_rank)
 
 
