@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import re
 import signal
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from launch.ranks import HeldPort
 from tests.runs import environment, train_main
-from tests.spawn import STOP_S
+from tests.spawn import STOP_S, imported
 from train.track.metrics_file import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,8 +113,7 @@ class Forked:
         self, settings: Sequence[str], run_dir: Path, num_ranks: int, own: Callable[[int], list[str]] = lambda _: []
     ) -> None:
         """own: settings of a rank that the others do not get. All print to `self.console`."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["train.rank", "torch._dynamo", "deepspeed"])
+        context = imported()
         arguments = [*settings, f"run.dir={run_dir}"]
         self.console = run_dir.with_suffix(".log")
         self._port = HeldPort()

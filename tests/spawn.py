@@ -1,7 +1,8 @@
 """Long-lived gloo ranks for tests: starting Python and torch takes seconds, calling a function does not.
 
-`Ranks` keeps worker processes alive for the whole test session. Each `run` gives the first `world_size` of them a
-fresh default process group, calls one top-level function on every rank and returns what each rank returned.
+Processes are forked from one that has everything imported. `Ranks` keeps them alive for the whole test session. Each
+`run` gives the first `world_size` of them a fresh default process group, calls one top-level function on every rank and
+returns what each rank returned.
 """
 
 from __future__ import annotations
@@ -19,6 +20,14 @@ from launch.ranks import HeldPort
 
 # Nothing takes so long, however busy the machine is: past this it hangs.
 STOP_S = 600.0
+
+
+def imported() -> Any:
+    """The context of processes that are forked from one that has imported what a rank imports. It starts with the first
+    of them."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["train.rank", "torch._dynamo", "deepspeed"])
+    return context
 
 
 def _serve(rank: int, pipe: multiprocessing.connection.Connection) -> None:
@@ -68,7 +77,7 @@ class Ranks:
     """A pool of worker processes, grown on demand and restarted after a failure or a timeout."""
 
     def __init__(self) -> None:
-        self._context = mp.get_context("spawn")
+        self._context = imported()
         self._workers: list[tuple[Any, multiprocessing.connection.Connection]] = []
 
     def _grow(self, world_size: int) -> None:
