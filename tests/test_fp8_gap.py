@@ -10,7 +10,7 @@ import pytest
 from benchmarks import fp8_gap
 from train.track.metrics_file import read_metrics
 
-NUM_STEPS = 25
+NUM_STEPS = 15
 SETTINGS = ["size=tiny", f"steps={NUM_STEPS}", "tokens=256", "seeds=1", "sides=fp32,reassociated,fp8,control"]
 
 
