@@ -24,7 +24,7 @@ from train.track.metrics_file import read_metrics
 STEPS = [
     *("model.kv_lora_rank=16", "model.qk_nope_head_dim=16", "model.qk_rope_head_dim=16", "model.v_head_dim=16"),
     *("precision=fp8", "precision.power_of_two_scales=true", "train.max_steps=4", "checkpoint.interval=2"),
-    *("checkpoint.keep_latest_k=0", "evaluate.interval=2", "recompute.norm=true"),
+    *("checkpoint.keep_latest_k=0", "evaluate.interval=2", "evaluate.num_sequences=3", "recompute.norm=true"),
 ]
 MEASURED = ("train/loss", "train/mtp_loss", "train/grad_norm", "moe/max_vio", "valid/loss")
 
