@@ -78,8 +78,8 @@ def prepare_text(folder: Path) -> list[str]:
 
 @contextmanager
 def nothing_beside_the_numbers() -> Iterator[None]:
-    """Makes short what would take half of a small run and is no part of its numbers: the half second of products whose
-    rate MFU calls 1, and the picture of the loss, an empty file here."""
+    """Makes short what takes up to two fifths of a small run and is no part of its numbers: the half second of products
+    whose rate MFU calls 1, and the picture of the loss, an empty file here."""
     from train.track import gauges
     from train.view.sinks import PictureSink
 
