@@ -10,8 +10,9 @@ from typing import Any
 from launch.plan import breakdown
 from launch.plan.advice import advice
 from launch.plan.clock import Totals
-from launch.plan.job import Plan, RankMemory, StepTime
+from launch.plan.job import Plan
 from launch.plan.kernels import AS_WRITTEN, KERNELS, PUBLISHED
+from launch.plan.outcome import RankMemory, StepTime
 from train.track.console import short
 
 WORDS = {"as_written": "as written", "published": "published", "bound": "bound"}

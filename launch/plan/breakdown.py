@@ -6,8 +6,9 @@ from collections import Counter
 from typing import Any
 
 from launch.plan.clock import Totals
-from launch.plan.job import Plan, RankMemory, StepTime
+from launch.plan.job import Plan
 from launch.plan.kernels import AS_WRITTEN
+from launch.plan.outcome import RankMemory, StepTime
 from parallel.pipeline.order import messages
 
 LINK = "link"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from launch.plan.cluster import Cluster
 from launch.plan.events import Event, Launch
 from launch.plan.kernels import AS_WRITTEN, Rates
 from launch.plan.layers import Kept, Layers, layers_of
+from launch.plan.outcome import RankMemory, StepTime
 from launch.plan.price import Pricing, priced
 from launch.plan.replay import Passes, passes_of
 from launch.plan.state import StateBytes, state_bytes, update_events
@@ -36,70 +37,6 @@ from train.split import split
 READ_S = 15e-6
 
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class RankMemory:
-    """One pipeline rank's memory at its fullest, in bytes.
-
-    Attributes:
-        state: what lies there between steps.
-        quantised: copies of weights in another format.
-        step: what the step itself holds at its peak.
-        reserve: context, communicators and what an allocator cannot give out.
-    """
-
-    state: StateBytes
-    quantised: int
-    step: memory.Peak
-    reserve: int
-
-    @property
-    def total(self) -> int:
-        """All of it together."""
-        return self.state.on_device + self.quantised + self.step.num_bytes + self.reserve
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """A step in one set of kernels. Seconds, but for what says otherwise.
-
-    Attributes:
-        pipeline: the schedule, simulated.
-        updates: of each pipeline rank's optimizer, from the last backward to new weights everywhere.
-        ranks_s: what the device of each pipeline rank works, from which waits for neighbours are left out.
-        pair: a pair of forward and backward of a middle rank; of a schedule without pairs the actions, one by one, that
-            take one micro-batch through one of its stages and back.
-        pair_totals: what happens in it.
-    """
-
-    kernels: str
-    costs: ActionCosts
-    pipeline: PipelineStep
-    updates: tuple[Totals, ...]
-    ranks_s: tuple[float, ...]
-    pair: tuple[Action, ...]
-    pair_totals: Totals
-
-    @property
-    def has_pairs(self) -> bool:
-        """Whether forward and backward run together."""
-        return self.pair[0].kind == "pair"
-
-    @property
-    def optimizer_s(self) -> float:
-        """What the slowest optimizer of a pipeline takes."""
-        return max(totals.length_s for totals in self.updates)
-
-    @property
-    def step_s(self) -> float:
-        """The whole step."""
-        return self.pipeline.simulation.step + self.optimizer_s
-
-    @property
-    def parts_s(self) -> dict[str, float]:
-        """By the names of the published table (arXiv 2505.09343, Table 4): means over ranks, which add up to a step."""
-        return {**self.pipeline.parts_s, "optimizer": self.optimizer_s}
 
 
 class Plan:

@@ -20,10 +20,11 @@ import torch
 
 from launch.plan.cluster import Cluster
 from launch.plan.guess import Guess, Guesses
-from launch.plan.job import Plan, StepTime
+from launch.plan.job import Plan
 from launch.plan.kernels import AS_WRITTEN
 from launch.plan.layers import Kept
 from launch.plan.layout import Layout, relief, settings
+from launch.plan.outcome import StepTime
 from launch.plan.space import Space
 from launch.plan.world import MakeRouting
 from train.config import RunConfig

@@ -101,6 +101,22 @@ def test_layers_put_together_are_a_whole_rank(name: str) -> None:
         check_against_whole(plan, pp_rank)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("pp_rank", [0, 7, 15])
+def test_layers_put_together_are_ranks_of_the_published_job(pp_rank: int) -> None:
+    """The first, a middle and the last rank of 2,048, with as few micro-batches as DualPipe takes on 16 ranks."""
+    h800 = cluster.load("h800")
+    figures = replace(h800, exchange=replace(h800.exchange, num_units_taken=0))
+    short = ["train.batch_ramp.start=null", "train.batch_ramp.tokens=0", "train.global_batch_size=4096"]
+    plan = Plan(compose(["experiment=v3_h800_2048", "precision=bf16", *short]), figures)
+    assert plan.num_micro_batches == 32
+    peak, seconds, clock = whole_rank(plan, pp_rank * plan.config.parallel.dp)
+    composed = plan.step(AS_WRITTEN)
+    assert plan.ranks[pp_rank].step.num_bytes == pytest.approx(peak, rel=0.01)
+    assert composed.ranks_s[pp_rank] == pytest.approx(seconds, rel=0.01)
+    assert composed.pipeline.totals[pp_rank].num_kernels == pytest.approx(clock.totals.num_kernels, rel=0.01)
+
+
 @pytest.fixture(scope="module")
 def v3() -> Plan:
     """DeepSeek-V3's published job, planned."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from statistics import mean
 
 from launch import timeline
-from launch.plan.job import Plan, StepTime
+from launch.plan.job import Plan
 from launch.plan.kernels import AS_WRITTEN
+from launch.plan.outcome import StepTime
 from launch.plan.page.words import axis, duration
 from train.view.report.document import escaped
 from train.view.report.lanes import draw_lanes, lanes_key
