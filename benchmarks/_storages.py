@@ -38,7 +38,7 @@ class Storages(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         known = {_storage(x).cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for y in tree_leaves(out):
-            if isinstance(y, Tensor) and (reference := _storage(y)).cdata not in known:
+            if isinstance(y, Tensor) and not y.is_meta and (reference := _storage(y)).cdata not in known:
                 self._followed[reference.cdata] = _Followed(reference, y.untyped_storage().nbytes(), self.owner)
         return out
 

@@ -2,7 +2,8 @@
 
 Each run is started as anybody starts one, on this machine, for a dozen steps; of the steps after the first three, in
 which kernels are made and memory is found, the median counts. The plan is `launch plan cluster=here`, whose figures
-`python -m launch plan calibrate` has measured; nothing of it is fitted to a run.
+`python -m launch plan calibrate` has measured; nothing of it is fitted to a run. Memory is what the tensors of a rank
+take at their fullest (`_allocated.py`), of the rank of which the plan is farthest off.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks._allocated import measured_bytes
 from benchmarks.start import write_text
 from launch.plan import cluster
 from launch.plan.job import Plan
@@ -85,20 +87,39 @@ def measured_s(words: list[str], folder: Path) -> float:
     return statistics.median(row["perf/step_s"] for row in rows[FIRST:])
 
 
+def farthest(plan: Plan, words: list[str]) -> tuple[int, int]:
+    """(planned, held) bytes of the rank of which the plan is farthest off, the reserve left out."""
+    mesh = plan.config.parallel
+    held = measured_bytes(words, mesh.world_size)
+    planned = [plan.ranks[rank // mesh.dp] for rank in range(mesh.world_size)]
+    pairs = [(each.total - each.reserve, found) for each, found in zip(planned, held, strict=True)]
+    return max(pairs, key=lambda pair: abs(pair[0] / pair[1] - 1))
+
+
 def main(words: list[str]) -> int:
     given = read(Settings, words, "benchmarks.plan")
     figures = cluster.load(given.cluster)
-    print(f"{'run':<20}{'planned, s':>12}{'went, s':>12}{'off by':>10}")
-    off = []
+    print(
+        f"{'run':<20}{'planned, s':>12}{'went, s':>12}{'off by':>10}{'planned, MB':>14}{'held, MB':>10}{'off by':>10}"
+    )
+    off, off_bytes = [], []
     with tempfile.TemporaryDirectory() as folder:
         data = write_text(Path(folder))
         for number, name in enumerate(given.names()):
             settings = [*COMMON, *data, *RUNS[name]]
-            planned_s = Plan(compose.compose(settings), figures).step(AS_WRITTEN).step_s
+            plan = Plan(compose.compose(settings), figures)
+            planned_s = plan.step(AS_WRITTEN).step_s
             went_s = measured_s(settings, Path(folder) / f"run-{number}")
             off.append(planned_s / went_s - 1)
-            print(f"{name:<20}{planned_s:>12.3f}{went_s:>12.3f}{off[-1]:>+10.1%}", flush=True)
-    print(f"median {statistics.median(map(abs, off)):.1%}, largest {max(map(abs, off)):.1%}")
+            planned, held = farthest(plan, settings)
+            off_bytes.append(planned / held - 1)
+            print(
+                f"{name:<20}{planned_s:>12.3f}{went_s:>12.3f}{off[-1]:>+10.1%}"
+                f"{planned / 1e6:>14.1f}{held / 1e6:>10.1f}{off_bytes[-1]:>+10.1%}",
+                flush=True,
+            )
+    for what, found in (("time", off), ("memory", off_bytes)):
+        print(f"{what}: median {statistics.median(map(abs, found)):.1%}, largest {max(map(abs, found)):.1%}")
     return 0
 
 

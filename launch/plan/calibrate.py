@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from launch.plan.figures import (
     DeviceMemory,
     Exchange,
     ExchangeRate,
+    FarTime,
     Host,
     Level,
     MessageTime,
@@ -34,6 +35,7 @@ from launch.plan.figures import (
     ProductRate,
     Products,
 )
+from launch.plan.own_code import PieceTime, call_times, step_us
 from launch.ranks import POLITE, Ranks, await_end, forked, noted, program
 from launch.warm import may_fork, warm_up
 from train.settings import read
@@ -128,22 +130,32 @@ def cluster_of(found: Sequence[dict[str, Any]]) -> Cluster:
     said = {kind: f"{how}; a figure's blocks lay {share:.0%} apart" for kind, share in spreads.items()}
     level = level_of(messages, f"{how}: gloo between processes, by number of ranks and size")
     cores = os.cpu_count() or 1
-    return Cluster(
+    made = Cluster(
         title=f"this machine: {platform.node()}",
         devices_per_node=max(cores, 2),
         memory=DeviceMemory(
             said["passes"], _memory_gb(), CONTEXT_GB, 0.0, 0.0, fastest, statistics.median(out_of_cache) / fastest
         ),
         compute=Compute(said["products"], **_peaks(products), num_units=cores),
-        products=Products(said["products"], TILE_ROWS, TILE_COLUMNS, products, alone["first_call_us"]),
+        products=Products(
+            said["products"], TILE_ROWS, TILE_COLUMNS, products, alone["first_call_us"], _far(alone["far_products"])
+        ),
         attention=Attention(said["attention"], [AttentionRate(**row) for row in alone["attention"]]),
-        passes=Passes(said["passes"], alone["least_us"], [*passes, *usual(passes)]),
-        host=Host(said["overheads"], alone["launch_us"], is_device=True),
+        passes=Passes(said["passes"], alone["least_us"], [*passes, *usual(passes)], _far(alone["far_passes"])),
+        host=Host(said["overheads"], 0.0, is_device=True),
         node=level,
         network=level,
         exchange=Exchange(level.source, 0, [ExchangeRate(2, level.gb_per_s, level.gb_per_s)]),
         contention=[Contention(each["num_ranks"], **each["contention"]) for each in groups],
     )
+    pieces = [PieceTime(**piece) for piece in alone["code"]]
+    calls = call_times(pieces, made.on(1))
+    launch_us = statistics.median(row.call_us for row in calls)
+    return replace(made, host=replace(made.host, launch_us=launch_us, step_us=step_us(pieces), calls=calls))
+
+
+def _far(rows: Sequence[dict[str, Any]]) -> list[FarTime]:
+    return [FarTime(**row) for row in rows]
 
 
 def usual(passes: Sequence[PassRate]) -> list[PassRate]:
@@ -212,12 +224,13 @@ def summary(cluster: Cluster, found: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"products, best of 1e12 operations/s: {peaks}; the first of a shape {cluster.products.first_call_us:.0f} us",
         f"memory: {cluster.memory.peak_gb_per_s:.1f} GB/s in cache, {cluster.bytes_per_s / 1e9:.1f} out of it",
-        f"an operation: at least {cluster.passes.least_us:.1f} us, and {cluster.host.launch_us:.1f} of Python's",
+        f"an operation: at least {cluster.passes.least_us:.1f} us, and {cluster.host.launch_us:.1f} of our own code",
     ]
     if cluster.node.measured:
         lines.append(f"gloo: {cluster.node.latency_us:.0f} us a message, up to {cluster.node.peak_gb_per_s:.2f} GB/s")
     lines += [
-        f"{each.num_ranks} ranks at once: products {each.product:.2f}x, passes {each.passes:.2f}x as long as alone"
+        f"{each.num_ranks} ranks at once: products {each.product:.2f}x as long as alone, passes {each.passes:.2f}x, "
+        f"calls {each.calls:.2f}x"
         for each in cluster.contention
     ]
     return "\n".join([*lines, "apart: " + ", ".join(f"{kind} {share:.0%}" for kind, share in spreads.items())])

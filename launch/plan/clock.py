@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from launch.plan.events import Answer, Event, Kernel, Launch, Read, Wait
+from launch.plan.events import Answer, Calls, Event, Kernel, Launch, Read, Wait
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Host:
     Attributes:
         issue_s: the host's time for one kernel or communication.
         read_s: from the device's having a number to the host's having it.
-        is_device: the host computes itself, and goes on when an operation is over.
+        is_device: the host computes itself, and goes on when an operation is over. What it needs to call one is then
+            told with the calls.
     """
 
     issue_s: float = 0.0
@@ -86,10 +87,15 @@ class Clock:
         self.totals = Totals()
 
     def see(self, event: Event, seconds: float, scope: Hashable) -> None:
-        """The host comes to an event. seconds: that a kernel or a communication takes; scope: in which numbers are
-        unique."""
+        """The host comes to an event.
+
+        seconds: that a kernel or a communication takes, or calls take a host that is the device. scope: in which
+        numbers are unique.
+        """
         if isinstance(event, Kernel):
             self._compute(event, seconds)
+        elif isinstance(event, Calls):
+            self._call(seconds)
         elif isinstance(event, Launch):
             self._communicate(event, seconds, (scope, event.number))
         elif isinstance(event, Wait):
@@ -111,6 +117,12 @@ class Clock:
         self.totals.busy_s[kernel.work] += seconds
         self.totals.num_kernels += 1
         self.totals.flops += kernel.flops
+
+    def _call(self, seconds: float) -> None:
+        if self._host.is_device:
+            self.host_s = max(self.host_s, self.compute_s) + seconds
+            self.totals.host_s += self.host_s - self.compute_s
+            self.compute_s = self.host_s
 
     def _communicate(self, launch: Launch, seconds: float, key: Hashable) -> None:
         self._issue()

@@ -22,6 +22,7 @@ from launch.plan.figures import (
     Level,
     Passes,
     Products,
+    interpolated,
 )
 from train.own_files import own_file
 from train.settings import CONFIGS, hint, read_file
@@ -30,7 +31,7 @@ CLUSTERS = CONFIGS / "cluster"
 RESULTS = ("float64", "float32", "bfloat16")
 # Fields that may be 0. All other numbers are above it.
 MAY_BE_ZERO = {"latency_us", "num_units_taken", "communicator_gb", "context_gb", "fragmentation_share", "num_threads"}
-MAY_BE_ZERO |= {"launch_us", "per_rank_us", "first_call_us", "num_bytes"}
+MAY_BE_ZERO |= {"launch_us", "per_rank_us", "first_call_us", "num_bytes", "step_us", "call_us", "ns_per_byte"}
 # A rate that was measured may lie this much above the peak of a data sheet: clocks boost.
 ABOVE_PEAK = 1.02
 
@@ -78,17 +79,29 @@ class Cluster:
                 f"cluster.memory.device_gb={self.memory.device_gb} must be above the reserve of "
                 f"{reserve:g} (context_gb and one communicator_gb)"
             )
+        if self.host.is_device and not (self.host.calls and self.passes.far and self.products.far):
+            raise ValueError(
+                "cluster.host.calls, cluster.passes.far or cluster.products.far is empty: this machine was measured by "
+                "an older version, and python -m launch plan calibrate measures it again"
+            )
         for name in ("products", "attention", "exchange"):
             if not getattr(self, name).measured:
                 raise ValueError(f"cluster.{name}.measured is empty: a rate is needed to predict others from")
 
-    def slowdown(self, num_ranks: int) -> dict[str, float]:
-        """Kind of work -> how much longer it takes when so many ranks work at once: as measured with the nearest number
-        of them. Nothing where each rank has a device of its own, or is alone."""
-        if not self.contention or num_ranks == 1:
+    def slowdown(self, num_ranks: float) -> dict[str, float]:
+        """Kind of work -> how much longer it takes when so many ranks work at once, in the mean where some wait:
+        between what was measured, and beyond it as many times longer as there are more. Nothing where each rank has a
+        device of its own, or is alone."""
+        if not self.contention or num_ranks <= 1:
             return {}
-        best = min(self.contention, key=lambda row: abs(math.log(row.num_ranks / num_ranks)))
-        return {"product": best.product, "attention": best.product, "move": best.passes}
+        rows = [Contention(1, 1.0, 1.0, 1.0), *sorted(self.contention, key=lambda row: row.num_ranks)]
+        beyond = max(1.0, num_ranks / rows[-1].num_ranks)
+
+        def longer(work: str) -> float:
+            return beyond * interpolated([(row.num_ranks, getattr(row, work)) for row in rows], num_ranks)
+
+        product = longer("product")
+        return {"product": product, "attention": product, "move": longer("passes"), "calls": longer("calls")}
 
     def on(self, num_threads: int) -> Cluster:
         """The cluster as a program with so many threads meets it: of its figures by threads, those measured with the
@@ -103,6 +116,8 @@ class Cluster:
 
         parts = {name: getattr(self, name) for name in ("products", "attention", "passes")}
         changed = {name: dataclasses.replace(part, measured=nearest(part.measured)) for name, part in parts.items()}
+        for name in ("products", "passes"):
+            changed[name] = dataclasses.replace(changed[name], far=nearest(changed[name].far))
         if changed == parts:
             return self
         compute = dataclasses.replace(self.compute, num_units=min(num_threads, self.compute.num_units))

@@ -24,6 +24,7 @@ class Kernel:
         flops: floating-point operations; a multiply and an add are two. Of causal attention those that count.
         read_bytes, written_bytes: of memory, if nothing stays in a cache.
         backward: of attention, whether this is its gradient.
+        far_bytes: of what is read and written, that was not touched shortly before (`nearness.py`).
     """
 
     name: str
@@ -34,6 +35,20 @@ class Kernel:
     read_bytes: int
     written_bytes: int
     backward: bool = False
+    far_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """The host calls operations of torch's: kernels, and what asks nothing of the device, such as views.
+
+    It stands before the first of those that follow each other without another piece, turn, communication or read.
+
+    Attributes:
+        number: how many.
+    """
+
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +136,7 @@ class Enter:
     kind: str
 
 
-Event = Kernel | Launch | Wait | Read | Answer | Turn | Memory | Enter
+Event = Kernel | Calls | Launch | Wait | Read | Answer | Turn | Memory | Enter
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,21 @@ class Compute:
 
 
 @dataclass(frozen=True)
+class FarTime:
+    """What it costs that operands are in no cache of the core.
+
+    Attributes:
+        num_bytes: that the operation reads and writes.
+        ns_per_byte: for each of them that is far, in addition, 1e-9 s.
+        num_threads: with which it was measured.
+    """
+
+    num_bytes: int
+    ns_per_byte: float
+    num_threads: int = 0
+
+
+@dataclass(frozen=True)
 class ProductRate:
     """One measured product.
 
@@ -103,6 +118,7 @@ class Products:
         tile_columns: columns of that piece.
         measured: products with their rates.
         first_call_us: what the first product of a shape takes besides, in a process.
+        far: what far operands cost, where rates are of near ones.
     """
 
     source: str
@@ -110,6 +126,7 @@ class Products:
     tile_columns: int
     measured: list[ProductRate]
     first_call_us: float = 0.0
+    far: list[FarTime] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -175,11 +192,37 @@ class Passes:
         source: where the figures are from.
         least_us: time that any operation takes on the device.
         measured: rates by operation and size; empty where the memory's bandwidth says it all.
+        far: what far operands cost, where rates are of near ones.
     """
 
     source: str
     least_us: float
     measured: list[PassRate] = field(default_factory=list)
+    far: list[FarTime] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CallTime:
+    """The host's time for one operation of a piece of our own code, beside what the operation takes by itself.
+
+    Attributes:
+        precision: of the run.
+        layer: of the piece, as the trace of a plan names it; `optimizer` for the update.
+        node: of the layer, in the same way.
+        kind: of the pass, `F`, `B`, `W`, of the update `U`.
+        call_us: of one operation, views and memory given out among them, 1e-6 s.
+    """
+
+    precision: str
+    layer: str
+    node: str
+    kind: str
+    call_us: float
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """All that it is of."""
+        return self.precision, self.layer, self.node, self.kind
 
 
 @dataclass(frozen=True)
@@ -190,11 +233,25 @@ class Host:
         source: where the figures are from.
         launch_us: the host's time for one operation of a model in training.
         is_device: the host is the device, which works on an operation before it goes on.
+        step_us: of such a host, what a step takes besides its layers and its optimizer.
+        calls: of such a host, its time for an operation by piece; for pieces that are not there, `launch_us`.
     """
 
     source: str
     launch_us: float
     is_device: bool = False
+    step_us: float = 0.0
+    calls: list[CallTime] = field(default_factory=list)
+
+    def call_us(self, precision: str, layer: str, node: str, kind: str) -> float:
+        """For an operation of a piece: as measured there; failing that, in another precision; failing that, in the
+        mean of the same kind of pass."""
+        asked = precision, layer, node, kind
+        for first in (0, 1, 3):
+            rows = [row.call_us for row in self.calls if row.key[first:] == asked[first:]]
+            if rows:
+                return sum(rows) / len(rows)
+        return self.launch_us
 
 
 @dataclass(frozen=True)
@@ -276,11 +333,13 @@ class Contention:
         num_ranks: that work.
         product: times longer that a product takes than alone.
         passes: the same of a pass over memory.
+        calls: the same of the host's own time.
     """
 
     num_ranks: int
     product: float
     passes: float
+    calls: float = 1.0
 
 
 def interpolated(points: Sequence[tuple[float, float]], x: float) -> float:

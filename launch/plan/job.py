@@ -19,7 +19,7 @@ from launch.plan.price import Pricing, priced
 from launch.plan.replay import Passes, passes_of
 from launch.plan.state import StateBytes, state_bytes, update_events
 from launch.plan.step import ActionCosts, PipelineStep, layers_of_parts, run_schedule
-from launch.plan.world import MakeRouting, balanced
+from launch.plan.world import MakeRouting, as_drawn, balanced
 from parallel.mesh import ParallelConfig
 from parallel.pipeline.actions import Action, Chunk, Pair
 from parallel.pipeline.links import NUM_POSTED
@@ -42,7 +42,8 @@ Found = TypeVar("Found")
 class Plan:
     """A run on a cluster. Everything is worked out when it is asked for, and once.
 
-    kept: what was traced by what decides it, shared between plans. make_routing: what experts get.
+    kept: what was traced by what decides it, shared between plans. make_routing: what experts get. On a machine
+    whose host computes `balanced` is in the mean: there a micro-batch has what chance makes of it.
     """
 
     def __init__(
@@ -56,8 +57,9 @@ class Plan:
         self.config = config
         self.cluster = cluster.on(threads_of(config)) if cluster.host.is_device else cluster
         self.rates = rates or Rates(self.cluster, value_width=config.model.v_head_dim)
-        self._make_routing = make_routing
         self._kept: Kept = {} if kept is None else kept
+        # Small micro-batches are on machines like this one, where one row more is another product.
+        self._make_routing = as_drawn if cluster.host.is_device and make_routing is balanced else make_routing
         self._steps: dict[str, StepTime] = {}
 
     def with_layers(self, layers: Sequence[int]) -> Plan:
@@ -158,16 +160,23 @@ class Plan:
             self._steps[kernels] = self._step(kernels)
         return self._steps[kernels]
 
-    def pricing(self, kernels: str, beside: bool) -> Pricing:
-        """What events take in a set of kernels. beside: in a pair, whose exchanges run beside what computes."""
-        mesh = self.config.parallel
-        crosses = mesh.nodes_per_ep_group > 1
-        return Pricing(self.cluster, self.rates, kernels, beside, crosses, self._slowdown, self._together())
+    def pricing(self, kernels: str, beside: bool, busy_share: float = 1.0) -> Pricing:
+        """What events take in a set of kernels.
 
-    @property
-    def _slowdown(self) -> dict[str, float]:
-        ranks_per_node = min(self.config.parallel.ranks_per_node, self.config.parallel.world_size)
-        return self.cluster.slowdown(ranks_per_node)
+        beside: in a pair, whose exchanges run beside what computes. busy_share: of the time in which another rank works
+        that shares the machine's cores.
+        """
+        crosses, precision = self.config.parallel.nodes_per_ep_group > 1, self.config.precision.name
+        slowdown = self._slowdown(busy_share)
+        return Pricing(self.cluster, self.rates, precision, kernels, beside, crosses, slowdown, self._together())
+
+    def _slowdown(self, busy_share: float) -> dict[str, float]:
+        """How much longer everything takes than on a rank that is alone: ranks of one machine share its cores, and
+        those that wait leave theirs to the others. What a rank's own threads do to each other is in its figures."""
+        threads = threads_of(self.config)
+        num_others = min(self.config.parallel.ranks_per_node, self.config.parallel.world_size) - 1
+        alone, crowded = (self.cluster.slowdown(threads * num) for num in (1, 1 + busy_share * num_others))
+        return {work: longer / alone.get(work, 1.0) for work, longer in crowded.items()}
 
     def _together(self) -> dict[str, int]:
         """Kind of group -> how many of its ranks share a machine."""
@@ -188,7 +197,16 @@ class Plan:
 
     def pipeline(self, kernels: str) -> tuple[ActionCosts, PipelineStep]:
         """What the schedule's actions take in one set of kernels, and the schedule simulated with that."""
-        alone, beside = (priced(self.layers.passes, self.pricing(kernels, each)) for each in (False, True))
+        found = self._pipeline_beside(kernels, 1.0)
+        if not self._slowdown(1.0):
+            return found
+        # What share of a step ranks are busy hardly depends on how fast they all are.
+        lengths_s = [totals.length_s for totals in found[1].totals]
+        return self._pipeline_beside(kernels, sum(lengths_s) / len(lengths_s) / found[1].simulation.step)
+
+    def _pipeline_beside(self, kernels: str, busy_share: float) -> tuple[ActionCosts, PipelineStep]:
+        pricings = (self.pricing(kernels, each, busy_share) for each in (False, True))
+        alone, beside = (priced(self.layers.passes, pricing) for pricing in pricings)
         costs = ActionCosts(
             self.config.placement, self.slices, alone, beside, self.host(kernels), self._latency_s(kernels)
         )
@@ -201,13 +219,15 @@ class Plan:
         pair, totals = _pair(middle), Totals()
         for action in pair:
             totals.add(costs.cost(action).totals)
-        return StepTime(kernels, costs, pipeline, self._updating(kernels), ranks_s, pair, totals)
+        rest_s = self.cluster.host.step_us * 1e-6 * (kernels == AS_WRITTEN) * self._slowdown(1.0).get("calls", 1.0)
+        return StepTime(kernels, costs, pipeline, self._updating(kernels), rest_s, ranks_s, pair, totals)
 
     def host(self, kernels: str) -> Host:
-        """Our own code's host. Fused kernels are few enough for any host to keep ahead."""
-        issue_s = self.cluster.host.launch_us * 1e-6
+        """Our own code's host. Fused kernels are few enough for any host to keep ahead. Where the host is the device,
+        the trace's calls say what it takes."""
         if self.cluster.host.is_device:
-            return Host(issue_s if kernels == AS_WRITTEN else 0.0, is_device=True)
+            return Host(is_device=True)
+        issue_s = self.cluster.host.launch_us * 1e-6
         return Host(issue_s, READ_S) if kernels == AS_WRITTEN else Host()
 
     def _latency_s(self, kernels: str) -> float:
@@ -293,7 +313,7 @@ class Plan:
         if num_micro_batches == self.num_micro_batches:
             return step.step_s
         schedule = self.config.schedule(num_micro_batches)
-        return simulate(schedule, step.costs).step + step.optimizer_s
+        return simulate(schedule, step.costs).step + step.optimizer_s + step.rest_s
 
     # --- figures
 

@@ -25,7 +25,7 @@ from functools import cached_property
 from launch.plan import published
 from launch.plan.cluster import Cluster, load
 from launch.plan.events import Enter, Event, Kernel, Memory
-from launch.plan.figures import WIDTHS, AttentionRate, ProductRate, interpolated
+from launch.plan.figures import WIDTHS, AttentionRate, FarTime, ProductRate, interpolated
 from launch.plan.products import ProductTable, Shape, shape_of
 from launch.plan.published import KernelSet, Part
 
@@ -69,11 +69,22 @@ class Rates:
 
         ValueError for a product of a type without a rate.
         """
+        num_bytes = kernel.read_bytes + kernel.written_bytes
         if kernel.work == "product" and not is_vector(kernel):
-            return self.product_seconds(kernel.dtype, shape_of_kernel(kernel), num_taken)
-        if kernel.work == "attention":
-            return self.attention_seconds(kernel, num_taken)
-        return self.pass_seconds(kernel.name, kernel.dtype, kernel.read_bytes + kernel.written_bytes)
+            near = self.product_seconds(kernel.dtype, shape_of_kernel(kernel), num_taken)
+        elif kernel.work == "attention":
+            near = self.attention_seconds(kernel, num_taken)
+        else:
+            far = self.far_seconds(self.cluster.passes.far, num_bytes, kernel.far_bytes)
+            return self.pass_seconds(kernel.name, kernel.dtype, num_bytes) + far
+        return near + self.far_seconds(self.cluster.products.far, num_bytes, kernel.far_bytes)
+
+    @staticmethod
+    def far_seconds(rows: Sequence[FarTime], num_bytes: int, far_bytes: int) -> float:
+        """What far operands take besides, of an operation over so many bytes."""
+        if not rows or not far_bytes:
+            return 0.0
+        return far_bytes * interpolated([(row.num_bytes, row.ns_per_byte) for row in rows], max(num_bytes, 1)) * 1e-9
 
     def product_seconds(self, dtype: str, shape: Shape, num_taken: int = 0) -> float:
         """A product at a published rate of its kind."""

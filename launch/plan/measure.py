@@ -6,9 +6,9 @@ decide as much as the cores do. Rank 0 writes what it found as JSON.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,15 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from launch.plan.calibrate import LARGE_PASS_BYTES, USUAL
-from launch.plan.figures import AttentionRate, MessageTime, PassRate, ProductRate
-from parallel.collectives import all_gather, exchange, reduce_scatter
+from launch.plan.crowd import contention, measured_messages
+from launch.plan.figures import AttentionRate, FarTime, PassRate, ProductRate
+from launch.plan.own_code import measured_code
+from launch.plan.stopwatch import Stopwatch, block_s
 from train.environment import num_threads, read
 
-# How long one figure is measured, and in how many blocks. The figure is the third of ten: other programs can only make
-# a block longer, and a machine that is never idle has no typical one.
-FIGURE_S, NUM_BLOCKS = 0.03, 10
-# Of a function that takes longer than a block: so many calls, unless one of them takes as long as ten figures.
-FEW_BLOCKS = 4
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 # (m, n, k): from what a head of attention multiplies and an expert gets on small runs to what fills a processor.
 PRODUCTS = (
@@ -38,11 +35,12 @@ PRODUCTS = (
 )
 # (groups, m of a group, n, k): batches of small products, as attention's core has them.
 BATCHES = ((8, 64, 64, 32), (16, 128, 128, 64), (16, 256, 64, 256))
-PASS_BYTES = (16 << 10, 256 << 10, 4 << 20)
+PASS_BYTES = (16 << 10, 256 << 10, 1 << 20, 4 << 20)
 LENGTHS = (128, 512, 1024)
 WIDTHS = (32, 64)
 NUM_HEADS = 4
-MESSAGE_BYTES = (64, 4 << 10, 64 << 10, 1 << 20, 8 << 20)
+# Operands in turn that are so much together lie in no cache of a core when it comes back to one.
+FAR_BYTES = 64 << 20
 WIDTH = 256  # of a row that passes over memory work on
 
 
@@ -53,48 +51,14 @@ class Found:
     products: list[dict[str, Any]]
     passes: list[dict[str, Any]]
     attention: list[dict[str, Any]]
+    far_products: list[dict[str, Any]]
+    far_passes: list[dict[str, Any]]
+    code: list[dict[str, Any]]
     messages: list[dict[str, Any]]
     contention: dict[str, float]
     least_us: float
-    launch_us: float
     first_call_us: float
     spreads: dict[str, float]
-
-
-class Stopwatch:
-    """Times functions, and remembers how far the blocks of a figure lay apart."""
-
-    def __init__(self, figure_s: float = FIGURE_S) -> None:
-        self._figure_s = figure_s
-        self._spreads: dict[str, list[float]] = {}
-
-    def seconds(self, kind: str, function: Callable[[], object], is_typical: bool = False) -> float:
-        """What a call takes, the first apart; is_typical: in the middle block, with what other programs make of it."""
-        function()
-        once = _block(function, 1)
-        few = FEW_BLOCKS if once < 10 * self._figure_s else 1
-        num_blocks = max(few, min(NUM_BLOCKS, int(self._figure_s / once)))
-        count = max(1, int(self._figure_s / num_blocks / once))
-        blocks = sorted(_block(function, count) for _ in range(num_blocks))
-        if num_blocks == NUM_BLOCKS:
-            self._spreads.setdefault(kind, []).append(blocks[num_blocks // 2] / blocks[1] - 1)
-        return blocks[num_blocks // 2] if is_typical else _figure(blocks)
-
-    def spreads(self) -> dict[str, float]:
-        """By kind, how much slower the middle block of a figure is than its second fastest, in the mean."""
-        return {kind: statistics.mean(found) for kind, found in self._spreads.items()}
-
-
-def _figure(blocks: Sequence[float]) -> float:
-    """The third fastest of ten blocks, the fastest of fewer than five."""
-    return sorted(blocks)[len(blocks) // 5]
-
-
-def _block(function: Callable[[], object], count: int) -> float:
-    started = time.perf_counter()
-    for _ in range(count):
-        function()
-    return max((time.perf_counter() - started) / count, 1e-8)
 
 
 def program(arguments: Sequence[str]) -> None:
@@ -118,7 +82,7 @@ def _say(text: str) -> None:
 def alone(most_threads: int, say: Callable[[str], object]) -> Found:
     """All that a rank finds by itself, with one thread and with all."""
     watch = Stopwatch()
-    products, passes, attention = [], [], []
+    products, passes, attention, far_products, far_passes = [], [], [], [], []
     first = first_call_us()
     for threads in sorted({1, most_threads}):
         torch.set_num_threads(threads)
@@ -126,11 +90,17 @@ def alone(most_threads: int, say: Callable[[str], object]) -> Found:
         products += [asdict(row) for row in measured_products(watch, threads)]
         say(f"{threads} {'thread' if threads == 1 else 'threads'}: passes over memory")
         passes += [asdict(row) for row in measured_passes(watch, threads)]
+        say(f"{threads} {'thread' if threads == 1 else 'threads'}: memory out of cache")
+        of_products, of_passes = measured_far(watch, threads)
+        far_products += [asdict(row) for row in of_products]
+        far_passes += [asdict(row) for row in of_passes]
         say(f"{threads} {'thread' if threads == 1 else 'threads'}: attention")
         attention += [asdict(row) for row in measured_attention(watch, threads)]
     torch.set_num_threads(1)
-    least, launch = overheads_us(watch)
-    return Found(products, passes, attention, [], {}, least, launch, first, watch.spreads())
+    say("our own code")
+    code = [asdict(row) for row in measured_code()]
+    least = 1e6 * least_s(watch)
+    return Found(products, passes, attention, far_products, far_passes, code, [], {}, least, first, watch.spreads())
 
 
 def measured_products(watch: Stopwatch, threads: int) -> Iterator[ProductRate]:
@@ -158,6 +128,30 @@ def measured_passes(watch: Stopwatch, threads: int) -> Iterator[PassRate]:
                 function, num_bytes = make(torch.randn(2, WIDTH, dtype=dtype).repeat(rows // 2, 1))
                 seconds = watch.seconds("passes", function)
                 yield PassRate(name, num_bytes, num_bytes / seconds / 1e9, dtype_name, threads)
+
+
+def measured_far(watch: Stopwatch, threads: int) -> tuple[list[FarTime], list[FarTime]]:
+    """What operands cost that lie in no cache: (of products, of passes), by size."""
+    of_products, of_passes = [], []
+    for size in PASS_BYTES:
+        rows = max(size // (WIDTH * 4), 1)
+        ring = [(torch.randn(rows, WIDTH), torch.randn(rows, WIDTH)) for _ in range(max(FAR_BYTES // (2 * size), 2))]
+        weight = torch.randn(WIDTH, 64)
+        calls: dict[str, Callable[[Tensor, Tensor], object]] = {
+            "product": lambda x, _: x @ weight,
+            "multiply": torch.mul,
+            "copy": lambda x, y: y.copy_(x),
+        }
+        num_bytes = {"product": size, "multiply": 2 * size, "copy": 2 * size}
+        extra = {}
+        for name, call in calls.items():
+            near = watch.seconds("far", lambda call=call: call(*ring[0]))  # type: ignore[misc]
+            turns = itertools.cycle(ring)
+            far = watch.seconds("far", lambda call=call, turns=turns: call(*next(turns)))  # type: ignore[misc]
+            extra[name] = 1e9 * max(far - near, 0.0) / num_bytes[name]
+        of_products.append(FarTime(size, extra["product"], threads))
+        of_passes.append(FarTime(2 * size, (extra["multiply"] + extra["copy"]) / 2, threads))
+    return of_products, of_passes
 
 
 def _unary(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], tuple[Callable[[], Tensor], int]]:
@@ -264,24 +258,15 @@ def first_call_us() -> float:
     found = []
     for size in (72, 104, 136, 168, 200):
         a, b = torch.ones(size, 96, dtype=torch.bfloat16), torch.ones(96, size, dtype=torch.bfloat16)
-        first, second = (_block(lambda a=a, b=b: a @ b, 1) for _ in range(2))  # type: ignore[misc]
+        first, second = (block_s(lambda a=a, b=b: a @ b, 1) for _ in range(2))  # type: ignore[misc]
         found.append(max(first - second, 0.0))
     return statistics.median(found) * 1e6
 
 
-def overheads_us(watch: Stopwatch) -> tuple[float, float]:
-    """(time of the smallest operation, what a model's own Python and autograd add to an operation)."""
+def least_s(watch: Stopwatch) -> float:
+    """Time of the smallest operation."""
     x = torch.ones(8, 8)
-    least = watch.seconds("overheads", lambda: x.mul(x))
-    weight, gain = torch.ones(8, 8, requires_grad=True), torch.ones(8, requires_grad=True)
-
-    def layer() -> None:
-        y = F.silu((x * x.pow(2).mean(-1, keepdim=True).rsqrt()) * gain @ weight)
-        y.sum().backward()
-
-    # 8 operations forward and 15 backward, sums into gradients among them.
-    per_operation = watch.seconds("overheads", layer) / 23
-    return least * 1e6, max(per_operation - least, 0.0) * 1e6
+    return watch.seconds("overheads", lambda: x.mul(x))
 
 
 def together() -> Found:
@@ -290,62 +275,4 @@ def together() -> Found:
     group = dist.group.WORLD
     assert group is not None
     messages = [asdict(row) for row in measured_messages(group)]
-    return Found([], [], [], messages, contention(watch, group), 0.0, 0.0, 0.0, watch.spreads())
-
-
-def measured_messages(group: dist.ProcessGroup) -> Iterator[MessageTime]:
-    """As the product sends: every call waits for its result."""
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    for num_bytes in MESSAGE_BYTES:
-        each = max(num_bytes // 4 // size, 1)
-        whole, piece = torch.ones(each * size), torch.ones(each)
-        counts = [each] * size
-        calls: dict[str, Callable[[], object]] = {
-            "exchange": lambda: exchange(whole, counts, counts, group).wait(),
-            "reduce_scatter": lambda: reduce_scatter(whole, group).wait(),
-            "all_gather": lambda: all_gather(piece, group).wait(),
-        }
-        for name, call in calls.items():
-            yield MessageTime(name, size, each * 4 * (size - 1), 1e6 * _agreed_seconds(call))
-        tensor = torch.ones(each * size)
-        if rank < 2:
-            yield MessageTime("send", 2, tensor.nbytes, 1e6 * _sent_seconds(tensor, rank))
-        dist.barrier(group)
-
-
-def _agreed_seconds(call: Callable[[], object]) -> float:
-    """Seconds of a call that all ranks make equally often."""
-    call()
-    once = torch.tensor([_block(call, 2)], dtype=torch.float64)
-    dist.broadcast(once, 0)
-    count = max(2, int(FIGURE_S / NUM_BLOCKS / float(once)))
-    return _figure([_block(call, count) for _ in range(NUM_BLOCKS)])
-
-
-def _sent_seconds(tensor: Tensor, rank: int) -> float:
-    """One way between ranks 0 and 1: half of there and back."""
-
-    def ping() -> None:
-        for turn in (0, 1):
-            if rank == turn:
-                dist.send(tensor, 1 - rank)
-            else:
-                dist.recv(tensor, 1 - rank)
-
-    ping()
-    count = max(2, int(FIGURE_S / NUM_BLOCKS / (2e-9 * tensor.nbytes + 1e-3)))
-    return _figure([_block(ping, count) for _ in range(NUM_BLOCKS)]) / 2
-
-
-def contention(watch: Stopwatch, group: dist.ProcessGroup) -> dict[str, float]:
-    """Times longer that a product and a pass take on all ranks at once than on the first alone."""
-    a = torch.randn(256, 256)
-    x, y = torch.ones(6 << 20), torch.empty(6 << 20)
-    calls: dict[str, Callable[[], object]] = {"product": lambda: a @ a, "passes": lambda: y.copy_(x)}
-    found = {}
-    for kind, call in calls.items():
-        alone_s = watch.seconds("contention", call, True) if dist.get_rank(group) == 0 else 0.0
-        dist.barrier(group)
-        found[kind] = max(watch.seconds("contention", call, True) / (alone_s or 1.0), 1.0)
-        dist.barrier(group)
-    return found
+    return Found([], [], [], [], [], [], messages, contention(group), 0.0, 0.0, watch.spreads())

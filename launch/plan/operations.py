@@ -43,8 +43,8 @@ def kernel_of(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     if name in _FREE or func.is_view:
         return None
     operands = {arg.name: value for arg, value in zip(func._schema.arguments, args, strict=False)} | dict(kwargs)
-    results = list(_tensors(out))
-    found = [*_tensors(list(operands.values())), *results]
+    results = list(tensors_of(out))
+    found = [*tensors_of(list(operands.values())), *results]
     if not found or any(tensor.device.type == "meta" for tensor in found):
         return None
     read, written = _traffic(func, name, operands, results)
@@ -136,12 +136,12 @@ def _only_read(name: str, key: str) -> bool:
 def _touched(target: Tensor, index: Any, operands: Mapping[str, Any]) -> int:
     """Bytes of `target` that an index operation reaches."""
     given = next((operands[key] for key in ("source", "src", "values") if isinstance(operands.get(key), Tensor)), None)
-    count = given.numel() if given is not None and given.numel() > 1 else sum(i.numel() for i in _tensors(index))
+    count = given.numel() if given is not None and given.numel() > 1 else sum(i.numel() for i in tensors_of(index))
     return min(count, target.numel()) * target.element_size()
 
 
 def _bytes_of(values: Any) -> int:
-    return sum(span_bytes(tensor) for tensor in _tensors(list(values)))
+    return sum(span_bytes(tensor) for tensor in tensors_of(list(values)))
 
 
 def span_bytes(tensor: Tensor) -> int:
@@ -152,14 +152,15 @@ def span_bytes(tensor: Tensor) -> int:
 
 def _dtype(operands: Mapping[str, Any], results: list[Tensor]) -> str:
     """That of the operands: the first that is of floats, else the first of all."""
-    tensors = [*_tensors(list(operands.values())), *results]
+    tensors = [*tensors_of(list(operands.values())), *results]
     chosen = next((tensor for tensor in tensors if tensor.is_floating_point()), tensors[0])
     return str(chosen.dtype).removeprefix("torch.")
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors of nested lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for each in value:
-            yield from _tensors(each)
+            yield from tensors_of(each)

@@ -40,6 +40,7 @@ class StepTime:
     Attributes:
         pipeline: the schedule, simulated.
         updates: of each pipeline rank's optimizer, from the last backward to new weights everywhere.
+        rest_s: sums over ranks and reports, where the host is the device and has nothing else to do meanwhile.
         ranks_s: what the device of each pipeline rank works, from which waits for neighbours are left out.
         pair: a pair of forward and backward of a middle rank; of a schedule without pairs the actions, one by one, that
             take one micro-batch through one of its stages and back.
@@ -50,6 +51,7 @@ class StepTime:
     costs: ActionCosts
     pipeline: PipelineStep
     updates: tuple[Totals, ...]
+    rest_s: float
     ranks_s: tuple[float, ...]
     pair: tuple[Action, ...]
     pair_totals: Totals
@@ -67,9 +69,10 @@ class StepTime:
     @property
     def step_s(self) -> float:
         """The whole step."""
-        return self.pipeline.simulation.step + self.optimizer_s
+        return self.pipeline.simulation.step + self.optimizer_s + self.rest_s
 
     @property
     def parts_s(self) -> dict[str, float]:
-        """By the names of the published table (arXiv 2505.09343, Table 4): means over ranks, which add up to a step."""
-        return {**self.pipeline.parts_s, "optimizer": self.optimizer_s}
+        """By the names of the published table (arXiv 2505.09343, Table 4): means over ranks, which add up to a step.
+        What a step takes besides is the optimizer's."""
+        return {**self.pipeline.parts_s, "optimizer": self.optimizer_s + self.rest_s}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from launch.plan.clock import Priced
 from launch.plan.cluster import Cluster
-from launch.plan.events import Enter, Event, Kernel, Launch, LayerPasses, Read, Turn
+from launch.plan.events import Calls, Enter, Event, Kernel, Launch, LayerPasses, Read, Turn
 from launch.plan.exchange import COMBINE, DISPATCH, exchange_seconds
 from launch.plan.kernels import AS_WRITTEN, BOUND, PUBLISHED, Rates
 from launch.plan.replay import Passes
@@ -21,16 +21,19 @@ class Pricing:
     """Rates for a run on a cluster.
 
     Attributes:
+        precision: of the run.
         kernels: one of `kernels.KERNELS`.
         beside: whether communication runs beside what computes, and takes processors from it, as in a pair.
         crosses: whether experts' rows travel between machines: the hop inside one then rides, in the published set, on
             the kernel that brings them.
-        slowdown: kind of work -> how much longer it takes beside other ranks that share a processor.
+        slowdown: kind of work, or `calls` of the host -> how much longer it takes beside other ranks that share a
+            machine's cores.
         ranks_together: kind of group -> how many of its ranks share a machine, where it is not what the cluster says.
     """
 
     cluster: Cluster
     rates: Rates
+    precision: str
     kernels: str
     beside: bool
     crosses: bool
@@ -61,6 +64,8 @@ class Pricing:
             for event in node:
                 if isinstance(event, Kernel):
                     found.append((event, self._kernel(event, scale)))
+                elif isinstance(event, Calls):
+                    found.append((event, self._calls(event, enter)))
                 elif isinstance(event, Launch) and not (self.kernels == PUBLISHED and event.number in counts):
                     found.append((event, self._communication(event, enter)))
                 else:  # DeepEP's kernels tell each other the counts before the rows, in the same launch
@@ -74,17 +79,31 @@ class Pricing:
         figures = self.cluster.memory
         rate = figures.peak_gb_per_s * 1e9 if self.kernels == BOUND else self.cluster.bytes_per_s
         scale = 1.0 if self.kernels == AS_WRITTEN else num_bytes / rate / max(sum(written), 1e-12)
-        nowhere = Enter("optimizer", "update", "U")
-        return [
-            (event, self._communication(event, nowhere) if isinstance(event, Launch) else seconds * scale)
-            for event, seconds in zip(events, written, strict=True)
-        ]
+        enter, found = Enter("optimizer", "update", "U"), list[tuple[Event, float]]()
+        for event, seconds in zip(events, written, strict=True):
+            if isinstance(event, Enter):
+                enter = event
+            if isinstance(event, Launch):
+                seconds = self._communication(event, enter)
+            elif isinstance(event, Calls):
+                seconds = self._calls(event, enter)
+            elif isinstance(event, Kernel):
+                seconds *= scale * self.slowdown.get(event.work, 1.0)
+            found.append((event, seconds))
+        return found
 
     def _kernel(self, kernel: Kernel, scale: float) -> float:
         longer = self.slowdown.get(kernel.work, 1.0)
         if kernel.work == "move" or not kernel.flops:
             return self.rates.seconds(kernel, self.num_taken) * scale * longer
         return self.rates.core_seconds(kernel, self.kernels, self.num_taken) * longer
+
+    def _calls(self, calls: Calls, enter: Enter) -> float:
+        """What a host that is the device needs to call operations; fused kernels are few."""
+        if not self.cluster.host.is_device or self.kernels != AS_WRITTEN:
+            return 0.0
+        us = self.cluster.host.call_us(self.precision, enter.layer, enter.node, enter.kind)
+        return calls.number * us * 1e-6 * self.slowdown.get("calls", 1.0)
 
     def _scale(self, enter: Enter, node: Sequence[Event]) -> float:
         """How long the passes over memory of a node are, over what they are as written."""

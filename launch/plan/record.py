@@ -13,22 +13,23 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.plan.events import Answer, Enter, Event, Launch, Memory, Read, Turn, Wait
+from launch.plan.events import Answer, Calls, Enter, Event, Kernel, Launch, Memory, Read, Turn, Wait
 from launch.plan.messages import message_of
-from launch.plan.operations import kernel_of
+from launch.plan.names import Piece, tapes
+from launch.plan.nearness import Nearness
+from launch.plan.operations import kernel_of, tensors_of
 from parallel.host import Source
-from parallel.pipeline.segments import Name, Segments
+from parallel.pipeline.segments import Name
 from parallel.torch_names import TorchDispatchMode
 from parallel.watch import Need, Watch
 from train.assemble import Tapes
-from train.stage import WeightGradients
 
 T = TypeVar("T")
 
@@ -39,19 +40,6 @@ _TRAVEL = ("dispatch", "combine")
 # They give out what they are given, or what the host holds, and do not say so.
 _NO_BIRTHS = {"aten::_unsafe_view", "aten::_reshape_alias", "aten::lift_fresh"}
 _NOWHERE = Name("stage", 0, "stage")
-
-
-class Piece(NamedTuple):
-    """Where an event is from.
-
-    name: layer and node. kind: F, B or W. turn: how many turns the pass had given when the piece began; of a weight
-    gradient, those of its backward when it was left. visit: counts the pieces of a recording.
-    """
-
-    name: Name
-    kind: str
-    turn: int
-    visit: int
 
 
 @dataclass
@@ -74,6 +62,13 @@ class _Freed:
     storage: _Storage
 
 
+@dataclass
+class _Called:
+    """Operations called so far without anything between them."""
+
+    number: int = 0
+
+
 class Entry(NamedTuple):
     """An event and where it is from; of memory that is given back, also where it was taken."""
 
@@ -87,10 +82,12 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._entries: list[tuple[Piece, Event | _Taken | _Freed]] = []
+        self._entries: list[tuple[Piece, Event | _Taken | _Freed | _Called]] = []
         self._piece = Piece(_NOWHERE, "F", 0, 0)
         self._is_on = False
         self._num_turns = self._num_visits = self._num_communications = self._num_reads = 0
+        self._called: _Called | None = None
+        self._near = Nearness()
         self._storages: dict[int, tuple[weakref.ref[Any], _Storage | None]] = {}
         self._messages: list[tuple[str, int, int]] | None = None
         self._brought: list[int] | None = None
@@ -100,7 +97,7 @@ class Recorder(TorchDispatchMode):
 
     def tapes(self) -> Tapes:
         """What a stage is to write its passes on, so that this recorder hears the names of their pieces."""
-        return Tapes(lambda: _NamedSegments(self), lambda: _NamedGradients(self))
+        return tapes(self)
 
     def watch(self, name: str) -> Watch:
         """A rank's watch that tells this recorder of all communications."""
@@ -125,7 +122,7 @@ class Recorder(TorchDispatchMode):
         self._num_visits += 1
         turn = self._num_turns if turn is None else turn
         name = name if name.node else name._replace(node=name.layer)
-        self._piece = Piece(name, kind, turn, self._num_visits)
+        self._piece, self._called = Piece(name, kind, turn, self._num_visits), None
 
     @property
     def piece(self) -> Piece:
@@ -139,7 +136,7 @@ class Recorder(TorchDispatchMode):
 
     def start_pass(self) -> None:
         """From here on turns are counted anew."""
-        self._num_turns = 0
+        self._num_turns, self._called = 0, None
 
     def drive(self, steps: Generator[None, None, T]) -> T:
         """Run a pass to its end, with a `Turn` wherever it gives way."""
@@ -154,7 +151,7 @@ class Recorder(TorchDispatchMode):
 
     def resume(self, piece: Piece) -> None:
         """A pass that had given way goes on in the piece in which it stood."""
-        self._piece = piece
+        self._piece, self._called = piece, None
 
     def read(self, source: Source) -> tuple[int, list[tuple[int, ...]]]:
         """Numbers are set out for the host. Returns the read's number and the shapes of what `source` gives."""
@@ -217,11 +214,13 @@ class Recorder(TorchDispatchMode):
             if self._messages is not None:
                 self._messages.append(message_of(func, args, kwargs))
             return out
+        self._call()
         if not func.is_view and func._schema.name not in _NO_BIRTHS:
             self._births(out, func)
         kernel = kernel_of(func, args, kwargs, out)
         if kernel is not None:
-            self._add(kernel)
+            far_bytes = self._near.far_bytes(tensors_of([args, list(kwargs.values()), out]))
+            self._add(replace(kernel, far_bytes=far_bytes))
         return out
 
     def _births(self, out: Any, func: Any) -> None:
@@ -240,6 +239,7 @@ class Recorder(TorchDispatchMode):
         num_bytes = -(-storage.nbytes() // ROUNDING_BYTES) * ROUNDING_BYTES
         if not num_bytes:
             return
+        self._near.born(key, num_bytes)
         dtype, op = str(tensor.dtype).removeprefix("torch."), func._schema.name.split("::")[1]
         taken = _Storage(num_bytes, f"{list(tensor.shape)} {dtype}, {op}", self._piece)
         self._storages[key] = weakref.ref(storage, partial(self._death, key)), taken
@@ -247,13 +247,23 @@ class Recorder(TorchDispatchMode):
 
     def _death(self, key: int, _: Any) -> None:
         _, storage = self._storages.pop(key)
+        if storage is not None:
+            self._near.died(key, storage.num_bytes)
         if storage is not None and self._is_on:
             storage.died = self._piece
             self._entries.append((self._piece, _Freed(storage)))
 
+    def _call(self) -> None:
+        if self._called is None:
+            self._called = _Called()
+            self._entries.append((self._piece, self._called))
+        self._called.number += 1
+
     def _add(self, event: Event) -> None:
         if self._is_on:
             self._entries.append((self._piece, event))
+            if not isinstance(event, Kernel):
+                self._called = None
 
     # --- what came of it
 
@@ -284,7 +294,9 @@ _NAMES = {
 }
 
 
-def _settled(event: Event | _Taken | _Freed) -> Event:
+def _settled(event: Event | _Taken | _Freed | _Called) -> Event:
+    if isinstance(event, _Called):
+        return Calls(event.number)
     if isinstance(event, _Taken):
         return Memory(event.storage.num_bytes, _component(event.storage), event.storage.label)
     if isinstance(event, _Freed):
@@ -318,33 +330,6 @@ def events_of(entries: Sequence[Entry]) -> tuple[Event, ...]:
             before = enter
         found.append(event)
     return tuple(found)
-
-
-class _NamedSegments(Segments):
-    """A record that tells a recorder which piece begins."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def begins(self, name: Name, kind: str) -> None:
-        self._recorder.begins(name, kind)
-
-
-class _NamedGradients(WeightGradients):
-    """A sink that keeps the name of the piece whose backward left a weight gradient."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __call__(self, work: Callable[[], None]) -> None:
-        name, turn = self._recorder.piece.name, self._recorder.num_turns
-        super().__call__(partial(self._run, name, turn, work))
-
-    def _run(self, name: Name, turn: int, work: Callable[[], None]) -> None:
-        self._recorder.begins(name, "W", turn)
-        work()
 
 
 class _TellingWatch(Watch):

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -60,6 +61,21 @@ class Routing:
         even = (1.0,) * placement.num_experts
         groups = given(model.n_group), given(model.topk_group), given(model.num_experts_per_tok)
         return cls(num_tokens, placement, *groups, model.topk_method, even)
+
+    @classmethod
+    def as_drawn(cls, model: ModelConfig, placement: Placement, num_tokens: int) -> Routing:
+        """Every expert gets the same in the mean, and in a micro-batch what chance makes of it.
+
+        Counts that are drawn lie as far apart as the square root of their mean. The experts get as many as such counts
+        have in their order, one above the mean beside one as far below it, so that ranks get alike.
+        """
+        even = cls.balanced(model, placement, num_tokens)
+        num_experts = placement.num_experts
+        apart = (num_experts / max(num_tokens * even.num_chosen, 1)) ** 0.5
+        half = [NormalDist().inv_cdf((rank + 0.5) / num_experts) for rank in range(num_experts // 2)]
+        loads = [1 + sign * apart * far for far in half for sign in (1, -1)] + [1.0] * (num_experts % 2)
+        low = [max(load, 0.0) for load in loads]
+        return replace(even, loads=tuple(load * num_experts / sum(low) for load in low))
 
     @classmethod
     def with_max_vio(

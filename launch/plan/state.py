@@ -42,7 +42,8 @@ class StateBytes:
 
     Attributes:
         weights, main_grad: of all parameters that the rank holds, with the padding of the flat buffers.
-        masters, moments: of its shards. Weights in float32 or float64 are their own masters, which then are none.
+        masters, moments: of its shards. Weights in float32 or float64 are their own masters, which then are none but in
+            DeepSpeed's engine.
         buffers: the selection biases of routers.
         ema_on_host: the moving average of its shards, in the host's memory.
     """
@@ -69,7 +70,9 @@ def state_bytes(config: RunConfig, pp_rank: int) -> StateBytes:
         own = layout.shard_numels[0]
         weights += layout.numel * each.dtype.itemsize
         main_grad += layout.numel * each.master_dtype.itemsize
-        masters += 0 if each.dtype == each.master_dtype else own * each.master_dtype.itemsize
+        # DeepSpeed's engine keeps masters of float32 weights as well.
+        has_masters = each.dtype != each.master_dtype or config.zero.engine == "deepspeed"
+        masters += own * each.master_dtype.itemsize if has_masters else 0
         moments += len(each.inner.state_names) * own * moment
         ema += sum(part.numel for part in segments(layout, 0)) * each.master_dtype.itemsize
     return StateBytes(

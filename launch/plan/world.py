@@ -49,6 +49,13 @@ def balanced(config: RunConfig, placement: Placement) -> Routing | None:
     return Routing.balanced(config.model, placement, config.train.micro_batch_size * config.train.seq_len)
 
 
+def as_drawn(config: RunConfig, placement: Placement) -> Routing | None:
+    """Every expert gets the same in the mean, and of a micro-batch what chance makes of it."""
+    if not config.model.n_routed_experts:
+        return None
+    return Routing.as_drawn(config.model, placement, config.train.micro_batch_size * config.train.seq_len)
+
+
 @contextmanager
 def world(
     config: RunConfig,
@@ -102,8 +109,7 @@ def without_values(config: RunConfig, kernels: str) -> RunConfig:
 
     Which way of multiplying is faster on a CPU is measured before. There, documents are attended to one by one, and
     only the data have their lengths: they are taken to be as long as rows, which is the most that attention may cost.
-    Kernels are not compiled. The native engine stands for DeepSpeed's, which leaves things in the process and keeps as
-    much.
+    Kernels are not compiled. The native engine stands for DeepSpeed's, which leaves things in the process.
     """
     on_cpu = kernels == "cpu"
     return dataclasses.replace(
@@ -164,7 +170,11 @@ class _Nothing:
         raise NotImplementedError(f"a job without values has no files, and is asked for {name}")
 
 
+def nothing() -> Any:
+    """Stands for files that a job does not have."""
+    return _Nothing()
+
+
 def _files(config: RunConfig) -> Files:
     rows: Stream = FakeRows(config.train.seq_len)
-    nothing: Any = _Nothing()
-    return Files(train_rows=rows, validation=nothing, prompts=None, checkpoints=nothing)
+    return Files(train_rows=rows, validation=nothing(), prompts=None, checkpoints=nothing())

@@ -9,15 +9,20 @@ from typing import Any
 
 import pytest
 
+from benchmarks._allocated import most_bytes
 from launch.plan import calibrate as calibration
 from launch.plan import cluster as clusters
 from launch.plan import measure
 from launch.plan.calibrate import calibrate, cluster_of, level_of, ranks_to_measure, text
 from launch.plan.events import Enter, Launch
 from launch.plan.exchange import exchange_seconds
-from launch.plan.figures import MessageTime
+from launch.plan.figures import FarTime, MessageTime
+from launch.plan.job import Plan
 from launch.plan.kernels import AS_WRITTEN, PUBLISHED, Rates
-from launch.plan.measure import Found, Stopwatch, first_call_us, overheads_us
+from launch.plan.measure import Found, first_call_us, least_s
+from launch.plan.own_code import measured_code
+from launch.plan.stopwatch import Stopwatch
+from tests.plan.jobs import job
 from tests.plan.v3_layer import product, rest
 
 
@@ -31,27 +36,34 @@ def found() -> dict[str, Any]:
         patch.setattr(measure, "PASSES", {name: measure.PASSES[name] for name in names})
         patch.setattr(measure, "PASS_BYTES", measure.PASS_BYTES[:1])
         patch.setattr(measure, "LENGTHS", (64, 128))
+        patch.setattr(measure, "FAR_BYTES", 1 << 20)
+        far_products, far_passes = measure.measured_far(watch, 1)
         kinds = {
             "products": list(measure.measured_products(watch, 1)),
             "passes": list(measure.measured_passes(watch, 1)),
             "attention": list(measure.measured_attention(watch, 1)),
+            "far_products": far_products,
+            "far_passes": far_passes,
         }
     rows = {
         kind: [dataclasses.asdict(row) | {"num_threads": count} for count in (1, 2) for row in measured]
         for kind, measured in kinds.items()
     }
-    least, launch = overheads_us(watch)
+    least = 1e6 * least_s(watch)
     spreads = dict.fromkeys(("products", "passes", "attention", "overheads"), 0.1)
     found = Found(
         **rows,
+        code=[dataclasses.asdict(piece) for piece in measured_code(["fp32"], num_steps=1)],
         messages=[],
         contention={},
         least_us=least,
-        launch_us=launch,
         first_call_us=first_call_us(),
         spreads=spreads,
     )
     return {"num_ranks": 1, **json.loads(json.dumps(dataclasses.asdict(found)))}
+
+
+CROWDED = {"product": 1.5, "passes": 2.0, "calls": 1.25}
 
 
 def grouped(num_ranks: int) -> dict[str, Any]:
@@ -62,7 +74,7 @@ def grouped(num_ranks: int) -> dict[str, Any]:
         for num_bytes in (64, 10**4, 10**6)
     ]
     messages = [dataclasses.asdict(row) for row in rows]
-    return {"num_ranks": num_ranks, "messages": messages, "contention": {"product": 1.5, "passes": 2.0}, "spreads": {}}
+    return {"num_ranks": num_ranks, "messages": messages, "contention": dict(CROWDED), "spreads": {}}
 
 
 def test_what_was_measured_is_a_cluster_that_reads_back(found: dict[str, Any], tmp_path: Path) -> None:
@@ -103,6 +115,54 @@ def test_messages_take_what_was_measured_with_as_many_ranks(found: dict[str, Any
         assert seconds == pytest.approx((50.0 * ranks + num_bytes / 1e3) * 1e-6)
     larger = Launch(0, "exchange", "ep", 2, 10**8, 10**8)
     assert exchange_seconds(larger, cluster, AS_WRITTEN) == pytest.approx(0.1, rel=0.15)
+
+
+def test_ranks_that_share_cores_take_turns(found: dict[str, Any]) -> None:
+    """Between what was measured, where some ranks wait; above it in proportion; a rank alone is as it is."""
+    cluster = cluster_of([found, grouped(2), grouped(4)])
+    assert cluster.slowdown(1) == {}
+    assert cluster.slowdown(2) == {"product": 1.5, "attention": 1.5, "move": 2.0, "calls": 1.25}
+    assert 1 < cluster.slowdown(1.5)["move"] < 2
+    assert cluster.slowdown(8)["product"] == pytest.approx(2 * cluster.slowdown(4)["product"])
+
+
+def test_pieces_of_our_own_code_are_priced_by_their_names(found: dict[str, Any]) -> None:
+    host = cluster_of([found]).host
+    row = next(row for row in host.calls if (row.layer, row.node, row.kind) == ("moe", "experts", "F"))
+    assert host.call_us("fp32", "moe", "experts", "F") == row.call_us
+    assert host.call_us("fp8", "moe", "experts", "F") == row.call_us, "of another precision, where there is none"
+    rows = [each.call_us for each in host.calls if each.kind == "F"]
+    assert host.call_us("fp32", "unheard", "of", "F") == pytest.approx(sum(rows) / len(rows))
+    assert host.call_us("fp32", "unheard", "of", "X") == host.launch_us
+    kinds = {(row.layer, row.kind) for row in host.calls}
+    assert kinds >= {(layer, kind) for layer in ("dense", "moe", "head", "mtp") for kind in "FBW"}
+    assert ("optimizer", "U") in kinds and host.step_us > 0
+
+
+def test_a_calibration_of_an_older_version_is_refused(found: dict[str, Any], tmp_path: Path) -> None:
+    cluster = cluster_of([found])
+    old = dataclasses.replace(cluster, host=dataclasses.replace(cluster.host, calls=[]))
+    path = tmp_path / "old.yaml"
+    path.write_text(text(old))
+    with pytest.raises(ValueError, match=r"cluster\.host\.calls.* python -m launch plan calibrate measures it again"):
+        clusters.load(str(path))
+
+
+def test_far_operands_take_longer(found: dict[str, Any]) -> None:
+    rates = Rates(cluster_of([found]).on(1))
+    rows = [FarTime(10**4, 0.1), FarTime(10**6, 0.05)]
+    assert rates.far_seconds(rows, 10**6, 10**6) == pytest.approx(5e-5)
+    assert rates.far_seconds(rows, 10**6, 0) == 0 == rates.far_seconds([], 10**6, 10**6)
+    near = rest(10**5)
+    assert rates.seconds(dataclasses.replace(near, far_bytes=10**5)) >= rates.seconds(near)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_rank_holds_what_is_planned(found: dict[str, Any], precision: str) -> None:
+    """Tensors of a real step, followed by other means than the trace's, as `benchmarks.plan` does it."""
+    config = job(f"precision={precision}", "train.global_batch_size=4", "parallel.dispatch=local")
+    (rank,) = Plan(config, cluster_of([found])).ranks
+    assert rank.total - rank.reserve == pytest.approx(most_bytes(config), rel=0.05)
 
 
 def test_one_rank_alone_has_no_network() -> None:

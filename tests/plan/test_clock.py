@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.plan.clock import Clock, Host, Priced
-from launch.plan.events import Answer, Event, Kernel, Launch, LayerPasses, Memory, Read, Turn, Wait
+from launch.plan.events import Answer, Calls, Event, Kernel, Launch, LayerPasses, Memory, Read, Turn, Wait
 from launch.plan.memory import book, peak_of
 from launch.plan.replay import Passes, passes_of, stretches
 from launch.plan.step import ActionCosts, run_schedule
@@ -68,6 +68,13 @@ def test_a_slow_host_is_the_clock() -> None:
 def test_a_host_that_is_the_device_does_one_thing_at_a_time() -> None:
     clock = run([(kernel(), 1.0)] * 10, Host(issue_s=0.5, is_device=True))
     assert clock.compute_s == 15.0 and clock.totals.host_s == 5.0
+
+
+def test_calls_take_time_where_the_host_computes_itself_and_nowhere_else() -> None:
+    events: list[tuple[Event, float]] = [(Calls(4), 2.0), (kernel(), 1.0), (launch(0), 1.0), (Calls(1), 0.5)]
+    here, device = run(events, Host(is_device=True)), run(events)
+    assert (here.compute_s, here.totals.host_s, here.totals.length_s) == (3.5, 2.5, 3.5)
+    assert device.compute_s == 1.0 and not device.totals.host_s
 
 
 def test_a_read_stops_the_host_and_not_the_device() -> None:

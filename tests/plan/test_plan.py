@@ -19,8 +19,8 @@ from launch.plan.job import Plan
 from launch.plan.kernels import AS_WRITTEN, KERNELS, PUBLISHED
 from launch.plan.record import Recorder, events_of
 from launch.plan.world import world
+from parallel.pipeline.rounds import most_waiting
 from train import loop
-from train.assemble import DTYPES
 from train.compose import compose
 
 SMALL = [
@@ -75,14 +75,12 @@ def is_link(event: Event) -> bool:
 
 
 def check_against_whole(plan: Plan, pp_rank: int) -> None:
-    """Within 1 %; the memory of such small models within two tensors of the experts' rows besides. One whole rank holds
-    one such tensor more than its layers together (512 KiB of 12 MB), for a reason that is not known."""
+    """Time, kernels and memory within 1 %, bytes exactly. What waits to be taken is counted at its most, so that memory
+    may be as much above what is held as those tensors are."""
     peak, seconds, clock = whole_rank(plan, pp_rank * plan.config.parallel.dp)
-    composed, train, model = plan.step(AS_WRITTEN), plan.config.train, plan.config.model
-    num_rows = train.micro_batch_size * train.seq_len * (model.num_experts_per_tok or 0)
-    rows_bytes = 2 * num_rows * model.hidden_size * DTYPES[plan.config.precision.name].itemsize
-    rank = plan.ranks[pp_rank]
-    assert rank.step.num_bytes == pytest.approx(peak, rel=0.01, abs=rows_bytes)
+    composed = plan.step(AS_WRITTEN)
+    waiting = most_waiting(plan.rounds[pp_rank]) * plan.boundary_bytes
+    assert 0.99 * peak <= plan.ranks[pp_rank].step.num_bytes <= 1.01 * peak + waiting
     assert composed.ranks_s[pp_rank] == pytest.approx(seconds, rel=0.01)
     totals = composed.pipeline.totals[pp_rank]
     assert totals.num_kernels == pytest.approx(clock.totals.num_kernels, rel=0.01)

@@ -91,6 +91,20 @@ def test_loads_that_are_uneven(case: tuple[int, ...], shown: str) -> None:
         Routing.with_max_vio(model, place, T, 0.1, "last")
 
 
+@pytest.mark.parametrize(("ep", "tokens"), [(1, 128), (4, 128), (4, 65_536)])
+def test_counts_as_drawn_lie_as_far_apart_as_chance_has_them(ep: int, tokens: int) -> None:
+    config = job("parallel.dispatch=local").model
+    made = Routing.as_drawn(config, Placement(config.n_routed_experts, ep, 0, 1), tokens)
+    total, own = tokens * config.num_experts_per_tok, config.n_routed_experts // ep
+    mean = total / config.n_routed_experts
+    assert sum(made.rows) == total and min(made.rows) < mean < max(made.rows)
+    # Counts of a multinomial draw have nearly their mean as their variance; so few quantiles have a little less.
+    variance = sum((count - mean) ** 2 for count in made.rows) / config.n_routed_experts
+    assert 0.7 * mean < variance < 1.1 * mean
+    ranks = [sum(made.rows[start : start + own]) for start in range(0, config.n_routed_experts, own)]
+    assert max(ranks) - min(ranks) <= own, "ranks get alike"
+
+
 def test_loads_of_a_run(tmp_path: Path) -> None:
     """The fullest rank of each router is put where this rank is, and the routers' mean is taken."""
     config = job()
