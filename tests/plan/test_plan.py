@@ -88,8 +88,13 @@ def check_against_whole(plan: Plan, pp_rank: int) -> None:
     assert {group: size for group, size in totals.sent_bytes.items() if size} == exchanged
 
 
+# Grouped calls let go of what they have sent at the next call that a rank waits for; a plan holds it until its target
+# has said something. Under ZB-V that is two tensors of a stage's border more than a whole rank has.
+LETS_GO_LATE = pytest.mark.xfail(strict=True, reason="sent tensors are let go later in a plan than by grouped calls")
+
+
 # The two ranks of DualPipe are mirrors of each other: one is looked at. ZB-V holds two chunks as they do.
-@pytest.mark.parametrize("name", ["1f1b", "dualpipe", pytest.param("zbv", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe", pytest.param("zbv", marks=[pytest.mark.slow, LETS_GO_LATE])])
 def test_layers_put_together_are_a_whole_rank(name: str) -> None:
     h100 = cluster.load("h100")
     # The whole rank is priced at once, and does not know which of its actions are pairs.
