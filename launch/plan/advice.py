@@ -9,11 +9,10 @@ from launch.plan.guess import Guess, Guesses
 from launch.plan.job import Plan
 from launch.plan.kernels import AS_WRITTEN
 from launch.plan.layout import Layout, change, relief
-from launch.plan.space import Space
+from launch.plan.space import Space, is_legal
 from launch.plan.step import ActionCosts
 from parallel.pipeline.actions import Chunk
 from parallel.pipeline.placement import loop
-from train.config import RunConfig
 from train.split import split
 
 MOST = 2
@@ -61,7 +60,7 @@ def _even(plan: Plan) -> str:
     layers, step = evened(plan), plan.step(AS_WRITTEN)
     better = plan.with_layers(layers)
     # The optimizer's part is left as it is: another split hardly changes it, and would have to be traced.
-    step_s = better.pipeline(AS_WRITTEN)[1].simulation.step + step.optimizer_s
+    step_s = better.pipeline(AS_WRITTEN)[1].simulation.step + step.rest_of_step_s
     if step_s > (1 - LEAST_GAIN) * step.step_s:
         return ""
     most, device = max(rank.total for rank in better.ranks), plan.cluster.memory.device_gb * GB
@@ -82,20 +81,12 @@ def _quicker(plan: Plan, guesses: Sequence[Guess]) -> str:
     device_bytes = plan.cluster.memory.device_gb * GB
     fits = [each for each in others if each.num_bytes <= device_bytes]
     best = min(fits, key=lambda each: each.step_s, default=own)
-    if best.step_s > (1 - LEAST_GUESSED_GAIN) * own.step_s or not _is_legal(best.config):
+    if best.step_s > (1 - LEAST_GUESSED_GAIN) * own.step_s or not is_legal(best.config):
         return ""
     return (
         f"Of single changes {change(plan.config, best.config)} promises most: a step about "
         f"{1 - best.step_s / own.step_s:.0%} shorter, by a guess that a plan can confirm."
     )
-
-
-def _is_legal(config: RunConfig) -> bool:
-    try:
-        config.check()
-    except ValueError:
-        return False
-    return True
 
 
 # --- layers for each stage

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from launch.plan.events import Enter, Event, Kernel, Launch, LayerPasses, Memory
+from launch.plan.events import Calls, Enter, Event, Kernel, Launch, LayerPasses, Memory
 from launch.plan.exchange import EXCHANGE
 from launch.plan.job import Plan, link_groups, num_groups
 from launch.plan.kernels import AS_WRITTEN
@@ -43,7 +43,7 @@ class Pass:
     """A pass through one layer.
 
     Attributes:
-        seconds: node -> what its kernels take.
+        seconds: node -> what its kernels take, and of a host that is the device what it needs to call them.
         num_issued: kernels and communications.
     """
 
@@ -97,6 +97,8 @@ def _pass(events: Sequence[Event], pricing: Pricing) -> Pass:
         elif isinstance(event, Kernel):
             seconds[node] += each_s
             num += 1
+        elif isinstance(event, Calls):
+            seconds[node] += each_s
         elif isinstance(event, Launch):
             num += 1
     return Pass(seconds, num)

@@ -24,7 +24,7 @@ from parallel.mesh import ParallelConfig
 from parallel.pipeline.actions import Action, Chunk, Pair
 from parallel.pipeline.links import NUM_POSTED
 from parallel.pipeline.order import Channel, Message, messages
-from parallel.pipeline.rounds import Round, most_waiting, rounds
+from parallel.pipeline.rounds import Round, rounds
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import simulate
 from train import environment
@@ -121,8 +121,11 @@ class Plan:
 
     def _rank(self, rank: int, booked: Mapping[str, Passes[memory.Booked]]) -> RankMemory:
         quantised = self._quantised_bytes(rank)
+        in_rounds = self.device == "cuda"
+        posted = 0 if in_rounds else NUM_POSTED * sum(channel.target == rank for channel in self._sent)
+        own_rounds = self.rounds[rank] if in_rounds else None
         peak = memory.peak_of(
-            self.schedule, rank, self.slices, booked, self.boundary_bytes, self._num_posted(rank), self._sent
+            self.schedule, rank, self.slices, booked, self.boundary_bytes, posted, self._sent, own_rounds
         )
         state = self._states[rank]
         held = state.on_device + quantised + peak.num_bytes
@@ -131,12 +134,6 @@ class Plan:
     @cached_property
     def _sent(self) -> dict[Channel, list[Message]]:
         return messages(self.schedule)
-
-    def _num_posted(self, rank: int) -> int:
-        """Tensors of receives that wait to be taken, at most."""
-        if self.device == "cuda":
-            return most_waiting(self.rounds[rank])
-        return NUM_POSTED * sum(channel.target == rank for channel in self._sent)
 
     def _quantised_bytes(self, rank: int) -> int:
         kinds = [kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage)]
@@ -313,7 +310,7 @@ class Plan:
         if num_micro_batches == self.num_micro_batches:
             return step.step_s
         schedule = self.config.schedule(num_micro_batches)
-        return simulate(schedule, step.costs).step + step.optimizer_s + step.rest_s
+        return simulate(schedule, step.costs).step + step.rest_of_step_s + step.rest_s
 
     # --- figures
 

@@ -10,8 +10,10 @@ from functools import cached_property
 from launch.plan.events import Event, Memory
 from launch.plan.replay import Ends, Passes, Progress, ReplayedStage
 from parallel.pipeline.actions import Action, Chunk
+from parallel.pipeline.grouped_links import NUM_UNDER_WAY
 from parallel.pipeline.order import Channel, Message, messages, source
 from parallel.pipeline.placement import Placement
+from parallel.pipeline.rounds import Round
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule
 
@@ -140,12 +142,13 @@ def peak_of(
     boundary_bytes: int,
     num_posted: int = 0,
     sent: Mapping[Channel, Sequence[Message]] | None = None,
+    own_rounds: Sequence[Round] | None = None,
 ) -> Peak:
     """What one rank holds over a step of a schedule.
 
-    boundary_bytes: of the tensor that one stage hands to the next. What is received lies there from the action that
-    takes it on; what is sent is let go by the action that made it. num_posted: of receives, tensors that wait to be
-    taken. sent: the schedule's messages, where they are known.
+    boundary_bytes: of the tensor that one stage hands to the next. num_posted: receives that lie there all the time,
+    posted ahead. sent: the schedule's messages, where they are known. own_rounds: what the rank exchanges where
+    messages are kernels; None where each link works by itself.
     """
     ledger = _Ledger()
     sent = messages(schedule) if sent is None else sent
@@ -165,7 +168,11 @@ def peak_of(
             peaks.append((ledger.peak, action))
         series.append(ledger.ended())
 
-    links = _Boundaries(placement, sent, rank, ledger, boundary_bytes)
+    links: Ends
+    if own_rounds is None:
+        links = _Boundaries(placement, sent, rank, ledger, boundary_bytes)
+    else:
+        links = _GroupedBoundaries(placement, own_rounds, rank, ledger, boundary_bytes)
     Runtime(rank, stages, links, Progress(ended)).run(schedule, ())
     assert ledger.snapshot is not None
     held, owners, _ = ledger.snapshot
@@ -198,9 +205,7 @@ class _Boundaries(Ends):
     ) -> None:
         super().__init__(self._leaves)
         self._placement, self._rank, self._ledger = placement, rank, ledger
-        change = Counter({("activations", "between stages"): num_bytes})
-        gone = Counter({("activations", "between stages"): -num_bytes})
-        self._arrives, self._goes = Booked(change, num_bytes, change), Booked(gone, 0, Counter())
+        self._arrives, self._goes = _borders(num_bytes)
         self._to_send = {channel: deque(each) for channel, each in sent.items() if channel.source == rank}
         self._to_take = {channel: deque(each) for channel, each in sent.items() if channel.target == rank}
         self._leaving: dict[Channel, deque[tuple[int, tuple[int, int, int]]]] = {
@@ -230,3 +235,61 @@ class _Boundaries(Ends):
             return
         channel = Channel(self._rank, self._placement.rank_of[at], part.kind)
         self._leaving[channel].append((self._to_send[channel].popleft().taken, (part.stage, part.micro_batch, 0)))
+
+
+class _GroupedBoundaries(Ends):
+    """Books the tensors that stages hand on, as `GroupedLinks` holds them: what a call receives has memory from its
+    launch on, and what it sends is let go when the rank waits for that call or for a later one."""
+
+    def __init__(
+        self, placement: Placement, own_rounds: Sequence[Round], rank: int, ledger: _Ledger, num_bytes: int
+    ) -> None:
+        super().__init__(lambda _: self._launch(self._place + 1))
+        self._placement, self._rank, self._ledger = placement, rank, ledger
+        self._arrives, self._goes = _borders(num_bytes)
+        self._ahead, self._under_way = deque(own_rounds), deque[Round]()
+        self._place = 0
+
+    def turn_to(self, at: int) -> None:
+        self._launch(2 * at)
+
+    def take(self, part: Chunk) -> None:
+        made_by = source(self._placement, part)
+        if made_by is None or self._placement.rank_of[made_by.stage] == self._rank:
+            return
+        if any(part == message.consumer for each in self._under_way for _, message in each.receives):
+            while part not in [message.consumer for _, message in self._wait().receives]:
+                pass
+
+    def close(self) -> None:
+        if self._ahead:
+            self._launch(self._ahead[-1].place)
+        while self._under_way:
+            self._wait()
+
+    def _launch(self, place: int) -> None:
+        self._place = place - place % 2
+        while self._ahead and self._ahead[0].place <= place:
+            self._under_way.append(self._ahead.popleft())
+            for _, message in self._under_way[-1].receives:
+                self._ledger.play(self._arrives, _scope(message.consumer))
+            if len(self._under_way) > NUM_UNDER_WAY:
+                self._wait()
+
+    def _wait(self) -> Round:
+        """For the oldest call under way."""
+        over = self._under_way.popleft()
+        for _, message in over.sends:
+            self._ledger.play(self._goes, _scope(message.producer))
+        return over
+
+
+def _borders(num_bytes: int) -> tuple[Booked, Booked]:
+    """A tensor between stages that comes, and one that goes."""
+    change = Counter({("activations", "between stages"): num_bytes})
+    gone = Counter({("activations", "between stages"): -num_bytes})
+    return Booked(change, num_bytes, change), Booked(gone, 0, Counter())
+
+
+def _scope(part: Chunk) -> tuple[int, int, int]:
+    return part.stage, part.micro_batch, 0

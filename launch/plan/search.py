@@ -25,7 +25,7 @@ from launch.plan.kernels import AS_WRITTEN
 from launch.plan.layers import Kept
 from launch.plan.layout import Layout, relief, settings
 from launch.plan.outcome import StepTime
-from launch.plan.space import Space
+from launch.plan.space import Space, is_legal
 from launch.plan.world import MakeRouting
 from train.config import RunConfig
 
@@ -188,18 +188,10 @@ def _chosen(order: Sequence[RunConfig]) -> tuple[list[list[RunConfig]], list[Run
         key = Layout.of(config)[1:3] + Layout.of(config)[4:]
         if num == NUM_PLANNED or (key not in groups and len(groups) == NUM_TRACED):
             rest.append(config)
-        elif _is_legal(config):
+        elif is_legal(config):
             groups.setdefault(key, []).append(config)
             num += 1
     return list(groups.values()), rest
-
-
-def _is_legal(config: RunConfig) -> bool:
-    try:
-        config.check()
-    except ValueError:
-        return False
-    return True
 
 
 def _plan(task: tuple[Sequence[RunConfig], Cluster, MakeRouting, Kept]) -> list[Planned]:
@@ -231,7 +223,7 @@ def parts_s(step: StepTime) -> dict[str, float]:
         "waiting for the host": [each.host_s for each in totals],
     }
     found = {name: sum(each) / len(totals) for name, each in mean.items()}
-    return found | {"bubble": step.parts_s["bubble"], "optimizer": step.optimizer_s}
+    return found | {"bubble": step.parts_s["bubble"], "optimizer": step.parts_s["optimizer"]}
 
 
 # --- words

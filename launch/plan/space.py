@@ -164,6 +164,15 @@ class Space:
         return [self.base.precision] if "precision" in self.held else self.precisions
 
 
+def is_legal(config: RunConfig) -> bool:
+    """Whether all rules of a run hold."""
+    try:
+        config.check()
+    except ValueError:
+        return False
+    return True
+
+
 def _is_mesh(config: RunConfig) -> bool:
     model = config.model
     try:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from parallel.pipeline.actions import Action, Chunk, Pair
@@ -72,17 +71,6 @@ def rounds(schedule: Schedule) -> tuple[tuple[Round, ...], ...]:
         )
         for rank, places in enumerate(moments)
     )
-
-
-def most_waiting(own: Sequence[Round]) -> int:
-    """The most tensors that have memory, as their receives are launched, and wait for an action to take them."""
-    changes = [(each.place, 1) for each in own for _ in each.receives]
-    changes += [(2 * message.taken, -1) for each in own for _, message in each.receives]
-    most = held = 0
-    for _, change in sorted(changes, key=lambda entry: (entry[0], -entry[1])):
-        held += change
-        most = max(most, held)
-    return most
 
 
 def _clock(schedule: Schedule, sent: dict[Channel, list[Message]]) -> tuple[list[dict[int, int]], dict[Chunk, int]]:

@@ -11,7 +11,7 @@ import pytest
 
 from parallel.pipeline.order import Channel, Message, messages
 from parallel.pipeline.registry import FAMILIES, build, build_alone, build_forward, build_one_way
-from parallel.pipeline.rounds import Round, most_waiting, rounds
+from parallel.pipeline.rounds import Round, rounds
 from parallel.pipeline.schedule import Schedule
 
 # What a call brings to others, and what of others it waits for.
@@ -111,6 +111,17 @@ def check(schedule: Schedule) -> None:
                 assert each.place <= 2 * message.taken, "before it is taken"
     for channel, sent in messages(schedule).items():
         assert Counter(ends[channel]) == Counter((end, message) for message in sent for end in ("send", "receive"))
+
+
+def most_waiting(own: Sequence[Round]) -> int:
+    """The most tensors that have memory, as their receives are launched, and wait for an action to take them."""
+    changes = [(each.place, 1) for each in own for _ in each.receives]
+    changes += [(2 * message.taken, -1) for each in own for _, message in each.receives]
+    most = held = 0
+    for _, change in sorted(changes, key=lambda entry: (entry[0], -entry[1])):
+        held += change
+        most = max(most, held)
+    return most
 
 
 def test_every_schedule_can_be_exchanged_in_rounds() -> None:
