@@ -44,7 +44,7 @@ from train.flops import parameter_counts, training_flops_per_token
 from train.job import held
 from train.model.config import ModelConfig
 from train.model.init import init_weights
-from train.model.kernels import Kernels
+from train.model.kernels import Kernels, compiled_kernels
 from train.model.loss import LossTerms
 from train.model.transformer import Transformer
 from train.precision.build import build_engines, fp8_weights
@@ -144,7 +144,7 @@ def ours(config: ModelConfig, clip: float, precision: str = "fp32", compile: boo
     weights = fp8_weights(precise, "cpu")
     engines = build_engines(precise, "cpu", weights)
     with torch.device("meta"):
-        model = Transformer(config, dispatch, engines, kernels=Kernels(compile=compile))
+        model = Transformer(config, dispatch, engines, kernels=compiled_kernels() if compile else Kernels())
     init_weights(model, 0, DTYPES[precision], "cpu")
     rule = rules(OptimizerConfig(weight_decay=WEIGHT_DECAY))
     params = [(info, param, *rule(info.name, info.global_shape)) for info, param in held([model])]

@@ -17,12 +17,17 @@ def check_machine(config: RunConfig) -> None:
     """ValueError for what a job's ranks would miss on this machine, before anything is prepared for them."""
     environment.num_threads()
     environment.wandb_mode()
-    if config.run.compile:
+    if config.run.kernels == "compiled":
         environment.check_compiler()
     if config.run.device == "cuda":
         from train.device import uses_cuda
 
         uses_cuda("run.device", config.run.device, config.parallel.pp * config.parallel.dp)
+    if config.run.kernels == "triton":
+        from train.device import uses_cuda
+        from train.model.kernels import choose_kernels
+
+        choose_kernels("triton", "cuda" if uses_cuda("run.device", config.run.device) else "cpu")
 
 
 def check_folders(config: RunConfig) -> None:

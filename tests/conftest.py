@@ -13,6 +13,8 @@ os.environ.setdefault("WANDB_SILENT", "true")
 os.environ.setdefault("WANDB__SERVICE_WAIT", "600")
 os.environ.setdefault("WANDB_INIT_TIMEOUT", "600")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# Kernels run in Triton's interpreter, which must be known before Triton is imported. A run on a CPU still takes none.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 # The same in every worker of pytest-xdist, which inherits it.
 os.environ.setdefault("HALOCLINE_SEED", str(random.randrange(1 << 32)))
 

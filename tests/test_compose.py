@@ -157,7 +157,7 @@ MISTAKES = [
     ("train.seq_len=long", "train.seq_len", "long"),
     ("train.seq_len=1.5", "train.seq_len", "1.5"),
     ("optimizer.beta1=yes_please", "optimizer.beta1", "yes_please"),
-    ("run.compile=perhaps", "run.compile", "perhaps"),
+    ("run.deterministic=perhaps", "run.deterministic", "perhaps"),
     ("train.seq_len=null", "train.seq_len", ""),
     # not a setting at all
     ("train.seq_len", "train.seq_len", ""),

@@ -172,10 +172,10 @@ def test_no_compiler(
     tokens: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
-    words = [*SMALL, *tokens, "run.compile=true", f"run.dir={tmp_path}"]
+    words = [*SMALL, *tokens, "run.kernels=compiled", f"run.dir={tmp_path}"]
     for rank in (True, False):
         said = refused(capsys, words if rank else ["local", *words], rank)
-        assert said.startswith("run.compile=true needs a C++ compiler, and there is no no-such-compiler here")
+        assert said.startswith("run.kernels=compiled needs a C++ compiler, and there is no no-such-compiler here")
 
 
 # --- settings ---

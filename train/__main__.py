@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
     with stop_signals(lambda code, sentence: end_now(code, sentence if speaks else "")) as stop:
 
         def start(config: RunConfig) -> int:
-            if config.run.compile:
+            if config.run.kernels == "compiled":
                 environment.check_compiler()
             from train.rank import run_rank
 

@@ -36,7 +36,7 @@ from train.device import uses_cuda
 from train.job import Job, held
 from train.model.config import ModelConfig
 from train.model.init import InitialValues, init_weights, materialise
-from train.model.kernels import Kernels
+from train.model.kernels import KERNELS, Kernels, choose_kernels
 from train.model.packing import ByDocument, OneText, Packing
 from train.model.parts import Parts
 from train.model.recompute import Recompute
@@ -78,6 +78,7 @@ def device_of(config: RunConfig) -> str:
     device = "cuda" if cuda else "cpu"
     if config.precision.name == "fp8":
         choose_engine(config.precision, device)
+    choose_kernels(config.run.kernels, device)
     return device
 
 
@@ -166,10 +167,12 @@ def put_together(
     make_engines: MakeEngines = build_engines,
     tapes: Tapes | None = None,
     weights: QuantisedWeights | LibraryModules | None = None,
+    kernels: Kernels | None = None,
 ) -> Job:
     """This rank's part of the run over files that are open; `assemble` says more.
 
-    weights: what holds quantised weights, and so who multiplies in FP8; None is what the device has.
+    weights: what holds quantised weights, and so who multiplies in FP8; None is what the device has. kernels: as
+    `build_stages` takes them.
     """
     place = environment.read()
     dispatch = build_dispatch(
@@ -178,7 +181,7 @@ def put_together(
     weights = weights or fp8_weights(config.precision, groups.kernels)
     engines = make_engines(config.precision, groups.kernels, weights)
     rows_seen = packing(config, files.train_rows.end_of_document, groups.kernels)
-    stages = build_stages(config, dispatch, groups, engines, rows_seen, tapes)
+    stages = build_stages(config, dispatch, groups, engines, rows_seen, tapes, kernels)
     models = [stage.model for stage in stages.values()]
     if isinstance(weights, LibraryModules):
         for model in models:
@@ -284,15 +287,16 @@ def build_stages(
     engines: Mapping[str, Engine],
     packing: Packing | None = None,
     tapes: Tapes | None = None,
+    kernels: Kernels | None = None,
 ) -> dict[int, Stage]:
     """This rank's slices of the model: laid out without memory, then filled with (seed, name)'s values.
 
-    Slices that both need the embedding share one tensor.
+    Slices that both need the embedding share one tensor. kernels: None takes those that `run.kernels` means here.
     """
     tapes = tapes or Tapes()
     placement, pp_rank = config.placement, groups.mesh.pp_rank
     slices = split(config.model, placement.num_slices, config.train.seq_len, config.pipeline.layers)
-    kernels = Kernels(compile=config.run.compile)
+    kernels = kernels or KERNELS[choose_kernels(config.run.kernels, groups.kernels)]()
     stages: dict[int, Stage] = {}
     embedding: nn.Parameter | None = None
     for number in placement.stages_on(pp_rank):

@@ -40,7 +40,9 @@ class FolderConfig:
         device: `auto` (CUDA where there is a device), `cpu`, `cuda`.
         num_threads: threads per process; None takes `OMP_NUM_THREADS`, or shares the cores among this machine's
             processes.
-        compile: `torch.compile` for the element-wise kernels; needs a C++ compiler.
+        kernels: who computes what is no matrix product: `triton`, kernels of our own for GPUs; `eager`, torch's
+            operations; `compiled`, `torch.compile` of some of them, which needs a C++ compiler. `auto` is `triton` on a
+            GPU where Triton is installed, and else `eager` (docs/kernels.md).
         deterministic: on GPUs take no kernel whose bits depend on timing, so that a run repeats bit for bit; slower
             (docs/precision.md). On a CPU it changes nothing.
         hang_timeout_s: longest wait of a rank for another one. It then says what it waits for and from whom, and the
@@ -54,7 +56,7 @@ class FolderConfig:
     dir: str = "runs/tiny"
     device: str = "auto"
     num_threads: int | None = None
-    compile: bool = False
+    kernels: str = "auto"
     deterministic: bool = False
     hang_timeout_s: float | None = 600.0
 
@@ -62,6 +64,8 @@ class FolderConfig:
         """ValueError unless the device is known, the number of threads positive and the timeout of a useful length."""
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"run.device={self.device} is not one of auto, cpu, cuda")
+        if self.kernels not in ("auto", "eager", "compiled", "triton"):
+            raise ValueError(f"run.kernels={self.kernels} is not one of auto, eager, compiled, triton")
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"run.num_threads={self.num_threads} must be at least 1, or null to share the cores")
         if self.hang_timeout_s is not None and not (1 <= self.hang_timeout_s < math.inf):

@@ -117,12 +117,12 @@ def compiler(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def check_compiler(environ: Mapping[str, str] = os.environ) -> None:
-    """ValueError unless there is the C++ compiler that torch takes for `run.compile`: CXX, or g++."""
+    """ValueError unless there is the C++ compiler that torch takes for `run.kernels=compiled`: CXX, or g++."""
     words = compiler(environ)
     if shutil.which(words[0], path=environ.get("PATH")) is None:
         raise ValueError(
-            f"run.compile=true needs a C++ compiler, and there is no {words[0]} here: install one, name one in the "
-            "environment's CXX, or leave run.compile=false"
+            f"run.kernels=compiled needs a C++ compiler, and there is no {words[0]} here: install one, name one in the "
+            "environment's CXX, or leave run.kernels=auto"
         )
 
 

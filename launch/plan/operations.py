@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from kernels.operation import NAMESPACE, launch_of
 from launch.plan.events import Kernel
 from launch.plan.fp8 import LIBRARY, library_sizes
 from parallel.torch_names import OpOverload
@@ -47,7 +48,10 @@ def kernel_of(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     found = [*tensors_of(list(operands.values())), *results]
     if not found or any(tensor.device.type == "meta" for tensor in found):
         return None
-    read, written = _traffic(func, name, operands, results)
+    if func.namespace == NAMESPACE:
+        read, written = _kernels_traffic(name, args, kwargs, results)
+    else:
+        read, written = _traffic(func, name, operands, results)
     common: dict[str, Any] = {"dtype": _dtype(operands, results), "read_bytes": read, "written_bytes": written}
     if func.namespace == LIBRARY and name in ("multiply", "multiply_add"):
         sizes = library_sizes(name, operands)
@@ -126,6 +130,18 @@ def _traffic(func: Any, name: str, operands: Mapping[str, Any], results: list[Te
     read = _bytes_of(value for key, value in operands.items() if key not in overwritten)
     written = _bytes_of(value for key, value in operands.items() if key in mutated and not _only_read(name, key))
     return read, written + made
+
+
+def _kernels_traffic(name: str, args: Any, kwargs: Any, results: list[Tensor]) -> tuple[int, int]:
+    """(bytes read, bytes written) by a kernel of our own."""
+    launch = launch_of(name, args, kwargs)
+    given = {id(tensor) for tensor in results}
+    read = _bytes_of(tensor for tensor in tensors_of([*args, *kwargs.values()]) if id(tensor) not in given)
+    written = _bytes_of(results)
+    return (
+        read if launch.read_bytes is None else launch.read_bytes,
+        written if launch.written_bytes is None else launch.written_bytes,
+    )
 
 
 def _only_read(name: str, key: str) -> bool:

@@ -33,6 +33,7 @@ from train.assemble import Files, put_together
 from train.config import RunConfig
 from train.data.rows.blend import Stream
 from train.job import Job
+from train.model.kernels import KERNELS
 from train.precision.build import settle
 from train.precision.reference import QuantisedWeights
 
@@ -84,7 +85,8 @@ def world(
         library = library_shapes(config.precision) if kernels == "cuda" else None
         # Rounding as torch's operations: code compiled for a CPU would look for values.
         weights = library or QuantisedWeights(config.precision.power_of_two_scales)
-        yield put_together(config, groups, _files(config), tapes=recorder.tapes(), weights=weights)
+        made = KERNELS[config.run.kernels]()
+        yield put_together(config, groups, _files(config), tapes=recorder.tapes(), weights=weights, kernels=made)
 
 
 @contextmanager
@@ -109,14 +111,15 @@ def without_values(config: RunConfig, kernels: str) -> RunConfig:
 
     Which way of multiplying is faster on a CPU is measured before. There, documents are attended to one by one, and
     only the data have their lengths: they are taken to be as long as rows, which is the most that attention may cost.
-    Kernels are not compiled. The native engine stands for DeepSpeed's, which leaves things in the process.
+    Kernels are not compiled; those of a GPU with Triton can be traced without it. The native engine stands for
+    DeepSpeed's, which leaves things in the process.
     """
-    on_cpu = kernels == "cpu"
+    on_cpu, named = kernels == "cpu", config.run.kernels in ("eager", "compiled")
     return dataclasses.replace(
         config,
         precision=settle(config.precision, kernels),
         data=dataclasses.replace(config.data, document_mask=config.data.document_mask and not on_cpu),
-        run=dataclasses.replace(config.run, compile=False),
+        run=dataclasses.replace(config.run, kernels="eager" if on_cpu or named else "triton"),
         zero=dataclasses.replace(config.zero, engine="native"),
     )
 

@@ -65,7 +65,13 @@ def test_kernels_are_those_of_the_device_that_is_asked_for(kernels: str) -> None
 @pytest.mark.parametrize("kernels", ["cuda", "cpu"])
 def test_documents_and_what_a_cpu_measures_are_no_obstacle(kernels: str) -> None:
     """A mask over documents costs the whole square; where lengths would be read, a row is one document."""
-    settings = [*WAYS["flat"], "precision=bf16", "data.document_mask=true", "run.compile=true", "zero.engine=deepspeed"]
+    settings = [
+        *WAYS["flat"],
+        "precision=bf16",
+        "data.document_mask=true",
+        "run.kernels=compiled",
+        "zero.engine=deepspeed",
+    ]
     passes = layers_of(job(*settings), kernels).passes["dense"]
     plain = layers_of(job(*WAYS["flat"], "precision=bf16"), kernels).passes["dense"]
     cores = [

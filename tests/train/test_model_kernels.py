@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tests import reference
 from tests.bounds import assert_within, gamma
 from train.model.attention.kernels import join_heads, rotate, rotate_heads
-from train.model.kernels import Kernels, rms_norm_forward, swiglu_backward, swiglu_forward
+from train.model.kernels import Kernels, compiled_kernels, rms_norm_forward, swiglu_backward, swiglu_forward
 from train.model.layers import Backend
 from train.model.loss import cross_entropy_sum
 from train.precision.build import everywhere
@@ -166,7 +166,7 @@ def test_rotation_keeps_the_scores_relative() -> None:
 
 @pytest.mark.slow
 def test_compiled_equals_eager() -> None:
-    eager, compiled = Kernels(), Kernels(compile=True)
+    eager, compiled = Kernels(), compiled_kernels()
     for num_rows in (6, 9):
         h, da, x = torch.randn(num_rows, 16), torch.randn(num_rows, 8), torch.randn(num_rows, 10)
         weights, norm = torch.rand(num_rows), torch.rand(10)

@@ -41,7 +41,7 @@ CALLED = {
     "run.hang_timeout_s": "distributed_timeout_seconds timeout train_timeout_seconds comm.train_timeout_seconds",
     "run.name": "run_name experiment_name exp_name job_name",
     "run.dir": "output_dir exp_dir dump_folder work_dir log_dir save_dir",
-    "run.compile": "torch_compile compile.enable compile",
+    "run.kernels": "torch_compile compile.enable compile use_liger_kernel fused_kernels",
     "model.num_hidden_layers": "num_layers n_layers n_layer",
     "model.num_attention_heads": "n_heads n_head num_heads",
     "model.num_key_value_heads": "num_query_groups n_kv_heads num_kv_heads group_query_attention",

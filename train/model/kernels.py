@@ -2,12 +2,13 @@
 
 Each is a pair of pure functions wrapped in an autograd Function. Sums and products inside are float32 for bfloat16
 inputs and keep float32 and float64 as they are. They are written for few passes over memory; where the last pass may
-overwrite its own temporary, it does.
+overwrite its own temporary, it does. On GPUs the floor `kernels` has each in one pass; `Kernels` says whose are run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -79,17 +80,55 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dweight.to(weight.dtype), None, None
 
 
+@dataclass(frozen=True)
 class Kernels:
-    """The elementwise kernels a model runs: as written, or compiled by torch (needs a C++ compiler on CPU)."""
+    """The element-wise kernels that a model runs; as written unless others are given, which compute the same."""
 
-    def __init__(self, compile: bool = False) -> None:
-        # Rows per expert change with every batch: one dynamic kernel instead of one for each count.
-        wrap: Callable[[Any], Any] = partial(torch.compile, dynamic=True) if compile else lambda kernel: kernel
-        self.rms_norm_forward = wrap(rms_norm_forward)
-        self.rms_norm_backward = wrap(rms_norm_backward)
-        self.swiglu_forward = wrap(swiglu_forward)
-        self.swiglu_backward = wrap(swiglu_backward)
+    rms_norm_forward: Callable[..., tuple[Tensor, Tensor]] = rms_norm_forward
+    rms_norm_backward: Callable[..., tuple[Tensor, Tensor]] = rms_norm_backward
+    swiglu_forward: Callable[..., Tensor] = swiglu_forward
+    swiglu_backward: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = swiglu_backward
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Differentiable x [..., d] -> x / sqrt(mean(x²) + eps) * weight."""
         return _RMSNorm.apply(x, weight, eps, self)
+
+
+def compiled_kernels() -> Kernels:
+    """Those as written, compiled by torch, which needs a C++ compiler on a CPU."""
+    # Rows per expert change with every batch: one dynamic kernel instead of one for each count.
+    wrap: Callable[[Any], Any] = partial(torch.compile, dynamic=True)
+    return Kernels(wrap(rms_norm_forward), wrap(rms_norm_backward), wrap(swiglu_forward), wrap(swiglu_backward))
+
+
+def triton_kernels() -> Kernels:
+    """Those of the floor `kernels`, loaded when they are asked for; without Triton they can only be traced."""
+    from kernels import rms_norm
+
+    return Kernels(rms_norm_forward=rms_norm.rms_norm_forward, rms_norm_backward=rms_norm.rms_norm_backward)
+
+
+#: What `run.kernels` may say beside `auto`.
+KERNELS: dict[str, Callable[[], Kernels]] = {
+    "eager": Kernels,
+    "compiled": compiled_kernels,
+    "triton": triton_kernels,
+}
+
+
+def choose_kernels(asked: str, device: torch.device | str) -> str:
+    """Whose kernels a run with `run.kernels=asked` takes on this kind of device: a key of `KERNELS`.
+
+    `auto` is Triton's on a GPU where it is installed, and else the kernels as written. ValueError for Triton's where
+    they cannot run.
+    """
+    if asked == "auto" and torch.device(device).type != "cuda":
+        return "eager"
+    if asked not in ("auto", "triton"):
+        return asked
+    from kernels.door import missing
+
+    reason = missing(device)
+    if reason is not None and asked == "triton":
+        raise ValueError(f"run.kernels=triton cannot be: {reason}; use run.kernels=auto")
+    return "eager" if reason else "triton"

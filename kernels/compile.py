@@ -1,0 +1,138 @@
+"""`python -m kernels.compile`: every kernel, compiled for Hopper without a GPU, with its registers and spills.
+
+Each operation has examples here, of the sizes and types of DeepSeek-V3's job. What would be launched for them is
+compiled by Triton and by ptxas, which says what a thread holds, and what of that does not fit into registers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels import rms_norm, sums  # noqa: F401
+from kernels.door import interprets, missing, triton
+from kernels.operation import Launch, launch_of, names
+
+BF16, FP32 = torch.bfloat16, torch.float32
+ARCHITECTURE = 90
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+_TYPES |= {torch.float8_e4m3fn: "fp8e4nv"}
+
+
+def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    """A tensor without values."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+# Operation -> its arguments at the sizes of V3's job, one tuple for each variant that differs as a kernel.
+Examples = Mapping[str, Callable[[], list[tuple[Any, ...]]]]
+EXAMPLES: Examples = {
+    "rms_norm_forward": lambda: [(_empty(4096, d), _empty(d), 1e-6) for d in (7168, 1536, 512)],
+    "rms_norm_backward": lambda: [
+        (_empty(4096, d), _empty(4096, d), _empty(d), _empty(4096, dtype=FP32)) for d in (7168, 1536, 512)
+    ],
+    "sum_rows": lambda: [(_empty(256, 7168, dtype=FP32), BF16)],
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What became of an example.
+
+    Attributes:
+        name: of the operation.
+        shape: of its first operand.
+        num_warps: of a program.
+        num_registers: of a thread.
+        spilled_bytes: of a thread, stores and loads together.
+        shared_bytes: of a program.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    num_warps: int
+    num_registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def compiled() -> Iterator[Compiled]:
+    """Every example of every operation, compiled. KeyError for an operation without an example."""
+    for name in names():
+        for args in EXAMPLES[name]():
+            launch = launch_of(name, args, {})
+            shape = next(tuple(arg.shape) for arg in args if isinstance(arg, Tensor))
+            yield Compiled(name, shape, launch.num_warps, *_resources(launch))
+
+
+def _resources(launch: Launch) -> tuple[int, int, int]:
+    """(registers of a thread, bytes that it spills, bytes of shared memory) of a kernel."""
+    target = triton.backends.compiler.GPUTarget("cuda", ARCHITECTURE, 32)
+    made = triton.compile(_source(launch), target=target, options=launch.options)
+    ptxas = importlib.import_module("triton.backends.nvidia.compiler").get_ptxas(ARCHITECTURE).path
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(made.asm["ptx"])
+        file.flush()
+        words = [ptxas, "-v", f"--gpu-name=sm_{ARCHITECTURE}a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(words, check=True, capture_output=True, text=True).stderr
+    spilled = sum(int(found) for found in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))
+    (registers,) = re.findall(r"Used (\d+) registers", said)
+    return int(registers), spilled, made.metadata.shared
+
+
+def _source(launch: Launch) -> Any:
+    """A launch as Triton's own launcher would have it compiled: types, and what is known of pointers and numbers."""
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = dict(launch.constants)
+    attributes = {}
+    parameters = launch.kernel.arg_names
+    for place, (name, value) in enumerate(zip(parameters, launch.arguments, strict=False)):
+        if isinstance(value, Tensor):
+            types[name] = f"*{_TYPES[value.dtype]}"
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int) and value != 1:
+            types[name] = "i32" if abs(value) < 1 << 31 else "i64"
+            if value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            types[name] = "fp32"
+        else:  # a one, a pointer that is None
+            constants[name] = value
+    types |= dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in parameters}
+    return triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def main() -> int:
+    """Print a line for each kernel."""
+    if interprets() or (reason := missing("cuda")):
+        print("kernels are compiled by Triton, not in its interpreter" if interprets() else reason, file=sys.stderr)
+        return 2
+    print(f"{'operation':28} {'first operand':20} {'warps':>5} {'registers':>9} {'spilled':>8} {'shared':>8}")
+    for each in compiled():
+        shape = " x ".join(map(str, each.shape))
+        sizes = f"{each.num_warps:5} {each.num_registers:9} {each.spilled_bytes:8} {each.shared_bytes:8}"
+        print(f"{each.name:28} {shape:20} {sizes}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
