@@ -150,7 +150,7 @@ def test_files_keys_verbs_and_targets_exist(page: Path) -> None:
 def test_house_page_knows_every_file() -> None:
     """By its name, or by that of the folder it lies in."""
     text = (ROOT / "docs" / "house.md").read_text()
-    for room in ("train", "parallel", "launch"):
+    for room in ("train", "parallel", "launch", "kernels"):
         for path in (ROOT / room).rglob("*.py"):
             name = path.relative_to(ROOT).as_posix()
             known = f"`{name}`" in text or f"`{path.parent.relative_to(ROOT).as_posix()}/`" in text

@@ -21,7 +21,7 @@ COMMAND = "import sys\nfrom {module} import {name}\nif __name__ == '__main__':\n
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like site-packages with nothing but the wheel's contents."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("train", "parallel", "launch", "configs"):
+    for name in ("train", "parallel", "launch", "kernels", "configs"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, folder / "source" / name)
@@ -45,7 +45,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
     """A working folder with files of the names that the program imports and reads."""
-    for name in ("train", "launch", "parallel"):
+    for name in ("train", "launch", "parallel", "kernels"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('a file of the working folder was imported')\n")
     (tmp_path / "configs" / "model").mkdir(parents=True)
     (tmp_path / "configs" / "run.yaml").write_text("a: 1\n")
@@ -64,7 +64,7 @@ def halocline(installed: Path, cwd: Path, *words: str) -> subprocess.CompletedPr
 
 
 def test_a_wheel_has_every_file(installed: Path) -> None:
-    for name in ("train", "parallel", "launch", "configs"):
+    for name in ("train", "parallel", "launch", "kernels", "configs"):
         ours = {
             path.relative_to(ROOT) for suffix in ("py", "yaml", "cpp") for path in (ROOT / name).rglob(f"*.{suffix}")
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,10 +37,11 @@ class _OURS:
     rms_norm_backward = staticmethod(rms_norm_backward)
 
 
-def test_the_sum_over_rows_does_not_depend_on_when_programs_run() -> None:
+def test_the_sum_over_rows_has_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than there are sums: a program has several tiles, and the same bits come twice."""
-    x, dy, weight = torch.randn(300, 2048), torch.randn(300, 2048), torch.randn(2048)
-    _, scale = rms_norm_forward(x, weight, 1e-6)
+    monkeypatch.setattr("kernels.rms_norm._MAX_SUMS", 3)
+    x, dy, weight = torch.randn(20, 1200), torch.randn(20, 1200), torch.randn(1200)
+    _, scale = eager.rms_norm_forward(x, weight, 1e-6)
     first, again = (rms_norm_backward(dy, x, weight, scale)[1] for _ in range(2))
     assert torch.equal(first, again)
-    agree(first, eager.rms_norm_backward(dy, x, weight, scale)[1], torch.float32, factor=10)
+    agree(first, eager.rms_norm_backward(dy, x, weight, scale)[1], torch.float32)
