@@ -74,7 +74,8 @@ class Transformer(nn.Module):
         parts = parts or Parts.all(config)
         self.config, self.parts, self.packing = config, parts, packing or OneText()
         self.first_expert = dispatch.first_expert
-        self.backend = backend = Backend(engines, kernels or Kernels(), sink, recompute or Recompute())
+        core = self.packing.core
+        self.backend = backend = Backend(engines, kernels or Kernels(), sink, recompute or Recompute(), core)
         if parts.embedding or parts.mtp:
             self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, backend)
         self.layers = nn.ModuleDict()
@@ -157,7 +158,7 @@ class Transformer(nn.Module):
     def places(self, x: Tensor, tokens: Tensor | None) -> Places:
         """Where the positions of x [B, S, hidden] stand; tokens [B, S + 1] where `reads_tokens`."""
         table = rotation_table(self.config, x.shape[1], x.device, x.dtype)
-        return self.packing.places(table, tokens)
+        return self.packing.places(table, tokens, x.dtype)
 
     def _account(
         self, number: int, stats: RouterStats | None, terms: LossTerms, tape: Tape, findings: Findings
