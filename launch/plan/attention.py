@@ -88,7 +88,9 @@ def _operations(name: str) -> torch.library.Library:
     name = f"scaled_dot_product_{name}"
     heads, rest = "Tensor query, Tensor key, Tensor value", "Tensor? starts, bool is_causal"
     library.define(f"{name}({heads}, {rest}) -> (Tensor, Tensor)")
-    library.define(f"{name}_backward({heads}, Tensor out, Tensor sums, Tensor d_out, {rest}) -> (Tensor, Tensor, Tensor)")
+    library.define(
+        f"{name}_backward({heads}, Tensor out, Tensor sums, Tensor d_out, {rest}) -> (Tensor, Tensor, Tensor)"
+    )
     library.impl(name, _forward, "Meta")
     library.impl(f"{name}_backward", _backward, "Meta")
     return library

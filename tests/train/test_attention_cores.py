@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from tests.train.model_cases import TINY, build, same_bits
-from tests.train.test_packing import END, TERMS, documents, packed
+from tests.train.model_cases import TINY, build
+from tests.train.test_packing import END, documents, packed
 from train.compose import compose
 from train.model.attention import gpu_cores, installed
 from train.model.attention.choice import AUTO, CORES, Demand, choose, objection
@@ -158,12 +158,13 @@ OTHERS = [name for name in CORES if name != "torch"]
 
 
 def test_stand_ins_have_torchs_own_signature() -> None:
+    """What torch 2.11 had is there in the torch that is installed, and shared heads are named as 2.13 names them."""
     from torch.nn.attention.varlen import varlen_attn
 
-    ours, theirs = (inspect.signature(each).parameters for each in (varlen(True), varlen_attn))
-    assert [(p.name, p.kind, p.default) for p in ours.values()] == [
-        (p.name, p.kind, p.default) for p in theirs.values()
-    ]
+    theirs = inspect.signature(varlen_attn).parameters
+    for name, ours in inspect.signature(varlen(False)).parameters.items():
+        assert (theirs[name].kind, theirs[name].default) == (ours.kind, ours.default), name
+    assert theirs.get("enable_gqa", inspect.signature(varlen(True)).parameters["enable_gqa"]).default is False
 
 
 @pytest.mark.parametrize(("flash3", "new_torch"), [(Flash3, True), (Flash3Before, False)], ids=["new", "before"])
@@ -206,12 +207,141 @@ def test_a_model_trains_alike_by_documents(name: str) -> None:
 
     with libraries():
         output, found = packed(build(TINY, packing=ByDocument(END, MAKERS[name](False), reading)), rows)
-    numbers = (rows == END).cumsum(1).roll(1, 1)
-    numbers[:, 0] = 0
-    assert read == 2 * [[int(begins(numbers[:, :-1]).sum()), 13]] or len(read) <= 2
-    assert same_bits({}, {}) and output.metrics.keys() == expected_output.metrics.keys()
+    numbers = (rows == END).cumsum(1)[:, :-2]
+    starts = begins(torch.cat([torch.zeros_like(numbers[:, :1]), numbers], 1)).flatten().nonzero().flatten().tolist()
+    ends = [*starts[1:], rows.numel() - len(rows)]
+    assert read == [[len(starts), max(end - start for start, end in zip(starts, ends, strict=True))]]
+    assert output.metrics.keys() == expected_output.metrics.keys()
     # Another order of sums in fp64.
     for key, value in output.metrics.items():
         torch.testing.assert_close(value, expected_output.metrics[key], rtol=1e-10, atol=1e-10)
     for key, gradient in found.items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-9, atol=1e-12)
+
+
+def test_places_of_documents_are_made_on_the_device() -> None:
+    """Where documents begin, for more of them than there are: fake tensors have no values that could be read."""
+    from parallel.torch_names import FakeTensorMode
+
+    numbers = torch.tensor([[0, 0, 1], [0, 1, 2]])
+    assert starts_of(numbers, 5).tolist() == [0, 2, 3, 4, 5, 6]
+    assert starts_of(numbers, 7).tolist() == [0, 2, 3, 4, 5, 6, 6, 6]
+    with FakeTensorMode():
+        assert starts_of(torch.zeros(2, 3, dtype=torch.int64), 7).shape == (8,)
+
+
+@pytest.mark.parametrize("name", ["flash_attention_3", "flash_attention_2"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_libraries_are_asked_to_repeat_their_bits(name: str, deterministic: bool) -> None:
+    with libraries() as asked:
+        core, x = MAKERS[name](deterministic), torch.randn(1, 4, 2, 8)
+        core.causally(x, x, x, 1.0)
+        core.by_document(Documents(torch.zeros(1, 4, dtype=torch.int64), x.dtype, 1, 4))(x, x, x, 1.0)
+        assert asked[gpu_cores.LIBRARIES[name]] == [deterministic, deterministic]
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [("cudnn", SDPBackend.CUDNN_ATTENTION), ("torch_flash", SDPBackend.FLASH_ATTENTION)]
+)
+def test_torch_is_asked_for_its_kernel_first(name: str, backend: SDPBackend) -> None:
+    """And has another one for what that kernel refuses, as cuDNN's a text of one token. Outside all is as before."""
+    from torch.nn.attention import _cur_sdpa_kernel_backends
+
+    before, seen = _cur_sdpa_kernel_backends(with_priority=True), []
+
+    def look(*args: Any, **options: Any) -> Tensor:
+        seen.append(_cur_sdpa_kernel_backends(with_priority=True)[0])
+        return original(*args, **options)
+
+    original, x = gpu_cores.scaled_dot_product, torch.randn(1, 1, 2, 8)
+    with mock.patch.object(gpu_cores, "scaled_dot_product", look):
+        MAKERS[name](False).causally(x, x, x, 1.0)
+    assert seen == [backend]
+    assert _cur_sdpa_kernel_backends(with_priority=True) == before
+
+
+def chosen(demand: Demand, *there: str, name: str = AUTO) -> str:
+    return choose(name, demand, lambda each: None if each in (*there, "torch") else "it is not there")
+
+
+def test_auto_takes_the_first_that_can_do_it_and_is_there() -> None:
+    apart, repeated = (Demand(192, 128, True, **{key: True}) for key in ("by_document", "deterministic"))
+    assert chosen(V3, *OTHERS) == "cudnn"
+    assert chosen(V3, *OTHERS[1:]) == "flash_attention_3"
+    assert chosen(apart, *OTHERS) == chosen(repeated, *OTHERS) == "flash_attention_3"
+    assert chosen(apart, "cudnn", "torch_flash") == chosen(repeated, "cudnn", "torch_flash") == "torch_flash"
+    assert chosen(V3) == chosen(Demand(192, 128, False), *OTHERS) == chosen(Demand(13, 5, True), *OTHERS) == "torch"
+    assert chosen(V3, *OTHERS, name="torch_flash") == "torch_flash"
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["run.attention_kernel=flash"], "run.attention_kernel=flash is not one of auto, cudnn, flash_attention_3"),
+        (["run.attention_kernel=cudnn"], "run.attention_kernel=cudnn: it computes in bfloat16, as runs of precision"),
+        (
+            ["run.attention_kernel=cudnn", "data.document_mask=true", "precision=bf16"],
+            "as data.document_mask=true needs",
+        ),
+        (["run.attention_kernel=cudnn", "run.deterministic=true", "precision=bf16"], "as run.deterministic=true needs"),
+        (
+            ["run.attention_kernel=flash_attention_2", "precision=bf16", "model.v_head_dim=260"],
+            "its heads have widths up to 256 that 8 divides, and the model's are",
+        ),
+        (
+            ["run.attention_kernel=cudnn", "precision=bf16", "run.device=cpu"],
+            "it needs a GPU, and run.device=cpu; use auto",
+        ),
+    ],
+)
+def test_a_kernel_that_cannot_be_is_refused_with_the_settings(settings: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        compose(settings)
+    assert sentence in str(refusal.value)
+
+
+def test_a_kernel_that_is_not_there_is_refused_by_name() -> None:
+    """On a CPU there is torch alone; on a GPU a library is missing, for another one, or of a version too old."""
+    assert isinstance(build_core(AUTO, V3, CPU), HostCore)
+    with pytest.raises(
+        ValueError, match=r"run\.attention_kernel=cudnn: it needs a GPU, and the run is on a CPU; use auto"
+    ):
+        build_core("cudnn", V3, CPU)
+    for name, module in gpu_cores.LIBRARIES.items():
+        assert f"its library ({module}) cannot be loaded here: No module" in str(library_missing(name, (9, 0)))
+        with libraries():
+            assert library_missing(name, (9, 0)) is None
+            assert library_missing(name, (7, 5)) == "it is not for GPUs of compute capability 7.5"
+    with libraries():
+        assert library_missing("flash_attention_3", (10, 0)) == "it is not for GPUs of compute capability 10.0"
+        with mock.patch.object(Flash2, "flash_attn_func", lambda self, q: q):
+            assert "of a version that cannot be asked to repeat" in str(library_missing("flash_attention_2", (9, 0)))
+    with mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
+        with pytest.raises(ValueError, match=r"run\.attention_kernel=flash_attention_3: its library"):
+            installed.check_library("flash_attention_3")
+        installed.check_library("cudnn")
+
+
+def test_every_kernel_has_its_maker() -> None:
+    assert MAKERS.keys() == CORES.keys()
+    assert objection("torch", Demand(13, 5, False, True, True)) is None
+    assert isinstance(MAKERS["torch"](False), TorchCore) and OneText().core.name == "torch"
+
+
+def test_the_mask_is_made_once_in_the_type_of_the_layers() -> None:
+    """A mask of another type would be cast by every layer, and kept by each for its backward."""
+    numbers = torch.tensor([[0, 0, 1, 1]])
+    q = torch.randn(1, 4, 2, 8, dtype=torch.bfloat16, requires_grad=True)
+    attend = TorchCore().by_document(Documents(numbers, torch.bfloat16))
+    masks: set[int] = set()
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def look(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **options: Any) -> Tensor:
+        assert mask.dtype == q.dtype
+        masks.add(mask.data_ptr())
+        return original(q, k, v, mask, **options)
+
+    with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", look):
+        for _ in range(3):
+            attend(q, q, q, 1.0)
+    assert len(masks) == 1

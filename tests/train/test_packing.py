@@ -100,7 +100,8 @@ def test_logits_of_a_packed_row_are_those_of_its_documents() -> None:
         from train.model.tape import Inline, drive
 
         x = model.embed_tokens(tokens[:, :-1])
-        x = model.norm(drive(model.run_layers(x, TERMS, Inline(), model.empty_findings(x.device), tokens)))
+        places = model.places(x, tokens)
+        x = model.norm(drive(model.run_layers(x, TERMS, Inline(), model.empty_findings(x.device), places)))
         return x @ model.lm_head.weight.T
 
     each = [states(single, torch.cat([part, part[:1]]).unsqueeze(0)) for part in parts]

@@ -1,7 +1,7 @@
 """The kernels of attention's core by name: what each can do, and which of them a run takes. Needs no torch.
 
-A core takes queries, keys and values to what heads mix (`cores`). Which one computes it changes no number but in its
-last bits, and memory and time a lot: a kernel that wants values as wide as keys is given them padded with zeros, and its
+A core takes queries, keys and values to what heads mix (`cores`). Which one computes it changes the last bits of
+numbers, and memory and time a lot: a kernel that wants values as wide as keys is given them padded with zeros, and its
 output, as wide, is kept for the backward pass beside the part of it that goes on.
 """
 

@@ -25,8 +25,6 @@ from train.model.attention.cores import Attend, Documents, begins, scaled_dot_pr
 _ANY_SHAPE = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 LIBRARIES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
 """Kernels that are a library's, by the module to import."""
-# q, k, v [T, heads, width], where documents begin int32 [N + 1], the longest one's length, scale -> [T, H, v].
-_ByLengths = Callable[[Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
 
 
 class GpuCore:
@@ -46,10 +44,11 @@ class GpuCore:
         return partial(self._apart, starts, documents.longest_at_most)
 
     def _apart(self, starts: Tensor, longest: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        out = self._by_lengths(*(each.flatten(0, 1) for each in (q, k, v)), starts, longest, scale)
+        out = self._by_lengths(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts, longest, scale)
         return out.unflatten(0, q.shape[:2])
 
     def _by_lengths(self, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float) -> Tensor:
+        """q, k, v [T, heads, width] of T tokens, where documents begin int32 [N + 1] -> [T, H, v]."""
         raise NotImplementedError(f"{self.name} takes no documents")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+
 def attend_cached(queries: Tensor, keys: Tensor, values: Tensor, num_tokens: int, scale: float) -> Tensor:
     """The last `num_tokens` N of L tokens attend to all before them and to themselves.
 
