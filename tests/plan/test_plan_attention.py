@@ -20,7 +20,14 @@ def kept() -> Kept:
 def wide(*settings: str) -> RunConfig:
     """Heads as V3's in small: keys half as wide again as values, in widths that every kernel takes."""
     sizes = ["model.qk_nope_head_dim=16", "model.qk_rope_head_dim=8", "model.v_head_dim=16"]
-    return job(*sizes, "model.num_nextn_predict_layers=0", *WAYS["local"], "precision=bf16", *settings)
+    return job(
+        *sizes,
+        "model.num_nextn_predict_layers=0",
+        "model.first_k_dense_replace=0",
+        *WAYS["local"],
+        "precision=bf16",
+        *settings,
+    )
 
 
 def cores(config: RunConfig, kept: Kept) -> list[Kernel]:
