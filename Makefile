@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Tests share out over two processes; each starts ranks of its own. WORKERS= runs them one after the other.
 WORKERS ?= -n 2 --dist worksteal
 
-.PHONY: setup train test test-slow test-gpu lint docs clean
+.PHONY: setup train test test-slow test-gpu gpu-check gpu-check-libraries lint docs clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,17 @@ test-slow: $(STAMP)
 # Needs a Hopper GPU and the extra [cuda].
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# What one GPU finds, in at most 8 minutes (docs/gpu_check.md). It takes the Python that is there and needs no network: the
+# libraries that such a machine may lack are put into a folder by the second target, elsewhere, and brought along.
+CHECK_LIBRARIES := gpu-check/libraries
+gpu-check:
+	PYTHONPATH=$(CURDIR):$(CURDIR)/$(CHECK_LIBRARIES) $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
+
+gpu-check-libraries:
+	$(PYTHON) -m pip install --quiet --upgrade --no-deps --target $(CHECK_LIBRARIES) 'hydra-core>=1.3.2,<1.4' \
+	  'omegaconf>=2.3,<2.4' 'antlr4-python3-runtime==4.9.3' 'pytest>=9,<10' pluggy iniconfig pygments \
+	  'hypothesis>=6.150' sortedcontainers tqdm packaging
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

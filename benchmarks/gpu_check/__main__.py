@@ -153,7 +153,7 @@ def started(name: str, words: list[str], given: Settings) -> Found:
             _, error = process.communicate(timeout=limit_s)
             if process.returncode:
                 lines = error.strip().splitlines() or [f"exit code {process.returncode}"]
-                ended = f"not to its end: {lines[-1][:300]}"
+                ended = f"not to its end: {lines[-1].removeprefix('[rank0]: ')[:300]}"
                 (given.out / f"{name}.log").write_text(error, encoding="utf-8")
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)

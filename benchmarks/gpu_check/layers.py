@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_check.small_job import config_of, job_of, step
+from benchmarks.gpu_check.small_job import config_of, drawn_quickly, job_of, step
 from benchmarks.gpu_check.table import Row
 from launch.plan import cluster as clusters
 from launch.plan.events import Enter, Event, Kernel
@@ -74,7 +74,7 @@ def config_of_slice(size: str, precision: str, device: str) -> RunConfig:
 def measured_ms(config: RunConfig, device: str) -> dict[Enter, float]:
     """Of each piece of an MoE layer, for one layer and one micro-batch: the median over steps."""
     watch, steps = Stopwatch(device), []
-    with job_of(config, device, watch) as job:
+    with drawn_quickly(device), job_of(config, device, watch) as job:
         for _ in range(NUM_FIRST + NUM_STEPS):
             step(job)
             steps.append(watch.step_ms())
@@ -83,9 +83,9 @@ def measured_ms(config: RunConfig, device: str) -> dict[Enter, float]:
     return {each: statistics.median(found.get(each, 0.0) for found in steps[NUM_FIRST:]) / times for each in pieces}
 
 
-def planned_ms(config: RunConfig, cluster: str) -> dict[Enter, float]:
+def planned_ms(config: RunConfig, rates: Rates) -> dict[Enter, float]:
     """The same by the plan of a run on GPUs, as written."""
-    rates, passes = Rates(clusters.load(cluster)), layers_of(config).passes["moe"]
+    passes = layers_of(config).passes["moe"]
     found: defaultdict[Enter, float] = defaultdict(float)
     events: Sequence[Event]
     for events in (passes.forward, passes.backward, *passes.weights):
@@ -100,10 +100,10 @@ def planned_ms(config: RunConfig, cluster: str) -> dict[Enter, float]:
 
 def rows(size: str, precision: str, device: str, cluster: str) -> Iterator[Row]:
     """Each node of a layer, each pass, and both together."""
-    config = config_of_slice(size, precision, device)
+    rates, config = Rates(clusters.load(cluster)), config_of_slice(size, precision, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    went, planned = measured_ms(config, device), planned_ms(config, cluster)
+    went, planned = measured_ms(config, device), planned_ms(config, rates)
     where = f"planned for {cluster}"
     for each in sorted({*went, *planned}, key=lambda each: ("FBW".find(each.kind), each.node)):
         yield Row(f"MoE {each.node} {each.kind} in {precision}", went.get(each), "ms", planned.get(each), where)

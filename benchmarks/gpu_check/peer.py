@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import _peers
 from benchmarks.gpu_check.layers import config_of_slice
-from benchmarks.gpu_check.small_job import Rows, job_of
+from benchmarks.gpu_check.small_job import Rows, drawn_quickly, job_of
 from benchmarks.gpu_check.table import Row, verdict
 from train.config import RunConfig
 from train.hf import names
@@ -28,7 +28,7 @@ def rows(size: str, device: str) -> Iterator[Row]:
     """Ours beside theirs."""
     config = config_of_slice(size, "bf16", device)
     tokens = Rows(config.train.seq_len, config.model.vocab_size).rows(0, 1).to(device)
-    with job_of(config, device) as job:
+    with drawn_quickly(device), job_of(config, device) as job:
         theirs = their_model(job, config, device)
         sides = {"ours": _ours(job, tokens), "transformers": _theirs(theirs, tokens)}
         seconds, losses = _rounds(sides, device)

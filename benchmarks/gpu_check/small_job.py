@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from train.assemble import Files, put_together
 from train.compose import compose
 from train.config import RunConfig
 from train.job import Job
+from train.model import init
 from train.precision.build import settle
 from train.recipe.balance import update_bias
 from train.tally import reduce
@@ -60,6 +63,19 @@ def job_of(config: RunConfig, device: str, pieces: Listener | None = None) -> It
         yield put_together(config, groups, files, tapes=None if pieces is None else tapes(pieces))
     finally:
         process.stop(groups)
+
+
+@contextmanager
+def drawn_quickly(device: str) -> Iterator[None]:
+    """Inside, weights are drawn on the device, where a run draws them on a CPU: a billion of them take it a minute, and
+    what is timed does not depend on their values."""
+
+    def draw(std: float, shape: torch.Size, *identity: object) -> Tensor:
+        generator = torch.Generator(device).manual_seed(zlib.crc32(repr(identity).encode()))
+        return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)
+
+    with mock.patch.object(init, "_draw", draw):
+        yield
 
 
 def step(job: Job) -> float:
