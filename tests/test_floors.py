@@ -28,6 +28,8 @@ DOORS = {
     },
     "optuna": {"launch/sweep/optuna_search.py"},
     "transformer_engine": {"train/precision/transformer_engine.py"},
+    "flash_attn": {"train/model/attention/gpu_cores.py"},
+    "flash_attn_interface": {"train/model/attention/gpu_cores.py"},
     "datasets": {"train/data/read/hub.py"},
     "pyarrow": {"train/data/read/tables.py"},
     "zstandard": {"train/data/read/streams.py"},

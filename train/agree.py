@@ -24,7 +24,7 @@ T = TypeVar("T")
 MAX_DIFFERENCES = 8
 _MAX_RANKS = 8
 _PACKAGES = ("train", "parallel")
-_LIBRARIES = ("torch", "numpy", "deepspeed", "transformer_engine")
+_LIBRARIES = ("torch", "numpy", "deepspeed", "transformer_engine", "flash_attn", "flash_attn_3")
 # A network file system may show a new file to other machines so much later.
 _SEEN_WITHIN_S = 15.0
 
