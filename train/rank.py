@@ -207,7 +207,8 @@ def _introduce(job: Job) -> None:
     exposures = job.train_rows.exposures(config.num_sequences)
     text = banner(config, where, torch.get_num_threads(), engines, exposures, job.step)
     if device.type == "cuda":
-        text = f"{text}\ndevice  {', '.join(device_variables.shown())}"
+        core = job.models[0].packing.core.name
+        text = f"{text}\ndevice  attention by {core}; {', '.join(device_variables.shown())}"
     log.info("what runs:\n%s", text)
     log.info("what it reads:\n%s", exposure_table(job.train_rows, config.num_sequences))
     print(text, flush=True)

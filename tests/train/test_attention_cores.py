@@ -272,6 +272,8 @@ def test_auto_takes_the_first_that_can_do_it_and_is_there() -> None:
     assert chosen(apart, "cudnn", "torch_flash") == chosen(repeated, "cudnn", "torch_flash") == "torch_flash"
     assert chosen(V3) == chosen(Demand(192, 128, False), *OTHERS) == chosen(Demand(13, 5, True), *OTHERS) == "torch"
     assert chosen(V3, *OTHERS, name="torch_flash") == "torch_flash"
+    # FlashAttention-3 has no wider heads in the form that repeats.
+    assert chosen(Demand(256, 256, True, deterministic=True), *OTHERS) == "flash_attention_2"
 
 
 @pytest.mark.parametrize(

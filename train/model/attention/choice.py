@@ -22,7 +22,8 @@ class Facts:
         equal_widths: whether a head's values must be as wide as its keys.
         by_document: whether it takes rows of several documents by their lengths.
         repeats: whether its backward pass has a form whose bits do not depend on timing.
-        widths_of: what a head's widths must be a multiple of; most: the widest head.
+        widths_of: what a head's widths must be a multiple of.
+        widest: the widest head; widest_repeating: in the form that repeats, where that is less.
     """
 
     needs_gpu: bool = True
@@ -30,19 +31,19 @@ class Facts:
     by_document: bool = True
     repeats: bool = True
     widths_of: int = 8
-    most: int = 256
+    widest: int = 256
+    widest_repeating: int | None = None
 
 
 CORES: dict[str, Facts] = {
     # Of torch's fused kernels this one takes any two widths, and has no backward that repeats. With lengths torch calls
     # it in experimental forms alone.
     "cudnn": Facts(by_document=False, repeats=False),
-    # Its backward that repeats has no heads of 256.
-    "flash_attention_3": Facts(),
+    "flash_attention_3": Facts(widest_repeating=192),
     "flash_attention_2": Facts(equal_widths=True),
     "torch_flash": Facts(equal_widths=True),
     # What torch takes by itself, on any device and in any type. Of a CPU's kernels the fast one wants equal widths.
-    TORCH: Facts(needs_gpu=False, equal_widths=True, widths_of=1, most=1 << 30),
+    TORCH: Facts(needs_gpu=False, equal_widths=True, widths_of=1, widest=1 << 30),
 }
 """Kernels by name, in the order in which `auto` prefers them."""
 
@@ -67,17 +68,19 @@ class Demand:
 
 def objection(name: str, demand: Demand) -> str | None:
     """Why a kernel cannot do what a run wants, wherever it runs, as the end of a sentence; None where it can."""
-    core, widest = CORES[name], max(demand.qk_width, demand.v_width)
+    core = CORES[name]
     if core.needs_gpu and not demand.two_bytes:
         return "it computes in bfloat16, as runs of precision bf16 and fp8 do"
     if demand.by_document and not core.by_document:
         return "it takes no documents of different lengths, as data.document_mask=true needs"
     if demand.deterministic and not core.repeats:
         return "its backward pass does not repeat its bits, as run.deterministic=true needs"
-    if widest > core.most or demand.qk_width % core.widths_of or demand.v_width % core.widths_of:
+    widest = core.widest_repeating if demand.deterministic and core.widest_repeating else core.widest
+    widths = demand.qk_width, demand.v_width
+    if max(widths) > widest or any(width % core.widths_of for width in widths):
         return (
-            f"its heads have widths up to {core.most} that {core.widths_of} divides, and the model's are "
-            f"{demand.qk_width} and {demand.v_width} wide"
+            f"its heads have widths up to {widest} that {core.widths_of} divides, and the model's are {widths[0]} and "
+            f"{widths[1]} wide"
         )
     return None
 
