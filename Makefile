@@ -35,7 +35,8 @@ test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 # What one GPU finds, in at most 8 minutes (docs/gpu_check.md). It takes the Python that is there and needs no network: the
-# libraries that such a machine may lack are put into a folder by the second target, elsewhere, and brought along.
+# libraries that such a machine may lack are put into a folder by the second target, elsewhere, and brought along: all of
+# them Python alone, for which hypothesis is an older one.
 CHECK_LIBRARIES := gpu-check/libraries
 gpu-check:
 	PYTHONPATH=$(CURDIR):$(CURDIR)/$(CHECK_LIBRARIES) $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
@@ -43,7 +44,7 @@ gpu-check:
 gpu-check-libraries:
 	$(PYTHON) -m pip install --quiet --upgrade --no-deps --target $(CHECK_LIBRARIES) 'hydra-core>=1.3.2,<1.4' \
 	  'omegaconf>=2.3,<2.4' 'antlr4-python3-runtime==4.9.3' 'pytest>=9,<10' pluggy iniconfig pygments \
-	  'hypothesis>=6.150' sortedcontainers tqdm packaging
+	  'hypothesis==6.150.0' sortedcontainers tqdm packaging
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
