@@ -44,11 +44,8 @@ class _TracedCore:
     asks_for_lengths = True
 
     def __init__(self, name: str) -> None:
-        self.name, self._equal_widths = name, CORES[name].equal_widths
+        self.name, self.value_width = name, CORES[name].value_width
         _operations(name)
-
-    def value_width(self, qk_width: int, v_width: int) -> int:
-        return max(qk_width, v_width) if self._equal_widths else v_width
 
     def causally(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return self._attend(None, q, k, v, scale)

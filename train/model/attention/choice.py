@@ -34,6 +34,10 @@ class Facts:
     widest: int = 256
     widest_repeating: int | None = None
 
+    def value_width(self, qk_width: int, v_width: int) -> int:
+        """How wide a head's values must be, of keys and values so wide."""
+        return max(qk_width, v_width) if self.equal_widths else v_width
+
 
 CORES: dict[str, Facts] = {
     # Of torch's fused kernels this one takes any two widths, and has no backward that repeats. With lengths torch calls

@@ -33,10 +33,7 @@ class GpuCore:
     asks_for_lengths = True
 
     def __init__(self, name: str) -> None:
-        self.name, self._facts = name, CORES[name]
-
-    def value_width(self, qk_width: int, v_width: int) -> int:
-        return max(qk_width, v_width) if self._facts.equal_widths else v_width
+        self.name, self.value_width = name, CORES[name].value_width
 
     def by_document(self, documents: Documents) -> Attend:
         assert documents.num_at_most is not None and documents.longest_at_most is not None
