@@ -280,14 +280,8 @@ class RunConfig:
     @property
     def attention_demand(self) -> choice.Demand:
         """What the run wants of the kernel that computes attention."""
-        sizes = self.model.attention_sizes
-        return choice.Demand(
-            sizes.qk_head_dim,
-            sizes.value_head_dim,
-            two_bytes=self.precision.name in ("bf16", "fp8"),
-            by_document=self.data.document_mask,
-            deterministic=self.run.deterministic,
-        )
+        masks, repeats = self.data.document_mask, self.run.deterministic
+        return choice.Demand.of(self.model.attention_sizes, self.precision.name, masks, repeats)
 
     @property
     def num_sequences(self) -> int:

@@ -61,7 +61,7 @@ class Settings:
 
     @property
     def steps(self) -> int:
-        """Of a small model, that is trained."""
+        """Steps for which a small model is trained."""
         return 20 if self.size == "full" else 4
 
 

@@ -72,7 +72,7 @@ def config_of_slice(size: str, precision: str, device: str) -> RunConfig:
 
 
 def measured_ms(config: RunConfig, device: str) -> dict[Enter, float]:
-    """Of each piece of an MoE layer, for one layer and one micro-batch: the median over steps."""
+    """Milliseconds of each piece of an MoE layer, for one layer and one micro-batch: the median over steps."""
     watch, steps = Stopwatch(device), []
     with drawn_quickly(device), job_of(config, device, watch) as job:
         for _ in range(NUM_FIRST + NUM_STEPS):
@@ -84,7 +84,7 @@ def measured_ms(config: RunConfig, device: str) -> dict[Enter, float]:
 
 
 def planned_ms(config: RunConfig, rates: Rates) -> dict[Enter, float]:
-    """The same by the plan of a run on GPUs, as written."""
+    """Milliseconds of each piece of an MoE layer by the plan of a run on GPUs, as written."""
     passes = layers_of(config).passes["moe"]
     found: defaultdict[Enter, float] = defaultdict(float)
     events: Sequence[Event]

@@ -1,4 +1,4 @@
-"""The same slice in `transformers`, with the same weights: its loss, and the time of a forward and a backward."""
+"""The slice in `transformers`, with the same weights: its loss, and the time of a forward and a backward."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from train.model.attention.kinds import AttentionSizes
+
 AUTO, TORCH = "auto", "torch"
 
 
@@ -68,6 +70,12 @@ class Demand:
     two_bytes: bool
     by_document: bool = False
     deterministic: bool = False
+
+    @classmethod
+    def of(cls, sizes: AttentionSizes, precision: str, by_document: bool, deterministic: bool) -> Demand:
+        """The demand of a run with attention of these sizes. precision: as `precision.name` has it."""
+        two_bytes = precision in ("bf16", "fp8")
+        return cls(sizes.qk_head_dim, sizes.value_head_dim, two_bytes, by_document, deterministic)
 
 
 def objection(name: str, demand: Demand) -> str | None:

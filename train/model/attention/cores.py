@@ -84,7 +84,7 @@ class TorchCore:
 
 
 class HostCore(TorchCore):
-    """The same where the host computes itself, and so knows how long documents are: each is attended to by itself."""
+    """torch's scaled dot product where the host computes itself, and so knows how long documents are: one by one."""
 
     def by_document(self, documents: Documents) -> Attend:
         return partial(self._one_by_one, _lengths(documents.numbers))

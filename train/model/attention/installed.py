@@ -47,7 +47,7 @@ def check_library(name: str) -> None:
 
 
 def library_missing(name: str, capability: tuple[int, int]) -> str | None:
-    """The same of a library's kernel, for GPUs of this compute capability."""
+    """Why a library's kernel is not there for GPUs of this compute capability, as the end of a sentence; else None."""
     module = LIBRARIES[name]
     if capability < (8, 0) or (name == "flash_attention_3" and capability[0] != 9):
         return f"it is not for GPUs of compute capability {capability[0]}.{capability[1]}"
