@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import rms_norm, sums  # noqa: F401
+from kernels import rms_norm, rotary, sums, swiglu  # noqa: F401
 from kernels.door import interprets, missing, triton
 from kernels.operation import Launch, launch_of, names
 
@@ -42,6 +42,10 @@ def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+_HEADS = _empty(1, 4096, 128, 192)
+# A table of angles as pairs, how far apart its batches and tokens are.
+_TABLE = (_empty(4096, 32, 2, dtype=FP32), 0, 64)
+
 # Operation -> its arguments at the sizes of V3's job, one tuple for each variant that differs as a kernel.
 Examples = Mapping[str, Callable[[], list[tuple[Any, ...]]]]
 EXAMPLES: Examples = {
@@ -49,6 +53,17 @@ EXAMPLES: Examples = {
     "rms_norm_backward": lambda: [
         (_empty(4096, d), _empty(4096, d), _empty(d), _empty(4096, dtype=FP32)) for d in (7168, 1536, 512)
     ],
+    "swiglu_forward": lambda: [
+        (_empty(32768, 4096), _empty(32768, dtype=FP32)),
+        (_empty(4096, 36864), None),
+    ],
+    "swiglu_backward": lambda: [
+        (_empty(32768, 2048), _empty(32768, 4096), _empty(32768, dtype=FP32)),
+        (_empty(4096, 18432), _empty(4096, 36864), None),
+    ],
+    "join_heads": lambda: [(_HEADS, _empty(1, 4096, 128, 256), _empty(1, 4096, 64), *_TABLE, 192)],
+    "join_heads_backward": lambda: [(_HEADS, _HEADS, _HEADS, *_TABLE, 128, 128)],
+    "rotate_heads": lambda: [(_empty(1, 4096, 32, 128), _empty(1, 4096, 8, 128), *_TABLE, False)],
     "sum_rows": lambda: [(_empty(256, 7168, dtype=FP32), BF16)],
 }
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from train.model.attention.kernels import JoinHeads, RotateHeads, join_heads_backward, join_heads_forward, rotate_heads
 from train.precision.grads import wide_dtype
 
 
@@ -88,10 +89,23 @@ class Kernels:
     rms_norm_backward: Callable[..., tuple[Tensor, Tensor]] = rms_norm_backward
     swiglu_forward: Callable[..., Tensor] = swiglu_forward
     swiglu_backward: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = swiglu_backward
+    join_heads_forward: Callable[..., tuple[Tensor, Tensor, Tensor]] = join_heads_forward
+    join_heads_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = join_heads_backward
+    rotate_heads_by: Callable[..., tuple[Tensor, Tensor]] = rotate_heads
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Differentiable x [..., d] -> x / sqrt(mean(x²) + eps) * weight."""
         return _RMSNorm.apply(x, weight, eps, self)
+
+    def join_heads(
+        self, q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Differentiable `join_heads_forward`."""
+        return JoinHeads.apply(q, kv, k_rope, table, v_width, self)
+
+    def rotate_heads(self, q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Differentiable q [B, S, H, d], k [B, S, G, d] with the halves of every head rotated by the table."""
+        return RotateHeads.apply(q, k, table, self)
 
 
 def compiled_kernels() -> Kernels:
@@ -103,9 +117,17 @@ def compiled_kernels() -> Kernels:
 
 def triton_kernels() -> Kernels:
     """Those of the floor `kernels`, loaded when they are asked for; without Triton they can only be traced."""
-    from kernels import rms_norm
+    from kernels import rms_norm, rotary, swiglu
 
-    return Kernels(rms_norm_forward=rms_norm.rms_norm_forward, rms_norm_backward=rms_norm.rms_norm_backward)
+    return Kernels(
+        rms_norm_forward=rms_norm.rms_norm_forward,
+        rms_norm_backward=rms_norm.rms_norm_backward,
+        swiglu_forward=swiglu.swiglu_forward,
+        swiglu_backward=swiglu.swiglu_backward,
+        join_heads_forward=rotary.join_heads,
+        join_heads_backward=rotary.join_heads_backward,
+        rotate_heads_by=rotary.rotate_heads,
+    )
 
 
 #: What `run.kernels` may say beside `auto`.
