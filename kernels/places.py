@@ -61,7 +61,7 @@ def _reached(Ids, rows, there, num_ids, num_each, num_places, ROWS: tl.constexpr
 def _count(
     Ids, Sources, Counts, Blocks, counts_stride, num_rows, num_ids, num_each, num_places, num_ranks, num_nodes, num_columns,
     ROWS: tl.constexpr, PLACES: tl.constexpr, RANKS: tl.constexpr, NODES: tl.constexpr, IDS: tl.constexpr,
-):  # fmt: skip # noqa: E501
+):  # fmt: skip
     positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = positions < num_rows
     rows = positions
@@ -134,9 +134,10 @@ def _number(
 
 @jit
 def _number_ids(
-    Ids, Counts, Starts, Totals, Source, Slots, Table, counts_stride, num_rows, num_ids, num_places, num_ranks, num_nodes,
+    Ids, Counts, Starts, Totals, Source, Slots, Table,
+    counts_stride, num_rows, num_ids, num_places, num_ranks, num_nodes,
     ROWS: tl.constexpr, PLACES: tl.constexpr, RANKS: tl.constexpr, NODES: tl.constexpr,
-):  # fmt: skip # noqa: E501
+):  # fmt: skip
     positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = positions < num_rows
     rows = positions

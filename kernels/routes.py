@@ -1,7 +1,7 @@
 """Routing weights and ids of rows that travel as one message of bytes: packed and unpacked in one launch each.
 
 A row's bytes are its K weights and then its K ids, each as it lies in memory; they are moved as numbers of 16 bits,
-because a row need not begin where wider ones may. Legend: C copies of M rows, P places that hold runs of `num_each` ids.
+because a row need not begin where wider ones may. Legend: C copies of M rows, P places that hold `num_each` ids each.
 """
 
 from __future__ import annotations

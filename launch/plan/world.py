@@ -85,7 +85,7 @@ def world(
         library = library_shapes(config.precision) if kernels == "cuda" else None
         # Rounding as torch's operations: code compiled for a CPU would look for values.
         weights = library or QuantisedWeights(config.precision.power_of_two_scales)
-        made = KERNELS[config.run.kernels]()
+        made = KERNELS[config.run.kernels](kernels)
         yield put_together(config, groups, _files(config), tapes=recorder.tapes(), weights=weights, kernels=made)
 
 
