@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import places, rms_norm, rotary, router, routes, rows, sums, swiglu  # noqa: F401
+from kernels import cross_entropy, places, rms_norm, rotary, router, routes, rows, sums, swiglu  # noqa: F401
 from kernels.door import interprets, missing, triton
 from kernels.operation import Launch, launch_of, names
 
@@ -48,7 +48,6 @@ _HEADS = _empty(1, 4096, 128, 192)
 _TABLE = (_empty(4096, 32, 2, dtype=FP32), 0, 64)
 
 _WEIGHTS, _IDS, _COUNTS = _empty(4096, 8, dtype=FP32), _empty(4096, 8, dtype=INT64), _empty(8, 8, dtype=INT64)
-_TILE = [64, 8, 1, 1, 1]
 
 # Operation -> its arguments at the sizes of V3's job, one tuple for each variant that differs as a kernel.
 Examples = Mapping[str, Callable[[], list[tuple[Any, ...]]]]
@@ -68,6 +67,8 @@ EXAMPLES: Examples = {
     "join_heads": lambda: [(_HEADS, _empty(1, 4096, 128, 256), _empty(1, 4096, 64), *_TABLE, 192)],
     "join_heads_backward": lambda: [(_HEADS, _HEADS, _HEADS, *_TABLE, 128, 128)],
     "rotate_heads": lambda: [(_empty(1, 4096, 32, 128), _empty(1, 4096, 8, 128), *_TABLE, False)],
+    "cross_entropy": lambda: [(_empty(4096, 129280), _empty(4096, dtype=INT64))],
+    "cross_entropy_": lambda: [(_empty(4096, 129280), _empty(4096, dtype=INT64), 0.5)],
     "route": lambda: [
         (_empty(4096, 256, dtype=FP32), _empty(256, dtype=FP32), 1, 8, 4, 8, True, False, True, 2.5, True),
         (_empty(4096, 160, dtype=FP32), None, 1, 8, 3, 6, False, True, False, 16.0, False),
@@ -78,17 +79,19 @@ EXAMPLES: Examples = {
         for how in ((8, False, True, 2.5), (8, True, False, 16.0))
     ],
     "count_places": lambda: [
-        (_IDS, None, None, 32, 8, 0, _TILE),
-        (_IDS, _empty(8, dtype=INT64), None, 4, 8, 8, [64, 8, 1, 8, 32]),
-        (_empty(32768, 8, dtype=INT32), None, _empty(8, 8, dtype=INT64), 1, 4, 8, [64, 4, 8, 8, 1]),
+        (_IDS, None, 32, 8),
+        (_IDS, None, 1, 256),
+        (_empty(32768, 8, dtype=INT32), _COUNTS, 1, 4),
     ],
-    "sum_blocks": lambda: [(_empty(256, 104, dtype=INT32),)],
-    "number_copies": lambda: [(_IDS, _empty(64, 8, dtype=INT32), _empty(8, dtype=INT64), 32, 8, 14336, _TILE)],
+    "count_tree": lambda: [(_IDS, 8, 8, 4)],
+    "sum_blocks": lambda: [(_empty(256, 336, dtype=INT32),)],
+    "pass_on": lambda: [(_empty(8, 41, dtype=INT64), 8, 4)],
+    "number_copies": lambda: [(_IDS, _empty(256, 336, dtype=INT32), _empty(336, dtype=INT64), 32, 8, 14336)],
     "number_ids": lambda: [
-        (_IDS, None, _empty(256, 256, dtype=INT32), _empty(256, dtype=INT64), 256, 32768, [16, 256, 1, 1, 1]),
-        (_IDS, _COUNTS, _empty(256, 4, dtype=INT32), _empty(4, dtype=INT64), 4, 32768, [64, 4, 8, 8, 1]),
+        (_IDS, None, _empty(256, 256, dtype=INT32), _empty(256, dtype=INT64), 32768, 1),
+        (_IDS, _COUNTS, _empty(64, 4, dtype=INT32), _empty(4, dtype=INT64), 32768, 128),
     ],
-    "regroup_rows": lambda: [(_COUNTS, 32768)],
+    "regroup_rows": lambda: [(_COUNTS, 32768, 32768, multiple) for multiple in (1, 128)],
     "pack_routes": lambda: [(_WEIGHTS, _IDS, _empty(14336, dtype=INT32), _empty(8, dtype=INT64), 32, torch.int16)],
     "unpack_routes": lambda: [(_empty(14336, 24, dtype=torch.int16), FP32, torch.int16)],
     "spread_rows": lambda: [(_empty(4096, 7168, dtype=dtype), _empty(14336, dtype=INT32)) for dtype in (BF16, BYTE)],

@@ -24,19 +24,43 @@ _SUM_ROWS, _SUM_COLUMNS = 64, 32
 
 
 @jit
-def _natural(positions, Counts, stride, num_ranks, num_nodes, RANKS: tl.constexpr, NODES: tl.constexpr):
-    """The row that lies at each position [ROWS] once rows in blocks (rank, node) are ordered by (node, rank)."""
+def _runs(Counts, stride, num_ranks, num_nodes, MULTIPLE: tl.constexpr, RANKS: tl.constexpr, NODES: tl.constexpr):
+    """Of rows in blocks (rank, node): the length of each block [RANKS * NODES], where it begins, and where it begins
+    once blocks are ordered by (node, rank) and each node's rows are made up to a multiple."""
     ranks, nodes = tl.arange(0, RANKS)[:, None], tl.arange(0, NODES)[None, :]
     inside = (ranks < num_ranks) & (nodes < num_nodes)
     lengths = tl.load(Counts + ranks * stride + nodes, mask=inside, other=0).to(tl.int32)
     by_rank, by_node = tl.sum(lengths, 1), tl.sum(lengths, 0)
     natural = (tl.cumsum(by_rank, 0) - by_rank)[:, None] + tl.cumsum(lengths, 1) - lengths
+    by_node = (by_node + MULTIPLE - 1) // MULTIPLE * MULTIPLE
     moved = (tl.cumsum(by_node, 0) - by_node)[None, :] + tl.cumsum(lengths, 0) - lengths
-    lengths = tl.reshape(lengths, (1, RANKS * NODES))
-    shifts = tl.reshape(natural - moved, (1, RANKS * NODES))
-    moved = tl.reshape(moved, (1, RANKS * NODES))
-    here = (positions[:, None] >= moved) & (positions[:, None] < moved + lengths)
-    return positions + tl.sum(tl.where(here, shifts, 0), 1)
+    natural, moved = tl.reshape(natural, (1, RANKS * NODES)), tl.reshape(moved, (1, RANKS * NODES))
+    return tl.reshape(lengths, (1, RANKS * NODES)), natural, moved
+
+
+@jit
+def _moved(numbers, lengths, before, after):
+    """Numbers [ROWS] that lie in blocks [1, n] which begin at `before`, once the blocks begin at `after`."""
+    here = (numbers[:, None] >= before) & (numbers[:, None] < before + lengths)
+    return numbers + tl.sum(tl.where(here, after - before, 0), 1)
+
+
+@jit
+def _natural(positions, Counts, stride, num_ranks, num_nodes, RANKS: tl.constexpr, NODES: tl.constexpr):
+    """The row that lies at each position [ROWS] once rows in blocks (rank, node) are ordered by (node, rank)."""
+    lengths, natural, moved = _runs(Counts, stride, num_ranks, num_nodes, 1, RANKS, NODES)
+    return _moved(positions, lengths, moved, natural)
+
+
+@jit
+def _fill(Source, Slots, totals, starts, num_rows, MULTIPLE: tl.constexpr):
+    """Copies of no row, behind each place's [PLACES] until it has a multiple."""
+    counted = tl.arange(0, MULTIPLE)[None, :]
+    behind = (totals + MULTIPLE - 1) // MULTIPLE * MULTIPLE - totals
+    places = (starts + totals)[:, None] + counted
+    empty = counted < behind[:, None]
+    tl.store(Source + places, tl.zeros_like(places) + num_rows, mask=empty)
+    tl.store(Slots + places, tl.zeros_like(places) - 1, mask=empty)
 
 
 @jit
@@ -59,8 +83,8 @@ def _reached(Ids, rows, there, num_ids, num_each, num_places, ROWS: tl.constexpr
 
 @jit
 def _count(
-    Ids, Sources, Counts, Blocks, counts_stride, num_rows, num_ids, num_each, num_places, num_ranks, num_nodes, num_columns,
-    ROWS: tl.constexpr, PLACES: tl.constexpr, RANKS: tl.constexpr, NODES: tl.constexpr, IDS: tl.constexpr,
+    Ids, Counts, Blocks, counts_stride, num_rows, num_ids, num_each, num_places, num_ranks, num_nodes,
+    ROWS: tl.constexpr, PLACES: tl.constexpr, RANKS: tl.constexpr, NODES: tl.constexpr,
 ):  # fmt: skip
     positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = positions < num_rows
@@ -69,24 +93,43 @@ def _count(
         rows = _natural(positions, Counts, counts_stride, num_ranks, num_nodes, RANKS, NODES)
     reached = _reached(Ids, rows, there, num_ids, num_each, num_places, ROWS, PLACES)
     places = tl.arange(0, PLACES)
-    out = Blocks + tl.program_id(0).to(tl.int64) * num_columns
-    if Sources is not None:
-        nodes = tl.arange(0, NODES)
-        ends = tl.cumsum(tl.load(Sources + nodes, mask=nodes < num_nodes, other=0).to(tl.int32), 0)
-        source = tl.sum((positions[:, None] >= ends[None, :]).to(tl.int32), 1)
-        columns = num_nodes + num_each
-        for node in range(num_nodes):
-            from_node = tl.sum(tl.where((source == node)[:, None], reached, 0), 0)
-            tl.store(out + places * columns + node, from_node, mask=places < num_places)
-        ids = tl.arange(0, IDS)
-        found = tl.zeros((ROWS, IDS), tl.int32)
-        for each in range(num_ids):
-            found += (_id(Ids, rows, there, num_ids, each)[:, None] == ids[None, :]).to(tl.int32)
-        place = ids // num_each
-        out_ids = out + place * columns + num_nodes + (ids - place * num_each)
-        tl.store(out_ids, tl.sum(found, 0), mask=ids < num_places * num_each)
-        out += num_places * columns
+    out = Blocks + tl.program_id(0).to(tl.int64) * num_places
     tl.store(out + places, tl.sum(reached, 0), mask=places < num_places)
+
+
+@jit
+def _count_tree(
+    Ids, Blocks, num_rows, num_ids, num_nodes, num_ranks, num_local,
+    ROWS: tl.constexpr, NODES: tl.constexpr, RANKS: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = rows < num_rows
+    num_each = num_ranks * num_local
+    width = 1 + num_ranks + num_each
+    nodes, ranks, ids = tl.arange(0, NODES), tl.arange(0, RANKS), tl.arange(0, IDS)
+    out = Blocks + tl.program_id(0).to(tl.int64) * (num_nodes * (width + 1))
+    reached = tl.sum(_reached(Ids, rows, there, num_ids, num_each, num_nodes, ROWS, NODES), 0)
+    tl.store(out + nodes * width, reached, mask=nodes < num_nodes)
+    tl.store(out + num_nodes * width + nodes, reached, mask=nodes < num_nodes)
+    reached = tl.sum(_reached(Ids, rows, there, num_ids, num_local, num_nodes * num_ranks, ROWS, RANKS), 0)
+    place = ranks // num_ranks * width + 1 + ranks % num_ranks
+    tl.store(out + place, reached, mask=ranks < num_nodes * num_ranks)
+    reached = tl.sum(_reached(Ids, rows, there, num_ids, 1, num_nodes * num_each, ROWS, IDS), 0)
+    place = ids // num_each * width + 1 + num_ranks + ids % num_each
+    tl.store(out + place, reached, mask=ids < num_nodes * num_each)
+
+
+@jit
+def _pass_on(Arrived, Out, num_nodes, num_ranks, num_local, LOCAL: tl.constexpr):
+    rank, local = tl.program_id(0), tl.arange(0, LOCAL)
+    width = 1 + num_ranks + num_ranks * num_local
+    total = tl.zeros((LOCAL,), tl.int64)
+    out = Out + rank * (num_nodes + num_local)
+    for node in range(num_nodes):
+        row = Arrived + node * width + 1
+        tl.store(out + node, tl.load(row + rank))
+        total += tl.load(row + num_ranks + rank * num_local + local, mask=local < num_local, other=0)
+    tl.store(out + num_nodes + local, total, mask=local < num_local)
 
 
 @jit
@@ -104,14 +147,21 @@ def _sum(Blocks, Starts, Totals, num_blocks, num_columns, ROWS: tl.constexpr, CO
 
 
 @jit
-def _first(Starts, Totals, reached, num_places, num_columns, PLACES: tl.constexpr):
-    """The number of each copy [ROWS, PLACES]: those of a place are behind those of the places before it."""
+def _totals(Totals, num_places, before, MULTIPLE: tl.constexpr, PLACES: tl.constexpr):
+    """Copies of each place [PLACES], and where they begin: each place's are made up to a multiple."""
     places = tl.arange(0, PLACES)
-    before = num_columns - num_places
     totals = tl.load(Totals + before + places, mask=places < num_places, other=0).to(tl.int32)
-    start = tl.program_id(0).to(tl.int64) * num_columns + before
+    spaced = (totals + MULTIPLE - 1) // MULTIPLE * MULTIPLE
+    return totals, tl.cumsum(spaced, 0) - spaced
+
+
+@jit
+def _first(Starts, begin, reached, num_places, num_columns, PLACES: tl.constexpr):
+    """The number of each copy [ROWS, PLACES], of places whose copies begin at `begin`."""
+    places = tl.arange(0, PLACES)
+    start = tl.program_id(0).to(tl.int64) * num_columns + num_columns - num_places
     starts = tl.load(Starts + start + places, mask=places < num_places, other=0)
-    return (tl.cumsum(totals, 0) - totals + starts)[None, :] + tl.cumsum(reached, 0) - reached
+    return (begin + starts)[None, :] + tl.cumsum(reached, 0) - reached
 
 
 @jit
@@ -122,7 +172,8 @@ def _number(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = rows < num_rows
     reached = _reached(Ids, rows, there, num_ids, num_each, num_places, ROWS, PLACES)
-    copies = _first(Starts, Totals, reached, num_places, num_columns, PLACES)
+    _, begin = _totals(Totals, num_places, num_columns - num_places, 1, PLACES)
+    copies = _first(Starts, begin, reached, num_places, num_columns, PLACES)
     has = reached > 0
     tl.store(Source + copies, tl.broadcast_to(rows[:, None], (ROWS, PLACES)), mask=has)
     out = Table + rows.to(tl.int64)[:, None] * table_width
@@ -135,37 +186,49 @@ def _number(
 @jit
 def _number_ids(
     Ids, Counts, Starts, Totals, Source, Slots, Table,
-    counts_stride, num_rows, num_ids, num_places, num_ranks, num_nodes,
-    ROWS: tl.constexpr, PLACES: tl.constexpr, RANKS: tl.constexpr, NODES: tl.constexpr,
+    counts_stride, num_rows, num_ids, num_places, num_ranks, num_nodes, num_blocks,
+    ROWS: tl.constexpr, PLACES: tl.constexpr, RANKS: tl.constexpr, NODES: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
-    positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = positions < num_rows
-    rows = positions
-    if Counts is not None:
-        rows = _natural(positions, Counts, counts_stride, num_ranks, num_nodes, RANKS, NODES)
-    reached = _reached(Ids, rows, there, num_ids, 1, num_places, ROWS, PLACES)
-    copies = _first(Starts, Totals, reached, num_places, num_places, PLACES)
-    places = tl.arange(0, PLACES)
-    for each in range(num_ids):
-        ids = _id(Ids, rows, there, num_ids, each)
-        mine = (ids[:, None] == places[None, :]) & (places < num_places)[None, :]
-        has = tl.sum(mine.to(tl.int32), 1) > 0
-        copy = tl.sum(tl.where(mine, copies, 0), 1)
-        slot = rows * num_ids + each
-        tl.store(Source + copy, rows, mask=has)
-        tl.store(Slots + copy, slot, mask=has)
-        tl.store(Table + slot, tl.where(has, copy, -1), mask=there)
+    totals, begin = _totals(Totals, num_places, 0, MULTIPLE, PLACES)
+    if tl.program_id(0) == num_blocks:
+        _fill(Source, Slots, totals, begin, num_rows, MULTIPLE)
+    else:
+        positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        there = positions < num_rows
+        rows = positions
+        if Counts is not None:
+            rows = _natural(positions, Counts, counts_stride, num_ranks, num_nodes, RANKS, NODES)
+        reached = _reached(Ids, rows, there, num_ids, 1, num_places, ROWS, PLACES)
+        copies = _first(Starts, begin, reached, num_places, num_places, PLACES)
+        places = tl.arange(0, PLACES)
+        for each in range(num_ids):
+            ids = _id(Ids, rows, there, num_ids, each)
+            mine = (ids[:, None] == places[None, :]) & (places < num_places)[None, :]
+            has = tl.sum(mine.to(tl.int32), 1) > 0
+            copy = tl.sum(tl.where(mine, copies, 0), 1)
+            slot = rows * num_ids + each
+            tl.store(Source + copy, rows, mask=has)
+            tl.store(Slots + copy, slot, mask=has)
+            tl.store(Table + slot, tl.where(has, copy, -1), mask=there)
 
 
 @jit
 def _regroup(
-    Counts, Source, Table, counts_stride, num_rows, num_ranks, num_nodes,
-    ROWS: tl.constexpr, RANKS: tl.constexpr, NODES: tl.constexpr,
+    Counts, Source, Slots, Table, counts_stride, num_rows, num_ranks, num_nodes, num_blocks,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, NODES: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
-    positions = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rows = _natural(positions, Counts, counts_stride, num_ranks, num_nodes, RANKS, NODES)
-    tl.store(Source + positions, rows, mask=positions < num_rows)
-    tl.store(Table + rows, positions, mask=positions < num_rows)
+    lengths, natural, moved = _runs(Counts, counts_stride, num_ranks, num_nodes, MULTIPLE, RANKS, NODES)
+    if tl.program_id(0) == num_blocks:
+        totals = tl.sum(tl.reshape(lengths, (RANKS, NODES)), 0)
+        starts = tl.min(tl.reshape(moved, (RANKS, NODES)), 0)
+        _fill(Source, Slots, totals, starts, num_rows, MULTIPLE)
+    else:
+        rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        there = rows < num_rows
+        place = _moved(rows, lengths, natural, moved)
+        tl.store(Source + place, rows, mask=there)
+        tl.store(Slots + place, rows, mask=there)
+        tl.store(Table + rows, place, mask=there)
 
 
 def _tile(num_places: int, num_ranks: int = 1, num_nodes: int = 1, num_ids: int = 1) -> dict[str, int]:
@@ -175,21 +238,32 @@ def _tile(num_places: int, num_ranks: int = 1, num_nodes: int = 1, num_ids: int 
     return {"ROWS": rows, "PLACES": places, "RANKS": ranks, "NODES": nodes, "IDS": ids}
 
 
-@operation(
-    "count_places(Tensor ids, Tensor? sources, Tensor? counts, int num_each, int num_places, int num_nodes, int[] tile)"
-    " -> Tensor"
-)
-def _plan_count(
-    ids: Tensor, sources: Tensor | None, counts: Tensor | None, num_each: int, num_places: int, num_nodes: int,
-    tile: list[int],
-) -> tuple[Tensor, Launch]:  # fmt: skip
+def _sizes(counts: Tensor | None) -> tuple[int, int, int]:
+    """How far apart the rows of counts [R, N] are, R and N."""
+    return (1, 1, 1) if counts is None else (counts.stride(0), counts.shape[0], counts.shape[1])
+
+
+@operation("count_places(Tensor ids, Tensor? counts, int num_each, int num_places) -> Tensor")
+def _plan_count(ids: Tensor, counts: Tensor | None, num_each: int, num_places: int) -> tuple[Tensor, Launch]:
+    (num_rows, num_ids), (stride, num_ranks, num_nodes) = ids.shape, _sizes(counts)
+    tile = _tile(num_places, num_ranks, num_nodes)
+    blocks = ids.new_empty(-(-num_rows // tile["ROWS"]), num_places, dtype=torch.int32)
+    numbers = stride, num_rows, num_ids, num_each, num_places, num_ranks, num_nodes
+    constants = {name: tile[name] for name in ("ROWS", "PLACES", "RANKS", "NODES")}
+    return blocks, Launch(_count, (blocks.shape[0],), (ids, counts, blocks, *numbers), constants)
+
+
+@operation("count_tree(Tensor ids, int num_nodes, int num_ranks, int num_local) -> Tensor")
+def _plan_count_tree(ids: Tensor, num_nodes: int, num_ranks: int, num_local: int) -> tuple[Tensor, Launch]:
     num_rows, num_ids = ids.shape
-    num_columns = num_places if sources is None else num_places * (num_nodes + num_each + 1)
-    constants = dict(zip(_TILE_NAMES, tile, strict=True))
-    blocks = ids.new_empty(-(-num_rows // constants["ROWS"]), num_columns, dtype=torch.int32)
-    stride, num_ranks = (1, 1) if counts is None else (counts.stride(0), counts.shape[0])
-    numbers = stride, num_rows, num_ids, num_each, num_places, num_ranks, num_nodes, num_columns
-    return blocks, Launch(_count, (blocks.shape[0],), (ids, sources, counts, blocks, *numbers), constants)
+    all_ranks, all_ids = num_nodes * num_ranks, num_nodes * num_ranks * num_local
+    tile = _tile(num_nodes, all_ranks, 1, all_ids)
+    blocks = ids.new_empty(
+        -(-num_rows // tile["ROWS"]), num_nodes * (2 + num_ranks + num_ranks * num_local), dtype=torch.int32
+    )
+    constants = {"ROWS": tile["ROWS"], "NODES": tile["PLACES"], "RANKS": tile["RANKS"], "IDS": tile["IDS"]}
+    arguments = ids, blocks, num_rows, num_ids, num_nodes, num_ranks, num_local
+    return blocks, Launch(_count_tree, (blocks.shape[0],), arguments, constants)
 
 
 @operation("sum_blocks(Tensor blocks) -> (Tensor, Tensor)")
@@ -201,55 +275,69 @@ def _plan_sum(blocks: Tensor) -> tuple[tuple[Tensor, Tensor], Launch]:
     return (starts, totals), Launch(_sum, grid, (blocks, starts, totals, num_blocks, num_columns), tile)
 
 
+@operation("pass_on(Tensor arrived, int num_ranks, int num_local) -> Tensor")
+def pass_on(arrived: Tensor, num_ranks: int, num_local: int) -> tuple[Tensor, Launch]:
+    """arrived [N, 1 + R + R * L], what N machines have for one: rows, by rank, by id -> [R, N + L]: for each rank, its
+    rows from each machine, and all for each of its ids."""
+    num_nodes = arrived.shape[0]
+    out = arrived.new_empty(num_ranks, num_nodes + num_local)
+    arguments = arrived, out, num_nodes, num_ranks, num_local
+    return out, Launch(_pass_on, (num_ranks,), arguments, {"LOCAL": power_of_two(num_local)})
+
+
 @operation(
-    "number_copies(Tensor ids, Tensor starts, Tensor totals, int num_each, int num_places, int num_copies, int[] tile)"
+    "number_copies(Tensor ids, Tensor starts, Tensor totals, int num_each, int num_places, int num_copies)"
     " -> (Tensor, Tensor)"
 )
 def _plan_number(
-    ids: Tensor, starts: Tensor, totals: Tensor, num_each: int, num_places: int, num_copies: int, tile: list[int]
+    ids: Tensor, starts: Tensor, totals: Tensor, num_each: int, num_places: int, num_copies: int
 ) -> tuple[tuple[Tensor, Tensor], Launch]:
-    num_rows, num_ids = ids.shape
+    (num_rows, num_ids), num_blocks = ids.shape, starts.shape[0]
     width = min(num_ids, num_places)
     source, table = (ids.new_empty(shape, dtype=torch.int32) for shape in ((num_copies,), (num_rows, width)))
     numbers = num_rows, num_ids, num_each, num_places, starts.shape[1], width
-    constants = {"ROWS": tile[0], "PLACES": tile[1], "WIDTH": power_of_two(width)}
-    arguments = ids, starts, totals, source, table, *numbers
-    return (source, table), Launch(_number, (starts.shape[0],), arguments, constants)
+    # Blocks are those that were counted.
+    rows = power_of_two(-(-num_rows // max(1, num_blocks)))
+    constants = {"ROWS": rows, "PLACES": power_of_two(num_places), "WIDTH": power_of_two(width)}
+    return (source, table), Launch(_number, (num_blocks,), (ids, starts, totals, source, table, *numbers), constants)
 
 
 @operation(
-    "number_ids(Tensor ids, Tensor? counts, Tensor starts, Tensor totals, int num_places, int num_copies, int[] tile)"
+    "number_ids(Tensor ids, Tensor? counts, Tensor starts, Tensor totals, int num_copies, int multiple)"
     " -> (Tensor, Tensor, Tensor)"
 )
 def _plan_number_ids(
-    ids: Tensor, counts: Tensor | None, starts: Tensor, totals: Tensor, num_places: int, num_copies: int,
-    tile: list[int],
-) -> tuple[tuple[Tensor, Tensor, Tensor], Launch]:  # fmt: skip
-    num_rows, num_ids = ids.shape
-    out = tuple(ids.new_empty(shape, dtype=torch.int32) for shape in (num_copies, num_copies, ids.shape))
-    numbers = (1, 1, 1) if counts is None else (counts.stride(0), *counts.shape)
-    stride, num_ranks, num_nodes = numbers
-    arguments = ids, counts, starts, totals, *out, stride, num_rows, num_ids, num_places, num_ranks, num_nodes
-    constants = dict(zip(_TILE_NAMES, tile, strict=True))
-    del constants["IDS"]
-    return out, Launch(_number_ids, (starts.shape[0],), arguments, constants)  # type: ignore[return-value]
+    ids: Tensor, counts: Tensor | None, starts: Tensor, totals: Tensor, num_copies: int, multiple: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], Launch]:
+    (num_rows, num_ids), (num_blocks, num_places) = ids.shape, starts.shape
+    stride, num_ranks, num_nodes = _sizes(counts)
+    source, slots = (ids.new_empty(num_copies, dtype=torch.int32) for _ in range(2))
+    table = ids.new_empty(ids.shape, dtype=torch.int32)
+    tensors = ids, counts, starts, totals, source, slots, table
+    numbers = stride, num_rows, num_ids, num_places, num_ranks, num_nodes, num_blocks
+    tile = _tile(num_places, num_ranks, num_nodes)
+    constants = {name: tile[name] for name in ("ROWS", "PLACES", "RANKS", "NODES")} | {"MULTIPLE": multiple}
+    return (source, slots, table), Launch(_number_ids, (num_blocks + 1,), (*tensors, *numbers), constants)
 
 
-@operation("regroup_rows(Tensor counts, int num_rows) -> (Tensor, Tensor)")
-def regroup_rows(counts: Tensor, num_rows: int) -> tuple[tuple[Tensor, Tensor], Launch]:
-    """Rows in blocks (a, b) of counts[a, b] rows [A, B], a slowest, ordered with b slowest.
+@operation("regroup_rows(Tensor counts, int num_rows, int num_copies, int multiple) -> (Tensor, Tensor, Tensor)")
+def regroup_rows(
+    counts: Tensor, num_rows: int, num_copies: int, multiple: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], Launch]:
+    """Rows in blocks (a, b) of counts[a, b] rows [A, B], a slowest, ordered with b slowest; each b's rows are made up
+    to a multiple, a power of two, by empty ones.
 
-    Returns, int32, which row lies at each place [num_rows], and where each row lies [num_rows, 1].
+    Returns, int32, which row lies at each place [num_copies], `num_rows` at empty ones; the same with -1 at empty ones;
+    and where each row lies [num_rows, 1].
     """
-    source = counts.new_empty(num_rows, dtype=torch.int32)
+    source, slots = (counts.new_empty(num_copies, dtype=torch.int32) for _ in range(2))
     table = counts.new_empty(num_rows, 1, dtype=torch.int32)
-    tile = _tile(1, *counts.shape)
-    arguments = counts, source, table, counts.stride(0), num_rows, *counts.shape
-    constants = {name: tile[name] for name in ("ROWS", "RANKS", "NODES")}
-    return (source, table), Launch(_regroup, (-(-num_rows // tile["ROWS"]),), arguments, constants)
-
-
-_TILE_NAMES = ("ROWS", "PLACES", "RANKS", "NODES", "IDS")
+    stride, num_ranks, num_nodes = _sizes(counts)
+    tile = _tile(1, num_ranks, num_nodes)
+    num_blocks = -(-num_rows // tile["ROWS"])
+    constants = {name: tile[name] for name in ("ROWS", "RANKS", "NODES")} | {"MULTIPLE": multiple}
+    arguments = counts, source, slots, table, stride, num_rows, num_ranks, num_nodes, num_blocks
+    return (source, slots, table), Launch(_regroup, (num_blocks + 1,), arguments, constants)
 
 
 @dataclass(frozen=True)
@@ -258,17 +346,18 @@ class Census:
 
     Attributes:
         ids: [M, K], integers, of which places hold runs of `num_each`.
-        totals: int64; the last `num_places` of them are the copies of each place.
+        counts: int64 [R, N], lengths of the blocks of rows by rank and machine, rank slowest, where rows count as
+            ordered by (machine, rank); else None.
         starts: int32, in the columns of `totals`: what blocks before each block have.
-        tile: what blocks are made of.
+        totals: int64; the last `num_places` of them are the copies of each place.
     """
 
     ids: Tensor
+    counts: Tensor | None
     num_each: int
     num_places: int
     starts: Tensor
     totals: Tensor
-    tile: list[int]
 
     @property
     def leaving(self) -> Tensor:
@@ -276,17 +365,20 @@ class Census:
         return self.totals[-self.num_places :]
 
 
-def count_places(ids: Tensor, num_each: int, num_places: int, sources: Tensor | None = None) -> Census:
-    """Count the rows that have each place among those of their ids.
+def count_places(ids: Tensor, num_each: int, num_places: int, counts: Tensor | None = None) -> Census:
+    """Count the rows that have each place among those of their ids; `counts` as `Census` has them."""
+    starts, totals = _plan_sum(_plan_count(ids, counts, num_each, num_places))
+    return Census(ids, counts, num_each, num_places, starts, totals)
 
-    sources: int64 [N], how many rows come from each of N machines, in order. Then `totals` begins with [P, N + num_each]
-    numbers: by place, the rows from each machine, and how often each of its ids occurs.
+
+def count_tree(ids: Tensor, num_nodes: int, num_ranks: int, num_local: int) -> tuple[Census, Tensor]:
+    """Count rows by machine, by rank of a machine and by id; ranks hold runs of `num_local` ids.
+
+    Returns those of the machines, and all numbers, int64 [N, 1 + R + R * L]: of a machine, of its ranks, of their ids.
     """
-    num_nodes = 0 if sources is None else sources.shape[0]
-    num_ids = 1 if sources is None else num_places * num_each
-    tile = list(_tile(num_places, 1, num_nodes, num_ids).values())
-    blocks = _plan_count(ids, sources, None, num_each, num_places, num_nodes, tile)
-    return Census(ids, num_each, num_places, *_plan_sum(blocks), tile)
+    starts, totals = _plan_sum(_plan_count_tree(ids, num_nodes, num_ranks, num_local))
+    census = Census(ids, None, num_ranks * num_local, num_nodes, starts, totals)
+    return census, totals[:-num_nodes].view(num_nodes, -1)
 
 
 def number_copies(census: Census, num_copies: int) -> tuple[Tensor, Tensor]:
@@ -295,20 +387,16 @@ def number_copies(census: Census, num_copies: int) -> tuple[Tensor, Tensor]:
     num_copies: C, the sum of `census.leaving`. Returns, int32, the row of each copy [C], and the copies of each row
     [M, min(K, P)], by place, -1 behind them.
     """
-    return _plan_number(
-        census.ids, census.starts, census.totals, census.num_each, census.num_places, num_copies, census.tile
-    )
+    places = census.num_each, census.num_places
+    return _plan_number(census.ids, census.starts, census.totals, *places, num_copies)
 
 
-def number_ids(
-    ids: Tensor, num_places: int, num_copies: int, counts: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One copy of row m for each of its ids 0..P-1, ordered by id, then by row.
+def number_ids(census: Census, num_copies: int, multiple: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """One copy of a row for each of its ids 0..P-1, ordered by id, then by row; each id's copies are made up to a
+    multiple, a power of two, by empty ones.
 
-    num_copies: C, how many ids there are. counts: int64 [R, N], lengths of the blocks of rows by rank and machine, rank
-    slowest; rows then count as ordered by (machine, rank). Returns, int32, the row of each copy [C], the place of its id
-    in the flattened ids [C], and the copy of each id [M, K], -1 where there is none.
+    census: of places that hold an id each. num_copies: C, empty ones among them. Returns, int32, the row of each copy
+    [C], M for an empty one; the place of its id in the flattened ids [C], -1 for an empty one; and the copy of each id
+    [M, K], -1 where there is none.
     """
-    tile = list(_tile(num_places, *((1, 1) if counts is None else counts.shape)).values())
-    blocks = _plan_count(ids, None, counts, 1, num_places, 1 if counts is None else counts.shape[1], tile)
-    return _plan_number_ids(ids, counts, *_plan_sum(blocks), num_places, num_copies, tile)
+    return _plan_number_ids(census.ids, census.counts, census.starts, census.totals, num_copies, multiple)

@@ -54,7 +54,7 @@ def _unpack(
     bits = tl.zeros((ROWS, BLOCK), WIDE)
     for part in tl.static_range(WEIGHT):
         half = tl.load(row + columns[None, :] * WEIGHT + part, mask=inside, other=0).to(WIDE)
-        bits |= (half & 0xFFFF) << (16 * part)
+        bits |= (half if WEIGHT == 1 else half & 0xFFFF) << (16 * part)
     row += num_ids * WEIGHT
     ids = tl.zeros((ROWS, BLOCK), tl.int32)
     for part in tl.static_range(ID):
