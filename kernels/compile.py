@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import cross_entropy, places, rms_norm, rotary, router, routes, rows, sums, swiglu  # noqa: F401
-from kernels.door import interprets, missing, triton
+from kernels.door import VARYING, interprets, missing, triton
 from kernels.operation import Launch, launch_of, names
 
 BF16, FP32, BYTE = torch.bfloat16, torch.float32, torch.uint8
@@ -159,9 +159,9 @@ def _source(launch: Launch) -> Any:
         if isinstance(value, Tensor):
             types[name] = f"*{_TYPES[value.dtype]}"
             attributes[(place,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int) and value != 1:
+        elif isinstance(value, int) and (value != 1 or name in VARYING):
             types[name] = "i32" if abs(value) < 1 << 31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in VARYING:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             types[name] = "fp32"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.counts import Census
 from kernels.door import jit, tl
 from kernels.operation import Launch, operation, power_of_two
-from kernels.places import Census
 
 _TILE = 1024
 

@@ -46,10 +46,10 @@ def _fold(
 
 
 @jit
-def _pick(Values, Table, Out, num_places, BLOCK: tl.constexpr):
+def _pick(Values, Table, Out, num_copies, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    index = tl.load(Table + places, mask=places < num_places, other=-1).to(tl.int64)
-    tl.store(Out + places, tl.load(Values + index, mask=index >= 0, other=0.0), mask=places < num_places)
+    index = tl.load(Table + places, mask=places < num_copies, other=-1).to(tl.int64)
+    tl.store(Out + places, tl.load(Values + index, mask=index >= 0, other=0.0), mask=places < num_copies)
 
 
 def _tile(num_rows: int, width: int) -> tuple[dict[str, Any], tuple[int, int]]:
