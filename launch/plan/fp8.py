@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from train.precision.config import Fp8, PrecisionConfig
-from train.precision.transformer_engine import LibraryModules
+from train.precision.transformer_engine import LibraryWeights
 
 # The namespace of the operations below among torch's.
 LIBRARY = "halocline_fp8"
@@ -31,11 +31,11 @@ _SCHEMAS = (
 )
 
 
-def library_shapes(config: PrecisionConfig) -> LibraryModules | None:
+def library_shapes(config: PrecisionConfig) -> LibraryWeights | None:
     """What multiplies in FP8 on a GPU with the library; None where a run there would multiply by the reference."""
     if config.name != "fp8" or config.engine == "reference" or config.is_fp8("lm_head"):
         return None
-    return LibraryModules(config.power_of_two_scales, _Shapes())
+    return LibraryWeights(config.power_of_two_scales, _Shapes())
 
 
 def library_sizes(name: str, operands: Mapping[str, Any]) -> tuple[int, int, int, int]:
