@@ -17,6 +17,7 @@ from kernels.fp8_tiles import (
     new_rows,
     num_tiles,
     place,
+    rounded,
     store_columns,
     store_rows,
     tiles_of,
@@ -60,7 +61,7 @@ def _forward(
     a = gate / (1.0 + tl.exp(-gate)) * up
     if WEIGHTED:
         a *= tl.load(RowWeights + rows, mask=inner < length, other=0.0).to(tl.float32)[:, None]
-    a = a.to(H.dtype.element_ty).to(tl.float32)
+    a = rounded(a, H.dtype.element_ty, EMULATES)
     store_rows(a, Codes, Scales, start, length, inner, column, width, POWER, EMULATES)
 
 
@@ -109,20 +110,20 @@ def _backward(
     inner = before + tl.arange(0, 128)
     columns = column * 128 + tl.arange(0, 128)
     rows = tl.cast(start + inner, tl.int64)
-    narrow = DA.dtype.element_ty
+    narrow: tl.constexpr = DA.dtype.element_ty
     up_column = column + width // 128
-    gate = widened(load_rows(KeptCodes, KeptScales, start, length, inner, column, 2 * width).to(narrow))
+    gate = rounded(load_rows(KeptCodes, KeptScales, start, length, inner, column, 2 * width), narrow, EMULATES)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     if WEIGHTED:
         weight = tl.load(RowWeights + rows, mask=inner < length, other=0.0).to(tl.float32)
     if what == 0:
-        up = widened(load_rows(KeptCodes, KeptScales, start, length, inner, up_column, 2 * width).to(narrow))
+        up = rounded(load_rows(KeptCodes, KeptScales, start, length, inner, up_column, 2 * width), narrow, EMULATES)
         a = gate * sigmoid * up
         if WEIGHTED:
             da = widened(tl.load(DA + rows[:, None] * width + columns[None, :], mask=(inner < length)[:, None], other=0.0))
             tl.store(Sums + tl.cast(column, tl.int64) * num_rows + rows, tl.sum(da * a, 1), mask=inner < length)
             a *= weight[:, None]
-        a = widened(a.to(narrow))
+        a = rounded(a, narrow, EMULATES)
         store_columns(a, ACodes, AScales, start, length, inner, tile, column, width, POWER, EMULATES)
     else:
         dh = widened(tl.load(DA + rows[:, None] * width + columns[None, :], mask=(inner < length)[:, None], other=0.0))
@@ -132,9 +133,9 @@ def _backward(
             dh *= gate * sigmoid
             column = up_column
         else:
-            up = widened(load_rows(KeptCodes, KeptScales, start, length, inner, up_column, 2 * width).to(narrow))
+            up = rounded(load_rows(KeptCodes, KeptScales, start, length, inner, up_column, 2 * width), narrow, EMULATES)
             dh *= up * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
-        dh = widened(dh.to(narrow))
+        dh = rounded(dh, narrow, EMULATES)
         store_rows(dh, RowCodes, RowScales, start, length, inner, column, 2 * width, GRADIENT_POWER, EMULATES)
         store_columns(
             dh, ColumnCodes, ColumnScales, start, length, inner, tile, column, 2 * width, GRADIENT_POWER, EMULATES

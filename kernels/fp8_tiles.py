@@ -46,6 +46,16 @@ def widened(x):
 
 
 @jit
+def rounded(x, narrow: tl.constexpr, EMULATES: tl.constexpr):
+    """float32 x as `narrow` has it, in float32. Triton's interpreter cuts bits off where bfloat16 is rounded."""
+    if EMULATES and narrow == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        near = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+        return tl.where(x == x, near, x)
+    return widened(x.to(narrow))
+
+
+@jit
 def magnitude(x, axis: tl.constexpr):
     """The largest magnitude, as bits of float32: so that what is not a number is larger than any."""
     return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis)

@@ -13,6 +13,7 @@ from train.precision.compiled_tiles import compiled_tiles
 from train.precision.config import FP8_MODULES, MODULE_KEYS, Fp8, PrecisionConfig
 from train.precision.eager_passes import EagerPasses
 from train.precision.engine import Engine, RowCodec
+from train.precision.kernel_passes import KernelPasses
 from train.precision.measure import faster_bf16_products
 from train.precision.quantised import Passes
 from train.precision.reference import Fp8Engine, QuantisedWeights, Rounding
@@ -58,7 +59,7 @@ def fp8_weights(config: PrecisionConfig, device: torch.device | str) -> Quantise
 
 def passes(device: torch.device | str) -> Passes:
     """What quantises around the library's products: kernels on a GPU, torch's operations elsewhere."""
-    return EagerPasses()
+    return KernelPasses() if torch.device(device).type == "cuda" else EagerPasses()
 
 
 def rounding(config: PrecisionConfig, device: torch.device | str) -> Rounding:

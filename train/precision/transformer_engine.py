@@ -52,7 +52,7 @@ class Library(Protocol):
         """weight [n, k] in blocks of 128 x 128, by rows and by columns, as the products take it."""
         ...
 
-    def multiply(self, rows: Sequence[Rows], weights: Sequence[Any], out: Tensor, transposed: bool) -> None:
+    def multiply(self, rows: Rows, groups: Groups, weights: Sequence[Any], out: Tensor, transposed: bool) -> None:
         """Fill out [P, n] with each group's rows times its weight, transposed, or [P, k] with those times the weight
         itself."""
         ...
@@ -68,16 +68,14 @@ class Installed:
     def quantise(self, weight: Tensor, power_of_two: bool) -> Any:
         return self._quantiser(2, power_of_two)(weight)
 
-    def multiply(self, rows: Sequence[Rows], weights: Sequence[Any], out: Tensor, transposed: bool) -> None:
-        operands = [self._storage(each, None) for each in rows]
+    def multiply(self, rows: Rows, groups: Groups, weights: Sequence[Any], out: Tensor, transposed: bool) -> None:
+        operands = [self._storage(each, None) for each in groups.rows(rows)]
         how: dict[str, Any] = {"layout": "TN" if transposed else "NN", "use_split_accumulator": True}
         if len(weights) == 1:
             self._gemm.general_gemm(weights[0], operands[0], out_dtype=out.dtype, out=out, **how)
             return
-        splits = [each.codes.shape[0] for each in rows]
-        self._gemm.general_grouped_gemm(
-            list(weights), operands, [out], [None] * len(rows), out.dtype, m_splits=splits, single_output=True, **how
-        )
+        how |= {"m_splits": list(groups.splits), "single_output": True}
+        self._gemm.general_grouped_gemm(list(weights), operands, [out], [None] * len(weights), out.dtype, **how)
 
     def multiply_add(self, of_dy: Sequence[Columns], of_x: Sequence[Columns], into: Sequence[Tensor]) -> None:
         left, right = ([self._storage(None, each) for each in side] for side in (of_x, of_dy))
@@ -220,8 +218,8 @@ class TransformerEngine(Products):
     def _product(self, operand: Rows, weight: Tensor, width: int, transposed: bool) -> Tensor:
         out = weight.new_empty(operand.codes.shape[0], width)
         if operand.codes.shape[0]:
-            rows = self._grouping(operand.codes).rows(operand)
-            self._library.multiply(rows, self._weights.of(weight), out, transposed)
+            groups = self._grouping(operand.codes)
+            self._library.multiply(operand, groups, self._weights.of(weight), out, transposed)
         return out
 
     def wgrad_(self, accumulator: Tensor, dy: Rows | Columns, x: Columns) -> None:
