@@ -52,13 +52,13 @@ _OF_ROWS = _empty(32768, dtype=FP32)
 EXAMPLES: Examples = {
     "fp8_columns": lambda: [(_CODES, _SCALES, _STARTS, _SPLITS, True), (_CODES, _SCALES, None, (32768,), False)],
     "fp8_encode": lambda: [(_empty(4096, 7168),)],
-    "fp8_quantise": lambda: [(_empty(4096, 7168), 4096, both, power) for both in (False, True) for power in (False, True)],
+    "fp8_quantise": lambda: [
+        (_empty(4096, 7168), 4096, both, power) for both in (False, True) for power in (False, True)
+    ],
     "fp8_swiglu_backward": lambda: [
         (_empty(32768, 2048), _H_CODES, _H_SCALES, _OF_ROWS, _STARTS, _SPLITS, power, power) for power in (False, True)
     ],
-    "fp8_swiglu_forward": lambda: [
-        (_empty(32768, 4096), _OF_ROWS, _STARTS, _SPLITS, power) for power in (False, True)
-    ],
+    "fp8_swiglu_forward": lambda: [(_empty(32768, 4096), _OF_ROWS, _STARTS, _SPLITS, power) for power in (False, True)],
     "fp8_take": lambda: [
         (_empty(30656, 7224, dtype=torch.uint8), _empty(32768, dtype=torch.int64), _STARTS, _SPLITS, 7168)
     ],

@@ -171,9 +171,7 @@ def load_rows(Codes, Scales, start, length, inner, column, width):
     return decoded(code) * scale[:, None]
 
 
-@operation(
-    "fp8_columns(Tensor codes, Tensor scales, Tensor? starts, int[] splits, bool power) -> (Tensor, Tensor)"
-)
+@operation("fp8_columns(Tensor codes, Tensor scales, Tensor? starts, int[] splits, bool power) -> (Tensor, Tensor)")
 def _plan_columns(
     codes: Tensor, scales: Tensor, starts: Tensor | None, splits: Sequence[int], power: bool
 ) -> tuple[tuple[Tensor, Tensor], Launch]:
@@ -208,7 +206,7 @@ def quantise(x: Tensor, num_rows: int, power: bool) -> tuple[Tensor, Tensor, Ten
 def columns(
     codes: Tensor, scales: Tensor, starts: Tensor | None, splits: Sequence[int], power: bool
 ) -> tuple[Tensor, Tensor]:
-    """codes [P, k] and their scales by group -> (codes [k P] by group, scales [tiles of rows, k]) in tiles of 128 x 1."""
+    """codes [P, k], scales by group -> (codes [k P] by group, scales [tiles of rows, k]) in tiles of 128 x 1."""
     found, of_columns = _plan_columns(codes.view(U8), scales, starts, splits, power)
     return found.view(E4M3), of_columns
 

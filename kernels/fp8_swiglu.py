@@ -120,7 +120,9 @@ def _backward(
         up = rounded(load_rows(KeptCodes, KeptScales, start, length, inner, up_column, 2 * width), narrow, EMULATES)
         a = gate * sigmoid * up
         if WEIGHTED:
-            da = widened(tl.load(DA + rows[:, None] * width + columns[None, :], mask=(inner < length)[:, None], other=0.0))
+            da = widened(
+                tl.load(DA + rows[:, None] * width + columns[None, :], mask=(inner < length)[:, None], other=0.0)
+            )
             tl.store(Sums + tl.cast(column, tl.int64) * num_rows + rows, tl.sum(da * a, 1), mask=inner < length)
             a *= weight[:, None]
         a = rounded(a, narrow, EMULATES)
@@ -188,8 +190,8 @@ def swiglu_backward(
     power: bool,
     gradient_power: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """da [P, f], the kept rows of h -> (codes, scales) of the activation's columns, of the rows of the gradient of h and
-    of its columns; the gradient of row_weights [P]."""
+    """da [P, f], the kept rows of h -> (codes, scales) of the activation's columns, of the rows of the gradient of h
+    and of its columns; the gradient of row_weights [P]."""
     a, a_scales, rows, row_scales, of_columns, column_scales, sums = _plan_backward(
         da, codes.view(U8), scales, row_weights, starts, splits, power, gradient_power
     )

@@ -105,9 +105,7 @@ def decoded(code):
 
 
 @jit
-def store_rows(
-    x, Codes, Scales, start, length, inner, column, width, POWER: tl.constexpr, EMULATES: tl.constexpr
-):
+def store_rows(x, Codes, Scales, start, length, inner, column, width, POWER: tl.constexpr, EMULATES: tl.constexpr):
     """Quantise x [128, 128] in tiles of 1 x 128: codes [P, width], scales of each group [tiles, its rows].
 
     inner: numbers of the rows in their group; column: of the tile of columns.

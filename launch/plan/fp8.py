@@ -25,7 +25,7 @@ LIBRARY = "halocline_fp8"
 TILE = 128
 _SCHEMAS = (
     "quantize(Tensor weight) -> Tensor[]",
-    "multiply(Tensor a, Tensor[] b, Tensor(a!) into) -> ()",
+    "multiply(Tensor a, Tensor[] b, *, Tensor(a!) out) -> Tensor(a!)",
     "multiply_add(Tensor a, Tensor b, Tensor(a!) into) -> ()",
 )
 
@@ -41,7 +41,7 @@ def library_sizes(name: str, operands: Mapping[str, Any]) -> tuple[int, int, int
     """(groups, m, n, k) of a product of the library."""
     a, b = operands["a"], operands["b"]
     if name == "multiply":
-        return len(b), a.shape[0], operands["into"].shape[1], a.shape[1]
+        return len(b), a.shape[0], operands["out"].shape[1], a.shape[1]
     n, k = operands["into"].shape
     return 1, n, k, a.shape[1]
 
@@ -58,7 +58,7 @@ class _Shapes:
         return kept
 
     def multiply(self, rows: Rows, groups: Groups, weights: Sequence[Any], out: Tensor, transposed: bool) -> None:
-        torch.ops.halocline_fp8.multiply(rows.codes, [each[0] for each in weights], out)
+        torch.ops.halocline_fp8.multiply(rows.codes, [each[0] for each in weights], out=out)
 
     def multiply_add(self, of_dy: Sequence[Columns], of_x: Sequence[Columns], into: Sequence[Tensor]) -> None:
         for left, right, grad in zip(of_dy, of_x, into, strict=True):
@@ -72,7 +72,7 @@ def _operations() -> torch.library.Library:
     for schema in _SCHEMAS:
         library.define(schema)
     library.impl("quantize", _quantize, "Meta")
-    library.impl("multiply", lambda a, b, into: None, "Meta")
+    library.impl("multiply", lambda a, b, *, out: out, "Meta")
     library.impl("multiply_add", lambda a, b, into: None, "Meta")
     return library
 

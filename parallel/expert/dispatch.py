@@ -52,7 +52,7 @@ class Hop:
 class Plan:
     """Where each token's copies went: made by `dispatch`, only read afterwards.
 
-    rows_per_expert: rows of each local expert, in the order of the rows; sums to R. Some may be empty (`Copies.spaced`).
+    rows_per_expert: rows of each local expert, in their order, empty ones among them (`Copies.spaced`); sums to R.
     """
 
     hops: tuple[Hop, ...]

@@ -141,9 +141,7 @@ class Products(ABC):
     def wgrad_(self, accumulator: Tensor, dy: Any, x: Any) -> None:
         """accumulator [n, k] += dyᵀ x, without rounding the product to the type of its operands; x as restored."""
 
-    def activate(
-        self, activation: Activation, h: Tensor, row_weights: Tensor | None
-    ) -> tuple[Any, tuple[Tensor, ...]]:
+    def activate(self, activation: Activation, h: Tensor, row_weights: Tensor | None) -> tuple[Any, tuple[Tensor, ...]]:
         """The activation of h [R, 2f] as this engine's `fprop` takes it, and what is kept of h."""
         a = activation.swiglu_forward(h, row_weights)
         return self.operand(a), self.keep(h)

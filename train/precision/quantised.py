@@ -1,8 +1,8 @@
 """Operands of FP8 products as Transformer Engine multiplies them, and the passes over memory that make them.
 
 A product takes both operands with the tiles of 1 x 128 along its inner dim: rows for the forward product and the
-gradient of the input, columns (the transpose, whose inner dim are tokens) for the weight gradient. Tiles of tokens begin
-at the first row of each group.
+gradient of the input, columns (the transpose, whose inner dim are tokens) for the weight gradient. Tiles of tokens
+begin at the first row of each group.
 """
 
 from __future__ import annotations
