@@ -25,7 +25,7 @@ class CodedRows(Tensor):
 
     @staticmethod
     def __new__(cls, parts: tuple[Tensor, ...], shape: tuple[int, ...], dtype: torch.dtype) -> CodedRows:
-        rows: CodedRows = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        rows: CodedRows = Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=parts[0].device, storage_size=0
         )
         rows.parts = parts
@@ -35,7 +35,7 @@ class CodedRows(Tensor):
         return f"CodedRows({tuple(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         (rows, *others), kwargs = args, kwargs or {}
         if func is aten.detach.default or (func is aten.view.default and tuple(others[0]) == tuple(rows.shape)):
             return cls(rows.parts, rows.shape, rows.dtype)

@@ -29,18 +29,18 @@ class EagerPasses:
         payload = torch.nn.functional.pad(payload, (0, 0, 0, 1))
         parts = parts_of(Fp8Rows(width).arrive(payload, source, list(groups.splits), torch.float32))
         assert parts is not None
-        return _by_group(*parts, groups)
+        return _by_group(parts, groups)
 
     def quantise_rows(self, x: Tensor, power_of_two: bool) -> Rows:
         """x [T, k] -> tiles of 1 x 128 of its rows, and rows of zeros up to a multiple."""
         x = _filled_up(x)
-        return _by_group(*tiles.keep_rows(x, power_of_two), Groups((x.shape[0],)))
+        return _by_group(tiles.keep_rows(x, power_of_two), Groups((x.shape[0],)))
 
     def quantise(self, x: Tensor, power_of_two: bool) -> tuple[Rows, Columns]:
         """x [T, k] -> tiles of 1 x 128, and tiles of 128 x 1, of its rows and of zeros up to a multiple."""
         x = _filled_up(x)
         groups = Groups((x.shape[0],))
-        return _by_group(*tiles.keep_rows(x, power_of_two), groups), _columns_of(x, groups, power_of_two)
+        return _by_group(tiles.keep_rows(x, power_of_two), groups), _columns_of(x, groups, power_of_two)
 
     def columns(self, rows: Rows, groups: Groups, power_of_two: bool) -> Columns:
         """Tiles of 128 x 1 of what quantised rows stand for (technical report, section 3.5.2)."""
@@ -52,7 +52,7 @@ class EagerPasses:
         """h [P, 2f], row_weights [P] -> tiles of 1 x 128 of h, to be kept, and of its activation [P, f]."""
         a = activation.swiglu_forward(h, row_weights)
         kept, found = (tiles.keep_rows(each, power_of_two) for each in (h, a))
-        return _by_group(*kept, groups), _by_group(*found, groups)
+        return _by_group(kept, groups), _by_group(found, groups)
 
     def activate_backward(
         self,
@@ -68,7 +68,7 @@ class EagerPasses:
         the gradient of row_weights."""
         h = _restored(kept, groups).to(da.dtype)
         a, dh, d_row_weights = activation.swiglu_backward(da, h, row_weights)
-        rows = _by_group(*tiles.keep_rows(dh, gradient_power_of_two), groups)
+        rows = _by_group(tiles.keep_rows(dh, gradient_power_of_two), groups)
         columns = _columns_of(a, groups, power_of_two), _columns_of(dh, groups, gradient_power_of_two)
         return columns[0], rows, columns[1], d_row_weights
 
@@ -78,8 +78,9 @@ def _filled_up(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % ROW_MULTIPLE))
 
 
-def _by_group(codes: Tensor, scales: Tensor, groups: Groups) -> Rows:
+def _by_group(kept: tiles.Kept, groups: Groups) -> Rows:
     """Scales [P, tiles] in the order of the library."""
+    codes, scales = kept
     return Rows(codes, torch.cat([part.t().reshape(-1) for part in scales.split(list(groups.splits))]))
 
 
