@@ -16,6 +16,7 @@ from parallel.expert.dispatch import Dispatch, LocalDispatch
 from parallel.meeting import Meeting
 from parallel.pipeline.grouped_links import GroupedLinks, connect_column
 from parallel.pipeline.links import Links, connect
+from parallel.pipeline.overlap import overlap_of
 from parallel.pipeline.record import Recorder
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.segments import Segments
@@ -188,14 +189,15 @@ def put_together(
     optimizer = optimizer_of(config, groups, models, weights.changed)
     rank, links, recorder = groups.mesh.pp_rank, connected(config, groups), Recorder(groups.mesh.pp_rank, groups.watch)
     readers = {number: Reader(stage.model) for number, stage in stages.items()}
+    overlap = overlap_of(groups.host.runs_ahead)
     return Job(
         config=config,
         groups=groups,
         recipe=config.recipe(),
         stages=stages,
-        runtime=Runtime(rank, stages, links, recorder),
+        runtime=Runtime(rank, stages, links, recorder, overlap),
         readers=readers,
-        reading=Runtime(rank, readers, links, recorder),
+        reading=Runtime(rank, readers, links, recorder, overlap),
         recorder=recorder,
         dispatch=dispatch,
         optimizer=optimizer,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from parallel.collectives import Steps
 from parallel.expert.copies import Copies, arrange, inverse, regroup, tally
-from parallel.expert.dispatch import Codec, Dispatch, Dispatched, Hop
+from parallel.expert.dispatch import Codec, Dispatch, Dispatched, Hop, with_slots
 from parallel.expert.placement import Placement
 from parallel.process import Groups
 
@@ -24,10 +24,11 @@ class FlatDispatch(Dispatch):
         ranks_per_node = self.placement.ranks_per_node
         self.is_remote = [rank // ranks_per_node != self.placement.node for rank in range(self.placement.ep)]
 
-    def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
+    def _plan_and_send(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
         self._nodes_reached(indices)
-        counts = tally(indices, self.placement.num_experts).view(self.placement.ep, self.num_local_experts)
-        counts, to_rank, from_rank = self._exchange_counts("expert counts", counts, self.group)
+        leaving = tally(indices, self.placement.num_experts).view(self.placement.ep, self.num_local_experts)
+        counts_arriving = self._exchange_counts(leaving, self.group)
+        to_rank, from_rank = yield from self._read("expert counts", lambda: (leaving, counts_arriving.wait()))
         send_counts, recv_counts = [sum(counts) for counts in to_rank], [sum(counts) for counts in from_rank]
         copies = arrange(indices >= 0, indices, sum(send_counts), weighted=True)
         hop = Hop(copies, self.group, send_counts, recv_counts, self.is_remote)
@@ -35,8 +36,10 @@ class FlatDispatch(Dispatch):
             self._send(hop, copies.spread_weights(weights)),
             self._send(hop, copies.spread(self._codec.encode(x))),
         )
-        yield
-        order = regroup(counts, sum(recv_counts))
+        ((_, slot),) = with_slots([hop])
+        if slot:
+            yield slot
+        order = regroup(counts_arriving.wait(), sum(recv_counts))
         experts = Copies(order, inverse(order), offsets=None)
         tokens_per_expert = [sum(counts) for counts in zip(*from_rank, strict=True)]
         row_weights, rows = (handle.wait() for handle in arriving)

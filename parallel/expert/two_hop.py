@@ -29,50 +29,69 @@ class TwoHopDispatch(Dispatch):
     def __init__(self, num_experts: int, groups: Groups, codec: Codec | None = None) -> None:
         super().__init__(Placement.of(groups.mesh, num_experts), groups.host, groups.watch, codec)
         self.rail, self.node = groups.rail, groups.node
-        self.has_rail = self.placement.num_nodes > 1
+        self.has_rail, self.has_node = self.placement.num_nodes > 1, self.placement.ranks_per_node > 1
         self.is_remote = [node != self.placement.node for node in range(self.placement.num_nodes)]
         self.id_dtype = torch.int16 if self.placement.experts_per_node <= torch.iinfo(torch.int16).max else torch.int32
 
-    def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
+    def _plan_and_send(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
         place, local = self.placement, [False] * self.placement.ranks_per_node
-
         reached = self._nodes_reached(indices)
-        leaving = reached.sum(0)
-        _, send_counts, recv_counts = self._exchange_counts("rail counts", leaving, self.rail)
-        copies = one_per_place(reached, sum(send_counts))
-        rail = Hop(copies, self.rail, send_counts, recv_counts, self.is_remote, takes_turn=self.has_rail)
+        counts, rail_counts, node_counts, tokens_per_expert = yield from self._counts(reached, indices)
+        rail = Hop(one_per_place(reached, sum(rail_counts[0])), self.rail, *rail_counts, self.is_remote)
+        copies = rail.copies
         # What the next hop needs to be planned leaves before the rows, so that it is planned while they travel.
-        ids = _within(copies.spread(indices), leaving, place.experts_per_node)
+        ids = _within(copies.spread(indices), reached.sum(0), place.experts_per_node)
         routes_arriving = self._send(rail, _pack(copies.spread(weights), ids.to(self.id_dtype)))
         rows_arriving = self._send(rail, copies.spread(self._codec.encode(x)))
-        if rail.takes_turn:
-            yield
+        if self.has_rail:
+            yield "first hop" if self.has_node else "last hop"
         weights, ids = _unpack(routes_arriving.wait(), weights.dtype, self.id_dtype)
 
         reached = reach(owners(ids, self.num_local_experts), place.ranks_per_node)
-        by_source = torch.stack([block.sum(0) for block in reached.split(recv_counts)], 1)  # [rank, source node]
-        # Beside them what each rank's experts will get, so that the last step needs no counts of its own.
-        by_expert = tally(ids, place.experts_per_node).view(place.ranks_per_node, self.num_local_experts)
-        leaving = by_source.sum(1)
-        counts, to_rank, from_rank = self._exchange_counts(
-            "node counts", torch.cat([by_source, by_expert], 1), self.node
-        )
-        send_counts, recv_counts = ([sum(row[: place.num_nodes]) for row in rows] for rows in (to_rank, from_rank))
-        tokens_per_expert = [sum(counts) for counts in list(zip(*from_rank, strict=True))[place.num_nodes :]]
-        copies = one_per_place(reached, sum(send_counts))
-        node = Hop(copies, self.node, send_counts, recv_counts, local, takes_turn=not self.has_rail)
-        ids = _within(copies.spread(ids), leaving, self.num_local_experts)
+        node = Hop(one_per_place(reached, sum(node_counts[0])), self.node, *node_counts, local)
+        copies = node.copies
+        ids = _within(copies.spread(ids), reached.sum(0), self.num_local_experts)
         routes_arriving = self._send(node, _pack(copies.spread(weights), ids.to(self.id_dtype)))
         rows_arriving = self._send(node, copies.spread(rows_arriving.wait()))
-        if node.takes_turn:
-            yield
+        if self.has_node:
+            yield "last hop"
         weights, ids = _unpack(routes_arriving.wait(), weights.dtype, self.id_dtype)
 
         # Rows came from (rail, source node); the promised order is by the source's rank, (source node, rail).
-        position = inverse(regroup(counts[:, : place.num_nodes], sum(recv_counts))).unsqueeze(1)
+        position = inverse(regroup(counts, sum(node_counts[1]))).unsqueeze(1)
         keys = ids * max(1, ids.shape[0]) + position
         experts = arrange(ids >= 0, keys, sum(tokens_per_expert), weighted=True)
         return self._arrived(rows_arriving.wait(), weights, experts, tokens_per_expert, (rail, node), x.dtype)
+
+    def _counts(
+        self, reached: Tensor, indices: Tensor
+    ) -> Steps[tuple[Tensor, tuple[list[int], list[int]], tuple[list[int], list[int]], list[int]]]:
+        """The numbers of rows of both hops, of tokens that reach these nodes (bool [T, nodes]) with these experts.
+
+        The rank that a token sets out from can tell which ranks of a node its copy will be passed on to. So what every
+        rank of a node will pass on is told over the rail, then to the ranks that it will pass it on to, and the host
+        reads all of it at once, before any row has left.
+
+        Returns, of the node's hop, what comes from each rank by source node [ranks, nodes]; of the rail and of the
+        node, how many copies go to and come from each rank; and the rows of each local expert.
+        """
+        place = self.placement
+        num_nodes, num_ranks = place.num_nodes, place.ranks_per_node
+        by_rank = reach(owners(indices, self.num_local_experts), place.ep).sum(0).view(num_nodes, num_ranks)
+        by_expert = tally(indices, place.num_experts).view(num_nodes, place.experts_per_node)
+        leaving = torch.cat([reached.sum(0).unsqueeze(1), by_rank, by_expert], 1)
+        arrived = self._exchange_counts(leaving, self.rail).wait()  # [source node, 1 + ranks + experts of this node]
+        _, by_rank, by_expert = arrived.split([1, num_ranks, place.experts_per_node], 1)
+        # Beside them what each rank's experts will get, so that the last step needs no counts of its own.
+        passed_on = torch.cat([by_rank.t(), by_expert.sum(0).view(num_ranks, self.num_local_experts)], 1)
+        arriving = self._exchange_counts(passed_on, self.node)
+        to_node, from_node, to_rank, from_rank = yield from self._read(
+            "hop counts", lambda: (leaving[:, 0], arrived[:, 0], passed_on, arriving.wait())
+        )
+        by_hop = [[sum(row[:num_nodes]) for row in rows] for rows in (to_rank, from_rank)]
+        tokens_per_expert = [sum(counts) for counts in list(zip(*from_rank, strict=True))[num_nodes:]]
+        counts = arriving.wait()[:, :num_nodes]
+        return counts, (to_node, from_node), (by_hop[0], by_hop[1]), tokens_per_expert
 
 
 def _within(ids: Tensor, counts: Tensor, num_each: int) -> Tensor:

@@ -23,33 +23,31 @@ from train.precision.engine import Mlp
 class Dispatch(Protocol):
     """Moves tokens to the experts and back. Plain tensors, no autograd.
 
-    Every method is a generator that yields while rows are on their way and returns its result, so that a pipeline can
-    interleave two of them.
+    Every method is a generator that yields while rows are on their way, and yields the name of the slot that they are
+    in; it returns its result. So a pipeline can interleave two of them.
     """
 
     num_local_experts: int
     first_expert: int
 
-    def dispatch(
-        self, x: Tensor, weights: Tensor, indices: Tensor
-    ) -> Generator[None, None, tuple[Tensor, Tensor, Any]]:
+    def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Generator[str, None, tuple[Tensor, Tensor, Any]]:
         """x [T, d], weights and indices [T, K] -> rows [R, d] sorted by local expert, their weights [R], a plan.
 
         The plan is frozen and has `rows_per_expert`: rows of each local expert, in order.
         """
         ...
 
-    def combine(self, rows: Tensor, plan: Any) -> Generator[None, None, Tensor]:
+    def combine(self, rows: Tensor, plan: Any) -> Generator[str, None, Tensor]:
         """rows [R, d] -> the plain sum of each token's rows [T, d]."""
         ...
 
     def dispatch_backward(
         self, d_rows: Tensor, d_row_weights: Tensor, plan: Any
-    ) -> Generator[None, None, tuple[Tensor, Tensor]]:
+    ) -> Generator[str, None, tuple[Tensor, Tensor]]:
         """Gradients of rows [R, d] and of their weights [R] -> of x [T, d] and of weights [T, K]."""
         ...
 
-    def combine_backward(self, dy: Tensor, plan: Any) -> Generator[None, None, Tensor]:
+    def combine_backward(self, dy: Tensor, plan: Any) -> Generator[str, None, Tensor]:
         """Gradient of the combined tokens [T, d] -> of the rows [R, d]."""
         ...
 
