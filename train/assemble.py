@@ -37,7 +37,7 @@ from train.device import uses_cuda
 from train.job import Job, held
 from train.model.config import ModelConfig
 from train.model.init import InitialValues, init_weights, materialise
-from train.model.kernels import KERNELS, Kernels, choose_kernels
+from train.model.kernels import KERNELS, choose_kernels
 from train.model.packing import ByDocument, OneText, Packing
 from train.model.parts import Parts
 from train.model.recompute import Recompute
@@ -168,18 +168,19 @@ def put_together(
     make_engines: MakeEngines = build_engines,
     tapes: Tapes | None = None,
     weights: QuantisedWeights | LibraryWeights | None = None,
-    kernels: Kernels | None = None,
+    kernels: str | None = None,
 ) -> Job:
     """This rank's part of the run over files that are open; `assemble` says more.
 
-    weights: what holds quantised weights, and so who multiplies in FP8; None is what the device has. kernels: as
-    `build_stages` takes them.
+    weights: what holds quantised weights, and so who multiplies in FP8; None is what the device has. kernels: a key
+    of `KERNELS`; None is what `run.kernels` means here.
     """
     place = environment.read()
     weights = weights or fp8_weights(config.precision, groups.kernels)
     engines = make_engines(config.precision, groups.kernels, weights)
     codec = row_codec(engines, config.model.hidden_size)
-    dispatch = build_dispatch(config.model.n_routed_experts, groups, codec)
+    kernels = kernels or choose_kernels(config.run.kernels, groups.kernels)
+    dispatch = build_dispatch(config.model.n_routed_experts, groups, codec, fused=kernels == "triton")
     rows_seen = packing(config, files.train_rows.end_of_document, groups.kernels)
     stages = build_stages(config, dispatch, groups, engines, rows_seen, tapes, kernels)
     models = [stage.model for stage in stages.values()]
@@ -288,23 +289,24 @@ def build_stages(
     engines: Mapping[str, Engine],
     packing: Packing | None = None,
     tapes: Tapes | None = None,
-    kernels: Kernels | None = None,
+    kernels: str | None = None,
 ) -> dict[int, Stage]:
     """This rank's slices of the model: laid out without memory, then filled with (seed, name)'s values.
 
-    Slices that both need the embedding share one tensor. kernels: None takes those that `run.kernels` means here.
+    Slices that both need the embedding share one tensor. kernels: a key of `KERNELS`; None is what `run.kernels` means
+    here.
     """
     tapes = tapes or Tapes()
     placement, pp_rank = config.placement, groups.mesh.pp_rank
     slices = split(config.model, placement.num_slices, config.train.seq_len, config.pipeline.layers)
-    kernels = kernels or KERNELS[choose_kernels(config.run.kernels, groups.kernels)](groups.kernels)
+    computes = KERNELS[kernels or choose_kernels(config.run.kernels, groups.kernels)](groups.kernels)
     stages: dict[int, Stage] = {}
     embedding: nn.Parameter | None = None
     for number in placement.stages_on(pp_rank):
         sink, parts = tapes.sink(), slices[placement.position(number)]
         with torch.device("meta"):
             recompute = Recompute(config.recompute)
-            model = Transformer(config.model, dispatch, engines, kernels, sink, parts, recompute, packing)
+            model = Transformer(config.model, dispatch, engines, computes, sink, parts, recompute, packing)
         init_weights(model, config.train.seed, DTYPES[config.precision.name], groups.device)
         if parts.embedding or parts.mtp:
             embedding = embedding if embedding is not None else model.embed_tokens.weight

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.collectives import Handle, Steps, exchange, exchange_counts
-from parallel.expert.copies import Copies, arrange, reach, tally
+from parallel.expert.copier import Copier, Spread, TorchCopier
 from parallel.expert.placement import Placement
 from parallel.host import Host, Source
 from parallel.watch import Need, Watch, Watched
@@ -40,7 +40,7 @@ from parallel.watch import Need, Watch, Watched
 class Hop:
     """One exchange: the copies that leave, how many go to and come from each rank, which ranks are on other nodes."""
 
-    copies: Copies
+    copies: Spread
     group: dist.ProcessGroup
     send_counts: list[int]
     recv_counts: list[int]
@@ -55,7 +55,7 @@ class Plan:
     """
 
     hops: tuple[Hop, ...]
-    experts: Copies
+    experts: Spread
     rows_per_expert: list[int]
 
 
@@ -103,11 +103,6 @@ def with_slots(hops: Sequence[Hop]) -> list[tuple[Hop, str | None]]:
     ]
 
 
-def owners(ids: Tensor, num_each: int) -> Tensor:
-    """Place of each expert when places hold runs of `num_each` experts; -1 stays negative."""
-    return ids.div(num_each, rounding_mode="floor")
-
-
 class Dispatch(ABC):
     """Base of the ways in which tokens travel. `placement` says which experts this rank holds."""
 
@@ -117,12 +112,14 @@ class Dispatch(ABC):
         host: Host | None = None,
         watch: Watch | None = None,
         codec: Codec | None = None,
+        copier: Copier | None = None,
     ) -> None:
         """host: where counts are read; None for a CPU's. watch: through which this rank waits for others.
 
-        codec: of what is sent out, once per row and not per copy; None sends rows as they are.
+        codec: of what is sent out, once per row and not per copy; None sends rows as they are. copier: who plans and
+        makes copies; None does it by torch's operations.
         """
-        self._codec = codec or AsTheyAre()
+        self._codec, self._copier = codec or AsTheyAre(), copier or TorchCopier()
         self.placement = placement
         self._host, self._watch = host or Host(), watch or Watch()
         self.num_local_experts = placement.num_local_experts
@@ -193,13 +190,12 @@ class Dispatch(ABC):
         self,
         payload: Tensor,
         weights: Tensor,
-        experts: Copies,
-        tokens_per_expert: list[int],
+        experts: Spread,
+        rows_per_expert: list[int],
         hops: tuple[Hop, ...],
         dtype: torch.dtype,
     ) -> Dispatched:
         """What `dispatch` returns, of the payload and weights that have reached this rank, a row for each token."""
-        experts, rows_per_expert = experts.spaced(tokens_per_expert, self._codec.row_multiple)
         rows = self._codec.arrive(payload, experts.source, rows_per_expert, dtype)
         return rows, experts.spread_weights(weights), Plan(hops, experts, rows_per_expert)
 
@@ -213,11 +209,13 @@ class Dispatch(ABC):
         return y
 
     def _nodes_reached(self, indices: Tensor) -> Tensor:
-        """indices [T, K] -> bool [T, nodes]; counted for `take_node_visits`."""
-        reached = reach(owners(indices, self.placement.experts_per_node), self.placement.num_nodes)
+        """indices [T, K] -> how many nodes these tokens visit, all together; a scalar of the device."""
+        return self._copier.count(indices, self.placement.experts_per_node, self.placement.num_nodes).leaving.sum()
+
+    def _visited(self, indices: Tensor, num_visits: Tensor | int) -> None:
+        """Count for `take_node_visits`."""
         self._num_tokens += indices.shape[0]
-        self._num_visits = self._num_visits + reached.sum()
-        return reached
+        self._num_visits = self._num_visits + num_visits
 
     def _exchange_counts(self, leaving: Tensor, group: dist.ProcessGroup) -> Watched[Tensor]:
         """Launch counts [group size, ...] to the ranks of a group; those arrive that they have for this rank."""
@@ -251,12 +249,14 @@ class Dispatch(ABC):
 class LocalDispatch(Dispatch):
     """All experts on this rank: tokens are only sorted. Also the twin that the other two are held against."""
 
-    def __init__(self, num_experts: int, host: Host | None = None, codec: Codec | None = None) -> None:
-        super().__init__(Placement(num_experts, ep=1, ep_rank=0, num_nodes=1), host, codec=codec)
+    def __init__(
+        self, num_experts: int, host: Host | None = None, codec: Codec | None = None, copier: Copier | None = None
+    ) -> None:
+        super().__init__(Placement(num_experts, ep=1, ep_rank=0, num_nodes=1), host, codec=codec, copier=copier)
 
     def _plan_and_send(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
-        self._nodes_reached(indices)
-        counts = tally(indices, self.num_local_experts)
-        (tokens_per_expert,) = yield from self._read("expert counts", lambda: (counts,))
-        copies = arrange(indices >= 0, indices, sum(tokens_per_expert), weighted=True)
-        return self._arrived(self._codec.encode(x), weights, copies, tokens_per_expert, (), x.dtype)
+        self._visited(indices, self._nodes_reached(indices))
+        census = self._copier.count(indices, 1, self.num_local_experts)
+        (tokens_per_expert,) = yield from self._read("expert counts", lambda: (census.leaving,))
+        experts = self._copier.one_per_id(census, tokens_per_expert, self._codec.row_multiple)
+        return self._arrived(self._codec.encode(x), weights, *experts, (), x.dtype)

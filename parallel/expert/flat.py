@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from parallel.collectives import Steps
-from parallel.expert.copies import Copies, arrange, inverse, regroup, tally
+from parallel.expert.copier import Copier
 from parallel.expert.dispatch import Codec, Dispatch, Dispatched, Hop, with_slots
 from parallel.expert.placement import Placement
 from parallel.process import Groups
@@ -18,19 +18,23 @@ class FlatDispatch(Dispatch):
     pair whose expert lives on another node; combine: d * bytes per element for each of the same pairs.
     """
 
-    def __init__(self, num_experts: int, groups: Groups, codec: Codec | None = None) -> None:
-        super().__init__(Placement.of(groups.mesh, num_experts), groups.host, groups.watch, codec)
+    def __init__(
+        self, num_experts: int, groups: Groups, codec: Codec | None = None, copier: Copier | None = None
+    ) -> None:
+        super().__init__(Placement.of(groups.mesh, num_experts), groups.host, groups.watch, codec, copier)
         self.group = groups.ep
         ranks_per_node = self.placement.ranks_per_node
         self.is_remote = [rank // ranks_per_node != self.placement.node for rank in range(self.placement.ep)]
 
     def _plan_and_send(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
-        self._nodes_reached(indices)
-        leaving = tally(indices, self.placement.num_experts).view(self.placement.ep, self.num_local_experts)
+        copier = self._copier
+        self._visited(indices, self._nodes_reached(indices))
+        census = copier.count(indices, 1, self.placement.num_experts)
+        leaving = census.leaving.view(self.placement.ep, self.num_local_experts)
         counts_arriving = self._exchange_counts(leaving, self.group)
         to_rank, from_rank = yield from self._read("expert counts", lambda: (leaving, counts_arriving.wait()))
         send_counts, recv_counts = [sum(counts) for counts in to_rank], [sum(counts) for counts in from_rank]
-        copies = arrange(indices >= 0, indices, sum(send_counts), weighted=True)
+        copies, _ = copier.one_per_id(census, [count for counts in to_rank for count in counts], 1)
         hop = Hop(copies, self.group, send_counts, recv_counts, self.is_remote)
         arriving = (
             self._send(hop, copies.spread_weights(weights)),
@@ -39,8 +43,7 @@ class FlatDispatch(Dispatch):
         ((_, slot),) = with_slots([hop])
         if slot:
             yield slot
-        order = regroup(counts_arriving.wait(), sum(recv_counts))
-        experts = Copies(order, inverse(order), offsets=None)
         tokens_per_expert = [sum(counts) for counts in zip(*from_rank, strict=True)]
+        experts = copier.regroup(counts_arriving.wait(), tokens_per_expert, self._codec.row_multiple)
         row_weights, rows = (handle.wait() for handle in arriving)
-        return self._arrived(rows, row_weights, experts, tokens_per_expert, (hop,), x.dtype)
+        return self._arrived(rows, row_weights, *experts, (hop,), x.dtype)

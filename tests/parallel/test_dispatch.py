@@ -183,11 +183,11 @@ def check_rows(case: Case, mesh: Mesh, dispatch: Dispatch) -> None:
     assert (sent_out, sent_back) == counted_bytes(case, mesh)
 
 
-def one_rank(config: ParallelConfig, cases: list[Case]) -> None:
+def one_rank(config: ParallelConfig, cases: list[Case], fused: bool = False) -> None:
     groups = process.start(config)
     for case in cases:
         try:
-            check_rows(case, groups.mesh, build(case.num_experts, groups))
+            check_rows(case, groups.mesh, build(case.num_experts, groups, fused=fused))
         except AssertionError as error:
             raise AssertionError(f"rank {groups.mesh.rank} of {case}") from error
     process.stop(groups)
@@ -236,6 +236,17 @@ def draw(config: ParallelConfig, seed: int, num_cases: int = 6) -> list[Case]:
 @pytest.mark.parametrize("world_size", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_mesh_agrees_with_the_loops(ranks: Ranks, world_size: int) -> None:
     ranks.run(all_meshes, world_size, world_size=world_size)
+
+
+def by_kernels(configs: list[ParallelConfig]) -> None:
+    for number, config in enumerate(configs):
+        one_rank(config, draw(config, number, num_cases=3), fused=True)
+
+
+def test_kernels_plan_and_make_the_same_copies(ranks: Ranks) -> None:
+    """In Triton's interpreter."""
+    configs = [ParallelConfig(dp=4, ep=4, nodes=2, dispatch=dispatch) for dispatch in ("two_hop", "flat")]
+    ranks.run(by_kernels, [*configs, ParallelConfig(dp=4, ep=1, dispatch="local")], world_size=4)
 
 
 def interleaved(config: ParallelConfig) -> None:
