@@ -161,10 +161,11 @@ class SleepingStage:
         self._waiting.add(micro_batch)
         return torch.zeros(WIDTH) if dy is None else dy + 1
 
-    def weight_gradients(self, micro_batch: int) -> None:
-        assert micro_batch in self._waiting
-        self._waiting.remove(micro_batch)
-        self._sleeper.sleep(self._part_s)
+    def weight_gradients(self, micro_batch: int, share: float = 1.0) -> int:
+        if micro_batch in self._waiting:
+            self._waiting.remove(micro_batch)
+            self._sleeper.sleep(self._part_s)
+        return 0
 
 
 def ours(rig: Rig, side: str, channels: Any) -> Step:

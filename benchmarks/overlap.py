@@ -77,10 +77,11 @@ DTYPE = torch.bfloat16
 
 
 class _Work(torch.autograd.Function):
-    """The identity; forward and backward sleep `part_s` each, and leave a weight gradient that sleeps as long."""
+    """The identity; forward and backward sleep `part_s` each, and leave weight gradients of two matrices that sleep as
+    long together."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sleep: Callable[[], None], sink: Sink) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sleep: Callable[..., None], sink: Sink) -> Tensor:
         ctx.sleep, ctx.sink = sleep, sink
         sleep()
         return x.view_as(x)
@@ -88,7 +89,8 @@ class _Work(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         ctx.sleep()
-        ctx.sink(ctx.sleep)
+        for _ in range(2):
+            ctx.sink(partial(ctx.sleep, 0.5))
         return dy, None, None
 
 
@@ -105,18 +107,18 @@ class SleepingModel:
         self.parts, self._dispatch, self._routing, self._hidden = parts, dispatch, routing, hidden
         self._sink, self.sleeper, self.part_s = sink, Sleeper(), 0.0
 
-    def _sleep(self) -> None:
-        self.sleeper.sleep(self.part_s)
+    def _sleep(self, share: float = 1.0) -> None:
+        self.sleeper.sleep(share * self.part_s)
 
     def steps(self, tokens: Any, x: Tensor | None, terms: LossTerms, tape: Tape) -> Steps[tuple[Tensor | None, None]]:
         if x is None:
             x = tape.compute(lambda: torch.zeros(len(self._routing), LINK_WIDTH, dtype=DTYPE))
         for _ in self.parts.layers:
-            own, weights, residual = tape.compute(self._attend, x)
+            own, weights, residual = tape.compute(self._attend, x, node="attention")
             journey = Journey(self._dispatch, self._routing)
-            rows, row_weights = yield from tape.communicate(journey.out, own, weights)
-            rows = tape.compute(self._experts, rows, row_weights)
-            (combined,) = yield from tape.communicate(journey.home, rows)
+            rows, row_weights = yield from tape.communicate(journey.out, own, weights, node="dispatch")
+            rows = tape.compute(self._experts, rows, row_weights, node="experts")
+            (combined,) = yield from tape.communicate(journey.home, rows, node="combine")
             x = tape.compute(lambda residual, combined: residual + combined[:, :LINK_WIDTH], residual, combined)
         if not self.parts.head:
             return x, None
@@ -259,7 +261,7 @@ def with_sleeping_layers(rig: Rig) -> None:
     models = [cast(SleepingModel, stage.model) for side in pair_sides.values() for stage in side.stages.values()]
     late_s = total(statistics.fmean(late for model in models for late in model.sleeper.late_s)) / (PP * EP)
     if rig.groups.mesh.rank == 0:
-        by_stage_ms = late_s * 6e3 * rig.settings.layers
+        by_stage_ms = late_s * 8e3 * rig.settings.layers
         print(f"sleeps end {late_s * 1e3:.2f} ms late: {by_stage_ms:.1f} ms per stage and micro-batch")
         print("paired: share of a rank's forwards that run beside a backward. free: an exchange that costs nothing")
         print("hidden: 1 - (step - free) / all-to-alls alone. by pairs: (apart - pairs) / all-to-alls alone")

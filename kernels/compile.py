@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import rms_norm, sums  # noqa: F401
-from kernels.door import interprets, missing, triton
+from kernels import cross_entropy, fp8_rows, fp8_swiglu, places, rms_norm, rotary, router, routes, rows, sums, swiglu  # noqa: F401
+from kernels.door import VARYING, interprets, missing, triton
 from kernels.operation import Launch, launch_of, names
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP32, BYTE = torch.bfloat16, torch.float32, torch.uint8
+INT32, INT64 = torch.int32, torch.int64
 ARCHITECTURE = 90
 _TYPES = {
     torch.float64: "fp64",
@@ -42,13 +43,80 @@ def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+_HEADS = _empty(1, 4096, 128, 192)
+# A table of angles as pairs, how far apart its batches and tokens are.
+_TABLE = (_empty(4096, 32, 2, dtype=FP32), 0, 64)
+
+_WEIGHTS, _IDS, _COUNTS = _empty(4096, 8, dtype=FP32), _empty(4096, 8, dtype=INT64), _empty(8, 8, dtype=INT64)
+
 # Operation -> its arguments at the sizes of V3's job, one tuple for each variant that differs as a kernel.
 Examples = Mapping[str, Callable[[], list[tuple[Any, ...]]]]
+# The rows of four experts, and where they begin.
+_SPLITS, _STARTS = (8192, 8176, 8208, 8192), _empty(5, dtype=torch.int32)
+_CODES, _H_CODES = _empty(32768, 7168, dtype=torch.uint8), _empty(32768, 4096, dtype=torch.uint8)
+_SCALES, _H_SCALES = _empty(32768 * 56, dtype=FP32), _empty(32768 * 32, dtype=FP32)
+_OF_ROWS = _empty(32768, dtype=FP32)
 EXAMPLES: Examples = {
+    "fp8_columns": lambda: [(_CODES, _SCALES, _STARTS, _SPLITS, True), (_CODES, _SCALES, None, (32768,), False)],
+    "fp8_encode": lambda: [(_empty(4096, 7168),)],
+    "fp8_quantise": lambda: [
+        (_empty(4096, 7168), 4096, both, power) for both in (False, True) for power in (False, True)
+    ],
+    "fp8_swiglu_backward": lambda: [
+        (_empty(32768, 2048), _H_CODES, _H_SCALES, _OF_ROWS, _STARTS, _SPLITS, power, power) for power in (False, True)
+    ],
+    "fp8_swiglu_forward": lambda: [(_empty(32768, 4096), _OF_ROWS, _STARTS, _SPLITS, power) for power in (False, True)],
+    "fp8_take": lambda: [
+        (_empty(30656, 7224, dtype=torch.uint8), _empty(32768, dtype=torch.int64), _STARTS, _SPLITS, 7168)
+    ],
     "rms_norm_forward": lambda: [(_empty(4096, d), _empty(d), 1e-6) for d in (7168, 1536, 512)],
     "rms_norm_backward": lambda: [
         (_empty(4096, d), _empty(4096, d), _empty(d), _empty(4096, dtype=FP32)) for d in (7168, 1536, 512)
     ],
+    "swiglu_forward": lambda: [
+        (_empty(32768, 4096), _empty(32768, dtype=FP32)),
+        (_empty(4096, 36864), None),
+    ],
+    "swiglu_backward": lambda: [
+        (_empty(32768, 2048), _empty(32768, 4096), _empty(32768, dtype=FP32)),
+        (_empty(4096, 18432), _empty(4096, 36864), None),
+    ],
+    "join_heads": lambda: [(_HEADS, _empty(1, 4096, 128, 256), _empty(1, 4096, 64), *_TABLE, 192)],
+    "join_heads_backward": lambda: [(_HEADS, _HEADS, _HEADS, *_TABLE, 128, 128)],
+    "rotate_heads": lambda: [(_empty(1, 4096, 32, 128), _empty(1, 4096, 8, 128), *_TABLE, False)],
+    "cross_entropy": lambda: [(_empty(4096, 129280), _empty(4096, dtype=INT64))],
+    "cross_entropy_": lambda: [(_empty(4096, 129280), _empty(4096, dtype=INT64), 0.5)],
+    "route": lambda: [
+        (_empty(4096, 256, dtype=FP32), _empty(256, dtype=FP32), 1, 8, 4, 8, True, False, True, 2.5, True),
+        (_empty(4096, 160, dtype=FP32), None, 1, 8, 3, 6, False, True, False, 16.0, False),
+    ],
+    "balance": lambda: [(_empty(1, 776, dtype=FP32), 4096, 256, 8, 4, 8, True)],
+    "route_backward": lambda: [
+        (_WEIGHTS, *3 * (_empty(dtype=FP32),), _empty(4096, 256, dtype=FP32), _IDS, _empty(1, 272, dtype=FP32), *how)
+        for how in ((8, False, True, 2.5), (8, True, False, 16.0))
+    ],
+    "count_places": lambda: [
+        (_IDS, None, 32, 8),
+        (_IDS, None, 1, 256),
+        (_empty(32768, 8, dtype=INT32), _COUNTS, 1, 4),
+    ],
+    "count_tree": lambda: [(_IDS, 8, 8, 4)],
+    "sum_blocks": lambda: [(_empty(256, 336, dtype=INT32),)],
+    "pass_on": lambda: [(_empty(8, 41, dtype=INT64), 8, 4)],
+    "number_copies": lambda: [(_IDS, _empty(256, 336, dtype=INT32), _empty(336, dtype=INT64), 32, 8, 14336)],
+    "number_ids": lambda: [
+        (_IDS, None, _empty(256, 256, dtype=INT32), _empty(256, dtype=INT64), 32768, 1),
+        (_IDS, _COUNTS, _empty(64, 4, dtype=INT32), _empty(4, dtype=INT64), 32768, 128),
+    ],
+    "regroup_rows": lambda: [(_COUNTS, 32768, 32768, multiple) for multiple in (1, 128)],
+    "pack_routes": lambda: [(_WEIGHTS, _IDS, _empty(14336, dtype=INT32), _empty(8, dtype=INT64), 32, torch.int16)],
+    "unpack_routes": lambda: [(_empty(14336, 24, dtype=torch.int16), FP32, torch.int16)],
+    "spread_rows": lambda: [(_empty(4096, 7168, dtype=dtype), _empty(14336, dtype=INT32)) for dtype in (BF16, BYTE)],
+    "fold_rows": lambda: [
+        (_empty(14336, 7168), _empty(4096, 4, dtype=INT32)),
+        (_empty(14336, 8, dtype=FP32), _empty(4096, 4, dtype=INT32)),
+    ],
+    "pick_values": lambda: [(_empty(32768, dtype=FP32), _empty(4096, 8, dtype=INT32))],
     "sum_rows": lambda: [(_empty(256, 7168, dtype=FP32), BF16)],
 }
 
@@ -108,9 +176,9 @@ def _source(launch: Launch) -> Any:
         if isinstance(value, Tensor):
             types[name] = f"*{_TYPES[value.dtype]}"
             attributes[(place,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int) and value != 1:
+        elif isinstance(value, int) and (value != 1 or name in VARYING):
             types[name] = "i32" if abs(value) < 1 << 31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and name not in VARYING:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float):
             types[name] = "fp32"

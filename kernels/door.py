@@ -21,9 +21,17 @@ else:
     triton, tl = _triton, _language
 
 
+# Parameters whose numbers change from batch to batch. Triton compiles a kernel anew for numbers that are one, or
+# multiples of 16, unless it is told not to: a step in the middle of a run would wait for the compiler.
+VARYING = {"num_rows", "num_copies", "num_tokens", "num_tiles", "num_blocks"}
+
+
 def jit(function: Callable[..., Any]) -> Any:
     """Triton's compiler for the function; without Triton the function, which nothing calls."""
-    return function if triton is None else triton.jit(function)
+    if triton is None:
+        return function
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(function, do_not_specialize=[name for name in names if name in VARYING])
 
 
 def interprets() -> bool:

@@ -100,7 +100,7 @@ VERBS = {
     ),
     "plan": Verb(
         "launch.plan.verb:plan",
-        "memory and step time of a run on a cluster: cluster=h800 experiment=NAME; plan search, compare, calibrate",
+        "memory and step time of a run on a cluster: cluster=h800 experiment=NAME; plan search, compare, pair",
         ((SearchSettings, ""), RUN),
     ),
     "timeline": Verb(

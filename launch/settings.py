@@ -15,7 +15,8 @@ EXPORT_DTYPES = ("bf16", "fp32", "fp8")
 WEIGHTS = ("model", "ema")
 DEVICES = ("auto", "cpu", "cuda")
 TIMELINE_SUFFIXES = (".svg", ".png", ".json")
-PLAN_SUFFIXES = (".html", ".svg", ".png")
+PICTURE_SUFFIXES = (".svg", ".png")
+PLAN_SUFFIXES = (".html", *PICTURE_SUFFIXES)
 SHOWS = ("simulated", "recorded", "both")
 
 

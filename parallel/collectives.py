@@ -12,7 +12,8 @@ tensors, and after it their memory is given out again in the order of the curren
 
 All ranks of a group must launch the same operations in the same order. A tensor handed to an operation must not change
 before its handle has been waited for. Code that overlaps communication is written as a generator that yields while
-what it has launched is on its way, where that is worth a turn of somebody else's; `drive` runs one to its end.
+what it has launched is on its way, and yields the name of the slot in which it then stands; `drive` runs one to its
+end, and `parallel.pipeline.overlap` two of them beside each other.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from parallel.torch_names import all_gather_single, reduce_scatter_single
 
 T = TypeVar("T")
 # `train.model.tape` has this type and `drive` as well, as neither floor imports the other.
-Steps = Generator[None, None, T]
+Steps = Generator[str, None, T]
 
 
 def drive(steps: Steps[T]) -> T:

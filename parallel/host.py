@@ -9,13 +9,17 @@ not yet run on a GPU.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from parallel.collectives import Steps
 from parallel.watch import Mark
+
+T = TypeVar("T")
 
 # Called to obtain the tensors of a read, which may first wait for their communication.
 Source = Callable[[], Sequence[Tensor]]
@@ -56,6 +60,15 @@ class Host:
     def put(self, tensor: Tensor) -> Tensor:
         """A tensor of the host's, on the device. The host does not wait."""
         return tensor
+
+    def beside(self, way: str, trip: Steps[T], takes: Sequence[Any]) -> Steps[T]:
+        """A trip whose work is queued beside what the device computes, not behind it: where the host computes itself,
+        the trip as it is.
+
+        way: `F` or `B`, trips of a forward and of a backward, which do not wait for each other. takes: what the trip
+        works on. What it returns may be used when it is over, by what is queued from then on.
+        """
+        return trip
 
     def mark(self) -> Mark:
         """Mark the place behind all that the current stream has been given to do: where host and device are one, now.
@@ -106,10 +119,33 @@ class CudaHost(Host):
         super().__init__()
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._lanes: dict[str, torch.cuda.Stream] = {}
 
     def put(self, tensor: Tensor) -> Tensor:
         # A copy from memory that is not pinned would wait for everything queued before it.
         return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def beside(self, way: str, trip: Steps[T], takes: Sequence[Any]) -> Steps[T]:
+        """On a stream of its own, which waits once for what has been queued so far, and which what is queued when the
+        trip is over waits for. Its kernels are few and short and communication waits for them, so they go first."""
+        if way not in self._lanes:
+            self._lanes[way] = torch.cuda.Stream(self._device, priority=-1)
+        lane = self._lanes[way]
+        lane.wait_stream(torch.cuda.current_stream(self._device))
+        # Memory belongs to the stream that it was taken on; another one that uses it must be known to the allocator.
+        _keep_for(lane, takes)
+        while True:
+            with torch.cuda.stream(lane):
+                try:
+                    slot = next(trip)
+                except StopIteration as end:
+                    result = end.value
+                    break
+            yield slot
+        now = torch.cuda.current_stream(self._device)
+        now.wait_stream(lane)
+        _keep_for(now, (result,))
+        return result
 
     def mark(self) -> Mark:
         return _Event(torch.cuda.current_stream(self._device))
@@ -139,6 +175,24 @@ class _Landing:
         numbers = [part.view(tensor.shape).tolist() for part, tensor in parts]
         self._tensors = ()
         return numbers
+
+
+def _keep_for(stream: torch.cuda.Stream, values: Sequence[Any]) -> None:
+    """Memory of these tensors is given out again only behind what the stream has been given to do until it is freed."""
+    for tensor in _tensors_in(values):
+        tensor.record_stream(stream)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a value, also in sequences and dataclasses within it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors_in(each)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors_in(getattr(value, field.name))
 
 
 def host_of(device: torch.device) -> Host:

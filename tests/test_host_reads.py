@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -53,8 +55,8 @@ def reads_of_a_run(settings: list[str]) -> tuple[Counter[str], dict[str, int]]:
     forwards = STEPS * moe_forwards(config.schedule(GLOBAL_BATCH // dp)) + moe_forwards(
         config.forward_schedule(NUM_VALID // dp)
     )
-    names = ("rail counts", "node counts") if config.parallel.dispatch == "two_hop" else ("expert counts",)
-    expected = dict.fromkeys(names, forwards) | {"gradient norm": STEPS, "step": STEPS, "validation loss": 1, "stop": 2}
+    counts = "hop counts" if config.parallel.dispatch == "two_hop" else "expert counts"
+    expected = {counts: forwards} | {"gradient norm": STEPS, "step": STEPS, "validation loss": 1, "stop": 2}
     return groups.host.num_reads, expected
 
 
@@ -120,3 +122,81 @@ def test_a_gpu_is_waited_for_late_and_beside_what_computes() -> None:
         assert device.done == queued
         assert reading.wait() == [[[0, 1, 2], [3, 4, 5]], [7]]
         assert device.done == [*queued, "the host waits"]
+
+
+class Streams:
+    """Streams that note what each is told, under the name of the one that is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.on = "compute"
+        self._made: list[str] = []
+
+    def make(self, _device: Any = None, priority: int = 0) -> Any:
+        self._made.append(f"lane {len(self._made)}" if priority else "copying")
+        return self.named(self._made[-1])
+
+    def named(self, name: str) -> Any:
+        return SimpleNamespace(name=name, wait_stream=lambda other: self.said.append(f"{name} waits for {other.name}"))
+
+    def current(self, _device: Any = None) -> Any:
+        return self.named(self.on)
+
+    @contextmanager
+    def within(self, stream: Any) -> Iterator[None]:
+        before, self.on = self.on, stream.name
+        yield
+        self.on = before
+
+    def kept(self, tensor: Tensor, stream: Any) -> None:
+        self.said.append(f"{int(tensor)} is kept for {stream.name}")
+
+
+@dataclass(frozen=True)
+class SomePlan:
+    numbers: Tensor
+    others: tuple[Tensor, ...]
+
+
+def test_a_trip_runs_on_a_stream_of_its_way() -> None:
+    """It waits for what is there when it begins and not for what comes while it is under way; what it takes and gives
+    is known to the allocator on both streams, and what is queued behind it waits for it."""
+    streams = Streams()
+
+    def trip(name: str) -> Iterator[str]:
+        for slot in ("first hop", "last hop"):
+            streams.said.append(f"{name} launches on {streams.on}")
+            yield slot
+        streams.said.append(f"{name} ends on {streams.on}")
+        return torch.tensor(7), SomePlan(torch.tensor(8), (torch.tensor(9),))  # type: ignore[return-value]
+
+    with (
+        mock.patch.object(torch.cuda, "Stream", streams.make),
+        mock.patch.object(torch.cuda, "current_stream", streams.current),
+        mock.patch.object(torch.cuda, "stream", streams.within),
+        mock.patch.object(Tensor, "record_stream", lambda tensor, stream: streams.kept(tensor, stream)),
+    ):
+        host = CudaHost(torch.device("cuda", 0))
+        out = host.beside("F", trip("out"), (torch.tensor(1), SomePlan(torch.tensor(2), ())))  # type: ignore[arg-type]
+        home = host.beside("B", trip("home"), ())  # type: ignore[arg-type]
+        again = host.beside("F", trip("again"), ())  # type: ignore[arg-type]
+        assert streams.said == []  # what a trip waits for is there when it begins, not when it is made
+        assert [next(out), next(home), next(out)] == ["first hop", "first hop", "last hop"]
+        assert streams.said == [
+            *("lane 1 waits for compute", "1 is kept for lane 1", "2 is kept for lane 1", "out launches on lane 1"),
+            *("lane 2 waits for compute", "home launches on lane 2", "out launches on lane 1"),
+        ]
+        streams.said.clear()
+        with pytest.raises(StopIteration) as end:
+            next(out)
+        assert int(end.value.value[0]) == 7
+        kept = [f"{number} is kept for compute" for number in (7, 8, 9)]
+        assert streams.said == ["out ends on lane 1", "compute waits for lane 1", *kept]
+        streams.said.clear()
+        next(again)
+        assert streams.said == ["lane 1 waits for compute", "again launches on lane 1"]
+
+
+def test_a_cpu_runs_a_trip_as_it_is() -> None:
+    steps = iter(())
+    assert Host().beside("F", steps, ()) is steps  # type: ignore[arg-type]

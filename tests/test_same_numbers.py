@@ -75,6 +75,15 @@ def test_fp64_equals_one_plain_process(
     assert worst(run, plain_fp64) < 1e-9
 
 
+@pytest.mark.slow
+def test_kernels_of_gpus_equal_one_plain_process(ranks: Ranks, tmp_path: Path, text: list[str]) -> None:
+    """In Triton's interpreter, a second for a hundred launches: one step, and the validation loss of what it makes."""
+    short = ["train.max_steps=1", "train.global_batch_size=2", "train.seq_len=12", "lr_scheduler.warmup_steps=0"]
+    words = [*SMALL, *text, "precision=fp64", "evaluate.num_sequences=2", "model.num_hidden_layers=2", *short]
+    split = ["parallel.dp=2", "parallel.ep=2", "parallel.dispatch=two_hop", "parallel.nodes=2", "run.kernels=triton"]
+    assert worst(run_in(ranks, tmp_path, [*words, *split], 2), plain_run(compose(words))) < 1e-9
+
+
 # Pipelines of one model: every schedule, experts and mirrors, an empty stage, both ends on one rank and on two,
 # recompute. On demand, as tests/test_compositions.py draws others all the time.
 FINE = "recompute.norm=true recompute.mla_up_proj=true"

@@ -17,7 +17,6 @@ from torch import nn
 from train.precision import build
 from train.precision.build import check_widths, choose_engine, fp8_weights
 from train.precision.config import PrecisionConfig
-from train.precision.padding import Padding, pad_rows
 from train.precision.reference import QuantisedWeights
 from train.settings import group
 
@@ -88,24 +87,3 @@ def test_widths_that_it_cannot_multiply_by_are_refused_by_name() -> None:
     model.q_b_proj = nn.Linear(24, 64)
     with pytest.raises(ValueError, match=r"multiples of 16, not by q_b_proj.weight of shape \(64, 24\)"):
         check_widths(model, FP8)
-
-
-def test_padding_keeps_places_and_no_rows() -> None:
-    """What autograd saves of it weighs nothing beside the rows, and its gradient is that of torch's own function."""
-    splits = [3, 0, 17, 16]
-    padding = Padding.of(splits, torch.device("cpu"))
-    x = torch.randn(sum(splits), 8, requires_grad=True)
-    kept: list[torch.Tensor] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        padded = pad_rows(x, padding)
-    assert [tensor.dtype for tensor in kept] == [torch.int64]
-    plain = x.new_zeros(padding.total, 8).index_copy(0, padding.rows, x)
-    assert torch.equal(padded, plain) and padding.splits.tolist() == [16, 0, 32, 16]
-    dy = torch.randn(padding.total, 8)
-    (found,), (meant,) = (torch.autograd.grad(y, x, dy) for y in (padded, plain))
-    assert torch.equal(found, meant)

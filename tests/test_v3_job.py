@@ -154,7 +154,7 @@ def trace(job: Job, num_micro_batches: int) -> None:
         if channel.target == pp_rank:
             expected["received", channel.source] += len(carried)
     assert exchanged == expected
-    reads = {"rail counts": forwards, "node counts": forwards, "gradient norm": 1, "step": 1}
+    reads = {"hop counts": forwards, "gradient norm": 1, "step": 1}
     assert job.host.num_reads == {name: count for name, count in reads.items() if count}
 
 

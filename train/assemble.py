@@ -17,6 +17,7 @@ from parallel.host import Host
 from parallel.meeting import Meeting
 from parallel.pipeline.grouped_links import GroupedLinks, connect_column
 from parallel.pipeline.links import Links, connect
+from parallel.pipeline.overlap import overlap_of
 from parallel.pipeline.record import Recorder
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.segments import Segments
@@ -39,7 +40,7 @@ from train.model.attention.cores import Core
 from train.model.attention.installed import build_core, check_library
 from train.model.config import ModelConfig
 from train.model.init import InitialValues, init_weights, materialise
-from train.model.kernels import KERNELS, Kernels, choose_kernels
+from train.model.kernels import KERNELS, choose_kernels
 from train.model.packing import ByDocument, OneText, Packing
 from train.model.parts import Parts
 from train.model.recompute import Recompute
@@ -49,7 +50,7 @@ from train.precision.config import PrecisionConfig
 from train.precision.engine import Engine
 from train.precision.grads import attach_main_grads
 from train.precision.reference import QuantisedWeights
-from train.precision.transformer_engine import LibraryModules
+from train.precision.transformer_engine import LibraryWeights
 from train.prompts import Prompts, read_prompts
 from train.recipe.balance import freeze_routers
 from train.recipe.ema import Ema
@@ -171,39 +172,41 @@ def put_together(
     files: Files,
     make_engines: MakeEngines = build_engines,
     tapes: Tapes | None = None,
-    weights: QuantisedWeights | LibraryModules | None = None,
-    kernels: Kernels | None = None,
+    weights: QuantisedWeights | LibraryWeights | None = None,
+    kernels: str | None = None,
     core: Core | None = None,
 ) -> Job:
     """This rank's part of the run over files that are open; `assemble` says more.
 
     weights: what holds quantised weights, and so who multiplies in FP8; core: who computes attention. None is what the
-    device has. kernels: as `build_stages` takes them. ValueError for a `run.attention_kernel` that the device has not.
+    device has. kernels: a key of `KERNELS`; None is what `run.kernels` means here. ValueError for a
+    `run.attention_kernel` that the device has not.
     """
     place = environment.read()
-    dispatch = build_dispatch(
-        config.model.n_routed_experts, groups, row_codec(config.precision, config.model.hidden_size)
-    )
     weights = weights or fp8_weights(config.precision, groups.kernels)
     engines = make_engines(config.precision, groups.kernels, weights)
+    codec = row_codec(engines, config.model.hidden_size)
+    kernels = kernels or choose_kernels(config.run.kernels, groups.kernels)
+    dispatch = build_dispatch(config.model.n_routed_experts, groups, codec, fused=kernels == "triton")
     core = core or build_core(config.run.attention_kernel, config.attention_demand, groups.device)
     rows_seen = packing(config, files.train_rows.end_of_document, core, groups.host)
     stages = build_stages(config, dispatch, groups, engines, rows_seen, tapes, kernels)
     models = [stage.model for stage in stages.values()]
-    if isinstance(weights, LibraryModules):
+    if isinstance(weights, LibraryWeights):
         for model in models:
             check_widths(model, config.precision)
     optimizer = optimizer_of(config, groups, models, weights.changed)
     rank, links, recorder = groups.mesh.pp_rank, connected(config, groups), Recorder(groups.mesh.pp_rank, groups.watch)
     readers = {number: Reader(stage.model) for number, stage in stages.items()}
+    overlap = overlap_of(groups.host.runs_ahead)
     return Job(
         config=config,
         groups=groups,
         recipe=config.recipe(),
         stages=stages,
-        runtime=Runtime(rank, stages, links, recorder),
+        runtime=Runtime(rank, stages, links, recorder, overlap),
         readers=readers,
-        reading=Runtime(rank, readers, links, recorder),
+        reading=Runtime(rank, readers, links, recorder, overlap),
         recorder=recorder,
         dispatch=dispatch,
         optimizer=optimizer,
@@ -296,23 +299,24 @@ def build_stages(
     engines: Mapping[str, Engine],
     packing: Packing | None = None,
     tapes: Tapes | None = None,
-    kernels: Kernels | None = None,
+    kernels: str | None = None,
 ) -> dict[int, Stage]:
     """This rank's slices of the model: laid out without memory, then filled with (seed, name)'s values.
 
-    Slices that both need the embedding share one tensor. kernels: None takes those that `run.kernels` means here.
+    Slices that both need the embedding share one tensor. kernels: a key of `KERNELS`; None is what `run.kernels` means
+    here.
     """
     tapes = tapes or Tapes()
     placement, pp_rank = config.placement, groups.mesh.pp_rank
     slices = split(config.model, placement.num_slices, config.train.seq_len, config.pipeline.layers)
-    kernels = kernels or KERNELS[choose_kernels(config.run.kernels, groups.kernels)]()
+    computes = KERNELS[kernels or choose_kernels(config.run.kernels, groups.kernels)](groups.kernels)
     stages: dict[int, Stage] = {}
     embedding: nn.Parameter | None = None
     for number in placement.stages_on(pp_rank):
         sink, parts = tapes.sink(), slices[placement.position(number)]
         with torch.device("meta"):
             recompute = Recompute(config.recompute)
-            model = Transformer(config.model, dispatch, engines, kernels, sink, parts, recompute, packing)
+            model = Transformer(config.model, dispatch, engines, computes, sink, parts, recompute, packing)
         init_weights(model, config.train.seed, DTYPES[config.precision.name], groups.device)
         if parts.embedding or parts.mtp:
             embedding = embedding if embedding is not None else model.embed_tokens.weight
@@ -342,8 +346,9 @@ def load_model(
     with torch.device("meta"):
         whole = Parts.all(config)
         parts = whole if with_depths else replace(whole, mtp=False)
-        model = Transformer(config, LocalDispatch(config.n_routed_experts), engines, parts=parts, packing=packing)
-    if isinstance(quantised, LibraryModules):
+        dispatch = LocalDispatch(config.n_routed_experts, codec=row_codec(engines, config.hidden_size))
+        model = Transformer(config, dispatch, engines, parts=parts, packing=packing)
+    if isinstance(quantised, LibraryWeights):
         check_widths(model, precision)
     materialise(model, dtype, device)
     named = {f"{weights}.{name}": parameter for name, parameter in model.named_parameters()}

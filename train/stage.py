@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -43,11 +44,13 @@ class WeightGradients:
         self._waiting[micro_batch] = []
 
     @torch.no_grad()
-    def take(self, micro_batch: int) -> None:
-        """Do all that has been left for a micro-batch so far."""
-        waiting = self._waiting[micro_batch]
-        while waiting:
+    def take(self, micro_batch: int, share: float = 1.0) -> int:
+        """Do what has been left for a micro-batch so far, which may be nothing, or the first ones of it: this share,
+        rounded up. Returns how many still wait."""
+        waiting = self._waiting.get(micro_batch, [])
+        for _ in range(math.ceil(share * len(waiting))):
             waiting.pop(0)()
+        return len(waiting)
 
 
 class Reader:
@@ -74,8 +77,9 @@ class Reader:
         """There is none."""
         raise NotImplementedError("texts are only read")
 
-    def weight_gradients(self, micro_batch: int) -> None:
+    def weight_gradients(self, micro_batch: int, share: float = 1.0) -> int:
         """There are none."""
+        return 0
 
 
 class Stage:
@@ -112,6 +116,9 @@ class Stage:
         self._weight_gradients.begin(micro_batch)
         return (yield from self._records.pop(micro_batch).backward(dy))
 
-    def weight_gradients(self, micro_batch: int) -> None:
-        """Add the weight gradients that this micro-batch's backward has left so far to `main_grad`."""
-        self._weight_gradients.take(micro_batch)
+    def weight_gradients(self, micro_batch: int, share: float = 1.0) -> int:
+        """Add the weight gradients that this micro-batch's backward has left so far to `main_grad`, or the first ones.
+
+        share: of those that wait, rounded up to whole ones. Returns how many still wait.
+        """
+        return self._weight_gradients.take(micro_batch, share)

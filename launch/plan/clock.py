@@ -1,19 +1,24 @@
 """When what a rank issues happens: one compute stream, a stream for each kind of group, and the host that issues.
 
 Events order the streams as the code does. A kernel starts when the one before it has ended and the host has issued it.
-A communication starts when its stream is free and what the compute stream had before it is done; the compute stream
-waits for it, and the host never does. The host stands still only for numbers that it reads. What the compute stream
-idles meanwhile is booked on whatever it stood still for: a group, or the host.
+A communication starts when its stream is free and what the stream that it is issued on had before it is done; that
+stream waits for it, and the host never does. The host stands still only for numbers that it reads. What the compute
+stream idles meanwhile is booked on whatever it stood still for: a group, or the host.
+
+Trips have streams beside the compute stream, with kernels of their own: copies and sums of rows. The device is taken to
+gain nothing by doing two kernels at once: one of a trip begins as soon as its stream allows, and what computes then is
+over that much later. So a trip's kernels cost what they cost, and only when they begin is up to the stream.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from launch.plan.events import Answer, Calls, Event, Kernel, Launch, Read, Wait
+from launch.plan.events import Answer, Aside, Back, Calls, Event, Kernel, Launch, Read, Wait
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,26 @@ class Totals:
         return sum(self.busy_s.values()) + sum(self.exposed_s.values()) + self.host_s
 
 
+# What the compute stream waits for where no group is to blame: the host has not issued it.
+_HOST = ""
+
+
+@dataclass
+class _Lane:
+    """The stream of a trip: when what it has been given is done, and what it waited for last."""
+
+    free_s: float = 0.0
+    blamed: str = _HOST
+
+
+class _Beside(NamedTuple):
+    """A kernel of a trip that the compute stream has not come to."""
+
+    start_s: float
+    seconds: float
+    work: str
+
+
 class Clock:
     """Runs over events that are handed to it one by one; `totals` may be replaced at any time to count anew."""
 
@@ -82,6 +107,9 @@ class Clock:
         self._host = host
         self.host_s = self.compute_s = 0.0
         self._streams: dict[str, float] = {}
+        self._lanes: defaultdict[str, _Lane] = defaultdict(_Lane)
+        self._lane: _Lane | None = None
+        self._beside: list[_Beside] = []
         self._over: dict[Hashable, tuple[str, float]] = {}
         self._there: dict[Hashable, float] = {}
         self.totals = Totals()
@@ -99,24 +127,75 @@ class Clock:
         elif isinstance(event, Launch):
             self._communicate(event, seconds, (scope, event.number))
         elif isinstance(event, Wait):
-            group, over_s = self._over.pop((scope, event.number), ("", 0.0))
-            if over_s > self.compute_s:
-                self.totals.exposed_s[group] += over_s - self.compute_s
-                self.compute_s = over_s
+            self._wait(*self._over.pop((scope, event.number), (_HOST, 0.0)))
         elif isinstance(event, Read):
             brought_s = 0.0 if event.after is None else self._over[scope, event.after][1]
-            self._there[scope, event.number] = max(self.compute_s, brought_s) + self._host.read_s
+            self._there[scope, event.number] = max(self._issued_behind_s, brought_s) + self._host.read_s
         elif isinstance(event, Answer):
             self.host_s = max(self.host_s, self._there.pop((scope, event.number)))
+        elif isinstance(event, Aside):
+            self._lane = self._lanes[event.way]
+            if event.first:
+                self._lane.free_s = max(self._lane.free_s, self.compute_s)
+        elif isinstance(event, Back):
+            self._lane = None
+            if event.last:
+                lane = self._lanes[event.way]
+                self._wait(lane.blamed, lane.free_s)
+
+    @property
+    def _issued_behind_s(self) -> float:
+        """When what has been issued to the present stream is done."""
+        return self.compute_s if self._lane is None else self._lane.free_s
+
+    def _wait(self, group: str, until_s: float) -> None:
+        """The present stream waits, for a communication of this kind of group."""
+        if self._lane is None:
+            self._idle(until_s, group)
+        elif until_s > self._lane.free_s:
+            self._lane.free_s, self._lane.blamed = until_s, group
 
     def _compute(self, kernel: Kernel, seconds: float) -> None:
         self._issue()
-        start_s = max(self.compute_s, self.host_s)
-        self.totals.host_s += start_s - self.compute_s
-        self.compute_s = start_s + seconds
-        self.totals.busy_s[kernel.work] += seconds
         self.totals.num_kernels += 1
         self.totals.flops += kernel.flops
+        if self._lane is not None:
+            self._compute_beside(self._lane, kernel, seconds)
+            return
+        self._idle(self.host_s, _HOST)
+        self._work(kernel.work, seconds)
+        while self._beside and self._beside[0].start_s < self.compute_s:
+            _, more_s, work = self._beside.pop(0)
+            self._work(work, more_s)
+
+    def _compute_beside(self, lane: _Lane, kernel: Kernel, seconds: float) -> None:
+        if self.host_s > lane.free_s:
+            lane.free_s, lane.blamed = self.host_s, _HOST
+        if lane.free_s < self.compute_s:
+            self._work(kernel.work, seconds)
+        else:
+            insort(self._beside, _Beside(lane.free_s, seconds, kernel.work))
+        lane.free_s += seconds
+
+    def _work(self, work: str, seconds: float) -> None:
+        self.compute_s += seconds
+        self.totals.busy_s[work] += seconds
+
+    def _idle(self, until_s: float, group: str) -> None:
+        """The compute stream stands still; what trips compute meanwhile is work, which may last longer."""
+        while self._beside and self._beside[0].start_s < until_s:
+            start_s, seconds, work = self._beside.pop(0)
+            self._book_idle(start_s, group)
+            self._work(work, seconds)
+        self._book_idle(until_s, group)
+
+    def _book_idle(self, until_s: float, group: str) -> None:
+        idle_s = max(0.0, until_s - self.compute_s)
+        if group == _HOST:
+            self.totals.host_s += idle_s
+        elif idle_s:
+            self.totals.exposed_s[group] += idle_s
+        self.compute_s += idle_s
 
     def _call(self, seconds: float) -> None:
         if self._host.is_device:
@@ -126,7 +205,7 @@ class Clock:
 
     def _communicate(self, launch: Launch, seconds: float, key: Hashable) -> None:
         self._issue()
-        start_s = max(self._streams.get(launch.group, 0.0), self.compute_s, self.host_s)
+        start_s = max(self._streams.get(launch.group, 0.0), self._issued_behind_s, self.host_s)
         self._streams[launch.group] = start_s + seconds
         self._over[key] = launch.group, start_s + seconds
         self.totals.network_s[launch.group] += seconds

@@ -3,7 +3,8 @@
 The events of a pass stand in the order in which the host issues them. A device works on kernels in that order, on its
 compute stream; a communication runs on the stream of its group from its `Launch` on, and a `Wait` keeps whatever the
 compute stream has behind it until the communication is over. A `Read` asks for numbers that the device will have, and
-the host stands still at the `Answer`. A `Turn` is where a pass gives way to another one that runs beside it.
+the host stands still at the `Answer`. A `Turn` is where a pass gives way to another one that runs beside it. Between
+`Aside` and `Back` a device works on a stream beside its compute stream.
 """
 
 from __future__ import annotations
@@ -101,7 +102,39 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The pass gives way."""
+    """The pass gives way.
+
+    Attributes:
+        slot: in which it then stands, as `parallel.pipeline.overlap` names them.
+    """
+
+    slot: str
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """From here on, events are on the stream of a trip.
+
+    Attributes:
+        way: which one: `F` or `B`.
+        first: the trip begins, and its stream waits for what the compute stream has before.
+    """
+
+    way: str
+    first: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Back:
+    """From here on, events are on the compute stream again.
+
+    Attributes:
+        way: on which stream they were.
+        last: the trip is over, and the compute stream waits for its stream.
+    """
+
+    way: str
+    last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +169,7 @@ class Enter:
     kind: str
 
 
-Event = Kernel | Calls | Launch | Wait | Read | Answer | Turn | Memory | Enter
+Event = Kernel | Calls | Launch | Wait | Read | Answer | Turn | Aside | Back | Memory | Enter
 
 
 @dataclass(frozen=True)

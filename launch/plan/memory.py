@@ -12,6 +12,7 @@ from launch.plan.replay import Ends, Passes, Progress, ReplayedStage
 from parallel.pipeline.actions import Action, Chunk
 from parallel.pipeline.grouped_links import NUM_UNDER_WAY
 from parallel.pipeline.order import Channel, Message, messages, source
+from parallel.pipeline.overlap import overlap_of
 from parallel.pipeline.placement import Placement
 from parallel.pipeline.rounds import Round
 from parallel.pipeline.runtime import Runtime
@@ -173,7 +174,8 @@ def peak_of(
         links = _Boundaries(placement, sent, rank, ledger, boundary_bytes)
     else:
         links = _GroupedBoundaries(placement, own_rounds, rank, ledger, boundary_bytes)
-    Runtime(rank, stages, links, Progress(ended)).run(schedule, ())
+    overlap = overlap_of(own_rounds is not None)
+    Runtime(rank, stages, links, Progress(ended), overlap).run(schedule, ())
     assert ledger.snapshot is not None
     held, owners, _ = ledger.snapshot
     components: Counter[str] = Counter()

@@ -10,7 +10,7 @@ from launch.plan.cluster import Cluster
 from launch.plan.events import Calls, Enter, Event, Kernel, Launch, LayerPasses, Read, Turn
 from launch.plan.exchange import COMBINE, DISPATCH, exchange_seconds
 from launch.plan.kernels import AS_WRITTEN, BOUND, PUBLISHED, Rates
-from launch.plan.replay import Passes
+from launch.plan.replay import Passes, slots, weight_gradients
 
 # Whose rows DeepEP's combine carries: those on their way home, and the gradients of those that went out.
 _HOMEWARD = {("combine", "F"), ("dispatch", "B")}
@@ -50,14 +50,16 @@ class Pricing:
         return Passes(
             tuple(self._stretches(passes.forward)),
             tuple(self._stretches(passes.backward)),
-            tuple(self._stretch(self.events(weights)) for weights in passes.weights),
+            tuple(self._weights(weights) for weights in passes.weights),
+            slots(passes.forward),
+            slots(passes.backward),
         )
 
     def events(self, events: Sequence[Event]) -> list[tuple[Event, float]]:
         """Events with their seconds. In sets that know nodes only, products and attention take their own time, and what
         else a node takes is dealt out to its other kernels."""
         found: list[tuple[Event, float]] = []
-        counts = {event.after for event in events if isinstance(event, Read)}
+        counts = _counts(events)
         for enter, node in _nodes(events):
             scale = self._scale(enter, node)
             found.append((enter, 0.0))
@@ -133,16 +135,34 @@ class Pricing:
                 found.append(each)
         yield self._stretch(found)
 
+    def _weights(self, events: Sequence[Event]) -> tuple[Priced, ...]:
+        """Weight gradients one by one; a node's are priced together."""
+        priced = iter(self.events(events))
+        return tuple(self._stretch([next(priced) for _ in each]) for each in weight_gradients(events))
+
     @staticmethod
     def _stretch(priced: Sequence[tuple[Event, float]]) -> Priced:
         return Priced([event for event, _ in priced], [seconds for _, seconds in priced])
+
+
+def _counts(events: Sequence[Event]) -> set[int]:
+    """The communications that tell how many rows will travel: those of a piece that come before the host reads."""
+    found, launched = set[int](), list[int]()
+    for event in events:
+        if isinstance(event, Enter):
+            launched.clear()
+        elif isinstance(event, Launch):
+            launched.append(event.number)
+        elif isinstance(event, Read):
+            found.update(launched)
+    return found
 
 
 def _nodes(events: Sequence[Event]) -> Iterator[tuple[Enter, list[Event]]]:
     """Runs of events, each with the piece that it is of."""
     enter, node = Enter("", "", ""), list[Event]()
     for event in events:
-        if isinstance(event, Enter):
+        if isinstance(event, Enter) and event != enter:
             if node:
                 yield enter, node
             enter, node = event, []

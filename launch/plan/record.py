@@ -11,7 +11,7 @@ come in order.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,11 +20,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from launch.plan.events import Answer, Calls, Enter, Event, Kernel, Launch, Memory, Read, Turn, Wait
+from launch.plan.events import Answer, Aside, Back, Calls, Enter, Event, Kernel, Launch, Memory, Read, Turn, Wait
 from launch.plan.messages import message_of
 from launch.plan.names import Piece, tapes
 from launch.plan.nearness import Nearness
 from launch.plan.operations import kernel_of, tensors_of
+from parallel.collectives import Steps
 from parallel.host import Source
 from parallel.pipeline.segments import Name
 from parallel.torch_names import TorchDispatchMode
@@ -138,15 +139,15 @@ class Recorder(TorchDispatchMode):
         """From here on turns are counted anew."""
         self._num_turns, self._called = 0, None
 
-    def drive(self, steps: Generator[None, None, T]) -> T:
+    def drive(self, steps: Steps[T]) -> T:
         """Run a pass to its end, with a `Turn` wherever it gives way."""
         self.start_pass()
         while True:
             try:
-                next(steps)
+                slot = next(steps)
             except StopIteration as end:
                 return end.value
-            self._add(Turn())
+            self._add(Turn(slot))
             self._num_turns += 1
 
     def resume(self, piece: Piece) -> None:
@@ -164,6 +165,20 @@ class Recorder(TorchDispatchMode):
         self._num_reads += 1
         self._add(Read(self._num_reads, after))
         return self._num_reads, shapes
+
+    def beside(self, way: str, trip: Steps[T]) -> Steps[T]:
+        """A trip whose work a device does on a stream of its own."""
+        first = True
+        while True:
+            self._add(Aside(way, first))
+            first = False
+            try:
+                slot = next(trip)
+            except StopIteration as end:
+                self._add(Back(way, last=True))
+                return end.value
+            self._add(Back(way, last=False))
+            yield slot
 
     def answer(self, number: int) -> None:
         """The host waits for a read."""
@@ -320,15 +335,18 @@ def _component(storage: _Storage) -> str:
 
 
 def events_of(entries: Sequence[Entry]) -> tuple[Event, ...]:
-    """Events with an `Enter` wherever the piece changes."""
+    """Events with an `Enter` wherever the piece changes, where a weight gradient begins, and behind a turn."""
     found: list[Event] = []
-    before: Enter | None = None
+    before: tuple[Enter, int] | None = None
     for piece, event, _ in entries:
         enter = Enter(piece.name.layer, piece.name.node, piece.kind)
-        if enter != before:
+        here = enter, piece.visit if piece.kind == "W" else 0
+        if here != before:
             found.append(enter)
-            before = enter
+            before = here
         found.append(event)
+        if isinstance(event, Turn):
+            before = None
     return tuple(found)
 
 

@@ -7,13 +7,15 @@ computes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from launch.plan.events import Event, LayerPasses, Turn
+from launch.plan.events import Enter, Event, LayerPasses, Turn
 from parallel.collectives import Steps
 from parallel.pipeline.actions import Action, Chunk
+from parallel.pipeline.overlap import Overlap
 from parallel.pipeline.placement import Placement
 from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule
@@ -26,13 +28,16 @@ Heard = TypeVar("Heard", contravariant=True)
 class Passes(Generic[Played]):
     """One layer's forward, backward and weight gradients as what is played of them between two turns.
 
-    forward, backward: a stretch for each turn and one for the rest. weights: one for each turn of the backward and one
-    for its end, as in `LayerPasses`.
+    forward, backward: a stretch for each turn and one for the rest. weights: the weight gradients that have been left
+    at each turn of the backward and at its end, one by one. forward_slots, backward_slots: in which the pass stands at
+    each turn.
     """
 
     forward: tuple[Played, ...]
     backward: tuple[Played, ...]
-    weights: tuple[Played, ...]
+    weights: tuple[tuple[Played, ...], ...]
+    forward_slots: tuple[str, ...]
+    backward_slots: tuple[str, ...]
 
 
 def stretches(events: Iterable[Event]) -> list[tuple[Event, ...]]:
@@ -46,11 +51,27 @@ def stretches(events: Iterable[Event]) -> list[tuple[Event, ...]]:
     return [tuple(each) for each in found]
 
 
+def weight_gradients(events: Iterable[Event]) -> list[tuple[Event, ...]]:
+    """The events of each weight gradient, which begins with its name."""
+    found: list[list[Event]] = []
+    for event in events:
+        if isinstance(event, Enter) or not found:
+            found.append([])
+        found[-1].append(event)
+    return [tuple(each) for each in found]
+
+
+def slots(events: Iterable[Event]) -> tuple[str, ...]:
+    """The slots of the turns."""
+    return tuple(event.slot for event in events if isinstance(event, Turn))
+
+
 def passes_of(layer: LayerPasses, played: Callable[[tuple[Event, ...]], Played]) -> Passes[Played]:
     """A traced layer as what `played` makes of each stretch."""
     forward, backward = (tuple(map(played, stretches(events))) for events in (layer.forward, layer.backward))
     assert len(layer.weights) == len(backward), (len(layer.weights), len(backward))
-    return Passes(forward, backward, tuple(map(played, layer.weights)))
+    weights = tuple(tuple(map(played, weight_gradients(events))) for events in layer.weights)
+    return Passes(forward, backward, weights, slots(layer.forward), slots(layer.backward))
 
 
 class Player(Protocol[Heard]):
@@ -72,7 +93,7 @@ class ReplayedStage(Generic[Played]):
         for place, layer in enumerate(self._layers):
             for turn, stretch in enumerate(layer.forward):
                 if turn:
-                    yield
+                    yield layer.forward_slots[turn - 1]
                 self._player.play(stretch, (self._number, micro_batch, place))
         return x
 
@@ -82,15 +103,16 @@ class ReplayedStage(Generic[Played]):
             layer, scope = self._layers[place], (self._number, micro_batch, place)
             for turn, stretch in enumerate(layer.backward):
                 if turn:
-                    yield
+                    yield layer.backward_slots[turn - 1]
                 self._player.play(stretch, scope)
-                waiting.append((layer.weights[turn], scope))
+                waiting += [(each, scope) for each in layer.weights[turn]]
         return dy
 
-    def weight_gradients(self, micro_batch: int) -> None:
+    def weight_gradients(self, micro_batch: int, share: float = 1.0) -> int:
         waiting = self._waiting.get(micro_batch, [])
-        while waiting:
+        for _ in range(math.ceil(share * len(waiting))):
             self._player.play(*waiting.pop(0))
+        return len(waiting)
 
 
 class Ends:
@@ -134,10 +156,11 @@ def run_alone(
     rank: int,
     actions: Sequence[Action],
     stages: dict[int, ReplayedStage[Played]],
+    overlap: Overlap,
     sent: Callable[[Chunk], None] = lambda _: None,
     ended: Callable[[Action], None] = lambda _: None,
 ) -> None:
     """Carry out some actions of one rank, one after the other, without its neighbours."""
     lists = tuple(tuple(actions) if each == rank else () for each in range(placement.num_ranks))
     schedule = Schedule("alone", placement, (0,) * len(placement.routes), lists)
-    Runtime(rank, stages, Ends(sent), Progress(ended)).run(schedule, ())
+    Runtime(rank, stages, Ends(sent), Progress(ended), overlap).run(schedule, ())

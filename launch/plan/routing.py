@@ -19,17 +19,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from statistics import NormalDist
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from launch.plan.record import Recorder
+from parallel.collectives import Steps
 from parallel.expert.placement import Placement
 from parallel.host import Host, Source
 from parallel.torch_names import unset_fake_temporarily
 from train.model.config import ModelConfig, given
 from train.model.router import TOPK_METHODS, GroupLimit, largest
+
+T = TypeVar("T")
 
 # Tokens that are drawn: a mean over the ranks or nodes of a group is then within a few tenths of a percent.
 _NUM_DRAWN = 8192
@@ -163,8 +166,7 @@ class Routing:
     def _answers(self) -> dict[str, Callable[[], list[Any]]]:
         return {
             "expert counts": self._expert_counts,
-            "rail counts": self._rail_counts,
-            "node counts": self._node_counts,
+            "hop counts": lambda: [*self._rail_counts(), *self._node_counts()],
         }
 
     def _expert_counts(self) -> list[Any]:
@@ -253,6 +255,9 @@ class RoutedHost(Host):
 
     def look(self, number: Any) -> float:
         return 1.0
+
+    def beside(self, way: str, trip: Steps[T], takes: Sequence[Any]) -> Steps[T]:
+        return self._recorder.beside(way, trip) if self.runs_ahead else trip
 
     def _start(self, source: Source) -> Any:
         raise NotImplementedError("reads of this border go by their names")

@@ -10,6 +10,7 @@ from launch.plan.events import Enter, Kernel
 from launch.plan.replay import Passes, ReplayedStage, run_alone
 from parallel.pipeline.actions import Action, Chunk, Pair
 from parallel.pipeline.events import Event as ActionEvent
+from parallel.pipeline.overlap import overlap_of
 from parallel.pipeline.placement import Placement
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import Simulation, simulate
@@ -19,8 +20,9 @@ from train.model.parts import Parts
 PARTS = {"F": "1F", "B": "1B", "D": "1B", "W": "1W", "pair": "1F1B"}
 # The passes that each kind of chunk is made of.
 PASSES = {"F": "F", "B": "B", "W": "W", "D": "BW"}
-# An action is carried out so often: first to last, the host comes to be as far ahead as it is in the middle of a step.
-_ROUNDS = 3
+# An action is carried out so often, and the last but one counts: there the host has come to be as far ahead as it is in
+# the middle of a step, and weight gradients are left to the next action, as they were by the one before.
+_ROUNDS = 4
 
 
 def layers_of_parts(parts: Parts, first_k_dense_replace: int) -> tuple[str, ...]:
@@ -97,7 +99,8 @@ class ActionCosts:
         for part in _chunks(action):
             for kind in self._kinds(part.stage):
                 passes = layers[kind]
-                lists = {"F": passes.forward, "B": passes.backward, "W": passes.weights}
+                weights = [each for left in passes.weights for each in left]
+                lists = {"F": passes.forward, "B": passes.backward, "W": weights}
                 for name in PASSES[part.kind]:
                     found += _kernels(lists[name])
         return found
@@ -106,7 +109,10 @@ class ActionCosts:
         return self.slices[self.placement.position(stage)]
 
     def _measure(self, action: Action) -> ActionCost:
-        clock = Clock(self.host)
+        return self.play(action, Clock(self.host))[0]
+
+    def play(self, action: Action, clock: Clock) -> tuple[ActionCost, float]:
+        """Carry an action out by a new clock, as in the middle of a step; its cost, and when it was over."""
         player = _ToClock(clock)
         layers = self.beside if isinstance(action, Pair) else self.alone
         stages = {
@@ -114,12 +120,12 @@ class ActionCosts:
             for part in _chunks(action)
         }
         started_s, sent_s = 0.0, dict[str, float]()
-        found: list[ActionCost] = []
+        found: list[tuple[ActionCost, float]] = []
 
         def ended(done: Action) -> None:
             nonlocal started_s
             leads_s = {kind: clock.compute_s - at_s for kind, at_s in sent_s.items()}
-            found.append(ActionCost(clock.compute_s - started_s, leads_s, clock.totals))
+            found.append((ActionCost(clock.compute_s - started_s, leads_s, clock.totals), clock.compute_s))
             started_s, clock.totals = clock.compute_s, Totals()
             sent_s.clear()
 
@@ -129,10 +135,11 @@ class ActionCosts:
             rank,
             [each for turn in range(_ROUNDS) for each in _round(action, turn)],
             stages,
+            overlap_of(not self.host.is_device),
             lambda part: sent_s.__setitem__(part.kind, clock.compute_s),
             ended,
         )
-        return found[-1]
+        return found[-1 - len(_round(action, 0))]
 
 
 def _kernels(stretches: Sequence[Priced]) -> list[tuple[tuple[str, str, str], float]]:

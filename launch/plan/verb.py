@@ -1,11 +1,13 @@
 """`python -m launch plan`: what a run needs on a cluster and how long it takes, before it is started there.
 
 `plan search` looks for the best layout on so many devices, `plan compare` puts settings with several values side by
-side, and `plan calibrate` measures this machine, which `cluster=here` then is.
+side, `plan pair` draws what stands beside what in a pair, and `plan calibrate` measures this machine, which
+`cluster=here` then is.
 
     python -m launch plan experiment=v3_h800_2048 cluster=h800
     python -m launch plan experiment=v3_h800_2048 cluster=h800 out=v3.html
     python -m launch plan search experiment=v3_h800_2048 cluster=h800 gpus=2048 memory_gb=80
+    python -m launch plan pair experiment=v3_h800_2048 cluster=h800 out=pair.svg
     python -m launch plan compare experiment=v3_h800_2048 cluster=h800 pipeline.schedule=1f1b,zbv,dualpipe,dualpipev
 
 Words that are no settings of the verb are settings of the run.
@@ -22,7 +24,7 @@ from launch.plan import answer, cluster, compare, search
 from launch.plan.job import Plan
 from launch.plan.loads import make_routing
 from launch.plan.space import space_of
-from launch.settings import PlanSettings, SearchSettings
+from launch.settings import PICTURE_SUFFIXES, PlanSettings, SearchSettings
 from train import compose
 from train.config import RunConfig
 from train.settings import hint, leaves, read
@@ -77,6 +79,22 @@ def _search(words: Sequence[str]) -> int:
     return 0 if found.best else 1
 
 
+def _pair(words: Sequence[str]) -> int:
+    asked, others = _apart(PlanSettings, words)
+    if asked.out is None or asked.out.suffix not in PICTURE_SUFFIXES:
+        raise ValueError(f"out={asked.out}: plan pair draws a picture, which must end in {', '.join(PICTURE_SUFFIXES)}")
+    figures, out, routing = cluster.load(asked.cluster), asked.out, make_routing(asked.max_vio, asked.loads)
+
+    def start(config: RunConfig) -> int:
+        from launch.plan.page.pair import draw_pair  # what draws takes half a second to import
+
+        draw_pair(Plan(config, figures, make_routing=routing), out)
+        print(f"written: {out}")
+        return 0
+
+    return compose.started(others, start)
+
+
 def _calibrate(words: Sequence[str]) -> int:
     from launch.plan.calibrate import calibrate
 
@@ -87,6 +105,7 @@ def _calibrate(words: Sequence[str]) -> int:
 PARTS: dict[str, Callable[[Sequence[str]], int]] = {
     "calibrate": _calibrate,
     "compare": _compare,
+    "pair": _pair,
     "search": _search,
 }
 

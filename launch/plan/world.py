@@ -34,7 +34,6 @@ from train.assemble import Files, put_together
 from train.config import RunConfig
 from train.data.rows.blend import Stream
 from train.job import Job
-from train.model.kernels import KERNELS
 from train.precision.build import settle
 from train.precision.reference import QuantisedWeights
 
@@ -86,7 +85,7 @@ def world(
         library = library_shapes(config.precision) if kernels == "cuda" else None
         # Rounding as torch's operations: code compiled for a CPU would look for values.
         weights = library or QuantisedWeights(config.precision.power_of_two_scales)
-        made, core = KERNELS[config.run.kernels](), core_without_values(config, kernels)
+        made, core = config.run.kernels, core_without_values(config, kernels)
         yield put_together(
             config, groups, _files(config), tapes=recorder.tapes(), weights=weights, kernels=made, core=core
         )

@@ -7,18 +7,21 @@ four directions: dispatch and the backward of combine go out, combine and the ba
 
 Legend: T tokens of this rank, K experts per token, d hidden size, R rows that reach this rank's experts.
 
-All methods are generators that yield while their rows are on the way (see parallel.collectives); every rank of the
-expert-parallel group must run them in the same order. They take and return plain tensors: no autograd. They yield once
-per trip, for its slowest hop. What is short, counts and hops inside a node, is waited for at once: whoever gives a turn
-away for it launches its rows a whole computation later, and nothing is under way meanwhile.
+All methods are generators that yield while something is on the way (see parallel.collectives); every rank of the
+expert-parallel group must run them in the same order. They take and return plain tensors: no autograd. What they yield
+names the slot that they stand in: `counts` while the numbers of rows are exchanged and read, `first hop` and `last hop`
+while rows are. A hop in a group of one rank is none. Who computes meanwhile is not decided here but in the tables of
+`parallel.pipeline.overlap`. Where the host runs ahead of its device, a trip's own work, copies and sums of rows, is
+queued on a stream of its own (`Host.beside`): neither does it wait for what another pass computes, nor that for it.
 
-How many rows travel, only the device knows: `dispatch` reads the counts of each hop to the host, once. The ways back
-know everything from the plan and read nothing.
+How many rows travel, only the device knows: `dispatch` reads the counts of all its hops to the host, at once, before
+the first row leaves. The ways back know everything from the plan and read nothing.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,67 +30,77 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.collectives import Handle, Steps, exchange, exchange_counts
-from parallel.expert.copies import Copies, arrange, reach, tally
+from parallel.expert.copier import Copier, Spread, TorchCopier
 from parallel.expert.placement import Placement
-from parallel.host import Host
+from parallel.host import Host, Source
 from parallel.watch import Need, Watch, Watched
 
 
 @dataclass(frozen=True)
 class Hop:
-    """One exchange: the copies that leave, how many go to and come from each rank, which ranks are on other nodes.
+    """One exchange: the copies that leave, how many go to and come from each rank, which ranks are on other nodes."""
 
-    takes_turn: whether others compute while it is under way.
-    """
-
-    copies: Copies
+    copies: Spread
     group: dist.ProcessGroup
     send_counts: list[int]
     recv_counts: list[int]
     is_remote: list[bool]
-    takes_turn: bool = True
 
 
 @dataclass(frozen=True)
 class Plan:
     """Where each token's copies went: made by `dispatch`, only read afterwards.
 
-    tokens_per_expert: rows of each local expert, in the order of the rows; sums to R.
+    rows_per_expert: rows of each local expert, in their order, empty ones among them (`Copies.spaced`); sums to R.
     """
 
     hops: tuple[Hop, ...]
-    experts: Copies
-    tokens_per_expert: list[int]
+    experts: Spread
+    rows_per_expert: list[int]
 
 
 Dispatched = tuple[Tensor, Tensor, Plan]
 
 
 class Codec(Protocol):
-    """What rows are while they travel out, to the experts. On the way back they travel as they are."""
+    """What rows are while they travel out, to the experts. On the way back they travel as they are.
+
+    row_multiple: rows of each expert come in multiples of it; what an expert lacks is made up by empty rows.
+    """
+
+    row_multiple: int
 
     def encode(self, rows: Tensor) -> Tensor:
         """rows [N, d] -> what is sent of them [N, ...]."""
         ...
 
-    def decode(self, payload: Tensor, dtype: torch.dtype) -> Tensor:
-        """What has arrived -> rows [N, d] of `dtype`."""
+    def arrive(self, payload: Tensor, source: Tensor, splits: list[int], dtype: torch.dtype) -> Tensor:
+        """What has arrived [N, ...] -> rows [R, d] as the experts take them, `splits` of each expert: row r is
+        payload[source[r]], and empty where source[r] is N. They have `dtype`, whatever they lie in memory as."""
         ...
 
 
 class AsTheyAre:
     """Rows travel as rows."""
 
+    row_multiple = 1
+
     def encode(self, rows: Tensor) -> Tensor:
         return rows
 
-    def decode(self, payload: Tensor, dtype: torch.dtype) -> Tensor:
-        return payload
+    def arrive(self, payload: Tensor, source: Tensor, splits: list[int], dtype: torch.dtype) -> Tensor:
+        return payload.index_select(0, source)
 
 
-def owners(ids: Tensor, num_each: int) -> Tensor:
-    """Place of each expert when places hold runs of `num_each` experts; -1 stays negative."""
-    return ids.div(num_each, rounding_mode="floor")
+def with_slots(hops: Sequence[Hop]) -> list[tuple[Hop, str | None]]:
+    """Hops in the order in which a trip takes them, each with the slot that the trip stands in meanwhile; None where
+    nothing leaves this rank."""
+    travelling = [len(hop.send_counts) > 1 for hop in hops]
+    left = [sum(travelling[at + 1 :]) for at in range(len(hops))]
+    return [
+        (hop, ("first hop" if more else "last hop") if travels else None)
+        for hop, travels, more in zip(hops, travelling, left, strict=True)
+    ]
 
 
 class Dispatch(ABC):
@@ -99,12 +112,14 @@ class Dispatch(ABC):
         host: Host | None = None,
         watch: Watch | None = None,
         codec: Codec | None = None,
+        copier: Copier | None = None,
     ) -> None:
         """host: where counts are read; None for a CPU's. watch: through which this rank waits for others.
 
-        codec: of what is sent out, once per row and not per copy; None sends rows as they are.
+        codec: of what is sent out, once per row and not per copy; None sends rows as they are. copier: who plans and
+        makes copies; None does it by torch's operations.
         """
-        self._codec = codec or AsTheyAre()
+        self._codec, self._copier = codec or AsTheyAre(), copier or TorchCopier()
         self.placement = placement
         self._host, self._watch = host or Host(), watch or Watch()
         self.num_local_experts = placement.num_local_experts
@@ -127,7 +142,6 @@ class Dispatch(ABC):
         self._num_visits, self._num_tokens = 0, 0
         return taken
 
-    @abstractmethod
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
         """Bring every token to its experts.
 
@@ -135,61 +149,84 @@ class Dispatch(ABC):
         Returns rows [R, d], the routing weight of each row [R], and the plan. Rows are sorted by local expert, then by
         the source's rank, then by token.
         """
+        return self._host.beside("F", self._plan_and_send(x, weights, indices), (x, weights, indices))
 
     def combine(self, rows: Tensor, plan: Plan) -> Steps[Tensor]:
         """rows [R, d] -> [T, d]: the plain sum of each token's rows, zero for a token without any."""
-        return self._walk_back(rows, plan)
+        return self._host.beside("F", self._sum_home(rows, plan), (rows, plan))
 
     def dispatch_backward(self, d_rows: Tensor, d_row_weights: Tensor, plan: Plan) -> Steps[tuple[Tensor, Tensor]]:
         """d_rows [R, d], d_row_weights [R] -> dx [T, d], d_weights [T, K]."""
+        return self._host.beside("B", self._gradients_home(d_rows, d_row_weights, plan), (d_rows, d_row_weights, plan))
+
+    def combine_backward(self, dy: Tensor, plan: Plan) -> Steps[Tensor]:
+        """dy [T, d] -> d_rows [R, d]."""
+        return self._host.beside("B", self._gradients_out(dy, plan), (dy, plan))
+
+    @abstractmethod
+    def _plan_and_send(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
+        """What `dispatch` promises."""
+
+    def _gradients_home(self, d_rows: Tensor, d_row_weights: Tensor, plan: Plan) -> Steps[tuple[Tensor, Tensor]]:
         dx, d_weights = plan.experts.fold(d_rows), plan.experts.fold_weights(d_row_weights)
-        for hop in reversed(plan.hops):
+        for hop, slot in with_slots(plan.hops[::-1]):
             arriving = self._send_back(hop, d_weights), self._send_back(hop, dx)
-            if hop.takes_turn:
-                yield
+            if slot:
+                yield slot
             d_weights = hop.copies.fold_weights(arriving[0].wait())
             dx = hop.copies.fold(arriving[1].wait())
         return dx, d_weights
 
-    def combine_backward(self, dy: Tensor, plan: Plan) -> Steps[Tensor]:
-        """dy [T, d] -> d_rows [R, d]."""
+    def _gradients_out(self, dy: Tensor, plan: Plan) -> Steps[Tensor]:
         rows = self._codec.encode(dy)
-        for hop in plan.hops:
+        for hop, slot in with_slots(plan.hops):
             arriving = self._send(hop, hop.copies.spread(rows))
-            if hop.takes_turn:
-                yield
+            if slot:
+                yield slot
             rows = arriving.wait()
-        return plan.experts.spread(self._codec.decode(rows, dy.dtype))
+        return self._codec.arrive(rows, plan.experts.source, plan.rows_per_expert, dy.dtype)
 
-    def _walk_back(self, rows: Tensor, plan: Plan) -> Steps[Tensor]:
+    def _arrived(
+        self,
+        payload: Tensor,
+        weights: Tensor,
+        experts: Spread,
+        rows_per_expert: list[int],
+        hops: tuple[Hop, ...],
+        dtype: torch.dtype,
+    ) -> Dispatched:
+        """What `dispatch` returns, of the payload and weights that have reached this rank, a row for each token."""
+        rows = self._codec.arrive(payload, experts.source, rows_per_expert, dtype)
+        return rows, experts.spread_weights(weights), Plan(hops, experts, rows_per_expert)
+
+    def _sum_home(self, rows: Tensor, plan: Plan) -> Steps[Tensor]:
         y = plan.experts.fold(rows)
-        for hop in reversed(plan.hops):
+        for hop, slot in with_slots(plan.hops[::-1]):
             arriving = self._send_back(hop, y)
-            if hop.takes_turn:
-                yield
+            if slot:
+                yield slot
             y = hop.copies.fold(arriving.wait())
         return y
 
     def _nodes_reached(self, indices: Tensor) -> Tensor:
-        """indices [T, K] -> bool [T, nodes]; counted for `take_node_visits`."""
-        reached = reach(owners(indices, self.placement.experts_per_node), self.placement.num_nodes)
+        """indices [T, K] -> how many nodes these tokens visit, all together; a scalar of the device."""
+        return self._copier.count(indices, self.placement.experts_per_node, self.placement.num_nodes).leaving.sum()
+
+    def _visited(self, indices: Tensor, num_visits: Tensor | int) -> None:
+        """Count for `take_node_visits`."""
         self._num_tokens += indices.shape[0]
-        self._num_visits = self._num_visits + reached.sum()
-        return reached
+        self._num_visits = self._num_visits + num_visits
 
-    def _exchange_counts(
-        self, name: str, leaving: Tensor, group: dist.ProcessGroup
-    ) -> tuple[Tensor, list[Any], list[Any]]:
-        """Exchange counts [group size, ...]: those that arrive, and as numbers those that leave and that arrive.
-
-        No turn is given for them, though the host stands still: forwards alone count, so that the turns of a forward
-        and a backward would no longer fall together, and rows would wait exposed for longer than the host does.
-        """
+    def _exchange_counts(self, leaving: Tensor, group: dist.ProcessGroup) -> Watched[Tensor]:
+        """Launch counts [group size, ...] to the ranks of a group; those arrive that they have for this rank."""
         counts = Need("experts", "the numbers of the experts' rows from {peers}", group)
-        arriving = self._watch.launch(counts, lambda: exchange_counts(leaving, group))
-        reading = self._host.start(name, lambda: (leaving, arriving.wait()))
-        to_rank, from_rank = reading.wait()
-        return arriving.wait(), to_rank, from_rank
+        return self._watch.launch(counts, lambda: exchange_counts(leaving, group))
+
+    def _read(self, name: str, source: Source) -> Steps[list[Any]]:
+        """The numbers that `source` gives, when the host has them."""
+        reading = self._host.start(name, source)
+        yield "counts"
+        return reading.wait()
 
     def _send(self, hop: Hop, payload: Tensor) -> Watched[Tensor]:
         """Payload [sum(send_counts), ...] out along a hop."""
@@ -212,12 +249,14 @@ class Dispatch(ABC):
 class LocalDispatch(Dispatch):
     """All experts on this rank: tokens are only sorted. Also the twin that the other two are held against."""
 
-    def __init__(self, num_experts: int, host: Host | None = None) -> None:
-        super().__init__(Placement(num_experts, ep=1, ep_rank=0, num_nodes=1), host)
+    def __init__(
+        self, num_experts: int, host: Host | None = None, codec: Codec | None = None, copier: Copier | None = None
+    ) -> None:
+        super().__init__(Placement(num_experts, ep=1, ep_rank=0, num_nodes=1), host, codec=codec, copier=copier)
 
-    def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
-        yield from ()
-        self._nodes_reached(indices)
-        (tokens_per_expert,) = self._host.read("expert counts", tally(indices, self.num_local_experts))
-        copies = arrange(indices >= 0, indices, sum(tokens_per_expert), weighted=True)
-        return copies.spread(x), copies.spread_weights(weights), Plan((), copies, tokens_per_expert)
+    def _plan_and_send(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
+        self._visited(indices, self._nodes_reached(indices))
+        census = self._copier.count(indices, 1, self.num_local_experts)
+        (tokens_per_expert,) = yield from self._read("expert counts", lambda: (census.leaving,))
+        experts = self._copier.one_per_id(census, tokens_per_expert, self._codec.row_multiple)
+        return self._arrived(self._codec.encode(x), weights, *experts, (), x.dtype)

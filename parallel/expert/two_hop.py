@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from parallel.collectives import Steps
-from parallel.expert.copies import arrange, inverse, one_per_place, reach, regroup, tally
-from parallel.expert.dispatch import Codec, Dispatch, Dispatched, Hop, Plan, owners
+from parallel.expert.copier import Copier
+from parallel.expert.dispatch import Codec, Dispatch, Dispatched, Hop
 from parallel.expert.placement import Placement
 from parallel.process import Groups
 
@@ -26,77 +26,64 @@ class TwoHopDispatch(Dispatch):
     element for each of the same.
     """
 
-    def __init__(self, num_experts: int, groups: Groups, codec: Codec | None = None) -> None:
-        super().__init__(Placement.of(groups.mesh, num_experts), groups.host, groups.watch, codec)
+    def __init__(
+        self, num_experts: int, groups: Groups, codec: Codec | None = None, copier: Copier | None = None
+    ) -> None:
+        super().__init__(Placement.of(groups.mesh, num_experts), groups.host, groups.watch, codec, copier)
         self.rail, self.node = groups.rail, groups.node
-        self.has_rail = self.placement.num_nodes > 1
+        self.has_rail, self.has_node = self.placement.num_nodes > 1, self.placement.ranks_per_node > 1
         self.is_remote = [node != self.placement.node for node in range(self.placement.num_nodes)]
         self.id_dtype = torch.int16 if self.placement.experts_per_node <= torch.iinfo(torch.int16).max else torch.int32
 
-    def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
-        place, local = self.placement, [False] * self.placement.ranks_per_node
-
-        reached = self._nodes_reached(indices)
-        leaving = reached.sum(0)
-        _, send_counts, recv_counts = self._exchange_counts("rail counts", leaving, self.rail)
-        copies = one_per_place(reached, sum(send_counts))
-        rail = Hop(copies, self.rail, send_counts, recv_counts, self.is_remote, takes_turn=self.has_rail)
+    def _plan_and_send(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
+        place, copier, local = self.placement, self._copier, [False] * self.placement.ranks_per_node
+        census, leaving = copier.count_tree(indices, place.num_nodes, place.ranks_per_node, self.num_local_experts)
+        counts, rail_counts, node_counts, tokens_per_expert = yield from self._counts(leaving)
+        self._visited(indices, sum(rail_counts[0]))
+        copies = copier.one_per_place(census, sum(rail_counts[0]))
+        rail = Hop(copies, self.rail, *rail_counts, self.is_remote)
         # What the next hop needs to be planned leaves before the rows, so that it is planned while they travel.
-        ids = _within(copies.spread(indices), leaving, place.experts_per_node)
-        routes_arriving = self._send(rail, _pack(copies.spread(weights), ids.to(self.id_dtype)))
+        routes_arriving = self._send(rail, copier.pack(weights, copies, census, self.id_dtype))
         rows_arriving = self._send(rail, copies.spread(self._codec.encode(x)))
-        if rail.takes_turn:
-            yield
-        weights, ids = _unpack(routes_arriving.wait(), weights.dtype, self.id_dtype)
+        if self.has_rail:
+            yield "first hop" if self.has_node else "last hop"
+        weights, ids = copier.unpack(routes_arriving.wait(), weights.dtype, self.id_dtype)
 
-        reached = reach(owners(ids, self.num_local_experts), place.ranks_per_node)
-        by_source = torch.stack([block.sum(0) for block in reached.split(recv_counts)], 1)  # [rank, source node]
-        # Beside them what each rank's experts will get, so that the last step needs no counts of its own.
-        by_expert = tally(ids, place.experts_per_node).view(place.ranks_per_node, self.num_local_experts)
-        leaving = by_source.sum(1)
-        counts, to_rank, from_rank = self._exchange_counts(
-            "node counts", torch.cat([by_source, by_expert], 1), self.node
-        )
-        send_counts, recv_counts = ([sum(row[: place.num_nodes]) for row in rows] for rows in (to_rank, from_rank))
-        tokens_per_expert = [sum(counts) for counts in list(zip(*from_rank, strict=True))[place.num_nodes :]]
-        copies = one_per_place(reached, sum(send_counts))
-        node = Hop(copies, self.node, send_counts, recv_counts, local, takes_turn=not self.has_rail)
-        ids = _within(copies.spread(ids), leaving, self.num_local_experts)
-        routes_arriving = self._send(node, _pack(copies.spread(weights), ids.to(self.id_dtype)))
+        census = copier.count(ids, self.num_local_experts, place.ranks_per_node)
+        copies = copier.one_per_place(census, sum(node_counts[0]))
+        node = Hop(copies, self.node, *node_counts, local)
+        routes_arriving = self._send(node, copier.pack(weights, copies, census, self.id_dtype))
         rows_arriving = self._send(node, copies.spread(rows_arriving.wait()))
-        if node.takes_turn:
-            yield
-        weights, ids = _unpack(routes_arriving.wait(), weights.dtype, self.id_dtype)
+        if self.has_node:
+            yield "last hop"
+        weights, ids = copier.unpack(routes_arriving.wait(), weights.dtype, self.id_dtype)
 
         # Rows came from (rail, source node); the promised order is by the source's rank, (source node, rail).
-        position = inverse(regroup(counts[:, : place.num_nodes], sum(recv_counts))).unsqueeze(1)
-        keys = ids * max(1, ids.shape[0]) + position
-        experts = arrange(ids >= 0, keys, sum(tokens_per_expert), weighted=True)
-        plan = Plan((rail, node), experts, tokens_per_expert)
-        rows = self._codec.decode(rows_arriving.wait(), x.dtype)
-        return experts.spread(rows), experts.spread_weights(weights), plan
+        census = copier.count(ids, 1, self.num_local_experts, counts)
+        experts = copier.one_per_id(census, tokens_per_expert, self._codec.row_multiple)
+        return self._arrived(rows_arriving.wait(), weights, *experts, (rail, node), x.dtype)
 
+    def _counts(
+        self, leaving: Tensor
+    ) -> Steps[tuple[Tensor, tuple[list[int], list[int]], tuple[list[int], list[int]], list[int]]]:
+        """The numbers of rows of both hops, of what this rank's tokens come to (`Copier.count_tree`).
 
-def _within(ids: Tensor, counts: Tensor, num_each: int) -> Tensor:
-    """Renumber the expert ids [C, K] of copies for place p (counts[p] of them, in order): 0..num_each-1, others -1."""
-    first = torch.arange(counts.numel(), device=ids.device) * num_each
-    first = first.repeat_interleave(counts, output_size=ids.shape[0]).unsqueeze(1)
-    local = ids - first
-    return torch.where((ids >= first) & (local < num_each), local, -1)
+        The rank that a token sets out from can tell which ranks of a node its copy will be passed on to. So what every
+        rank of a node will pass on is told over the rail, then to the ranks that it will pass it on to, and the host
+        reads all of it at once, before any row has left.
 
-
-def _pack(weights: Tensor, ids: Tensor) -> Tensor:
-    """weights [C, K], ids [C, K] -> bytes [C, K * (bytes of both)], so that both travel in one message."""
-    return torch.cat([_dense(weights).view(torch.uint8), _dense(ids).view(torch.uint8)], 1)
-
-
-def _unpack(packed: Tensor, weight_dtype: torch.dtype, id_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The inverse of `_pack`; ids as int64."""
-    num_ids = packed.shape[1] // (weight_dtype.itemsize + id_dtype.itemsize)
-    weights, ids = packed.split([num_ids * weight_dtype.itemsize, num_ids * id_dtype.itemsize], 1)
-    return _dense(weights).view(weight_dtype), _dense(ids).view(id_dtype).long()
-
-
-def _dense(x: Tensor) -> Tensor:
-    # Not `contiguous`: that keeps any stride of an axis of length one, and `view(dtype)` then refuses it.
-    return x.clone(memory_format=torch.contiguous_format)
+        Returns, of the node's hop, what comes from each rank by source node [ranks, nodes]; of the rail and of the
+        node, how many copies go to and come from each rank; and the rows of each local expert.
+        """
+        num_nodes, num_ranks = self.placement.num_nodes, self.placement.ranks_per_node
+        arrived = self._exchange_counts(leaving, self.rail).wait()  # [source node, 1 + ranks + experts of this node]
+        # Beside them what each rank's experts will get, so that the last step needs no counts of its own.
+        passed_on = self._copier.pass_on(arrived, num_ranks, self.num_local_experts)
+        arriving = self._exchange_counts(passed_on, self.node)
+        to_node, from_node, to_rank, from_rank = yield from self._read(
+            "hop counts", lambda: (leaving[:, 0], arrived[:, 0], passed_on, arriving.wait())
+        )
+        by_hop = [[sum(row[:num_nodes]) for row in rows] for rows in (to_rank, from_rank)]
+        tokens_per_expert = [sum(counts) for counts in list(zip(*from_rank, strict=True))[num_nodes:]]
+        counts = arriving.wait()[:, :num_nodes]
+        return counts, (to_node, from_node), (by_hop[0], by_hop[1]), tokens_per_expert

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from parallel.collectives import Steps, drive
+from parallel.collectives import Steps
 from parallel.pipeline.actions import Action, Chunk, Pair
+from parallel.pipeline.overlap import HOST_COMPUTES, Overlap, interleave
 from parallel.pipeline.schedule import Schedule
-from parallel.pipeline.segments import interleave
 
 
 class StageWork(Protocol):
-    """A slice of the model at work. Forward and backward are generators that yield at every communication."""
+    """A slice of the model at work. Forward and backward are generators that stop in a slot of every communication."""
 
     def forward(self, micro_batch: int, x: Tensor | None) -> Steps[Tensor | None]:
         """x: what the stage before sent, None at the first. Returns what the next one needs, None at the last."""
@@ -24,8 +25,9 @@ class StageWork(Protocol):
         """The gradient of `forward`'s output in, of its input out. Weight gradients are kept."""
         ...
 
-    def weight_gradients(self, micro_batch: int) -> None:
-        """Take all weight gradients that the backward of this micro-batch has left so far."""
+    def weight_gradients(self, micro_batch: int, share: float = 1.0) -> int:
+        """Take weight gradients that the backward of this micro-batch has left so far, the oldest first: all, or this
+        share of them, rounded up to whole ones. Returns how many still wait."""
         ...
 
 
@@ -56,31 +58,54 @@ class Listener(Protocol):
 class Runtime:
     """One rank of a pipeline: its stages by number, and its links to the neighbours."""
 
-    def __init__(self, rank: int, stages: Mapping[int, StageWork], links: Ends, recorder: Listener) -> None:
+    def __init__(
+        self,
+        rank: int,
+        stages: Mapping[int, StageWork],
+        links: Ends,
+        recorder: Listener,
+        overlap: Overlap = HOST_COMPUTES,
+    ) -> None:
+        """overlap: what stands beside what in a pair, and in a pass alone."""
         self._rank, self._stages, self._links, self._recorder = rank, stages, links, recorder
+        self._overlap = overlap
+        # The backward of a pair whose last weight gradients wait for the next action, whose first communication has
+        # little else beside it.
+        self._left: Chunk | None = None
 
     def run(self, schedule: Schedule, shape: tuple[int, ...]) -> None:
         """Do this rank's list from its first action to its last; stages hand on tensors of `shape`."""
         self._links.open(schedule, shape)
-        for at, action in enumerate(schedule.ranks[self._rank]):
+        actions, self._left = schedule.ranks[self._rank], None
+        for at, action in enumerate(actions):
             self._recorder.begin(action)
             self._links.turn_to(at)
             self._do(action)
+            if at == len(actions) - 1:
+                self._take_weights(None, 1)
             self._recorder.end()
         self._links.close()
 
     def _do(self, action: Action) -> None:
         if isinstance(action, Pair):
-            interleave(self._full_backward(action.backward), self._forward(action.forward))
+            interleave(
+                self._overlap,
+                self._backward(action.backward),
+                self._forward(action.forward),
+                partial(self._take_weights, action.backward),
+            )
+            # Left before, and too much to stand beside this pair.
+            self._take_weights(None, 1)
+            self._left = action.backward
         elif action.kind == "F":
-            drive(self._forward(action))
+            interleave(self._overlap, forward=self._forward(action), take_weights=partial(self._take_weights, None))
         elif action.kind == "B":
-            drive(self._backward(action))
+            interleave(self._overlap, self._backward(action), take_weights=partial(self._take_weights, None))
         elif action.kind == "D":
-            drive(self._full_backward(action))
+            interleave(self._overlap, self._backward(action), take_weights=partial(self._take_weights, action))
         else:
             self._recorder.started()
-            self._stages[action.stage].weight_gradients(action.micro_batch)
+            self._take_weights(action, 1)
 
     def _forward(self, chunk: Chunk) -> Steps[None]:
         x = self._links.take(chunk)
@@ -96,10 +121,13 @@ class Runtime:
         # Before any weight gradient that still waits: the neighbour needs it now.
         self._links.send(part, dx)
 
-    def _full_backward(self, chunk: Chunk) -> Steps[None]:
-        """Weight gradients are taken while the communication just launched is on its way."""
-        stage = self._stages[chunk.stage]
-        for _ in self._backward(chunk):
-            stage.weight_gradients(chunk.micro_batch)
-            yield
-        stage.weight_gradients(chunk.micro_batch)
+    def _take_weights(self, chunk: Chunk | None, share: float) -> None:
+        """Weight gradients in a gap: a share of what is left of the backward before, or else of what this one has left;
+        all means all of both."""
+        left = self._left
+        if left is not None:
+            self._recorder.started()
+            if not self._stages[left.stage].weight_gradients(left.micro_batch, share):
+                self._left = None
+        if chunk is not None and (left is None or share == 1):
+            self._stages[chunk.stage].weight_gradients(chunk.micro_batch, share)

@@ -2,8 +2,9 @@
 
 The stage writes its forward pass on `Segments` as steps (pieces that autograd differentiates, trips between ranks, loss
 terms). Every piece is an autograd graph of its own, so that the backward pass is a walk over the steps in reverse,
-which also stops after each communication it has launched. `interleave` lets two such passes of different micro-batches
-take turns: one computes while the other's rows are on their way.
+which also stops after each communication it has launched. What it yields there names the slot that it stands in, by the
+trip's node and the trip's own word for the leg; `overlap.interleave` goes by these names, and lets one pass compute
+while another one's rows are on their way.
 
 The record holds no activation. What a piece's backward reads, autograd has saved; of inputs and outputs only the places
 of their gradients are kept.
@@ -22,7 +23,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from parallel.collectives import Steps
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 
 class Trip(Protocol):
@@ -101,7 +101,8 @@ class _Passage:
             gradients.pop(number) if number in gradients else missing.new_zeros(like.shape, dtype=like.dtype)
             for number, like in self.arrivals
         ]
-        return (yield from self.trip.back(*d_outputs))
+        yield f"{self.name.node} departure"
+        return (yield from _slots(self.name.node, self.trip.back(*d_outputs)))
 
 
 class Segments:
@@ -156,7 +157,7 @@ class Segments:
         """Run a trip; what arrives is handed on."""
         name = self._name(node)
         self.begins(name, "F")
-        arrived = yield from trip.there(*inputs)
+        arrived = yield from _slots(node, trip.there(*inputs))
         handed_on = tuple(self._number(y.detach()) for y in arrived)
         likes = [(_number_of(y), torch.empty_like(y, device="meta")) for y in handed_on]
         self._steps.append(_Passage(name, [_number_of(x) for x in inputs], trip, likes))
@@ -200,19 +201,11 @@ def _number_of(tensor: Tensor) -> int:
     return tensor._segment_number  # type: ignore[attr-defined]
 
 
-def interleave(first: Steps[T], second: Steps[U]) -> tuple[T, U]:
-    """Let two passes take turns, a communication each, until both are done.
-
-    The order depends on nothing but the two: every rank of an expert group launches its communications alike. Hand in
-    the backward first: it opens with a communication, the forward with computation.
-    """
-    results: list[Any] = [None, None]
-    running: dict[int, Steps[Any]] = {0: first, 1: second}
-    while running:
-        for index in list(running):
-            try:
-                next(running[index])
-            except StopIteration as end:
-                results[index] = end.value
-                del running[index]
-    return results[0], results[1]
+def _slots(node: str, trip: Steps[T]) -> Steps[T]:
+    """A trip's steps, whose slots are named with the node of the layer that they belong to."""
+    while True:
+        try:
+            slot = next(trip)
+        except StopIteration as end:
+            return end.value
+        yield f"{node} {slot}"

@@ -31,4 +31,4 @@ def test_a_gpu_takes_triton_where_it_is_installed(monkeypatch: pytest.MonkeyPatc
 def test_every_word_has_its_kernels() -> None:
     for name, make in KERNELS.items():
         assert choose_kernels(name, "cuda") == name
-        assert callable(make().rms_norm_forward)
+        assert callable(make("cuda").rms_norm_forward)

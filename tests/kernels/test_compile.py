@@ -23,9 +23,8 @@ def test_every_kernel_compiles_and_spills_next_to_nothing() -> None:
     print(done.stdout)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[1:]]
-    spilled = {row[0]: int(row[-2]) for row in rows}
-    assert max(spilled.values()) <= MAX_SPILLED_BYTES, spilled
-    assert set(spilled) == set(_all_names())
+    assert [row for row in rows if int(row[-2]) > MAX_SPILLED_BYTES] == []
+    assert {row[0] for row in rows} == set(_all_names())
 
 
 def _all_names() -> list[str]:

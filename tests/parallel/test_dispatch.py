@@ -161,7 +161,7 @@ def check_rows(case: Case, mesh: Mesh, dispatch: Dispatch) -> None:
         assert torch.equal(rows, torch.stack(wanted_rows))
         assert torch.equal(row_weights, torch.stack(wanted_weights))
     assert rows.shape == (len(expected), case.hidden) and row_weights.shape == (len(expected),)
-    assert plan.tokens_per_expert == [sum(row[0] == expert for row in expected) for expert in experts]
+    assert plan.rows_per_expert == [sum(row[0] == expert for row in expected) for expert in experts]
 
     numbers = torch.tensor([row[0] for row in expected], dtype=torch.int64)
     y = drive(dispatch.combine(expert_output(rows, row_weights, numbers), plan))
@@ -183,11 +183,11 @@ def check_rows(case: Case, mesh: Mesh, dispatch: Dispatch) -> None:
     assert (sent_out, sent_back) == counted_bytes(case, mesh)
 
 
-def one_rank(config: ParallelConfig, cases: list[Case]) -> None:
+def one_rank(config: ParallelConfig, cases: list[Case], fused: bool = False) -> None:
     groups = process.start(config)
     for case in cases:
         try:
-            check_rows(case, groups.mesh, build(case.num_experts, groups))
+            check_rows(case, groups.mesh, build(case.num_experts, groups, fused=fused))
         except AssertionError as error:
             raise AssertionError(f"rank {groups.mesh.rank} of {case}") from error
     process.stop(groups)
@@ -238,6 +238,17 @@ def test_every_mesh_agrees_with_the_loops(ranks: Ranks, world_size: int) -> None
     ranks.run(all_meshes, world_size, world_size=world_size)
 
 
+def by_kernels(configs: list[ParallelConfig]) -> None:
+    for number, config in enumerate(configs):
+        one_rank(config, draw(config, number, num_cases=3), fused=True)
+
+
+def test_kernels_plan_and_make_the_same_copies(ranks: Ranks) -> None:
+    """In Triton's interpreter."""
+    configs = [ParallelConfig(dp=4, ep=4, nodes=2, dispatch=dispatch) for dispatch in ("two_hop", "flat")]
+    ranks.run(by_kernels, [*configs, ParallelConfig(dp=4, ep=1, dispatch="local")], world_size=4)
+
+
 def interleaved(config: ParallelConfig) -> None:
     """Two micro-batches whose steps alternate, as in a pipeline: the second's way back under the first's way out."""
     groups = process.start(config)
@@ -264,36 +275,38 @@ def test_two_dispatches_may_be_interleaved(ranks: Ranks, dispatch: str) -> None:
     ranks.run(interleaved, ParallelConfig(dp=4, ep=4, nodes=2, dispatch=dispatch), world_size=4)
 
 
-def turns(config: ParallelConfig) -> list[int]:
-    """How often each of the four trips lets others compute."""
+def slots_of(config: ParallelConfig) -> list[list[str]]:
+    """Where each of the four trips lets others compute."""
     groups = process.start(config)
     case = draw(config, 1)[0]
     dispatch, data = build(case.num_experts, groups), inputs(case, groups.mesh.rank)
     results: list[Any] = []
 
-    def count(steps: Steps[Any]) -> int:
-        for number in itertools.count():
+    def noted(steps: Steps[Any]) -> list[str]:
+        found: list[str] = []
+        while True:
             try:
-                next(steps)
+                found.append(next(steps))
             except StopIteration as stop:
                 results.append(stop.value)
-                return number
-        raise AssertionError
+                return found
 
-    out = count(dispatch.dispatch(data.x, data.weights, data.indices))
+    out = noted(dispatch.dispatch(data.x, data.weights, data.indices))
     rows, row_weights, plan = results[0]
-    home = count(dispatch.combine(rows, plan))
-    found = [out, home, count(dispatch.combine_backward(results[1], plan))]
-    found.append(count(dispatch.dispatch_backward(rows, row_weights, plan)))
+    home = noted(dispatch.combine(rows, plan))
+    found = [out, home, noted(dispatch.combine_backward(results[1], plan))]
+    found.append(noted(dispatch.dispatch_backward(rows, row_weights, plan)))
     process.stop(groups)
     return found
 
 
 @pytest.mark.parametrize("dispatch", ["flat", "two_hop"])
 @pytest.mark.parametrize("nodes", [1, 2, 4])
-def test_a_trip_gives_one_turn_away(ranks: Ranks, dispatch: str, nodes: int) -> None:
+def test_a_trip_stops_in_a_slot_for_the_counts_and_for_each_hop(ranks: Ranks, dispatch: str, nodes: int) -> None:
+    """A hop within one rank is none."""
     config = ParallelConfig(dp=4, ep=4, nodes=nodes, dispatch=dispatch)
-    assert ranks.run(turns, config, world_size=4) == [[1, 1, 1, 1]] * 4
+    hops = ["first hop", "last hop"] if (dispatch, nodes) == ("two_hop", 2) else ["last hop"]
+    assert ranks.run(slots_of, config, world_size=4) == [[["counts", *hops], hops, hops, hops]] * 4
 
 
 def sums(dispatches: list[str]) -> list[Tensor]:

@@ -115,20 +115,20 @@ class Watched:
     def backward(self, micro_batch: int, dy: Tensor | None) -> Any:
         return (yield from self._steps((self.number, micro_batch, "B"), self.stage.backward(micro_batch, dy)))
 
-    def weight_gradients(self, micro_batch: int) -> None:
+    def weight_gradients(self, micro_batch: int, share: float = 1.0) -> int:
         with self.world.owned_by("W"):
-            self.stage.weight_gradients(micro_batch)
+            return self.stage.weight_gradients(micro_batch, share)
 
     def _steps(self, owner: tuple[int, int, str], steps: Any) -> Any:
         while True:
             try:
                 with self.world.owned_by(owner):
-                    next(steps)
+                    slot = next(steps)
             except StopIteration as end:
                 return end.value
             finally:
                 self.world.sample(self.number)
-            yield
+            yield slot
 
 
 class Copies:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from launch.plan.clock import Clock, Host, Priced
 from launch.plan.events import Answer, Calls, Event, Kernel, Launch, LayerPasses, Memory, Read, Turn, Wait
 from launch.plan.memory import book, peak_of
-from launch.plan.replay import Passes, passes_of, stretches
+from launch.plan.replay import Passes, passes_of, slots, stretches
 from launch.plan.step import ActionCosts, run_schedule
 from parallel.pipeline.actions import Chunk, Pair
 from parallel.pipeline.order import peak_chunks
@@ -118,13 +118,14 @@ def test_every_second_of_the_compute_stream_is_booked_once(drawn: list[tuple[str
 
 
 def layer(f: float, b: float, w: float, trip: float = 0.0) -> Passes[Priced]:
-    """A layer that computes, sends its rows away, and computes again; the backward likewise; weights at the end."""
+    """A layer that computes, sends its rows out, and computes again; the backward likewise; weights at the end."""
 
     def with_trip(seconds: float) -> tuple[Priced, Priced]:
         there = Priced((kernel(), launch(0)), (seconds / 2, trip))
         return there, Priced((Wait(0), kernel()), (0.0, seconds / 2))
 
-    return Passes(with_trip(f), with_trip(b), (Priced((), ()), Priced((kernel(),), (w,))))
+    weights = (), (Priced((kernel(),), (w,)),)
+    return Passes(with_trip(f), with_trip(b), weights, ("dispatch last hop",), ("combine last hop",))
 
 
 def costs_of(
@@ -216,5 +217,6 @@ def test_a_stretch_is_booked_as_its_running_sum(changes: list[int]) -> None:
 
 
 def test_stretches_are_what_lies_between_turns() -> None:
-    assert stretches([kernel(), Turn(), Turn(), kernel()]) == [(kernel(),), (), (kernel(),)]
+    events = [kernel(), Turn("a"), Turn("b"), kernel()]
+    assert stretches(events) == [(kernel(),), (), (kernel(),)] and slots(events) == ("a", "b")
     assert Counter() == book([]).net_bytes

@@ -194,12 +194,15 @@ def test_a_micro_batch(way: str, precision: str, recompute: str, kernels: str) -
     assert len(set(launched)) == len(launched) and set(launched) <= waited | read
     asked = [entry.event.number for entry in second if isinstance(entry.event, Read)]
     assert sorted(asked) == sorted(entry.event.number for entry in second if isinstance(entry.event, Answer))
-    assert any(isinstance(entry.event, Turn) for entry in second) == (way != "local")
+    slots = {entry.event.slot for entry in second if isinstance(entry.event, Turn)}
+    hops = {"local": [], "flat": ["last hop"], "two_hop": ["first hop", "last hop"]}[way]
+    assert slots == {"dispatch counts", *(f"{trip} {hop}" for trip in ("dispatch", "combine") for hop in hops)}
     if way == "two_hop":
-        # Counts of rows, which the dispatch does not count, are read by the host.
-        counts = [e.event.sent_bytes for e in second if isinstance(e.event, Launch) and e.event.number in read]
+        # Counts of rows, which the dispatch does not count, go over the rail right before those over the node, which
+        # the host reads.
         rail = [e.event for e in second if isinstance(e.event, Launch) and e.event.group == "rail"]
-        assert sum(each.sent_bytes for each in rail if each.number not in read) * 3 == counted and counts
+        rows = [each for each in rail if each.number + 1 not in read]
+        assert sum(each.sent_bytes for each in rows) * 3 == counted and len(rows) < len(rail)
 
 
 def test_every_layer_and_node_has_its_name() -> None:

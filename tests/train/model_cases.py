@@ -21,7 +21,7 @@ from train.model.init import init_weights
 from train.model.kernels import Kernels
 from train.model.router import BiasedRouter
 from train.model.transformer import Transformer
-from train.precision.build import everywhere
+from train.precision.build import everywhere, row_codec
 from train.precision.engine import Engine
 from train.precision.grads import attach_main_grads
 from train.precision.torch_engine import TorchEngine
@@ -184,10 +184,10 @@ def build(
     **parts: Any,
 ) -> Transformer:
     """A model with all experts, seeded weights, router biases that matter, norms that are not one."""
+    engines = engines or everywhere(TorchEngine())
+    dispatch = LocalDispatch(config.n_routed_experts, codec=row_codec(engines, config.hidden_size))
     with torch.device("meta"):
-        model = Transformer(
-            config, LocalDispatch(config.n_routed_experts), engines or everywhere(TorchEngine()), kernels, **parts
-        )
+        model = Transformer(config, dispatch, engines, kernels, **parts)
     init_weights(model, seed, dtype, "cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from tests import reference
 from tests.bounds import assert_within, gamma
-from train.model.attention.kernels import join_heads, rotate, rotate_heads
+from train.model.attention.kernels import rotate
 from train.model.kernels import Kernels, compiled_kernels, rms_norm_forward, swiglu_backward, swiglu_forward
 from train.model.layers import Backend
 from train.model.loss import cross_entropy_sum
@@ -62,7 +62,7 @@ def test_joined_heads(v_width: int) -> None:
     """Widths that divide nothing, an odd offset of the rotary part, values padded or not."""
     table = torch.polar(torch.ones(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64))
     q, kv, k_rope = random(2, 4, 2, 5 + 6), random(2, 4, 2, 5 + 3), random(2, 4, 6)
-    out_q, out_k, out_v = join_heads(q, kv, k_rope, table, v_width)
+    out_q, out_k, out_v = Kernels().join_heads(q, kv, k_rope, table, v_width)
     for b, s, h, j in torch.cartesian_prod(*(torch.arange(n) for n in (2, 4, 2, 3))).tolist():
         angle = torch.angle(table[s, j])
         turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
@@ -72,7 +72,7 @@ def test_joined_heads(v_width: int) -> None:
     assert torch.equal(out_q[..., :5], q[..., :5])
     assert torch.equal(out_k[..., :5], kv[..., :5])
     assert torch.equal(out_v, F.pad(kv[..., 5:], (0, v_width - 3)))
-    assert gradcheck(lambda *inputs: join_heads(*inputs, table, v_width), (q, kv, k_rope))
+    assert gradcheck(lambda *inputs: Kernels().join_heads(*inputs, table, v_width), (q, kv, k_rope))
 
 
 @pytest.mark.parametrize("splits", [None, [3, 0, 2]])
@@ -143,12 +143,12 @@ def test_rotated_heads() -> None:
     """Pairs half a head apart; as many heads of queries as may be, fewer of keys."""
     table = torch.polar(torch.ones(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64))
     q, k = random(2, 4, 6, 6), random(2, 4, 2, 6)
-    for x, out in zip((q, k), rotate_heads(q, k, table), strict=True):
+    for x, out in zip((q, k), Kernels().rotate_heads(q, k, table), strict=True):
         for s, j in torch.cartesian_prod(torch.arange(4), torch.arange(3)).tolist():
             angle = torch.angle(table[s, j])
             turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()]).view(2, 2)
             torch.testing.assert_close(out[:, s, :, [j, j + 3]], x[:, s, :, [j, j + 3]] @ turn.t())
-    assert gradcheck(lambda *inputs: rotate_heads(*inputs, table), (q, k))
+    assert gradcheck(lambda *inputs: Kernels().rotate_heads(*inputs, table), (q, k))
 
 
 def test_rotation_keeps_the_scores_relative() -> None:

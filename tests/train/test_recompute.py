@@ -15,7 +15,8 @@ from torch import Tensor
 
 from benchmarks._storages import Storages
 from parallel.collectives import drive
-from parallel.pipeline.segments import Segments, interleave
+from parallel.pipeline.overlap import HOST_COMPUTES, interleave
+from parallel.pipeline.segments import Segments
 from tests.train.model_cases import TINY, build, random_config, random_dense_config, random_tokens, same_bits
 from train.compose import compose
 from train.model.loss import LossTerms
@@ -68,7 +69,9 @@ def pieces(model: Transformer, batches: list[Tensor]) -> list[Any]:
     for tokens in batches:
         record = Segments()
         forward = model.steps(tokens, None, TERMS, record)
-        _, (_, findings) = interleave(before.backward(None), forward) if before else (None, drive(forward))
+        _, (_, findings) = (
+            interleave(HOST_COMPUTES, before.backward(None), forward) if before else (None, drive(forward))
+        )
         found.append(findings)
         before = record
     assert before is not None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from train.model.attention.kernels import JoinHeads, RotateHeads, join_heads_backward, join_heads_forward, rotate_heads
 from train.precision.grads import wide_dtype
 
 
@@ -65,6 +66,18 @@ def swiglu_backward(da: Tensor, h: Tensor, row_weights: Tensor | None) -> tuple[
     return a.to(h.dtype), dh, d_row_weights
 
 
+def widening_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a [m, k] b [k, n] in float32 or wider, whatever the type of the factors."""
+    wide = wide_dtype(a.dtype)
+    return torch.mm(a.to(wide), b.to(wide))
+
+
+def _mm_widened_by_gpu(a: Tensor, b: Tensor) -> Tensor:
+    """`widening_mm` where narrow factors have a kernel with a wide result, which rounds nothing either."""
+    wide = wide_dtype(a.dtype)
+    return torch.mm(a, b, out_dtype=wide) if a.dtype == b.dtype != wide else widening_mm(a, b)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: Kernels) -> Tensor:
@@ -88,29 +101,60 @@ class Kernels:
     rms_norm_backward: Callable[..., tuple[Tensor, Tensor]] = rms_norm_backward
     swiglu_forward: Callable[..., Tensor] = swiglu_forward
     swiglu_backward: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = swiglu_backward
+    join_heads_forward: Callable[..., tuple[Tensor, Tensor, Tensor]] = join_heads_forward
+    join_heads_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = join_heads_backward
+    rotate_heads_by: Callable[..., tuple[Tensor, Tensor]] = rotate_heads
+    widening_mm: Callable[[Tensor, Tensor], Tensor] = widening_mm
+    routing: Any = None
+    """`kernels.router`, whose kernels are all of a router but its products; None: a router is made of its parts."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Differentiable x [..., d] -> x / sqrt(mean(x²) + eps) * weight."""
         return _RMSNorm.apply(x, weight, eps, self)
 
+    def join_heads(
+        self, q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Differentiable `join_heads_forward`."""
+        return JoinHeads.apply(q, kv, k_rope, table, v_width, self)
 
-def compiled_kernels() -> Kernels:
+    def rotate_heads(self, q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Differentiable q [B, S, H, d], k [B, S, G, d] with the halves of every head rotated by the table."""
+        return RotateHeads.apply(q, k, table, self)
+
+
+def eager_kernels(device: str = "cpu") -> Kernels:
+    """Those as written."""
+    return Kernels()
+
+
+def compiled_kernels(device: str = "cpu") -> Kernels:
     """Those as written, compiled by torch, which needs a C++ compiler on a CPU."""
     # Rows per expert change with every batch: one dynamic kernel instead of one for each count.
     wrap: Callable[[Any], Any] = partial(torch.compile, dynamic=True)
     return Kernels(wrap(rms_norm_forward), wrap(rms_norm_backward), wrap(swiglu_forward), wrap(swiglu_backward))
 
 
-def triton_kernels() -> Kernels:
+def triton_kernels(device: str = "cuda") -> Kernels:
     """Those of the floor `kernels`, loaded when they are asked for; without Triton they can only be traced."""
-    from kernels import rms_norm
+    from kernels import rms_norm, rotary, router, swiglu
 
-    return Kernels(rms_norm_forward=rms_norm.rms_norm_forward, rms_norm_backward=rms_norm.rms_norm_backward)
+    return Kernels(
+        rms_norm_forward=rms_norm.rms_norm_forward,
+        rms_norm_backward=rms_norm.rms_norm_backward,
+        swiglu_forward=swiglu.swiglu_forward,
+        swiglu_backward=swiglu.swiglu_backward,
+        join_heads_forward=rotary.join_heads,
+        join_heads_backward=rotary.join_heads_backward,
+        rotate_heads_by=rotary.rotate_heads,
+        widening_mm=_mm_widened_by_gpu if device == "cuda" else widening_mm,
+        routing=router,
+    )
 
 
-#: What `run.kernels` may say beside `auto`.
-KERNELS: dict[str, Callable[[], Kernels]] = {
-    "eager": Kernels,
+#: What `run.kernels` may say beside `auto`; each is told for which kind of device.
+KERNELS: dict[str, Callable[[str], Kernels]] = {
+    "eager": eager_kernels,
     "compiled": compiled_kernels,
     "triton": triton_kernels,
 }

@@ -87,16 +87,45 @@ class _Affinity(torch.autograd.Function):
     def backward(ctx: Any, d_scores: Tensor) -> Any:
         (x, scores), weight = ctx.saved_tensors, ctx.weight
         with torch.autocast(x.device.type, enabled=False):
-            d_logits = ctx.scoring.backward(d_scores, scores)
-            dx = torch.mm(d_logits, weight.to(scores.dtype)).to(x.dtype)
-        x = x.detach()
-
-        def wgrad() -> None:
-            with torch.autocast(x.device.type, enabled=False):
-                main_grad(weight).addmm_(d_logits.t(), x.to(d_logits.dtype))
-
-        ctx.sink(wgrad)
+            dx = _leave(x, ctx.scoring.backward(d_scores, scores), weight, ctx.sink)
         return dx, None, None, None
+
+
+class _RoutedByKernels(torch.autograd.Function):
+    """x [T, d], weight [E, d], bias [E] -> what `kernels.router.route` gives, and the gradient in one launch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, router: Router, num_sequences: int, counts_load: bool
+    ) -> tuple[Tensor, ...]:
+        kernels = router.kernels
+        logits = kernels.widening_mm(x, weight.t())
+        routed = kernels.routing.route(logits, bias, router.rule, num_sequences, counts_load)
+        ctx.save_for_backward(x, routed.scores, routed.indices, routed.slopes)
+        ctx.weight, ctx.router = weight, router
+        ctx.mark_non_differentiable(routed.indices, routed.load)
+        return routed.weights, routed.indices, *routed.losses, routed.load
+
+    @staticmethod
+    def backward(ctx: Any, d_weights: Tensor, _: Any, *d_losses: Tensor) -> Any:
+        (x, *saved), weight, router = ctx.saved_tensors, ctx.weight, ctx.router
+        with torch.autocast(x.device.type, enabled=False):
+            d_logits = router.kernels.routing.route_backward(d_weights, d_losses[:3], *saved, router.rule)
+            dx = _leave(x, d_logits, weight, router.sink)
+        return dx, None, None, None, None, None
+
+
+def _leave(x: Tensor, d_logits: Tensor, weight: Tensor, sink: Sink) -> Tensor:
+    """The gradient of x [T, d]; that of the weight goes to the sink."""
+    dx = torch.mm(d_logits, weight.to(d_logits.dtype)).to(x.dtype)
+    x = x.detach()
+
+    def wgrad() -> None:
+        with torch.autocast(x.device.type, enabled=False):
+            main_grad(weight).addmm_(d_logits.t(), x.to(d_logits.dtype))
+
+    sink(wgrad)
+    return dx
 
 
 def largest(values: Tensor, count: int) -> Tensor:
@@ -149,6 +178,9 @@ def no_limit(choice: Tensor) -> Tensor:
 class Router(nn.Module):
     """Selection by score, weights by score; `limit` says between which experts."""
 
+    #: Whether the losses count a token's best experts, not those that it is sent to.
+    counts_best = False
+
     def __init__(self, config: ModelConfig, backend: Backend, limit: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.num_experts, self.num_selected = config.n_routed_experts, given(config.num_experts_per_tok)
@@ -156,16 +188,45 @@ class Router(nn.Module):
         self.normalised, self.scaling = config.norm_topk_prob, config.routed_scaling_factor
         self.scoring, self.limit, self.sink = SCORINGS[config.scoring_func], limit, backend.sink
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        self.kernels, self.routed = backend.kernels, self._by_parts
+        if backend.kernels.routing is not None:
+            self.routed, self.rule = (
+                self._by_kernels,
+                backend.kernels.routing.Rule(
+                    num_groups=self.num_groups,
+                    num_kept=self.num_kept_groups,
+                    num_selected=self.num_selected,
+                    best_two=self.counts_best,
+                    softmax=config.scoring_func == "softmax",
+                    normalised=self.normalised,
+                    scaling=self.scaling,
+                    counts_best=self.counts_best,
+                ),
+            )
 
     def forward(self, x: Tensor) -> Routing:
         """x [B, S, hidden], normed."""
         with torch.autocast(x.device.type, enabled=False):
-            scores = _Affinity.apply(x.reshape(-1, x.shape[-1]), self.weight, self.scoring, self.sink)
-            indices = self.select(scores.detach())
-            weights = scores.gather(1, indices)
-            if self.normalised:
-                weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-            balance = self.balance(scores, indices, len(x))
+            return self.routed(x)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What is added to the scores for the choice, [E]."""
+        return None
+
+    def _by_kernels(self, x: Tensor) -> Routing:
+        counts = self.training and torch.is_grad_enabled()
+        rows = x.reshape(-1, x.shape[-1])
+        weights, indices, *stats = _RoutedByKernels.apply(rows, self.weight, self.bias, self, len(x), counts)
+        return Routing(weights, indices, RouterStats(*stats))
+
+    def _by_parts(self, x: Tensor) -> Routing:
+        scores = _Affinity.apply(x.reshape(-1, x.shape[-1]), self.weight, self.scoring, self.sink)
+        indices = self.select(scores.detach())
+        weights = scores.gather(1, indices)
+        if self.normalised:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        balance = self.balance(scores, indices, len(x))
         return Routing(weights * self.scaling, indices, RouterStats(*balance, self._load(indices)))
 
     def select(self, scores: Tensor) -> Tensor:
@@ -198,6 +259,7 @@ class Router(nn.Module):
 class BiasedRouter(Router):
     """Selection by score + bias; the bias has no part in weights and losses (DeepSeek-V3, section 2.1.2)."""
 
+    counts_best = True
     e_score_correction_bias: Tensor
 
     def __init__(self, config: ModelConfig, backend: Backend, limit: Callable[[Tensor], Tensor]) -> None:
@@ -205,6 +267,11 @@ class BiasedRouter(Router):
         #: Whether the bias stays, as the weights do.
         self.is_frozen = False
         self.register_buffer("e_score_correction_bias", torch.empty(self.num_experts))
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias that balances the load."""
+        return self.e_score_correction_bias
 
     def select(self, scores: Tensor) -> Tensor:
         """The K experts of each token by their biased scores."""

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 Result = TypeVar("Result")
-# Yields while a communication that it has launched is on its way. `parallel.collectives` has this type and `drive` as
-# well: the model's floor knows no ranks, and theirs no model, so each states what both speak.
-Steps = Generator[None, None, Result]
+# Yields while a communication that it has launched is on its way, and yields a name of the slot in which it stands.
+# `parallel.collectives` has this type and `drive` as well: the model's floor knows no ranks, and theirs no model, so
+# each states what both speak.
+Steps = Generator[str, None, Result]
 
 
 class Trip(Protocol):
@@ -27,11 +28,12 @@ class Trip(Protocol):
     """
 
     def there(self, *inputs: Any, **_: Any) -> Steps[tuple[Tensor, ...]]:
-        """Launch, yield, and return what arrives."""
+        """Launch, yield the slot's name, and return what arrives."""
         ...
 
     def back(self, *d_outputs: Any, **_: Any) -> Steps[tuple[Tensor, ...]]:
-        """Launch the way back, yield, and return the gradients of the inputs; takes those of the outputs."""
+        """Launch the way back, yield the slot's name, and return the gradients of the inputs; takes those of the
+        outputs."""
         ...
 
 
@@ -53,7 +55,10 @@ class Tape(Protocol):
         ...
 
     def communicate(self, trip: Trip, *inputs: Tensor, node: str = "") -> Steps[tuple[Tensor, ...]]:
-        """What `trip.there(*inputs)` returns."""
+        """What `trip.there(*inputs)` returns.
+
+        node: which trip of its layer it is; with the slots of the trip, it is what tables of overlap go by.
+        """
         ...
 
     def loss(self, value: Tensor, factor: float) -> None:

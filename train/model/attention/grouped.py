@@ -10,7 +10,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from train.model.attention.cache import Cache, GroupedCache
-from train.model.attention.kernels import rotate_heads
 from train.model.attention.kinds import GroupedSizes
 from train.model.layers import Backend
 from train.model.packing import Places
@@ -24,7 +23,7 @@ class GroupedAttention(nn.Module):
         super().__init__()
         hidden, self.head_dim = sizes.hidden_size, sizes.head_dim
         query_width, key_width = sizes.num_attention_heads * self.head_dim, sizes.num_key_value_heads * self.head_dim
-        self.softmax_scale = sizes.softmax_scale
+        self.softmax_scale, self.kernels = sizes.softmax_scale, backend.kernels
         self.q_proj = backend.linear("q_proj", hidden, query_width)
         self.k_proj = backend.linear("k_proj", hidden, key_width)
         self.v_proj = backend.linear("v_proj", hidden, key_width)
@@ -35,7 +34,7 @@ class GroupedAttention(nn.Module):
         per_head = (-1, self.head_dim)
         q, k, v = (each.unflatten(-1, per_head) for each in project(x, self.q_proj, self.k_proj, self.v_proj))
         # Keys and values stay as few as they are: the kernel reads a head once for its whole group.
-        out = places.attend(*rotate_heads(q, k, places.table), v, self.softmax_scale)
+        out = places.attend(*self.kernels.rotate_heads(q, k, places.table), v, self.softmax_scale)
         return self.o_proj(out.flatten(2))
 
     def new_cache(self, capacity: int) -> GroupedCache:
@@ -52,7 +51,7 @@ class GroupedAttention(nn.Module):
         q, k, v = (
             each.unflatten(-1, (-1, self.head_dim)) for each in project(x, self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate_heads(q, k, table)
+        q, k = self.kernels.rotate_heads(q, k, table)
         cache.append(k[0], v[0])
         mixed = cache.attend(q[0].transpose(0, 1), self.softmax_scale)
         return self.o_proj(mixed.transpose(0, 1).flatten(1)[None])

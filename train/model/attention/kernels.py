@@ -36,47 +36,56 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2)
 
 
-class _JoinHeads(torch.autograd.Function):
-    """The autograd function behind `join_heads`. Keeps the table alone."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: int) -> Any:
-        nope = q.shape[-1] - k_rope.shape[-1]
-        v_dim = kv.shape[-1] - nope
-        ctx.save_for_backward(table)
-        ctx.nope, ctx.v_dim = nope, v_dim
-        q_out, k_out, v_out = torch.empty_like(q), torch.empty_like(q), kv.new_empty(*kv.shape[:-1], v_width)
-        q_out[..., :nope].copy_(q[..., :nope])
-        q_out[..., nope:].copy_(rotate(q[..., nope:], table.unsqueeze(-2)))
-        k_out[..., :nope].copy_(kv[..., :nope])
-        k_out[..., nope:].copy_(rotate(k_rope, table).unsqueeze(2))
-        v_out[..., :v_dim].copy_(kv[..., nope:])
-        v_out[..., v_dim:].zero_()
-        return q_out, k_out, v_out
-
-    @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Any:
-        (table,) = ctx.saved_tensors
-        nope, v_dim = ctx.nope, ctx.v_dim
-        inverse = table.conj().resolve_conj()
-        dq_in = torch.empty_like(dq, memory_format=torch.contiguous_format)
-        dq_in[..., :nope].copy_(dq[..., :nope])
-        dq_in[..., nope:].copy_(rotate(dq[..., nope:], inverse.unsqueeze(-2)))
-        dkv = dq.new_empty(*dq.shape[:-1], nope + v_dim)
-        dkv[..., :nope].copy_(dk[..., :nope])
-        dkv[..., nope:].copy_(dv[..., :v_dim])
-        dk_rope = rotate(dk[..., nope:].sum(2, dtype=table.real.dtype), inverse).to(dk.dtype)
-        return dq_in, dkv, dk_rope, None, None
-
-
-def join_heads(q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: int) -> tuple[Tensor, Tensor, Tensor]:
+def join_heads_forward(
+    q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of every head, from what the projections give.
 
     q [B, S, H, nope + rope], kv [B, S, H, nope + v], k_rope [B, S, rope] (shared by the heads), table [S, rope / 2] or
     [B, S, rope / 2] -> q, k [B, S, H, nope + rope] with the rotary parts rotated, v [B, S, H, v_width] padded with
     zeros.
     """
-    return _JoinHeads.apply(q, kv, k_rope, table, v_width)
+    nope = q.shape[-1] - k_rope.shape[-1]
+    v_dim = kv.shape[-1] - nope
+    q_out, k_out, v_out = torch.empty_like(q), torch.empty_like(q), kv.new_empty(*kv.shape[:-1], v_width)
+    q_out[..., :nope].copy_(q[..., :nope])
+    q_out[..., nope:].copy_(rotate(q[..., nope:], table.unsqueeze(-2)))
+    k_out[..., :nope].copy_(kv[..., :nope])
+    k_out[..., nope:].copy_(rotate(k_rope, table).unsqueeze(2))
+    v_out[..., :v_dim].copy_(kv[..., nope:])
+    v_out[..., v_dim:].zero_()
+    return q_out, k_out, v_out
+
+
+def join_heads_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, table: Tensor, nope: int, v_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk [B, S, H, nope + rope], dv [B, S, H, v_width] -> gradients of q, kv and k_rope."""
+    inverse = table.conj().resolve_conj()
+    dq_in = torch.empty_like(dq, memory_format=torch.contiguous_format)
+    dq_in[..., :nope].copy_(dq[..., :nope])
+    dq_in[..., nope:].copy_(rotate(dq[..., nope:], inverse.unsqueeze(-2)))
+    dkv = dq.new_empty(*dq.shape[:-1], nope + v_dim)
+    dkv[..., :nope].copy_(dk[..., :nope])
+    dkv[..., nope:].copy_(dv[..., :v_dim])
+    dk_rope = rotate(dk[..., nope:].sum(2, dtype=table.real.dtype), inverse).to(dk.dtype)
+    return dq_in, dkv, dk_rope
+
+
+class JoinHeads(torch.autograd.Function):
+    """Differentiable `join_heads_forward`, by a model's kernels. Keeps the table alone."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: int, kernels: Any) -> Any:
+        ctx.save_for_backward(table)
+        ctx.nope = q.shape[-1] - k_rope.shape[-1]
+        ctx.v_dim, ctx.kernels = kv.shape[-1] - ctx.nope, kernels
+        return kernels.join_heads_forward(q, kv, k_rope, table, v_width)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Any:
+        (table,) = ctx.saved_tensors
+        return *ctx.kernels.join_heads_backward(dq, dk, dv, table, ctx.nope, ctx.v_dim), None, None, None
 
 
 def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
@@ -90,22 +99,23 @@ def rotate_halves(x: Tensor, table: Tensor) -> Tensor:
     return out
 
 
-class _RotateHeads(torch.autograd.Function):
-    """The autograd function behind `rotate_heads`. Keeps the table alone."""
+def rotate_heads(q: Tensor, k: Tensor, table: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Rotate the halves of every head of q [B, S, H, d] and k [B, S, G, d] by the table [S, d / 2] or [B, S, d / 2];
+    back again with `inverse`."""
+    by_head = (table.conj().resolve_conj() if inverse else table).unsqueeze(-2)
+    return rotate_halves(q, by_head), rotate_halves(k, by_head)
+
+
+class RotateHeads(torch.autograd.Function):
+    """Differentiable `rotate_heads`, by a model's kernels. Keeps the table alone."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, table: Tensor) -> Any:
+    def forward(ctx: Any, q: Tensor, k: Tensor, table: Tensor, kernels: Any) -> Any:
         ctx.save_for_backward(table)
-        by_head = table.unsqueeze(-2)
-        return rotate_halves(q, by_head), rotate_halves(k, by_head)
+        ctx.kernels = kernels
+        return kernels.rotate_heads_by(q, k, table, False)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> Any:
         (table,) = ctx.saved_tensors
-        inverse = table.conj().resolve_conj().unsqueeze(-2)
-        return rotate_halves(dq, inverse), rotate_halves(dk, inverse), None
-
-
-def rotate_heads(q: Tensor, k: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate the halves of every head of q [B, S, H, d] and k [B, S, G, d] by the table [S, d / 2] or [B, S, d / 2]."""
-    return _RotateHeads.apply(q, k, table)
+        return *ctx.kernels.rotate_heads_by(dq, dk, table, True), None, None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from train.model.attention.cache import Cache, LatentCache
-from train.model.attention.kernels import join_heads, rotate
+from train.model.attention.kernels import rotate
 from train.model.attention.kinds import LatentSizes
 from train.model.layers import Backend, RMSNorm
 from train.model.packing import Places
@@ -46,6 +46,7 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(kv_rank, LATENT_NORM_EPS, backend)
         self.kv_b_proj = backend.linear("kv_b_proj", kv_rank, heads * (sizes.qk_nope_head_dim + sizes.v_head_dim))
         self.o_proj = backend.linear("o_proj", heads * sizes.v_head_dim, hidden)
+        self.kernels = backend.kernels
         self.offer = backend.recompute.offer("mla_up_proj")
 
     def _keep_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,7 @@ class LatentAttention(nn.Module):
         """Normed latents [B, S, rank] and the shared part of the keys -> q, k, v of all heads (see `join_heads`)."""
         per_head = (self.num_heads, -1)
         q, kv = self.expand_q(q_latent).unflatten(-1, per_head), self.kv_b_proj(kv_latent).unflatten(-1, per_head)
-        return join_heads(q, kv, k_rope, table, self.v_width)
+        return self.kernels.join_heads(q, kv, k_rope, table, self.v_width)
 
     def forward(self, x: Tensor, places: Places) -> Tensor:
         """`places`: of the S positions of x."""
