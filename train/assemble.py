@@ -296,7 +296,7 @@ def build_stages(
     tapes = tapes or Tapes()
     placement, pp_rank = config.placement, groups.mesh.pp_rank
     slices = split(config.model, placement.num_slices, config.train.seq_len, config.pipeline.layers)
-    kernels = kernels or KERNELS[choose_kernels(config.run.kernels, groups.kernels)]()
+    kernels = (kernels or KERNELS[choose_kernels(config.run.kernels, groups.kernels)]()).on(groups.kernels)
     stages: dict[int, Stage] = {}
     embedding: nn.Parameter | None = None
     for number in placement.stages_on(pp_rank):

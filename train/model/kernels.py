@@ -8,7 +8,7 @@ overwrite its own temporary, it does. On GPUs the floor `kernels` has each in on
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from train.model.cross_entropy import CHUNK_SIZES, ChunkSize, cross_entropy_
 from train.precision.grads import wide_dtype
 
 
@@ -88,6 +89,12 @@ class Kernels:
     rms_norm_backward: Callable[..., tuple[Tensor, Tensor]] = rms_norm_backward
     swiglu_forward: Callable[..., Tensor] = swiglu_forward
     swiglu_backward: Callable[..., tuple[Tensor, Tensor, Tensor | None]] = swiglu_backward
+    cross_entropy_: Callable[..., Tensor] = cross_entropy_
+    chunk_size: ChunkSize = CHUNK_SIZES["cpu"]
+
+    def on(self, device: str) -> Kernels:
+        """These, with as many tokens at the output head at a time as suit this kind of device."""
+        return replace(self, chunk_size=CHUNK_SIZES[device])
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Differentiable x [..., d] -> x / sqrt(mean(x²) + eps) * weight."""
