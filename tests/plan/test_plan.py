@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launch.__main__ import main
-from launch.plan import answer, cluster
+from launch.plan import advice, answer, cluster
 from launch.plan.clock import Clock
 from launch.plan.events import Event, Launch, Memory
 from launch.plan.job import Plan
@@ -21,6 +21,7 @@ from launch.plan.record import Recorder, events_of
 from launch.plan.world import world
 from train import loop
 from train.compose import compose
+from train.split import device_costs
 
 SMALL = [
     "experiment=first_run",
@@ -131,6 +132,16 @@ def test_the_published_step(v3: Plan) -> None:
     assert figures["parts_s"]["1F1B"] == pytest.approx(13.95, rel=0.1)
     # Their own trace of a pair (128.98 ms, 3.3 % of it exposed) has nothing of neighbours, whom no pair waits for here.
     assert figures["pair_s"] == pytest.approx(0.129, rel=0.05)
+
+
+def test_stages_are_split_by_what_devices_take(v3: Plan) -> None:
+    """Costs of layers, from sizes alone, are those of a plan with kernels as good as DeepSeek's, so that ranks work
+    alike. Half a layer at an end is a twentieth of what a rank holds."""
+    layers, end = device_costs(v3.config.model, v3.config.train.seq_len, fp8_layers=True)
+    planned = advice.kind_seconds(v3, PUBLISHED)
+    assert layers[0] / layers[-1] == pytest.approx(planned["dense"] / planned["moe"], rel=0.05)
+    assert end / layers[-1] == pytest.approx((planned["head"] + planned["mtp"]) / planned["moe"], abs=0.5)
+    assert answer.column(v3, PUBLISHED)["end_over_middle"] <= 1.05
 
 
 def test_every_figure_of_a_plan_hangs_together(v3: Plan) -> None:
