@@ -32,7 +32,14 @@ class Reassociated(TorchEngine):
         super().wgrad_(accumulator, dy[:half], x[:half])
 
 
-class _OtherGradients(Fp8Engine):
+class _OtherRows(Fp8Engine):
+    """Rows that travel as themselves, because they are rounded in another way."""
+
+    def codec(self, width: int) -> None:
+        return None
+
+
+class _OtherGradients(_OtherRows):
     """Gradients quantised in one way for both products that take them."""
 
     def gradient_columns(self, dy: Tensor, groups: Sequence[slice]) -> list[Tensor]:
@@ -53,7 +60,7 @@ class BlockGradients(_OtherGradients):
         return round_blocks(dy)
 
 
-class Partly(Fp8Engine):
+class Partly(_OtherRows):
     """FP8 in some of the three products; operands of the others as they are, multiplied in float32."""
 
     def __init__(self, fp8: Fp8, weights: QuantisedWeights, products: Collection[str]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import rms_norm, sums  # noqa: F401
+from kernels import fp8_rows, fp8_swiglu, rms_norm, sums  # noqa: F401
 from kernels.door import interprets, missing, triton
 from kernels.operation import Launch, launch_of, names
 
@@ -44,7 +44,24 @@ def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 # Operation -> its arguments at the sizes of V3's job, one tuple for each variant that differs as a kernel.
 Examples = Mapping[str, Callable[[], list[tuple[Any, ...]]]]
+# The rows of four experts, and where they begin.
+_SPLITS, _STARTS = (8192, 8176, 8208, 8192), _empty(5, dtype=torch.int32)
+_CODES, _H_CODES = _empty(32768, 7168, dtype=torch.uint8), _empty(32768, 4096, dtype=torch.uint8)
+_SCALES, _H_SCALES = _empty(32768 * 56, dtype=FP32), _empty(32768 * 32, dtype=FP32)
+_OF_ROWS = _empty(32768, dtype=FP32)
 EXAMPLES: Examples = {
+    "fp8_columns": lambda: [(_CODES, _SCALES, _STARTS, _SPLITS, True), (_CODES, _SCALES, None, (32768,), False)],
+    "fp8_encode": lambda: [(_empty(4096, 7168),)],
+    "fp8_quantise": lambda: [(_empty(4096, 7168), 4096, both, power) for both in (False, True) for power in (False, True)],
+    "fp8_swiglu_backward": lambda: [
+        (_empty(32768, 2048), _H_CODES, _H_SCALES, _OF_ROWS, _STARTS, _SPLITS, power, power) for power in (False, True)
+    ],
+    "fp8_swiglu_forward": lambda: [
+        (_empty(32768, 4096), _OF_ROWS, _STARTS, _SPLITS, power) for power in (False, True)
+    ],
+    "fp8_take": lambda: [
+        (_empty(30656, 7224, dtype=torch.uint8), _empty(32768, dtype=torch.int64), _STARTS, _SPLITS, 7168)
+    ],
     "rms_norm_forward": lambda: [(_empty(4096, d), _empty(d), 1e-6) for d in (7168, 1536, 512)],
     "rms_norm_backward": lambda: [
         (_empty(4096, d), _empty(4096, d), _empty(d), _empty(4096, dtype=FP32)) for d in (7168, 1536, 512)

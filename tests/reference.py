@@ -47,7 +47,7 @@ class LocalPlan:
         table = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
         self.tokens, self.slots = table[:, 0], table[:, 1]
         self.shape, self.num_tokens = indices.shape, indices.shape[0]
-        self.tokens_per_expert = [int((indices == expert).sum()) for expert in range(num_experts)]
+        self.rows_per_expert = [int((indices == expert).sum()) for expert in range(num_experts)]
 
 
 def balance_loss(scores: Tensor, num_selected: int) -> Tensor:

@@ -75,7 +75,7 @@ class SumsByRank(LocalDispatch):
         return self._sum(d_rows, plan), plan.experts.fold_weights(d_row_weights)
 
     def _sum(self, rows: Tensor, plan: Plan) -> Tensor:
-        experts = torch.arange(self.num_local_experts).repeat_interleave(torch.tensor(plan.tokens_per_expert))
+        experts = torch.arange(self.num_local_experts).repeat_interleave(torch.tensor(plan.rows_per_expert))
         rank_of_row = experts // (self.num_local_experts // self._ep)
         by_rank = [
             plan.experts.fold(rows.masked_fill((rank_of_row != rank).unsqueeze(1), 0)) for rank in range(self._ep)

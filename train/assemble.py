@@ -46,7 +46,7 @@ from train.precision.config import PrecisionConfig
 from train.precision.engine import Engine
 from train.precision.grads import attach_main_grads
 from train.precision.reference import QuantisedWeights
-from train.precision.transformer_engine import LibraryModules
+from train.precision.transformer_engine import LibraryWeights
 from train.prompts import Prompts, read_prompts
 from train.recipe.balance import freeze_routers
 from train.recipe.ema import Ema
@@ -165,7 +165,7 @@ def put_together(
     files: Files,
     make_engines: MakeEngines = build_engines,
     tapes: Tapes | None = None,
-    weights: QuantisedWeights | LibraryModules | None = None,
+    weights: QuantisedWeights | LibraryWeights | None = None,
     kernels: Kernels | None = None,
 ) -> Job:
     """This rank's part of the run over files that are open; `assemble` says more.
@@ -174,15 +174,14 @@ def put_together(
     `build_stages` takes them.
     """
     place = environment.read()
-    dispatch = build_dispatch(
-        config.model.n_routed_experts, groups, row_codec(config.precision, config.model.hidden_size)
-    )
     weights = weights or fp8_weights(config.precision, groups.kernels)
     engines = make_engines(config.precision, groups.kernels, weights)
+    codec = row_codec(engines, config.model.hidden_size)
+    dispatch = build_dispatch(config.model.n_routed_experts, groups, codec)
     rows_seen = packing(config, files.train_rows.end_of_document, groups.kernels)
     stages = build_stages(config, dispatch, groups, engines, rows_seen, tapes, kernels)
     models = [stage.model for stage in stages.values()]
-    if isinstance(weights, LibraryModules):
+    if isinstance(weights, LibraryWeights):
         for model in models:
             check_widths(model, config.precision)
     optimizer = optimizer_of(config, groups, models, weights.changed)
@@ -332,8 +331,9 @@ def load_model(
     with torch.device("meta"):
         whole = Parts.all(config)
         parts = whole if with_depths else replace(whole, mtp=False)
-        model = Transformer(config, LocalDispatch(config.n_routed_experts), engines, parts=parts, packing=packing)
-    if isinstance(quantised, LibraryModules):
+        dispatch = LocalDispatch(config.n_routed_experts, codec=row_codec(engines, config.hidden_size))
+        model = Transformer(config, dispatch, engines, parts=parts, packing=packing)
+    if isinstance(quantised, LibraryWeights):
         check_widths(model, precision)
     materialise(model, dtype, device)
     named = {f"{weights}.{name}": parameter for name, parameter in model.named_parameters()}

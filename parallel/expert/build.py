@@ -15,5 +15,5 @@ def build(num_experts: int, groups: Groups, codec: Codec | None = None) -> Dispa
     """
     name = groups.mesh.config.dispatch
     if name == "local":
-        return LocalDispatch(num_experts, groups.host)
+        return LocalDispatch(num_experts, groups.host, codec)
     return {"flat": FlatDispatch, "two_hop": TwoHopDispatch}[name](num_experts, groups, codec)

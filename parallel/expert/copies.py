@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +23,7 @@ class Copies:
     slots: [C], where a copy's routing weight lies in the flattened [M, K] weights; None when a copy takes along all
         that its row has.
     num_slots: K where `slots` is given.
+    has_empty: whether some copies are of no row: their source is M, their slot M K, and `back` leaves them out.
     """
 
     source: Tensor
@@ -29,6 +31,7 @@ class Copies:
     offsets: Tensor | None
     slots: Tensor | None = None
     num_slots: int = 0
+    has_empty: bool = False
 
     def spread(self, rows: Tensor) -> Tensor:
         """rows [M, ...] -> copies [C, ...]."""
@@ -45,6 +48,8 @@ class Copies:
 
     def spread_weights(self, weights: Tensor) -> Tensor:
         """weights [M, K] -> [C] where each copy takes one of them, else [C, K] (or [M] -> [C])."""
+        if self.has_empty:  # of these, zero
+            weights = F.pad(weights, (0,) * (2 * weights.dim() - 1) + (1,))
         if self.slots is None:
             return self.spread(weights)
         return weights.reshape(-1).index_select(0, self.slots)
@@ -53,8 +58,34 @@ class Copies:
         """The transpose of `spread_weights`."""
         if self.slots is None:
             return self.fold(d_weights)
-        folded = d_weights.new_zeros(self.num_rows * self.num_slots)
-        return folded.index_copy_(0, self.slots, d_weights).view(self.num_rows, self.num_slots)
+        num_weights = self.num_rows * self.num_slots
+        folded = d_weights.new_zeros(num_weights + self.has_empty).index_copy_(0, self.slots, d_weights)
+        return folded[:num_weights].view(self.num_rows, self.num_slots)
+
+    def spaced(self, lengths: list[int], multiple: int) -> tuple[Copies, list[int]]:
+        """These copies, which come in runs of `lengths`, with empty ones behind each run until it has a multiple.
+
+        Returns them and the lengths of their runs.
+        """
+        spaced = [-(-length // multiple) * multiple for length in lengths]
+        if spaced == lengths:
+            return self, lengths
+        counts = np.array([lengths, spaced])
+        shifts = counts.cumsum(1) - counts
+        # From pinned memory on a GPU: any other copy would make the host wait for the device.
+        shifts_and_lengths = torch.from_numpy(np.stack([shifts[1] - shifts[0], counts[0]]))
+        if self.back.is_cuda:
+            shifts_and_lengths = shifts_and_lengths.pin_memory().to(self.back.device, non_blocking=True)
+        num_copies = self.back.numel()
+        places = shifts_and_lengths[0].repeat_interleave(shifts_and_lengths[1], output_size=num_copies)
+        places = places + torch.arange(num_copies, device=places.device)
+
+        def spread_out(numbers: Tensor, none: int) -> Tensor:
+            return numbers.new_full((sum(spaced),), none).index_copy_(0, places, numbers)
+
+        slots = None if self.slots is None else spread_out(self.slots, self.num_rows * self.num_slots)
+        source, back = spread_out(self.source, self.num_rows), places.index_select(0, self.back)
+        return Copies(source, back, self.offsets, slots, self.num_slots, has_empty=True), spaced
 
     @property
     def num_rows(self) -> int:

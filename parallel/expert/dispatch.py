@@ -52,37 +52,45 @@ class Hop:
 class Plan:
     """Where each token's copies went: made by `dispatch`, only read afterwards.
 
-    tokens_per_expert: rows of each local expert, in the order of the rows; sums to R.
+    rows_per_expert: rows of each local expert, in the order of the rows; sums to R. Some may be empty (`Copies.spaced`).
     """
 
     hops: tuple[Hop, ...]
     experts: Copies
-    tokens_per_expert: list[int]
+    rows_per_expert: list[int]
 
 
 Dispatched = tuple[Tensor, Tensor, Plan]
 
 
 class Codec(Protocol):
-    """What rows are while they travel out, to the experts. On the way back they travel as they are."""
+    """What rows are while they travel out, to the experts. On the way back they travel as they are.
+
+    row_multiple: rows of each expert come in multiples of it; what an expert lacks is made up by empty rows.
+    """
+
+    row_multiple: int
 
     def encode(self, rows: Tensor) -> Tensor:
         """rows [N, d] -> what is sent of them [N, ...]."""
         ...
 
-    def decode(self, payload: Tensor, dtype: torch.dtype) -> Tensor:
-        """What has arrived -> rows [N, d] of `dtype`."""
+    def arrive(self, payload: Tensor, source: Tensor, splits: list[int], dtype: torch.dtype) -> Tensor:
+        """What has arrived [N, ...] -> rows [R, d] as the experts take them, `splits` of each expert: row r is
+        payload[source[r]], and empty where source[r] is N. They have `dtype`, whatever they lie in memory as."""
         ...
 
 
 class AsTheyAre:
     """Rows travel as rows."""
 
+    row_multiple = 1
+
     def encode(self, rows: Tensor) -> Tensor:
         return rows
 
-    def decode(self, payload: Tensor, dtype: torch.dtype) -> Tensor:
-        return payload
+    def arrive(self, payload: Tensor, source: Tensor, splits: list[int], dtype: torch.dtype) -> Tensor:
+        return payload.index_select(0, source)
 
 
 def owners(ids: Tensor, num_each: int) -> Tensor:
@@ -159,7 +167,21 @@ class Dispatch(ABC):
             if hop.takes_turn:
                 yield
             rows = arriving.wait()
-        return plan.experts.spread(self._codec.decode(rows, dy.dtype))
+        return self._codec.arrive(rows, plan.experts.source, plan.rows_per_expert, dy.dtype)
+
+    def _arrived(
+        self,
+        payload: Tensor,
+        weights: Tensor,
+        experts: Copies,
+        tokens_per_expert: list[int],
+        hops: tuple[Hop, ...],
+        dtype: torch.dtype,
+    ) -> Dispatched:
+        """What `dispatch` returns, of the payload and weights that have reached this rank, a row for each token."""
+        experts, rows_per_expert = experts.spaced(tokens_per_expert, self._codec.row_multiple)
+        rows = self._codec.arrive(payload, experts.source, rows_per_expert, dtype)
+        return rows, experts.spread_weights(weights), Plan(hops, experts, rows_per_expert)
 
     def _walk_back(self, rows: Tensor, plan: Plan) -> Steps[Tensor]:
         y = plan.experts.fold(rows)
@@ -212,12 +234,12 @@ class Dispatch(ABC):
 class LocalDispatch(Dispatch):
     """All experts on this rank: tokens are only sorted. Also the twin that the other two are held against."""
 
-    def __init__(self, num_experts: int, host: Host | None = None) -> None:
-        super().__init__(Placement(num_experts, ep=1, ep_rank=0, num_nodes=1), host)
+    def __init__(self, num_experts: int, host: Host | None = None, codec: Codec | None = None) -> None:
+        super().__init__(Placement(num_experts, ep=1, ep_rank=0, num_nodes=1), host, codec=codec)
 
     def dispatch(self, x: Tensor, weights: Tensor, indices: Tensor) -> Steps[Dispatched]:
         yield from ()
         self._nodes_reached(indices)
         (tokens_per_expert,) = self._host.read("expert counts", tally(indices, self.num_local_experts))
         copies = arrange(indices >= 0, indices, sum(tokens_per_expert), weighted=True)
-        return copies.spread(x), copies.spread_weights(weights), Plan((), copies, tokens_per_expert)
+        return self._arrived(self._codec.encode(x), weights, copies, tokens_per_expert, (), x.dtype)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from parallel.collectives import Steps
 from parallel.expert.copies import Copies, arrange, inverse, regroup, tally
-from parallel.expert.dispatch import Codec, Dispatch, Dispatched, Hop, Plan
+from parallel.expert.dispatch import Codec, Dispatch, Dispatched, Hop
 from parallel.expert.placement import Placement
 from parallel.process import Groups
 
@@ -38,6 +38,6 @@ class FlatDispatch(Dispatch):
         yield
         order = regroup(counts, sum(recv_counts))
         experts = Copies(order, inverse(order), offsets=None)
-        row_weights = experts.spread(arriving[0].wait())
-        rows = experts.spread(self._codec.decode(arriving[1].wait(), x.dtype))
-        return rows, row_weights, Plan((hop,), experts, [sum(counts) for counts in zip(*from_rank, strict=True)])
+        tokens_per_expert = [sum(counts) for counts in zip(*from_rank, strict=True)]
+        row_weights, rows = (handle.wait() for handle in arriving)
+        return self._arrived(rows, row_weights, experts, tokens_per_expert, (hop,), x.dtype)

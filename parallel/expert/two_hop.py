@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parallel.collectives import Steps
 from parallel.expert.copies import arrange, inverse, one_per_place, reach, regroup, tally
-from parallel.expert.dispatch import Codec, Dispatch, Dispatched, Hop, Plan, owners
+from parallel.expert.dispatch import Codec, Dispatch, Dispatched, Hop, owners
 from parallel.expert.placement import Placement
 from parallel.process import Groups
 
@@ -72,9 +72,7 @@ class TwoHopDispatch(Dispatch):
         position = inverse(regroup(counts[:, : place.num_nodes], sum(recv_counts))).unsqueeze(1)
         keys = ids * max(1, ids.shape[0]) + position
         experts = arrange(ids >= 0, keys, sum(tokens_per_expert), weighted=True)
-        plan = Plan((rail, node), experts, tokens_per_expert)
-        rows = self._codec.decode(rows_arriving.wait(), x.dtype)
-        return experts.spread(rows), experts.spread_weights(weights), plan
+        return self._arrived(rows_arriving.wait(), weights, experts, tokens_per_expert, (rail, node), x.dtype)
 
 
 def _within(ids: Tensor, counts: Tensor, num_each: int) -> Tensor:

@@ -161,7 +161,7 @@ def check_rows(case: Case, mesh: Mesh, dispatch: Dispatch) -> None:
         assert torch.equal(rows, torch.stack(wanted_rows))
         assert torch.equal(row_weights, torch.stack(wanted_weights))
     assert rows.shape == (len(expected), case.hidden) and row_weights.shape == (len(expected),)
-    assert plan.tokens_per_expert == [sum(row[0] == expert for row in expected) for expert in experts]
+    assert plan.rows_per_expert == [sum(row[0] == expert for row in expected) for expert in experts]
 
     numbers = torch.tensor([row[0] for row in expected], dtype=torch.int64)
     y = drive(dispatch.combine(expert_output(rows, row_weights, numbers), plan))

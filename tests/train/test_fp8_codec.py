@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,8 +12,9 @@ from hypothesis import strategies as st
 from tests.train.test_fp8_tiles import matrix
 from train.precision.blockwise import BLOCKS, Quantised, dequantise, quantise
 from train.precision.codec import Fp8Rows
+from train.precision.coded import parts_of
 from train.precision.published import from_published, to_published
-from train.precision.tiles import round_rows
+from train.precision.tiles import restore_rows, round_rows
 
 seeds = st.integers(0, 2**31)
 
@@ -23,19 +26,53 @@ def test_rows_arrive_rounded_as_the_model_rounds_them(n: int, width: int, seed: 
     rows, codec = matrix((n, width), seed, dtype), Fp8Rows(width)
     payload = codec.encode(rows)
     assert payload.dtype == torch.uint8 and payload.shape == (n, codec.num_bytes) == (n, width + -(-width // 128))
-    arrived = codec.decode(payload, dtype)
-    assert arrived.dtype == dtype
-    assert torch.equal(arrived.float(), round_rows(rows, power_of_two=True))
-    # A second hop sends what has arrived, as the same values.
-    assert torch.equal(codec.decode(codec.encode(arrived), dtype), arrived)
+    source = torch.randint(n, (2 * n,), generator=torch.Generator().manual_seed(seed)) if n else torch.zeros(0).long()
+    arrived = codec.arrive(payload, source, [2 * n], dtype)
+    assert arrived.dtype == dtype and arrived.shape == (2 * n, width)
+    assert torch.equal(floats(arrived), round_rows(rows, power_of_two=True)[source])
+    # Sent on, it is the same values.
+    again = codec.arrive(codec.encode(floats(arrived)), torch.arange(2 * n), [2 * n], dtype)
+    assert torch.equal(floats(again), floats(arrived))
+
+
+def floats(rows: torch.Tensor) -> torch.Tensor:
+    parts = parts_of(rows)
+    assert parts is not None
+    return restore_rows(parts)
 
 
 def test_an_overflow_arrives_as_one() -> None:
     rows = torch.ones(2, 200)
     rows[1, 150] = torch.inf
-    assert Fp8Rows(200).decode(Fp8Rows(200).encode(rows), torch.float32).isnan().nonzero().tolist() == [
-        [1, column] for column in range(128, 200)
-    ]
+    arrived = Fp8Rows(200).arrive(Fp8Rows(200).encode(rows), torch.arange(2), [2], torch.float32)
+    assert floats(arrived).isnan().nonzero().tolist() == [[1, column] for column in range(128, 200)]
+
+
+def test_coded_rows_are_handed_on_and_not_computed_with() -> None:
+    """What a tape does with rows leaves them as they are; a gradient of theirs is a tensor of floats; no memory is
+    taken for values that nobody has."""
+    codec, entered = Fp8Rows(256), list[torch.Tensor]()
+    rows = codec.arrive(codec.encode(torch.randn(4, 256)), torch.tensor([3, 0, 1]), [3], torch.bfloat16)
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            entered.append(x)
+            return floats(x).bfloat16() * 2
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+            entered.append(dy)
+            return torch.full((3, 256), 2.0).bfloat16()
+
+    leaf = rows.detach().requires_grad_()
+    y = Doubled.apply(leaf.view_as(leaf))
+    torch.autograd.backward(y, codec.arrive(codec.encode(torch.ones(3, 256)), torch.arange(3), [3], torch.bfloat16))
+    assert torch.equal(y, floats(rows).bfloat16() * 2) and torch.equal(leaf.grad, torch.full((3, 256), 2.0).bfloat16())
+    assert all(parts_of(each) is not None for each in entered) and parts_of(leaf) == parts_of(rows)
+    assert rows.untyped_storage().nbytes() == 0
+    with pytest.raises(NotImplementedError, match=r"add.*quantised"):
+        rows + 1
 
 
 def test_bytes_of_a_row() -> None:

@@ -100,7 +100,7 @@ class MoEBlock(_Block):
         residual, own, weights, indices, *stats = routed
         journey = Journey(self.mlp.exchange, indices)
         rows, row_weights = yield from tape.communicate(journey.out, own, weights, node="dispatch")
-        compute = self.experts_node(partial(self.mlp.compute, tokens_per_expert=journey.tokens_per_expert))
+        compute = self.experts_node(partial(self.mlp.compute, rows_per_expert=journey.rows_per_expert))
         seen = self.mlp.seen_by_shared_experts(own)
         rows, *shared = tape.compute(compute, rows, row_weights, *seen, node="experts")
         (combined,) = yield from tape.communicate(journey.home, rows, node="combine")

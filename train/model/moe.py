@@ -35,7 +35,7 @@ class Dispatch(Protocol):
     ) -> Generator[None, None, tuple[Tensor, Tensor, Any]]:
         """x [T, d], weights and indices [T, K] -> rows [R, d] sorted by local expert, their weights [R], a plan.
 
-        The plan is frozen and has `tokens_per_expert`: rows of each local expert, in order.
+        The plan is frozen and has `rows_per_expert`: rows of each local expert, in order.
         """
         ...
 
@@ -71,9 +71,9 @@ class Journey:
         return _Home(self)
 
     @property
-    def tokens_per_expert(self) -> list[int]:
+    def rows_per_expert(self) -> list[int]:
         """Rows of each local expert; known once the way out is done."""
-        return self.plan.tokens_per_expert
+        return self.plan.rows_per_expert
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,12 @@ class Experts(nn.Module):
         self.engines = [backend.engines[f"experts.{name}"] for name in ("gate_up_proj", "down_proj")]
         self.kernels, self.sink = backend.kernels, backend.sink
 
-    def forward(self, rows: Tensor, row_weights: Tensor, tokens_per_expert: list[int]) -> Tensor:
+    def forward(self, rows: Tensor, row_weights: Tensor, rows_per_expert: list[int]) -> Tensor:
         """rows [R, d] sorted by expert, row_weights [R] -> weighted outputs [R, d].
 
         The weight is applied before the down projection, so that combining is a plain sum on any route.
         """
-        up, down = (engine.grouped(tokens_per_expert) for engine in self.engines)
+        up, down = (engine.grouped(rows_per_expert) for engine in self.engines)
         return Mlp(self.gate_up_proj, self.down_proj, up, down, self.kernels, self.sink)(rows, row_weights)
 
 
@@ -138,10 +138,10 @@ class MoE(nn.Module):
         return ()
 
     def compute(
-        self, rows: Tensor, row_weights: Tensor, *own: Tensor, tokens_per_expert: list[int]
+        self, rows: Tensor, row_weights: Tensor, *own: Tensor, rows_per_expert: list[int]
     ) -> tuple[Tensor, ...]:
         """The routed experts' outputs for the received rows [R, d], alone."""
-        return (self.experts(rows, row_weights, tokens_per_expert),)
+        return (self.experts(rows, row_weights, rows_per_expert),)
 
 
 class SharedMoE(MoE):
@@ -156,11 +156,11 @@ class SharedMoE(MoE):
         return (x,)
 
     def compute(
-        self, rows: Tensor, row_weights: Tensor, *own: Tensor, tokens_per_expert: list[int]
+        self, rows: Tensor, row_weights: Tensor, *own: Tensor, rows_per_expert: list[int]
     ) -> tuple[Tensor, ...]:
         """The routed experts' outputs for the received rows [R, d], and the shared experts' for own tokens [T, d]."""
         (x,) = own
-        return self.experts(rows, row_weights, tokens_per_expert), self.shared_experts(x)
+        return self.experts(rows, row_weights, rows_per_expert), self.shared_experts(x)
 
 
 def build_moe(config: ModelConfig, dispatch: Dispatch, backend: Backend) -> MoE:

@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from train.precision import tiles
-from train.precision.codec import Fp8Rows
 from train.precision.compiled_tiles import compiled_tiles
 from train.precision.config import FP8_MODULES, MODULE_KEYS, Fp8, PrecisionConfig
-from train.precision.engine import Engine
+from train.precision.eager_passes import EagerPasses
+from train.precision.engine import Engine, RowCodec
+from train.precision.kernel_passes import KernelPasses
 from train.precision.measure import faster_bf16_products
+from train.precision.quantised import Passes
 from train.precision.reference import Fp8Engine, QuantisedWeights, Rounding
 from train.precision.torch_engine import TorchEngine, WideningEngine
-from train.precision.transformer_engine import WIDTH, LibraryModules, TransformerEngine, missing
+from train.precision.transformer_engine import WIDTH, LibraryWeights, TransformerEngine, missing
 
 
 def everywhere(engine: Engine) -> Mapping[str, Engine]:
@@ -48,11 +50,16 @@ def choose_engine(config: PrecisionConfig, device: torch.device | str) -> str:
     return "reference" if reason else "transformer_engine"
 
 
-def fp8_weights(config: PrecisionConfig, device: torch.device | str) -> QuantisedWeights | LibraryModules:
+def fp8_weights(config: PrecisionConfig, device: torch.device | str) -> QuantisedWeights | LibraryWeights:
     """What holds a run's quantised weights, says who rounds, and is told when weights have changed."""
     if config.name == "fp8" and choose_engine(config, device) == "transformer_engine":
-        return LibraryModules(config.power_of_two_scales)
+        return LibraryWeights(passes(device), config.power_of_two_scales)
     return QuantisedWeights(config.power_of_two_scales, rounding(config, device))
+
+
+def passes(device: torch.device | str) -> Passes:
+    """What quantises around the library's products: kernels on a GPU, torch's operations elsewhere."""
+    return KernelPasses() if torch.device(device).type == "cuda" else EagerPasses()
 
 
 def rounding(config: PrecisionConfig, device: torch.device | str) -> Rounding:
@@ -88,7 +95,7 @@ def high_engine(config: PrecisionConfig, device: torch.device | str) -> TorchEng
 
 
 def build_engines(
-    config: PrecisionConfig, device: torch.device | str, weights: QuantisedWeights | LibraryModules
+    config: PrecisionConfig, device: torch.device | str, weights: QuantisedWeights | LibraryWeights
 ) -> Mapping[str, Engine]:
     """What multiplies for each module (the last part of its name; an expert's with "experts." before it).
 
@@ -99,13 +106,13 @@ def build_engines(
         return everywhere(high)
     made: dict[Fp8, Engine] = {
         fp8: TransformerEngine(fp8, weights)
-        if isinstance(weights, LibraryModules)
+        if isinstance(weights, LibraryWeights)
         else Fp8Engine(fp8, weights, config.power_of_two_scales)
         for fp8 in FP8_MODULES.values()
     }
     return {module: made[fp8] if config.is_fp8(module) else high for module, fp8 in FP8_MODULES.items()}
 
 
-def row_codec(config: PrecisionConfig, width: int) -> Fp8Rows | None:
+def row_codec(engines: Mapping[str, Engine], width: int) -> RowCodec | None:
     """What rows of `width` elements are on their way to the experts; None for themselves."""
-    return Fp8Rows(width) if config.modules.get("experts") == "fp8" else None
+    return engines["experts.gate_up_proj"].codec(width)

@@ -14,14 +14,19 @@ import torch
 from torch import Tensor
 
 from train.precision.blockwise import TILE
-from train.precision.tiles import keep_rows, restore_rows
+from train.precision.coded import CodedRows
+from train.precision.tiles import keep_rows
 
 
 @dataclass(frozen=True)
 class Fp8Rows:
-    """Rows of `width` elements as bytes: `width` of E4M3, then the exponent of each tile's scale; 1 + 1/128 each."""
+    """Rows of `width` elements as bytes: `width` of E4M3, then the exponent of each tile's scale; 1 + 1/128 each.
+
+    What arrives of them stays quantised (`CodedRows`): the products of the experts take it as it is.
+    """
 
     width: int
+    row_multiple = 1
 
     @property
     def num_bytes(self) -> int:
@@ -35,9 +40,10 @@ class Fp8Rows:
         exponents = (scales.view(torch.int32) >> 23).to(torch.uint8)
         return torch.cat((values.view(torch.uint8), exponents), dim=-1)
 
-    def decode(self, payload: Tensor, dtype: torch.dtype) -> Tensor:
-        """uint8 [N, num_bytes] -> rows [N, width]; bfloat16 holds every value exactly that is not below 2^-133."""
+    def arrive(self, payload: Tensor, source: Tensor, splits: list[int], dtype: torch.dtype) -> Tensor:
+        """uint8 [N, num_bytes] -> coded rows [R, width], whose parts are those of `tiles.keep_rows`."""
         values, exponents = payload.split([self.width, self.num_bytes - self.width], dim=-1)
-        scales = (exponents.to(torch.int32) << 23).view(torch.float32)
-        scales = scales.masked_fill(exponents == 255, torch.nan)
-        return restore_rows((values.view(torch.float8_e4m3fn), scales)).to(dtype)
+        exponents = exponents.index_select(0, source)
+        scales = (exponents.to(torch.int32) << 23).view(torch.float32).masked_fill_(exponents == 255, torch.nan)
+        codes = values.index_select(0, source).view(torch.float8_e4m3fn)
+        return CodedRows((codes, scales), codes.shape, dtype)

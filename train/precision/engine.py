@@ -37,6 +37,29 @@ class Engine(Protocol):
         """This engine for stacked weights [E, n, k]: rows come sorted by group, `splits[e]` of them for group e."""
         ...
 
+    def codec(self, width: int) -> RowCodec | None:
+        """What rows [R, width] are on their way to this engine's groups; None for themselves."""
+        ...
+
+
+class RowCodec(Protocol):
+    """Rows on their way to an engine that multiplies groups of them. `parallel.expert.dispatch` states the same.
+
+    Attributes:
+        row_multiple: rows of each group come in multiples of it, of which the last ones may be empty.
+    """
+
+    row_multiple: int
+
+    def encode(self, rows: Tensor) -> Tensor:
+        """rows [N, width] -> what is sent of them [N, ...]."""
+        ...
+
+    def arrive(self, payload: Tensor, source: Tensor, splits: list[int], dtype: torch.dtype) -> Tensor:
+        """What was received [N, ...] -> rows [R, width], `splits` of each group: row r is payload[source[r]], and empty
+        where source[r] is N. They are of `dtype`, as far as they are asked."""
+        ...
+
 
 class Activation(Protocol):
     """What an MLP computes between its two maps, for h [R, 2f] and row_weights [R] or None."""
@@ -81,10 +104,12 @@ class Products(ABC):
     """An engine by its three products, which autograd nodes here put together.
 
     An input has two forms: what the forward product multiplies (`operand`), and what is kept of it until the weight
-    gradient (`keep`, `restore`). Both are the input itself where an arithmetic does not say otherwise.
+    gradient (`keep`, `restore`). So has a gradient (`enter_gradient`). All are the tensor itself where an arithmetic
+    does not say otherwise; what an arithmetic's own methods give out, its own methods take, whatever it is. Operands
+    may have more rows than the tensors that they were made of: results are cut.
     """
 
-    def operand(self, x: Tensor) -> Tensor:
+    def operand(self, x: Tensor) -> Any:
         """x [..., k] as `fprop` takes it."""
         return x
 
@@ -92,29 +117,53 @@ class Products(ABC):
         """What is kept of x [..., k] for the backward pass."""
         return (x,)
 
-    def enter(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x [..., k] as `fprop` takes it, and what is kept of it for the backward pass."""
+    def enter(self, x: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
+        """x [T, k] as `fprop` takes it, and what is kept of it for the backward pass."""
         return self.operand(x), self.keep(x)
 
-    def restore(self, kept: tuple[Tensor, ...]) -> Tensor:
-        """x [..., k], as far as it was kept, in its own or a wider type."""
+    def restore(self, kept: tuple[Tensor, ...]) -> Any:
+        """x [T, k], as far as it was kept, as `wgrad_` takes it: in its own or a wider type."""
         return kept[0]
 
+    def enter_gradient(self, dy: Tensor) -> tuple[Any, Any]:
+        """dy [T, n] as `dgrad` takes it, and as `wgrad_` does."""
+        return dy, dy
+
     @abstractmethod
-    def fprop(self, operand: Tensor, weight: Tensor) -> Tensor:
+    def fprop(self, operand: Any, weight: Tensor) -> Tensor:
         """The operand of x [T, k], weight [n, k] -> x weightᵀ [T, n]."""
 
     @abstractmethod
-    def dgrad(self, dy: Tensor, weight: Tensor) -> Tensor:
+    def dgrad(self, dy: Any, weight: Tensor) -> Tensor:
         """dy [T, n], weight [n, k] -> dy weight [T, k]."""
 
     @abstractmethod
-    def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
+    def wgrad_(self, accumulator: Tensor, dy: Any, x: Any) -> None:
         """accumulator [n, k] += dyᵀ x, without rounding the product to the type of its operands; x as restored."""
+
+    def activate(
+        self, activation: Activation, h: Tensor, row_weights: Tensor | None
+    ) -> tuple[Any, tuple[Tensor, ...]]:
+        """The activation of h [R, 2f] as this engine's `fprop` takes it, and what is kept of h."""
+        a = activation.swiglu_forward(h, row_weights)
+        return self.operand(a), self.keep(h)
+
+    def activate_backward(
+        self, up: Products, activation: Activation, da: Tensor, kept: tuple[Tensor, ...], row_weights: Tensor | None
+    ) -> tuple[Any, tuple[Any, Any], Tensor | None]:
+        """da [R, f] and what was kept of h -> the activation a as this engine's `wgrad_` takes it, the gradient of h as
+        `up.enter_gradient` gives it, and that of row_weights."""
+        h = self.restore(kept).to(da.dtype)
+        a, dh, d_row_weights = activation.swiglu_backward(da, h, row_weights)
+        return a, up.enter_gradient(dh), d_row_weights
 
     @abstractmethod
     def grouped(self, splits: list[int]) -> Products:
         """The products for stacked weights [E, n, k], whose rows come sorted by group (`Engine.grouped`)."""
+
+    def codec(self, width: int) -> RowCodec | None:
+        """`Engine.codec`: rows travel as themselves."""
+        return None
 
     def project(self, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
         """`Engine.project`, by these products."""
@@ -138,10 +187,9 @@ def spans(splits: list[int]) -> list[tuple[int, slice]]:
     return [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(splits, ends, strict=True)) if n]
 
 
-def _weight_gradient(products: Products, weight: Tensor, dy: Tensor, kept: tuple[Tensor, ...]) -> None:
-    """Add a weight's gradient to its `main_grad`: dy [T, n] and what was kept of x [..., k]."""
-    x = products.restore(kept)
-    products.wgrad_(main_grad(weight), dy, x.reshape(-1, x.shape[-1]))
+def _weight_gradient(products: Products, weight: Tensor, dy: Any, kept: tuple[Tensor, ...]) -> None:
+    """Add a weight's gradient to its `main_grad`: dy as `wgrad_` takes it, and what was kept of x."""
+    products.wgrad_(main_grad(weight), dy, products.restore(kept))
 
 
 class _ProjectNode(torch.autograd.Function):
@@ -149,12 +197,13 @@ class _ProjectNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, products: Products, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
-        operand, kept = products.enter(x)
+        rows = x.reshape(-1, x.shape[-1])
+        operand, kept = products.enter(rows)
         ctx.save_for_backward(*kept)
         # Parameters themselves: what comes back from saved tensors need not be the object that has the `main_grad`.
         ctx.weights, ctx.products, ctx.sink, ctx.shape = weights, products, sink, x.shape
-        operand = operand.reshape(-1, x.shape[-1])
-        return tuple(products.fprop(operand, weight).view(*x.shape[:-1], weight.shape[-2]) for weight in weights)
+        outputs = (products.fprop(operand, weight)[: len(rows)] for weight in weights)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Tensor) -> Any:
@@ -162,13 +211,13 @@ class _ProjectNode(torch.autograd.Function):
         kept = tuple(x.detach() for x in ctx.saved_tensors)
         dx: Tensor | None = None
         for dy, weight in zip(d_outputs, ctx.weights, strict=True):
-            dy = dy.reshape(-1, dy.shape[-1])
-            part = ctx.products.dgrad(dy, weight)
+            operand, waiting = ctx.products.enter_gradient(dy.reshape(-1, dy.shape[-1]))
+            part = ctx.products.dgrad(operand, weight)
             dx = part if dx is None else dx.add_(part)
             main_grad(weight)  # missing, it is missed here and not when the sink gets to it
-            ctx.sink(partial(_weight_gradient, ctx.products, weight, dy, kept))
+            ctx.sink(partial(_weight_gradient, ctx.products, weight, waiting, kept))
         assert dx is not None
-        return dx.view(ctx.shape), None, None, *(None for _ in ctx.weights)
+        return dx[: ctx.shape[:-1].numel()].view(ctx.shape), None, None, *(None for _ in ctx.weights)
 
 
 class _MlpNode(torch.autograd.Function):
@@ -180,10 +229,11 @@ class _MlpNode(torch.autograd.Function):
         operand, kept_x = first.enter(x)
         h = first.fprop(operand, gate_up)
         del operand
-        a = mlp.activation.swiglu_forward(h, row_weights)
-        ctx.save_for_backward(row_weights, *kept_x, *second.keep(h))
-        ctx.mlp, ctx.num_kept = mlp, len(kept_x)
-        return second.fprop(second.operand(a), down)
+        operand, kept_h = second.activate(mlp.activation, h, row_weights)
+        del h
+        ctx.save_for_backward(row_weights, *kept_x, *kept_h)
+        ctx.mlp, ctx.num_kept, ctx.num_rows = mlp, len(kept_x), x.shape[0]
+        return second.fprop(operand, down)[: x.shape[0]]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -191,9 +241,12 @@ class _MlpNode(torch.autograd.Function):
         first, second = products_of(mlp.up_engine), products_of(mlp.down_engine)
         # Detached: what waits for its turn must not hold the graph.
         kept_x, kept_h = tuple(x.detach() for x in kept[: ctx.num_kept]), tuple(kept[ctx.num_kept :])
-        h = second.restore(kept_h).to(dy.dtype)
-        a, dh, d_row_weights = mlp.activation.swiglu_backward(second.dgrad(dy, mlp.down), h, row_weights)
+        operand, waiting_dy = second.enter_gradient(dy)
+        da = second.dgrad(operand, mlp.down)
+        del operand
+        a, (dh, waiting_dh), d_row_weights = second.activate_backward(first, mlp.activation, da, kept_h, row_weights)
+        del da
         dx = first.dgrad(dh, mlp.gate_up)
-        mlp.sink(partial(second.wgrad_, main_grad(mlp.down), dy, a))
-        mlp.sink(partial(_weight_gradient, first, mlp.gate_up, dh, kept_x))
-        return None, dx, d_row_weights, None, None
+        mlp.sink(partial(second.wgrad_, main_grad(mlp.down), waiting_dy, a))
+        mlp.sink(partial(_weight_gradient, first, mlp.gate_up, waiting_dh, kept_x))
+        return None, dx[: ctx.num_rows], d_row_weights, None, None

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from train.precision import tiles
+from train.precision.codec import Fp8Rows
+from train.precision.coded import parts_of
 from train.precision.config import Fp8
 from train.precision.engine import Products, spans
 from train.precision.tiles import Kept, keep_rows_e5m6, restore_rows_e5m6
@@ -70,7 +72,10 @@ class QuantisedWeights:
 
 
 class Fp8Engine(Products):
-    """Fprop and Dgrad on tiles of 1 x 128, Wgrad on tiles of 128 x 1 (tokens), weights in blocks of 128 x 128."""
+    """Fprop and Dgrad on tiles of 1 x 128, Wgrad on tiles of 128 x 1 (tokens), weights in blocks of 128 x 128.
+
+    Rows that come coded (`codec.Fp8Rows`), inputs and gradients, are not rounded again.
+    """
 
     def __init__(self, fp8: Fp8, weights: QuantisedWeights, power_of_two: bool = False) -> None:
         """power_of_two: for all scales of inputs and gradients, whatever `fp8` says."""
@@ -79,15 +84,23 @@ class Fp8Engine(Products):
         self._round_gradient = fp8.round_gradient or power_of_two
 
     def operand(self, x: Tensor) -> Tensor:
-        return self._rounding.round_rows(x, self._round_input)
+        return self._rounded(x, self._round_input)
+
+    def _rounded(self, x: Tensor, power_of_two: bool) -> Tensor:
+        """x [..., k], rounded and not coded or coded already -> float32."""
+        parts = parts_of(x)
+        return self._rounding.round_rows(x, power_of_two) if parts is None else self._rounding.restore_rows(parts)
 
     def keep(self, x: Tensor) -> Kept:
+        parts = parts_of(x)
+        if parts is not None:
+            return parts
         return self._rounding.keep_rows(x, self._round_input) if self._fp8.keep == "e4m3" else keep_rows_e5m6(x)
 
     def enter(self, x: Tensor) -> tuple[Tensor, Kept]:
-        if self._fp8.keep == "e4m3":
+        if self._fp8.keep == "e4m3" and parts_of(x) is None:
             return self._rounding.enter_rows(x, self._round_input)
-        # Another format is kept of another rounding.
+        # Another format is kept of another rounding; coded rows are kept as they are.
         return self.operand(x), self.keep(x)
 
     def restore(self, kept: Kept) -> Tensor:
@@ -101,7 +114,7 @@ class Fp8Engine(Products):
 
     def gradient_operand(self, dy: Tensor) -> Tensor:
         """dy [T, n] as `dgrad` multiplies it."""
-        return self._rounding.round_rows(dy, self._round_gradient)
+        return self._rounded(dy, self._round_gradient)
 
     def wgrad_(self, accumulator: Tensor, dy: Tensor, x: Tensor) -> None:
         self.add_products_([accumulator], self.received(dy), x, [slice(0, len(dy))])
@@ -109,9 +122,12 @@ class Fp8Engine(Products):
     def grouped(self, splits: list[int]) -> Products:
         return Fp8Groups(self, self._weights, splits)
 
+    def codec(self, width: int) -> Fp8Rows:
+        return Fp8Rows(width)
+
     def received(self, dy: Tensor) -> Tensor:
         """The gradient dy [T, n] of which the weight gradient makes its columns."""
-        return self._rounding.round_rows(dy, self._round_gradient) if self._fp8.round_gradient else dy
+        return self._rounded(dy, self._round_gradient) if self._fp8.round_gradient else dy
 
     def add_products_(self, accumulators: Sequence[Tensor], dy: Tensor, x: Tensor, groups: Sequence[slice]) -> None:
         """accumulators[i] [n, k] += dyᵀ x of the rows of group i, both in columns."""

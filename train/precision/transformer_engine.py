@@ -1,32 +1,23 @@
-"""The door to Transformer Engine: FP8 products by the library's modules on GPUs that have them. Not yet run on a GPU.
+"""The door to Transformer Engine: FP8 products by the library's kernels on GPUs that have them. Not yet run on a GPU.
 
-Its `Linear` and `GroupedLinear` quantise, multiply and keep; parameters, `main_grad` and order stay ours. A module is
-made without memory, outside the model's tree, and given our parameter (of stacked weights, one view for each expert),
-so names, shapes, checkpoints and the sharded optimizer know nothing of it. What the library's weight gradients wait
-for is handed to the sink as it arises, and runs when the schedule has it run, in any order.
-
-Two of the library's rules shape this file. A module whose forward is flagged as a step's first quantises its weight
-anew, but its weight gradient then overwrites `main_grad`: so the flag goes to a forward of zeros that nobody uses, and
-every real one adds. And a delayed weight gradient adds to `main_grad` only where accumulation is fused; else it would
-replace what earlier micro-batches have left.
+The library multiplies, and quantises weights; parameters, `main_grad`, autograd and order stay ours. What it multiplies
+lies as it reads it (`quantised`), made in one pass each (`Passes`), and rows that have travelled in E4M3 are handed on
+as they came. Its own modules would quantise by themselves, from bfloat16, rows and columns of every input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor
 
+from train.precision.coded import CodedRows, parts_of
 from train.precision.config import Fp8
-from train.precision.engine import Activation, Engine, Mlp
-from train.precision.grads import Sink
-from train.precision.padding import ROWS, Padding, missing_rows, pad_rows
-from train.precision.tiles import keep_rows, restore_rows, round_rows
+from train.precision.engine import Activation, Products
+from train.precision.quantised import ROW_MULTIPLE, Columns, Groups, Passes, Rows
 
 # Widths of matrices have to be multiples by themselves (`build.check_widths`).
 WIDTH = 16
@@ -54,300 +45,226 @@ def missing(device: torch.device | str) -> str | None:
     return None if available else f"it says: {reason}"
 
 
-def _recipe(fp8: Fp8, power_of_two: bool) -> Any:
-    """Tiles of 1 x 128, blocks of 128 x 128, E4M3 and no floor are the library's own defaults."""
-    from transformer_engine.common.recipe import Float8BlockScaling, Format, QParams
-
-    recipe = Float8BlockScaling(fp8_format=Format.E4M3, backward_override=None)
-    recipe.fp8_quant_fwd_inp = QParams(power_2_scale=fp8.round_input or power_of_two, amax_epsilon=0.0)
-    recipe.fp8_quant_fwd_weight = QParams(power_2_scale=power_of_two, amax_epsilon=0.0)
-    recipe.fp8_quant_bwd_grad = QParams(power_2_scale=fp8.round_gradient or power_of_two, amax_epsilon=0.0)
-    return recipe
-
-
 class Library(Protocol):
     """What is used of Transformer Engine: the library itself, or what stands for it where nothing is computed."""
 
-    @property
-    def pytorch(self) -> Any:
-        """`Linear`, `GroupedLinear` and `autocast`."""
+    def quantise(self, weight: Tensor, power_of_two: bool) -> Any:
+        """weight [n, k] in blocks of 128 x 128, by rows and by columns, as the products take it."""
         ...
 
-    def recipe(self, fp8: Fp8, power_of_two: bool) -> Any:
-        """What `autocast` takes."""
+    def multiply(self, rows: Rows, groups: Groups, weights: Sequence[Any], out: Tensor, transposed: bool) -> None:
+        """Fill out [P, n] with each group's rows times its weight, transposed, or [P, k] with those times the weight
+        itself."""
+        ...
+
+    def multiply_add(self, of_dy: Sequence[Columns], of_x: Sequence[Columns], into: Sequence[Tensor]) -> None:
+        """into[e] [n, k], float32, += dyᵀ x of group e, none of which is empty."""
         ...
 
 
 class Installed:
     """The library itself."""
 
-    @property
-    def pytorch(self) -> Any:
-        return _library()
+    def quantise(self, weight: Tensor, power_of_two: bool) -> Any:
+        return self._quantiser(2, power_of_two)(weight)
 
-    def recipe(self, fp8: Fp8, power_of_two: bool) -> Any:
-        return _recipe(fp8, power_of_two)
-
-
-class _Store:
-    """Stands for a module's store of delayed weight gradients during one forward: what comes leaves for the sink.
-
-    The work puts the library's own store, filled, back into the module and calls `backward_dw`.
-    """
-
-    def __init__(self, module: Any, sink: Sink) -> None:
-        self._module, self._sink, self._store = module, sink, type(module.wgrad_store)
-
-    def delay_wgrad_compute(self) -> bool:
-        return True
-
-    def put(self, tensors: list[Any], func: Callable[..., Any]) -> None:
-        store = self._store(True)
-        store.put(tensors, func)
-        self._sink(partial(self._run, store))
-
-    def _run(self, store: Any) -> None:
-        module = self._module
-        module.wgrad_store, before = store, module.wgrad_store
-        try:
-            module.backward_dw()
-        finally:
-            module.wgrad_store = before
-
-
-class _Module:
-    """One of the library's modules over one of our parameters: [n, k], or stacked [E, n, k]."""
-
-    def __init__(self, weight: Tensor, recipe: Any, saves_input: bool, library: Library) -> None:
-        *groups, num_outputs, num_inputs = weight.shape
-        self._te = te = library.pytorch
-        make = te.GroupedLinear if groups else te.Linear
-        self._grouped = bool(groups)
-        self._module = make(
-            *groups,
-            num_inputs,
-            num_outputs,
-            bias=False,
-            params_dtype=weight.dtype,
-            device="meta",
-            fuse_wgrad_accumulation=True,
-            delay_wgrad_compute=True,
-            save_original_input=saves_input,
-        )
-        self._weight, self._recipe = weight, recipe
-        self._bound: tuple[int, int | None] | None = None
-        self._quantised: tuple[int, int] | None = None
-
-    def __call__(self, x: Tensor, sink: Sink, generation: int, *splits: Tensor) -> Tensor:
-        """x [R, k], R a multiple of 16 (of each group too) -> [R, n]. generation: counts changes of the weights."""
-        self._bind()
-        if self._quantised != (generation, self._weight._version):
-            self._quantise(x)
-            self._quantised = (generation, self._weight._version)
-        module = self._module
-        module.wgrad_store, before = _Store(module, sink), module.wgrad_store
-        try:
-            with self._te.autocast(enabled=True, recipe=self._recipe):
-                return module(x, *splits, is_first_microbatch=False)
-        finally:
-            module.wgrad_store = before
-
-    def _bind(self) -> None:
-        """Give the module our parameter where it now lies: an optimizer moves weights into a buffer of its own."""
-        weight, grad = self._weight, getattr(self._weight, "main_grad", None)
-        place = weight.data_ptr(), None if grad is None else grad.data_ptr()
-        if place == self._bound:
+    def multiply(self, rows: Rows, groups: Groups, weights: Sequence[Any], out: Tensor, transposed: bool) -> None:
+        operands = [self._storage(each, None) for each in groups.rows(rows)]
+        how: dict[str, Any] = {"layout": "TN" if transposed else "NN", "use_split_accumulator": True}
+        if len(weights) == 1:
+            self._gemm.general_gemm(weights[0], operands[0], out_dtype=out.dtype, out=out, **how)
             return
-        if not self._grouped:
-            self._module.weight = weight
-        else:
-            for e, part in enumerate(weight.detach()):
-                view = nn.Parameter(part, requires_grad=weight.requires_grad)
-                if grad is not None:
-                    view.main_grad = grad[e]  # type: ignore[attr-defined]
-                setattr(self._module, f"weight{e}", view)
-        self._bound, self._quantised = place, None
+        how |= {"m_splits": list(groups.splits), "single_output": True}
+        self._gemm.general_grouped_gemm(list(weights), operands, [out], [None] * len(weights), out.dtype, **how)
 
-    def _quantise(self, like: Tensor) -> None:
-        """Rows and columns of the weight, from its present values: the library's cache, filled by unused zeros."""
-        splits = [torch.tensor([ROWS] + [0] * (self._weight.shape[0] - 1))] if self._grouped else []
-        zeros = like.new_zeros(ROWS, like.shape[1]).requires_grad_()
-        # With gradients, or there would be no columns; by hooks of its own, or it would count as saved by the model.
-        quantising = self._te.autocast(enabled=True, recipe=self._recipe)
-        with torch.enable_grad(), saved_tensors_hooks(_itself, _itself), quantising:
-            self._module(zeros, *splits, is_first_microbatch=True)
+    def multiply_add(self, of_dy: Sequence[Columns], of_x: Sequence[Columns], into: Sequence[Tensor]) -> None:
+        left, right = ([self._storage(None, each) for each in side] for side in (of_x, of_dy))
+        how: dict[str, Any] = {"layout": "NT", "use_split_accumulator": True, "accumulate": True}
+        if len(into) == 1:
+            self._gemm.general_gemm(left[0], right[0], out_dtype=into[0].dtype, out=into[0], **how)
+            return
+        splits = [each.codes.shape[1] for each in of_dy]
+        self._gemm.general_grouped_gemm(
+            left, right, list(into), [None] * len(into), into[0].dtype, m_splits=splits, **how
+        )
+
+    @cached_property
+    def _gemm(self) -> Any:
+        _library()
+        from transformer_engine.pytorch.cpp_extensions import gemm
+
+        return gemm
+
+    @lru_cache(maxsize=4)  # noqa: B019 - one of it lives as long as the run
+    def _quantiser(self, dim: int, power_of_two: bool) -> Any:
+        """E4M3 without a floor, in tiles of 1 x 128 or, with two dims, blocks of 128 x 128; both sides."""
+        te = _library()
+        from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
+
+        quantiser = Float8BlockQuantizer(
+            te.DType.kFloat8E4M3,
+            rowwise=True,
+            columnwise=True,
+            amax_epsilon=0.0,
+            force_pow_2_scales=power_of_two,
+            block_scaling_dim=dim,
+        )
+        quantiser.internal = True
+        return quantiser
+
+    def _storage(self, rows: Rows | None, columns: Columns | None) -> Any:
+        """The library's own tensor over one group's rows or columns, as it would have quantised them."""
+        from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage import (
+            Float8BlockwiseQTensorStorage,
+        )
+
+        return Float8BlockwiseQTensorStorage(
+            rowwise_data=None if rows is None else rows.codes.view(torch.uint8),
+            rowwise_scale_inv=None if rows is None else rows.scales,
+            columnwise_data=None if columns is None else columns.codes.view(torch.uint8),
+            columnwise_scale_inv=None if columns is None else columns.scales,
+            fp8_dtype=_library().DType.kFloat8E4M3,
+            quantizer=self._quantiser(1, True),
+            is_2D_scaled=False,
+            fake_dtype=torch.bfloat16,
+        )
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+class LibraryWeights:
+    """What all engines of a run share: the quantised weights, made when first used and until they change."""
 
-
-class LibraryModules:
-    """What all engines of a run share: a library's module for every weight, and how often weights have changed."""
-
-    def __init__(self, power_of_two: bool = False, library: Library | None = None) -> None:
+    def __init__(self, passes: Passes, power_of_two: bool = False, library: Library | None = None) -> None:
         """power_of_two: for all scales, whatever an engine's own `Fp8` says. library: None is the installed one."""
-        self.power_of_two, self.generation = power_of_two, 0
-        self.library = library or Installed()
-        self._modules: dict[int, _Module] = {}
+        self.passes, self.power_of_two, self.library = passes, power_of_two, library or Installed()
+        self._quantised: dict[int, tuple[Tensor, int, list[Any]]] = {}
+        self._is_current: set[int] = set()
 
     def changed(self) -> None:
         """An optimizer has stepped, or a checkpoint was read: weights are quantised anew when next used."""
-        self.generation += 1
+        self._is_current.clear()
 
-    def module(self, weight: Tensor, recipe: Any, saves_input: bool = False) -> _Module:
-        """The module over this weight."""
-        found = self._modules.get(id(weight))
-        if found is None:
-            found = self._modules[id(weight)] = _Module(weight, recipe, saves_input, self.library)
-        return found
-
-
-class TransformerEngine:
-    """An engine that multiplies in one way (`Engine`): keeps inputs and gradients as the library's columns in E4M3."""
-
-    def __init__(self, fp8: Fp8, modules: LibraryModules) -> None:
-        self.fp8, self.modules = fp8, modules
-        self.recipe = modules.library.recipe(fp8, modules.power_of_two)
-
-    def project(self, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
-        rows = x.reshape(-1, x.shape[-1])
-        num_rows = rows.shape[0]
-        rows = nn.functional.pad(rows, (0, 0, 0, missing_rows(num_rows)))
-        outputs = [self.multiply(rows, sink, weight) for weight in weights]
-        return tuple(y[:num_rows].view(*x.shape[:-1], y.shape[-1]) for y in outputs)
-
-    def mlp(self, mlp: Mlp, x: Tensor, row_weights: Tensor | None) -> Tensor:
-        down = mlp.down_engine
-        assert isinstance(down, TransformerEngine)
-        num_rows = x.shape[0]
-        extra = missing_rows(num_rows)
-        x = nn.functional.pad(x, (0, 0, 0, extra))
-        row_weights = None if row_weights is None else nn.functional.pad(row_weights, (0, extra))
-        return _padded_mlp(self, down, mlp, x, row_weights)[:num_rows]
-
-    def grouped(self, splits: list[int]) -> Engine:
-        return _Groups(self, splits)
-
-    def multiply(self, rows: Tensor, sink: Sink, weight: Tensor, *splits: Tensor, saves_input: bool = False) -> Tensor:
-        """rows [R, k], padded, by one weight; of stacked weights `splits` has the padded rows of each group.
-
-        saves_input: autograd keeps the rows themselves, not the library's columns of them.
-        """
-        module = self.modules.module(weight, self.recipe, saves_input)
-        return module(rows, sink, self.modules.generation, *splits)
+    def of(self, weight: Tensor) -> list[Any]:
+        """weight [n, k], or [E, n, k], as the library's products take it: one for each group."""
+        key = id(weight)
+        found = self._quantised.get(key)
+        # The count of in-place changes does not see those made through a flat buffer: `changed` says them.
+        if found is None or key not in self._is_current or found[1] != weight._version:
+            self._quantised.pop(key, None)
+            parts = weight.detach().view(-1, *weight.shape[-2:])
+            quantised = [self.library.quantise(part, self.power_of_two) for part in parts]
+            found = self._quantised[key] = weight, weight._version, quantised
+            self._is_current.add(key)
+        return found[2]
 
 
-class _Groups:
-    """An engine for stacked weights. Every group is padded with rows of zeros, which add nothing anywhere."""
+class TransformerEngine(Products):
+    """An engine that multiplies in one way (`Fp8`): inputs kept as E4M3 rows, of which columns are made for the weight
+    gradient, except where more is to be kept of an input than E4M3 has: then columns of it are made at once."""
 
-    def __init__(self, engine: TransformerEngine, splits: list[int]) -> None:
-        self.engine, self.splits = engine, splits
+    def __init__(self, fp8: Fp8, weights: LibraryWeights, splits: list[int] | None = None) -> None:
+        """splits: rows of each group of stacked weights; None for weights that are not stacked."""
+        self._fp8, self._weights, self._splits = fp8, weights, splits
+        self._library, self._passes = weights.library, weights.passes
+        self._round_input = fp8.round_input or weights.power_of_two
+        self._round_gradient = fp8.round_gradient or weights.power_of_two
+        self._groups: Groups | None = None
 
-    def project(self, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
-        padding = Padding.of(self.splits, x.device)
-        rows = pad_rows(_rounded(self.engine, x), padding)
-        outputs = [self.engine.multiply(rows, sink, weight, padding.splits) for weight in weights]
-        return tuple(y[padding.rows] for y in outputs)
+    def grouped(self, splits: list[int]) -> TransformerEngine:
+        return TransformerEngine(self._fp8, self._weights, splits)
 
-    def mlp(self, mlp: Mlp, x: Tensor, row_weights: Tensor | None) -> Tensor:
-        down = mlp.down_engine
-        assert isinstance(down, _Groups)
-        padding = Padding.of(self.splits, x.device)
-        x = pad_rows(_rounded(self.engine, x), padding)
-        row_weights = None if row_weights is None else pad_rows(row_weights, padding)
-        y = _padded_mlp(self.engine, down.engine, mlp, x, row_weights, padding.splits)
-        return _rounded_gradient(down.engine, y[padding.rows])
+    def codec(self, width: int) -> LibraryRows:
+        return LibraryRows(width, self._passes)
 
-    def grouped(self, splits: list[int]) -> Engine:
-        return self.engine.grouped(splits)
+    def enter(self, x: Tensor) -> tuple[Rows, tuple[Tensor, ...]]:
+        parts = parts_of(x)
+        if parts is not None:
+            return Rows(*parts), parts
+        self._check_plain()
+        if self._fp8.keep == "e4m3":
+            rows = self._passes.quantise_rows(x, self._round_input)
+            return rows, rows
+        return self._passes.quantise(x, self._round_input)
+
+    def restore(self, kept: tuple[Tensor, ...]) -> Columns:
+        if self._fp8.keep != "e4m3":
+            return Columns(*kept)
+        rows = Rows(*kept)
+        return self._passes.columns(rows, self._grouping(rows.codes), self._round_input)
+
+    def enter_gradient(self, dy: Tensor) -> tuple[Rows, Rows | Columns]:
+        parts = parts_of(dy)
+        if parts is not None:
+            return Rows(*parts), Rows(*parts)
+        self._check_plain()
+        return self._passes.quantise(dy, self._round_gradient)
+
+    def _grouping(self, rows: Tensor) -> Groups:
+        """How rows [P, ...] are divided."""
+        if self._splits is None:
+            return Groups((rows.shape[0],))
+        if self._groups is None:
+            self._groups = Groups.of(self._splits, rows.device)
+        return self._groups
+
+    def _check_plain(self) -> None:
+        assert self._splits is None, "rows of groups come through the engine's codec"
+
+    def fprop(self, operand: Rows, weight: Tensor) -> Tensor:
+        return self._product(operand, weight, weight.shape[-2], transposed=True)
+
+    def dgrad(self, dy: Rows, weight: Tensor) -> Tensor:
+        return self._product(dy, weight, weight.shape[-1], transposed=False)
+
+    def _product(self, operand: Rows, weight: Tensor, width: int, transposed: bool) -> Tensor:
+        out = weight.new_empty(operand.codes.shape[0], width)
+        if operand.codes.shape[0]:
+            groups = self._grouping(operand.codes)
+            self._library.multiply(operand, groups, self._weights.of(weight), out, transposed)
+        return out
+
+    def wgrad_(self, accumulator: Tensor, dy: Rows | Columns, x: Columns) -> None:
+        groups = self._grouping(x.codes.view(x.scales.shape[1], -1).t())
+        if isinstance(dy, Rows):
+            dy = self._passes.columns(dy, groups, self._round_gradient)
+        parts = zip(groups.columns(dy), groups.columns(x), accumulator.view(-1, *accumulator.shape[-2:]), strict=True)
+        found = [each for each in parts if each[0].codes.shape[1]]
+        if found:
+            of_dy, of_x, into = zip(*found, strict=True)
+            self._library.multiply_add(of_dy, of_x, into)
+
+    def activate(self, activation: Activation, h: Tensor, row_weights: Tensor | None) -> tuple[Rows, Rows]:
+        kept, rows = self._passes.activate(activation, h, row_weights, self._grouping(h), self._round_input)
+        return rows, kept
+
+    def activate_backward(  # type: ignore[override]
+        self,
+        up: TransformerEngine,
+        activation: Activation,
+        da: Tensor,
+        kept: tuple[Tensor, ...],
+        row_weights: Tensor | None,
+    ) -> tuple[Columns, tuple[Rows, Columns], Tensor | None]:
+        a, rows, columns, d_row_weights = self._passes.activate_backward(
+            activation, da, Rows(*kept), row_weights, self._grouping(da), self._round_input, up._round_gradient
+        )
+        return a, (rows, columns), d_row_weights
 
 
-def _padded_mlp(
-    up: TransformerEngine,
-    down: TransformerEngine,
-    mlp: Mlp,
-    x: Tensor,
-    row_weights: Tensor | None,
-    *splits: Tensor,
-) -> Tensor:
-    """The two maps and the activation, of which only the input is kept (technical report, section 3.3.3).
+class LibraryRows:
+    """`codec.Fp8Rows` for Transformer Engine: the same bytes, which arrive as its products read them.
 
-    The second map would keep its own input; what autograd is given in its place makes it again from the activation's.
+    What an expert's rows lack to a multiple is made up by rows of zeros, which add nothing to any sum or scale.
     """
-    h = up.multiply(x, mlp.sink, mlp.gate_up, *splits)
-    a = _Activate.apply(h, row_weights, mlp.activation, down.fp8.round_input or down.modules.power_of_two)
 
-    def multiply(a: Tensor) -> Tensor:
-        return down.multiply(a, mlp.sink, mlp.down, *splits, saves_input=True)
+    row_multiple = ROW_MULTIPLE
 
-    if not a.requires_grad:
-        return multiply(a)
-    kind, shape, place, node = type(a), a.shape, _place(a), a.grad_fn
+    def __init__(self, width: int, passes: Passes) -> None:
+        self._width, self._passes = width, passes
 
-    def pack(saved: Tensor) -> Any:
-        # A quantised tensor of the library is a wrapper and lies nowhere.
-        return node if type(saved) is kind and saved.shape == shape and _place(saved) == place else saved
+    def encode(self, rows: Tensor) -> Tensor:
+        return self._passes.encode(rows)
 
-    with saved_tensors_hooks(pack, _unpack):
-        return multiply(a)
-
-
-def _place(tensor: Tensor) -> int:
-    """Where a tensor's memory is told from all other that is in use."""
-    return StorageWeakRef(tensor.untyped_storage()).cdata
-
-
-def _unpack(packed: Any) -> Tensor:
-    return packed if isinstance(packed, Tensor) else _Activate.again(packed)
-
-
-class _Activate(torch.autograd.Function):
-    """activation(h, row_weights), which keeps h in E4M3."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, row_weights: Tensor | None, activation: Activation, round_input: bool) -> Tensor:
-        ctx.save_for_backward(row_weights, *keep_rows(h, round_input))
-        ctx.activation, ctx.dtype = activation, h.dtype
-        return activation.swiglu_forward(h, row_weights)
-
-    @staticmethod
-    @torch.no_grad()
-    def again(node: Any) -> Tensor:
-        """The result, from what a node has kept."""
-        row_weights, *kept = node.saved_tensors
-        return node.activation.swiglu_forward(restore_rows(tuple(kept)).to(node.dtype), row_weights)
-
-    @staticmethod
-    def backward(ctx: Any, da: Tensor) -> Any:
-        row_weights, *kept = ctx.saved_tensors
-        h = restore_rows(tuple(kept)).to(ctx.dtype)
-        _, dh, d_row_weights = ctx.activation.swiglu_backward(da, h, row_weights)
-        return dh, d_row_weights, None, None
-
-
-class _Round(torch.autograd.Function):
-    """Rounds rows to E4M3 and back, on the way forward or on the way back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: bool) -> Tensor:
-        ctx.forward_rounds = forward
-        return round_rows(x, True).to(x.dtype) if forward else x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        return dy if ctx.forward_rounds else round_rows(dy, True).to(dy.dtype), None
-
-
-def _rounded(engine: TransformerEngine, x: Tensor) -> Tensor:
-    """x as dispatch brings it. The library makes rows and columns from the same x, so x itself has to be rounded.
-
-    What has travelled as bytes is rounded already, and rounding it again changes nothing: so the numbers do not depend
-    on the way that rows have come.
-    """
-    return _Round.apply(x, True) if engine.fp8.round_input else x
-
-
-def _rounded_gradient(engine: TransformerEngine, y: Tensor) -> Tensor:
-    """y, whose gradient is rounded as the backward of combine brings it."""
-    return _Round.apply(y, False) if engine.fp8.round_gradient else y
+    def arrive(self, payload: Tensor, source: Tensor, splits: list[int], dtype: torch.dtype) -> Tensor:
+        groups = Groups.of(splits, payload.device)
+        rows = self._passes.take(payload, source, groups, self._width)
+        return CodedRows(rows, rows.codes.shape, dtype)
