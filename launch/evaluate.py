@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from launch.generate import STATES, check_average, device_of, find_tokenizer, precision_of
 from launch.settings import EvaluateSettings
+from parallel.host import host_of
 from train import compose
 from train.assemble import load_model, packing, run_metrics
 from train.checkpoint.saver import read_state
@@ -37,6 +38,8 @@ from train.data.rows.valid import Portion, Validation, open_folder, open_validat
 from train.data.tokenizer import Tokenizer
 from train.evaluate import counts, metrics_of
 from train.files import replace_durably
+from train.model.attention.choice import AUTO
+from train.model.attention.installed import build_core
 from train.model.loss import NO_LOSS
 from train.model.tape import Inline, drive
 from train.model.transformer import Transformer
@@ -60,9 +63,11 @@ def evaluate_command(words: Sequence[str]) -> int:
     asked = [word for word in words if word.startswith("data.")]
     data, validation = _texts(asked, request, config, state, tokenizer)
     precision = precision_of(config, request.precision)
+    asked_for = dataclasses.replace(config, data=data, precision=precision)
+    core = build_core(AUTO, asked_for.attention_demand, device)
     model = load_model(
         folder, config.model, precision, device, STATES[request.weights],
-        packing=packing(dataclasses.replace(config, data=data), tokenizer.eod, device.type), with_depths=False,
+        packing=packing(asked_for, tokenizer.eod, core, host_of(device)), with_depths=False,
     )  # fmt: skip
     metrics = run_metrics(dataclasses.replace(config, data=data), [each.name for each in validation.portions])
     values = losses(model, validation, metrics, device)

@@ -140,7 +140,7 @@ def mtp_loss(model, hidden: Tensor, tokens: Tensor) -> Tensor:
             joined.append(module.eh_proj.weight @ torch.cat([e, h]))
         x = torch.stack(joined).unsqueeze(0)
         table = rotation_table(model.config, x.shape[1], x.device, x.dtype)
-        x, _ = drive(module.layer.steps(x, OneText().places(table, None), Inline()))
+        x, _ = drive(module.layer.steps(x, OneText().places(table, None, x.dtype), Inline()))
         hidden = rms_norm(x[0], module.norm.weight, eps)
         for i in range(num_tokens - k):
             total = total + cross_entropy(head @ hidden[i], int(tokens[i + k + 1]))

@@ -40,11 +40,12 @@ def walk(title: str) -> Iterator[types.ModuleType]:
     """Inside, the page's code has run as a module of its own, and what it registered is there."""
     from launch import __main__ as launch_main
     from train.data.read import streams
-    from train.model import packing
+    from train.model.attention import choice, installed
     from train.recipe import optimizer, phases
 
     registries = (registry.FAMILIES, optimizer.OPTIMIZERS, streams.OPENERS, phases.SHAPES, launch_main.VERBS)
-    before, attend = [dict(each) for each in registries], packing.attend_causally
+    registries += (choice.CORES, installed.MAKERS)
+    before = [dict(each) for each in registries]
     name = re.sub(r"\W", "_", title)
     sys.modules[name] = module = types.ModuleType(name)
     try:
@@ -54,7 +55,6 @@ def walk(title: str) -> Iterator[types.ModuleType]:
         for each, old in zip(registries, before, strict=True):
             each.clear()
             each.update(old)  # type: ignore[arg-type]
-        packing.attend_causally = attend
         del sys.modules[name]
 
 
@@ -142,13 +142,22 @@ def test_a_source_of_text(tmp_path: Path) -> None:
 
 
 def test_an_attention_kernel() -> None:
+    from train.compose import compose
+    from train.model.attention.installed import build_core
+    from train.model.packing import ByDocument, OneText, Packing
+
     tokens = torch.arange(34).view(2, 17) % TINY.vocab_size
 
-    def loss() -> torch.Tensor:
+    def losses(name: str) -> torch.Tensor:
+        core = build_core(name, compose([]).attention_demand, torch.device("cpu"))
+        packings: list[Packing] = [OneText(core), ByDocument(5, core)]
         with torch.no_grad():
-            return build(TINY)(tokens, LossTerms(1.0, 0.3, 0.0)).total
+            return torch.stack([build(TINY, packing=each)(tokens, LossTerms(1.0, 0.3, 0.0)).total for each in packings])
 
-    before = loss()
+    before = losses("auto")
+    with pytest.raises(ValueError, match=r"run\.attention_kernel=plain is not one of auto, cudnn"):
+        compose(["run.attention_kernel=plain"])
     with walk("An attention kernel"):
+        compose(["run.attention_kernel=plain"])
         # In fp64, over sums of at most 17 products of numbers near 1, layer after layer.
-        torch.testing.assert_close(loss(), before, rtol=1e-10, atol=0)
+        torch.testing.assert_close(losses("plain"), before, rtol=1e-10, atol=0)

@@ -13,6 +13,7 @@ from torch import nn
 from parallel import meeting, process
 from parallel.expert.build import build as build_dispatch
 from parallel.expert.dispatch import Dispatch, LocalDispatch
+from parallel.host import Host
 from parallel.meeting import Meeting
 from parallel.pipeline.grouped_links import GroupedLinks, connect_column
 from parallel.pipeline.links import Links, connect
@@ -34,6 +35,8 @@ from train.data.rows.valid import Validation, open_validation
 from train.deterministic import check_variables
 from train.device import uses_cuda
 from train.job import Job, held
+from train.model.attention.cores import Core
+from train.model.attention.installed import build_core, check_library
 from train.model.config import ModelConfig
 from train.model.init import InitialValues, init_weights, materialise
 from train.model.kernels import KERNELS, Kernels, choose_kernels
@@ -74,6 +77,8 @@ def device_of(config: RunConfig) -> str:
         raise ValueError(f"profile.steps={config.profile.steps}: steps can be recorded with run.device=cpu only")
     if cuda and config.run.deterministic:
         check_variables()
+    if cuda:
+        check_library(config.run.attention_kernel)
     device = "cuda" if cuda else "cpu"
     if config.precision.name == "fp8":
         choose_engine(config.precision, device)
@@ -167,18 +172,20 @@ def put_together(
     tapes: Tapes | None = None,
     weights: QuantisedWeights | LibraryWeights | None = None,
     kernels: Kernels | None = None,
+    core: Core | None = None,
 ) -> Job:
     """This rank's part of the run over files that are open; `assemble` says more.
 
-    weights: what holds quantised weights, and so who multiplies in FP8; None is what the device has. kernels: as
-    `build_stages` takes them.
+    weights: what holds quantised weights, and so who multiplies in FP8; core: who computes attention. None is what the
+    device has. kernels: as `build_stages` takes them. ValueError for a `run.attention_kernel` that the device has not.
     """
     place = environment.read()
     weights = weights or fp8_weights(config.precision, groups.kernels)
     engines = make_engines(config.precision, groups.kernels, weights)
     codec = row_codec(engines, config.model.hidden_size)
     dispatch = build_dispatch(config.model.n_routed_experts, groups, codec)
-    rows_seen = packing(config, files.train_rows.end_of_document, groups.kernels)
+    core = core or build_core(config.run.attention_kernel, config.attention_demand, groups.device)
+    rows_seen = packing(config, files.train_rows.end_of_document, core, groups.host)
     stages = build_stages(config, dispatch, groups, engines, rows_seen, tapes, kernels)
     models = [stage.model for stage in stages.values()]
     if isinstance(weights, LibraryWeights):
@@ -273,9 +280,11 @@ def init_masters(model: Transformer, seed: int, state: Mapping[str, Sequence[Pie
                 values.copy_to(piece.tensor, name, piece.offset)
 
 
-def packing(config: RunConfig, end_of_document: int, kernels: str) -> Packing:
-    """What the documents of a row see of each other. On a CPU the host holds the tokens itself."""
-    return ByDocument(end_of_document, kernels == "cpu") if config.data.document_mask else OneText()
+def packing(config: RunConfig, end_of_document: int, core: Core, host: Host) -> Packing:
+    """What the documents of a row see of each other."""
+    if not config.data.document_mask:
+        return OneText(core)
+    return ByDocument(end_of_document, core, lambda numbers: host.read("documents", numbers)[0])
 
 
 def build_stages(

@@ -16,6 +16,7 @@ from train.checkpoint.config import CheckpointConfig
 from train.data.config import DataConfig
 from train.data.past import Reading
 from train.hf.names import parameters
+from train.model.attention import choice
 from train.model.attention.kinds import LatentSizes
 from train.model.config import ModelConfig, given
 from train.model.parts import Parts
@@ -46,6 +47,9 @@ class FolderConfig:
             GPU where Triton is installed, and else `eager` (docs/kernels.md).
         deterministic: on GPUs take no kernel whose bits depend on timing, so that a run repeats bit for bit; slower
             (docs/precision.md). On a CPU it changes nothing.
+        attention_kernel: who computes attention on a GPU: `cudnn`, `flash_attention_3`, `flash_attention_2`,
+            `torch_flash`, or `torch` for whatever torch takes. `auto` is the first of them that is there and can do
+            what the run wants (docs/attention.md). On a CPU it is `torch`.
         hang_timeout_s: longest wait of a rank for another one. It then says what it waits for and from whom, and the
             job ends (exit code 5). At least 1; an evaluation, a picture or a wandb start on rank 0 must fit, as the
             others wait for it meanwhile. Before the first step it counts silence alone, so that preparing data may take
@@ -59,6 +63,7 @@ class FolderConfig:
     num_threads: int | None = None
     kernels: str = "auto"
     deterministic: bool = False
+    attention_kernel: str = choice.AUTO
     hang_timeout_s: float | None = 600.0
 
     def check(self) -> None:
@@ -282,6 +287,18 @@ class RunConfig:
         return frozen_names(self.train.freeze, parameters(self.model)) if self.train.freeze else frozenset()
 
     @property
+    def attention_demand(self) -> choice.Demand:
+        """What the run wants of the kernel that computes attention."""
+        sizes = self.model.attention_sizes
+        return choice.Demand(
+            sizes.qk_head_dim,
+            sizes.value_head_dim,
+            two_bytes=self.precision.name in ("bf16", "fp8"),
+            by_document=self.data.document_mask,
+            deterministic=self.run.deterministic,
+        )
+
+    @property
     def num_sequences(self) -> int:
         """Sequences of the whole run, with those of the runs that it goes on from."""
         recipe = self.recipe()
@@ -317,6 +334,7 @@ class RunConfig:
         self._check_sequences()
         self._check_balance()
         self._check_layers()
+        choice.check(self.run.attention_kernel, self.attention_demand, self.run.device)
         if self.zero.engine == "deepspeed" and self.precision.name == "fp64":
             raise ValueError("zero.engine=deepspeed keeps fp32 masters and cannot hold precision=fp64: use native")
         if self.data.vocab_size > self.model.vocab_size:

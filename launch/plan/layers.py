@@ -90,7 +90,8 @@ def _key(small: RunConfig, kernels: str, routing: Routing | None) -> str:
     mesh = small.parallel
     places = mesh.dispatch, mesh.ep, mesh.nodes
     batch = small.train.micro_batch_size, small.train.seq_len, small.data.document_mask
-    how = small.precision, small.recompute, small.run.kernels, kernels
+    attention = small.run.attention_kernel, small.run.deterministic
+    how = small.precision, small.recompute, small.run.kernels, attention, kernels
     return repr((small.model, places, batch, how, routing))
 
 

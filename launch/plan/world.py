@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launch.plan.attention import core_without_values
 from launch.plan.fp8 import library_shapes
 from launch.plan.record import Recorder
 from launch.plan.routing import RoutedHost, Routing
@@ -85,8 +86,10 @@ def world(
         library = library_shapes(config.precision) if kernels == "cuda" else None
         # Rounding as torch's operations: code compiled for a CPU would look for values.
         weights = library or QuantisedWeights(config.precision.power_of_two_scales)
-        made = KERNELS[config.run.kernels]()
-        yield put_together(config, groups, _files(config), tapes=recorder.tapes(), weights=weights, kernels=made)
+        made, core = KERNELS[config.run.kernels](), core_without_values(config, kernels)
+        yield put_together(
+            config, groups, _files(config), tapes=recorder.tapes(), weights=weights, kernels=made, core=core
+        )
 
 
 @contextmanager

@@ -64,12 +64,12 @@ def test_flops_are_those_of_the_closed_forms(kept: Kept, model: str, way: str, p
         passes = found[kind]
         assert flops(passes.forward, "product") == products == flops(passes.backward, "product")
         assert sum(flops(part, "product") for part in passes.weights) == products
-        # Values are padded to the width of keys, for kernels that want them so.
-        padded = (
-            core * 2 * sizes.qk_head_dim / (sizes.qk_head_dim + sizes.v_head_dim) if model == "model=tiny" else core
-        )
-        assert flops(passes.forward, "attention") == padded
-        assert flops(passes.backward, "attention") == 2.5 * padded
+        # Its gradient multiplies three times over the width of keys and twice over that of values. What computes in
+        # float32 wants them equally wide.
+        v_width = sizes.value_head_dim if precision == "bf16" else sizes.qk_head_dim
+        unit = core / (sizes.qk_head_dim + sizes.value_head_dim)
+        assert flops(passes.forward, "attention") == unit * (sizes.qk_head_dim + v_width)
+        assert flops(passes.backward, "attention") == unit * (3 * sizes.qk_head_dim + 2 * v_width)
 
 
 def test_what_is_computed_again_is_seen(kept: Kept) -> None:

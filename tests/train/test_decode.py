@@ -25,7 +25,7 @@ from tests.train.model_cases import (
 )
 from train.generate import kept_per_token
 from train.model.attention.cache import Cache, LatentCache
-from train.model.attention.kernels import attend_causally
+from train.model.attention.cores import TorchCore
 from train.model.config import ModelConfig
 from train.model.decode import Decoder, Drafter
 from train.model.packing import Places
@@ -113,7 +113,7 @@ def test_absorbed_is_unabsorbed(seed: int) -> None:
     cache = attention.new_cache(13)
     with torch.no_grad():
         found = torch.cat([attention.decode(x[:, i : i + 1], table[i : i + 1], cache) for i in range(13)], 1)
-        assert float((found - attention(x, Places(table, attend_causally))).abs().max()) < EXACT
+        assert float((found - attention(x, Places(table, TorchCore().causally))).abs().max()) < EXACT
 
 
 def test_the_cache_holds_latents_and_one_key_alone() -> None:

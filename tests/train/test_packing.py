@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.train.model_cases import TINY, added, build, random_config, same_bits
-from train.model.attention.kernels import attend_causally
+from train.model.attention.cores import Core, HostCore, TorchCore
 from train.model.config import ModelConfig
 from train.model.loss import LossTerms
 from train.model.packing import ByDocument
@@ -19,6 +19,7 @@ from train.model.recompute_config import NODES, RecomputeConfig
 from train.model.transformer import Output, Transformer
 
 END = 5
+CORES: list[Core] = [HostCore(), TorchCore()]
 # The balance loss is of whole rows, and so of no document alone.
 TERMS = LossTerms(main=0.1, mtp=0.03, balance=0.0)
 
@@ -61,9 +62,9 @@ def packed(model: Transformer, rows: Tensor) -> tuple[Output, dict[str, Tensor]]
     return output, {name: param.main_grad for name, param in model.named_parameters()}
 
 
-@pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "masked"])
+@pytest.mark.parametrize("core", CORES, ids=["one by one", "masked"])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_packed_row_is_its_documents_each_run_alone(seed: int, one_by_one: bool) -> None:
+def test_a_packed_row_is_its_documents_each_run_alone(seed: int, core: Core) -> None:
     config = random_config(seed, num_nextn_predict_layers=seed % 4)
     draw = torch.Generator().manual_seed(seed)
     rows, parts = [], []
@@ -74,7 +75,7 @@ def test_a_packed_row_is_its_documents_each_run_alone(seed: int, one_by_one: boo
         borders = (cut == END).nonzero().flatten() + 1
         parts += [part for part in cut.tensor_split(borders) if len(part)]
     expected_sums, expected = alone(config, parts)
-    output, found = packed(build(config, packing=ByDocument(END, one_by_one)), torch.stack(rows))
+    output, found = packed(build(config, packing=ByDocument(END, core)), torch.stack(rows))
     # Sums over other lengths of rows: fp64 rounding.
     for name in LOSSES:
         nothing = torch.zeros((), dtype=torch.float64)
@@ -92,14 +93,15 @@ def test_logits_of_a_packed_row_are_those_of_its_documents() -> None:
     config = replace(TINY, num_nextn_predict_layers=0)
     parts = documents(config, [4, 1, 7, 6], 3)
     row = torch.cat([*parts, torch.tensor([0])]).unsqueeze(0)
-    model = build(config, packing=ByDocument(END, True))
+    model = build(config, packing=ByDocument(END, HostCore()))
     single = build(config)
 
     def states(model: Transformer, tokens: Tensor) -> Tensor:
         from train.model.tape import Inline, drive
 
         x = model.embed_tokens(tokens[:, :-1])
-        x = model.norm(drive(model.run_layers(x, TERMS, Inline(), model.empty_findings(x.device), tokens)))
+        places = model.places(x, tokens)
+        x = model.norm(drive(model.run_layers(x, TERMS, Inline(), model.empty_findings(x.device), places)))
         return x @ model.lm_head.weight.T
 
     each = [states(single, torch.cat([part, part[:1]]).unsqueeze(0)) for part in parts]
@@ -109,35 +111,35 @@ def test_logits_of_a_packed_row_are_those_of_its_documents() -> None:
 
 def test_labels_leave_out_what_crosses_a_border() -> None:
     rows = torch.tensor([[7, 8, END, 9, END, 6], [END, END, 1, 2, 3, 4]])
-    packing = ByDocument(END, True)
+    packing = ByDocument(END, HostCore())
     assert packing.labels(rows, 0).tolist() == [[8, END, -1, END, -1], [-1, -1, 2, 3, 4]]
     assert packing.labels(rows, 1).tolist() == [[END, -1, -1, -1], [-1, -1, 3, 4]]
     table = torch.arange(5).unsqueeze(1) * 1j
-    places = packing.places(table, rows)
+    places = packing.places(table, rows, torch.float64)
     assert places.table.imag.squeeze(-1).tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 1, 2]]
     assert places.documents is not None
-    assert places.documents.tolist() == [[0, 0, 0, 1, 1], [0, 1, 2, 2, 2]]
+    assert places.documents.numbers.tolist() == [[0, 0, 0, 1, 1], [0, 1, 2, 2, 2]]
 
 
-@pytest.mark.parametrize("one_by_one", [True, False])
-def test_grouped_heads_attend_as_repeated_ones(one_by_one: bool) -> None:
+@pytest.mark.parametrize("core", CORES, ids=["one by one", "masked"])
+def test_grouped_heads_attend_as_repeated_ones(core: Core) -> None:
     """Attention with fewer heads of keys and values than of queries takes the same object."""
     rows = torch.tensor([[7, 8, END, 9, END, 6, 1], [1, 2, 3, END, 3, 4, 5]])
     table = torch.zeros(6, 1, dtype=torch.complex128)
-    attend = ByDocument(END, one_by_one).places(table, rows).attend
+    attend = ByDocument(END, core).places(table, rows, torch.float64).attend
     q, k, v = (torch.randn(2, 6, heads, 4, dtype=torch.float64) for heads in (4, 2, 2))
     repeated = (each.repeat_interleave(2, dim=2) for each in (k, v))
     torch.testing.assert_close(attend(q, k, v, 0.5), attend(q, *repeated, 0.5))
-    torch.testing.assert_close(attend(q, k, v, 0.5)[0, :3], attend_causally(q[:1, :3], k[:1, :3], v[:1, :3], 0.5)[0])
+    torch.testing.assert_close(attend(q, k, v, 0.5)[0, :3], core.causally(q[:1, :3], k[:1, :3], v[:1, :3], 0.5)[0])
 
 
-@pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "masked"])
-def test_recompute_changes_no_bit(one_by_one: bool) -> None:
+@pytest.mark.parametrize("core", CORES, ids=["one by one", "masked"])
+def test_recompute_changes_no_bit(core: Core) -> None:
     rows = torch.cat(documents(TINY, [6, 3, 1, 8, 5, 9, 4, 20], 7)).view(4, 14)
     choices = [RecomputeConfig(True, True), RecomputeConfig(False, True, ["dense"]), RecomputeConfig(nodes=list(NODES))]
     results = []
     for choice in (RecomputeConfig(), *choices):
-        model = build(TINY, recompute=Recompute(choice), packing=ByDocument(END, one_by_one))
+        model = build(TINY, recompute=Recompute(choice), packing=ByDocument(END, core))
         results.append(packed(model, rows))
     (first, expected), *others = results
     for (output, found), name in itertools.product(others, expected):

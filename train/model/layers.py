@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train.model.attention.cores import Core, TorchCore
 from train.model.kernels import Kernels
 from train.model.recompute import Recompute
 from train.precision.engine import Engine, Mlp
@@ -26,12 +27,14 @@ class Backend:
         kernels: what is computed element by element.
         sink: where gradients of weights go.
         recompute: what the backward pass computes again.
+        core: who computes attention's core.
     """
 
     engines: Mapping[str, Engine]
     kernels: Kernels = field(default_factory=Kernels)
     sink: Sink = run_now
     recompute: Recompute = field(default_factory=Recompute)
+    core: Core = field(default_factory=TorchCore)
 
     def linear(self, name: str, num_inputs: int, num_outputs: int) -> Linear:
         """A linear layer whose engine is found by its module's `name`. KeyError for a name without one."""

@@ -8,15 +8,15 @@ depth that reads a token of the next document has no target there either, so not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.model.attention.kernels import Attend, attend_causally, attend_masked, attend_one_by_one
+from train.model.attention.cores import Attend, Core, Documents, TorchCore, begins
 from train.model.cross_entropy import NO_TARGET
 
 
@@ -25,22 +25,24 @@ class Places:
     """Where the positions of a micro-batch stand, and what each of them attends to.
 
     table: their rotations (rope.rotation_table), complex [S, rope / 2], or [B, S, rope / 2] where rows differ.
-    documents: which document of its row each position is of, int64 [B, S]; None where rows are one text.
+    documents: those of the rows; None where rows are one text.
     """
 
     table: Tensor
     attend: Attend
-    documents: Tensor | None = None
+    documents: Documents | None = None
 
 
 class Packing(Protocol):
     """How rows are made of documents, as the model sees it."""
 
+    core: Core
+    """Who computes attention's core."""
     reads_tokens: bool
     """Whether every part of the model needs the tokens, not its two ends alone."""
 
-    def places(self, table: Tensor, tokens: Tensor | None) -> Places:
-        """Places of the S positions of `table` in rows of tokens [B, S + 1]."""
+    def places(self, table: Tensor, tokens: Tensor | None, dtype: torch.dtype) -> Places:
+        """Places of the S positions of `table` in rows of tokens [B, S + 1]. dtype: of queries, keys and values."""
         ...
 
     def first(self, places: Places, num_positions: int) -> Places:
@@ -60,67 +62,65 @@ class OneText:
 
     reads_tokens = False
 
-    def places(self, table: Tensor, tokens: Tensor | None) -> Places:
-        return Places(table, attend_causally)
+    def __init__(self, core: Core | None = None) -> None:
+        self.core = core or TorchCore()
+
+    def places(self, table: Tensor, tokens: Tensor | None, dtype: torch.dtype) -> Places:
+        return Places(table, self.core.causally)
 
     def first(self, places: Places, num_positions: int) -> Places:
-        return Places(places.table[:num_positions], attend_causally)
+        return Places(places.table[:num_positions], places.attend)
 
     def labels(self, tokens: Tensor, depth: int) -> Tensor:
         return tokens[:, depth + 1 :]
 
 
+# Numbers of a tensor of the device's, read by the host, which waits for them.
+ReadNumbers = Callable[[Tensor], list[int]]
+
+
 class ByDocument:
     """A row is documents, each ended by the token `end_of_document`, which sees and predicts its own document alone.
 
-    one_by_one: attend in one call per document, for which the host must know their lengths: right where it holds the
-    tokens itself. Otherwise one call takes a mask that all layers of a micro-batch share; it reads S² scores where the
-    documents alone have fewer.
+    read: how the host reads how many documents a micro-batch has and how long the longest is, once, where the core asks
+    for that. A kernel is launched for as many documents of that length: without it, for as many as there are tokens.
     """
 
     reads_tokens = True
 
-    def __init__(self, end_of_document: int, one_by_one: bool) -> None:
-        self.end_of_document, self.one_by_one = end_of_document, one_by_one
+    def __init__(self, end_of_document: int, core: Core | None = None, read: ReadNumbers = Tensor.tolist) -> None:
+        self.end_of_document, self.core, self._read = end_of_document, core or TorchCore(), read
 
-    def places(self, table: Tensor, tokens: Tensor | None) -> Places:
+    def places(self, table: Tensor, tokens: Tensor | None, dtype: torch.dtype) -> Places:
         assert tokens is not None
-        documents = self._documents(tokens)[:, :-1]
-        steps = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-        starts = torch.where(_begins(documents), steps, 0).cummax(1).values
-        return Places(table[steps - starts], self._attend(documents, table), documents)
+        numbers = self._numbers(tokens)[:, :-1]
+        steps = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
+        first = begins(numbers)
+        positions = steps - torch.where(first, steps, 0).cummax(1).values
+        documents = Documents(numbers, dtype)
+        if self.core.asks_for_lengths:
+            documents = self._measured(documents, torch.stack([first.sum(), positions.max() + 1]))
+        return Places(table[positions], self.core.by_document(documents), documents)
 
     def first(self, places: Places, num_positions: int) -> Places:
         assert places.documents is not None
-        table, documents = places.table[:, :num_positions], places.documents[:, :num_positions]
-        return Places(table, self._attend(documents, table), documents)
+        documents = replace(places.documents, numbers=places.documents.numbers[:, :num_positions])
+        return Places(places.table[:, :num_positions], self.core.by_document(documents), documents)
 
     def labels(self, tokens: Tensor, depth: int) -> Tensor:
-        documents = self._documents(tokens)
-        crosses = documents[:, depth + 1 :] != documents[:, : -depth - 1]
+        numbers = self._numbers(tokens)
+        crosses = numbers[:, depth + 1 :] != numbers[:, : -depth - 1]
         return tokens[:, depth + 1 :].masked_fill(crosses, NO_TARGET)
 
-    def _documents(self, tokens: Tensor) -> Tensor:
+    def _numbers(self, tokens: Tensor) -> Tensor:
         """The number of each token's document within its row: tokens [B, N] -> int64 [B, N]."""
         ends = (tokens == self.end_of_document).cumsum(1)
         return F.pad(ends[:, :-1], (1, 0))
 
-    def _attend(self, documents: Tensor, table: Tensor) -> Attend:
-        if self.one_by_one:
-            return partial(attend_one_by_one, _lengths(documents))
-        same = documents.unsqueeze(2) == documents.unsqueeze(1)
-        # Once in the type of the scores: from booleans each layer would make its own, and keep it for the backward.
-        dtype = torch.float64 if table.dtype == torch.complex128 else torch.float32
-        hidden = torch.zeros(same.shape, dtype=dtype, device=same.device).masked_fill_(~same.tril_(), float("-inf"))
-        return partial(attend_masked, hidden.unsqueeze(1))
-
-
-def _begins(documents: Tensor) -> Tensor:
-    """Whether a row or a document begins at each position: bool, as documents [B, S]."""
-    return torch.cat([torch.ones_like(documents[:, :1]), documents.diff(dim=1)], 1) != 0
-
-
-def _lengths(documents: Tensor) -> list[int]:
-    """Positions of each document, row after row: documents [B, S] -> numbers that sum to B S."""
-    starts = _begins(documents).flatten().nonzero().flatten()
-    return starts.diff(append=starts.new_tensor([documents.numel()])).tolist()
+    def _measured(self, documents: Documents, sizes: Tensor) -> Documents:
+        """With their number and the length of the longest one, of which `sizes` tells; each row has one at least, so
+        that a border without values may answer anything."""
+        num_rows, num_positions = documents.numbers.shape
+        num = max(num_rows, int((found := self._read(sizes))[0]))
+        longest = max(int(found[1]), -(-num_rows * num_positions // num))
+        return replace(documents, num_at_most=num, longest_at_most=longest)

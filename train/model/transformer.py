@@ -74,7 +74,8 @@ class Transformer(nn.Module):
         parts = parts or Parts.all(config)
         self.config, self.parts, self.packing = config, parts, packing or OneText()
         self.first_expert = dispatch.first_expert
-        self.backend = backend = Backend(engines, kernels or Kernels(), sink, recompute or Recompute())
+        core = self.packing.core
+        self.backend = backend = Backend(engines, kernels or Kernels(), sink, recompute or Recompute(), core)
         if parts.embedding or parts.mtp:
             self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, backend)
         self.layers = nn.ModuleDict()
@@ -110,7 +111,8 @@ class Transformer(nn.Module):
         assert x is not None
         tape.layer("stage")
         findings = self.empty_findings(x.device)
-        x = yield from self.run_layers(x, terms, tape, findings, tokens)
+        places = self.places(x, tokens)
+        x = yield from self.run_layers(x, terms, tape, findings, places)
         if not self.parts.head:
             return x, findings
         assert tokens is not None
@@ -120,7 +122,7 @@ class Transformer(nn.Module):
         main = tape.compute(predict, x, node="loss")
         tape.loss(main, terms.main)
         findings.add({"train/loss": main})
-        yield from self.predict_further(x, tokens, terms, tape, findings)
+        yield from self.predict_further(x, tokens, terms, tape, findings, places)
         return None, findings
 
     def read(self, tokens: Tensor | None, x: Tensor | None) -> Steps[Tensor]:
@@ -136,7 +138,7 @@ class Transformer(nn.Module):
         assert x is not None
         # Rows are stored with one token more, which only labels read.
         rows = None if tokens is None else F.pad(tokens, (0, 1))
-        x = yield from self.run_layers(x, NO_LOSS, tape, self.empty_findings(x.device), rows)
+        x = yield from self.run_layers(x, NO_LOSS, tape, self.empty_findings(x.device), self.places(x, rows))
         return self.norm(x) if self.parts.head else x
 
     def empty_findings(self, device: torch.device) -> Findings:
@@ -145,10 +147,10 @@ class Transformer(nn.Module):
         return Findings({}, load)
 
     def run_layers(
-        self, x: Tensor, terms: LossTerms, tape: Tape, findings: Findings, tokens: Tensor | None = None
+        self, x: Tensor, terms: LossTerms, tape: Tape, findings: Findings, places: Places | None = None
     ) -> Steps[Tensor]:
-        """The layers held here: x [B, S, hidden] -> the same shape."""
-        places = self.places(x, tokens)
+        """The layers held here: x [B, S, hidden] -> the same shape. places: of rows; None where they are one text."""
+        places = places or self.places(x, None)
         for index, layer in self._blocks():
             tape.layer(layer.kind)
             x, stats = yield from layer.steps(x, places, tape)
@@ -158,7 +160,7 @@ class Transformer(nn.Module):
     def places(self, x: Tensor, tokens: Tensor | None) -> Places:
         """Where the positions of x [B, S, hidden] stand; tokens [B, S + 1] where `reads_tokens`."""
         table = rotation_table(self.config, x.shape[1], x.device, x.dtype)
-        return self.packing.places(table, tokens)
+        return self.packing.places(table, tokens, x.dtype)
 
     def _account(
         self, number: int, stats: RouterStats | None, terms: LossTerms, tape: Tape, findings: Findings
@@ -179,14 +181,20 @@ class Transformer(nn.Module):
         return cross_entropy_sum(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), factor, self.backend)
 
     def predict_further(
-        self, hidden: Tensor, tokens: Tensor, terms: LossTerms, tape: Tape, findings: Findings
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        terms: LossTerms,
+        tape: Tape,
+        findings: Findings,
+        places: Places | None = None,
     ) -> Steps[None]:
         """Multi-token prediction from the main model's normed state [B, S, hidden] and its tokens [B, S + 1].
 
         Depth k = 1..D joins the state of position i with token i + k and predicts token i + k + 1, which leaves S - k
-        positions.
+        positions. places: those of the rows, where they have been made.
         """
-        places = self.places(hidden, tokens)
+        places = places or self.places(hidden, tokens)
         for k, module in enumerate(self._depths(), start=1):
             tape.layer("mtp")
             joined = tape.compute(partial(self._join, module, tokens[:, k:-1]), hidden, node="join")

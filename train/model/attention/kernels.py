@@ -1,42 +1,16 @@
-"""Kernels of every kind of attention: its core, by torch's scaled dot product, and the rotating of heads.
+"""Kernels around the core of attention (`cores`): behind a cache, and the rotating of heads.
 
-The core takes queries [B, S, H, qk], keys [B, S, G, qk] and values [B, S, G, v]; H / G heads of queries share a head of
-keys. Sums and products of the rotations are float32 for bfloat16 inputs and keep float32 and float64 as they are; they
-are written for few passes over memory.
+Sums and products of the rotations are float32 for bfloat16 inputs and keep float32 and float64 as they are; they are
+written for few passes over memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-# q [B, S, H, qk], k [B, S, G, qk], v [B, S, G, v], factor of the scores -> [B, S, H, v]; G divides H.
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-def attend_causally(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Every position attends to all before it and to itself."""
-    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-    gqa = k.shape[1] != q.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa).transpose(1, 2)
-
-
-def attend_masked(hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """hidden [B, 1, S, S] is added to the scores: 0 or -inf."""
-    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-    gqa, hidden = k.shape[1] != q.shape[1], hidden.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=hidden, scale=scale, enable_gqa=gqa).transpose(1, 2)
-
-
-def attend_one_by_one(lengths: list[int], q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Documents of these lengths, row after row, each by itself."""
-    parts = zip(*(each.flatten(0, 1).unsqueeze(0).split(lengths, dim=1) for each in (q, k, v)), strict=True)
-    out = [attend_causally(*part, scale) for part in parts]  # type: ignore[call-arg]
-    return torch.cat(out, dim=1).squeeze(0).unflatten(0, q.shape[:2])
 
 
 def attend_cached(queries: Tensor, keys: Tensor, values: Tensor, num_tokens: int, scale: float) -> Tensor:

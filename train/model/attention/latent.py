@@ -32,8 +32,7 @@ class LatentAttention(nn.Module):
         self.num_heads = heads
         self.latent_widths = [kv_rank, sizes.rope_dim]
         self.v_head_dim = sizes.v_head_dim
-        # Flash kernels want values as wide as keys; padding costs less than the kernel that takes any width.
-        self.v_width = max(sizes.v_head_dim, sizes.qk_head_dim)
+        self.v_width = backend.core.value_width(sizes.qk_head_dim, sizes.v_head_dim)
         self.softmax_scale = sizes.softmax_scale
         if rank is None:
             self.q_proj = backend.linear("q_proj", hidden, heads * sizes.qk_head_dim)
