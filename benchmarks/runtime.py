@@ -108,7 +108,7 @@ class Comparison:
 
     def ours(self, schedule: Schedule) -> tuple[Step, list[Transformer]]:
         placement, stages = schedule.placement, {}
-        slices = split(self.config.model, placement.num_slices, self.config.train.seq_len)
+        slices = split(self.config.model, placement.slices_of_ranks, self.config.train.seq_len)
         for number in placement.stages_on(0):
             sink = WeightGradients()
             stages[number] = Stage(build_model(self.config, sink, slices[placement.position(number)]), sink, Segments)

@@ -224,7 +224,8 @@ def test_resumed_on_another_topology_and_engine_in_fp32(
 RELAYS = {
     "dualpipe, zbv, one rank": [
         (4, " ".join(PIPELINE)),
-        (2, "parallel.pp=2 pipeline.schedule=zbv"),
+        # Layers dealt out in another way than the run before has dealt them.
+        (2, "parallel.pp=2 pipeline.schedule=zbv pipeline.layers=[0,2,0,1]"),
         (1, "train.micro_batch_size=4"),
     ],
     "ep=4, a stage without a layer, pairs, dualpipev, dualpipe": [

@@ -55,7 +55,6 @@ from train.prompts import Prompts, read_prompts
 from train.recipe.balance import freeze_routers
 from train.recipe.ema import Ema
 from train.recipe.optimizer import rules as update_rules
-from train.split import split
 from train.stage import Reader, Record, Stage, WeightGradients
 from train.track.metrics import METRICS, of_run
 from train.track.patience import Patience
@@ -308,7 +307,7 @@ def build_stages(
     """
     tapes = tapes or Tapes()
     placement, pp_rank = config.placement, groups.mesh.pp_rank
-    slices = split(config.model, placement.num_slices, config.train.seq_len, config.pipeline.layers)
+    slices = config.slices
     computes = KERNELS[kernels or choose_kernels(config.run.kernels, groups.kernels)](groups.kernels)
     stages: dict[int, Stage] = {}
     embedding: nn.Parameter | None = None

@@ -19,6 +19,7 @@ from train.hf.names import parameters
 from train.model.attention import choice
 from train.model.attention.kinds import LatentSizes
 from train.model.config import ModelConfig, given
+from train.model.parts import Parts
 from train.model.recompute_config import RecomputeConfig
 from train.precision.config import PrecisionConfig
 from train.recipe.config import LrSchedulerConfig, MoeConfig, MtpConfig, TrainConfig
@@ -87,7 +88,8 @@ class PipelineConfig:
         pairs: forward and backward of different micro-batches run together, so that one computes while the other
             communicates; None: as the schedule is published. `zb_h1` and `zbv` have none.
         stages_per_rank: for `interleaved_1f1b`, which takes 2 unless it is set; None for all others.
-        layers: layers of each stage from first to last; None balances their work, head and prediction depths counted.
+        layers: layers of each stage from first to last; None balances what the ranks of a pipeline work, head and
+            prediction depths counted.
         short_steps: steps of the batch ramp with fewer micro-batches than `dualpipe` takes: `refuse` before the run
             starts, or `1f1b` over one of its directions.
     """
@@ -234,6 +236,13 @@ class RunConfig:
         return registry.place(self.pipeline.schedule, self.parallel.pp, self.pipeline.stages_per_rank)
 
     @property
+    def slices(self) -> list[Parts]:
+        """What each slice of the model consists of. ValueError as `split` and `placement`."""
+        fp8 = (self.precision.is_fp8(module) for module in ("down_proj", "lm_head"))
+        held = self.placement.slices_of_ranks
+        return split(self.model, held, self.train.seq_len, self.pipeline.layers, *fp8)
+
+    @property
     def shared_ends(self) -> bool:
         """Whether the first and the last stage both hold the embedding, on ranks that share nothing else."""
         route = self.placement.routes[0]
@@ -312,7 +321,7 @@ class RunConfig:
             room.check()
         _ = self.frozen
         mesh.check(self.parallel, self.mirrored)
-        split(self.model, self.placement.num_slices, self.train.seq_len, self.pipeline.layers)
+        _ = self.slices
         num_steps = self.recipe().num_steps
         if self.profile.steps and max(self.profile.steps) > num_steps:
             raise ValueError(f"profile.steps={self.profile.steps}: the run ends after step {num_steps}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 
 from launch.plan.guess import Guess, Guesses
 from launch.plan.job import Plan
@@ -13,7 +12,7 @@ from launch.plan.space import Space, is_legal
 from launch.plan.step import ActionCosts
 from parallel.pipeline.actions import Chunk
 from parallel.pipeline.placement import loop
-from train.split import split
+from train.split import even
 
 MOST = 2
 # Below these, advice is not worth the words.
@@ -93,46 +92,20 @@ def _quicker(plan: Plan, guesses: Sequence[Guess]) -> str:
 
 
 def evened(plan: Plan) -> list[int]:
-    """Layers for each slice of the model with the shortest work of the rank that works longest, by the plan's own
-    times, and among those the most even ones that moving single layers finds."""
-    config, kind_s = plan.config, _kind_seconds(plan)
-    placement, model = config.placement, config.model
-    parts = split(model, placement.num_slices, config.train.seq_len, config.pipeline.layers)
+    """Layers for each slice of the model, as a run balances them, by the plan's own times."""
+    config, kind_s = plan.config, kind_seconds(plan, AS_WRITTEN)
+    model = config.model
     dense = min(model.first_k_dense_replace, model.num_hidden_layers)
     kinds = ["dense"] * dense + ["moe"] * (model.num_hidden_layers - dense)
-    before = [0.0, *accumulate(kind_s.get(kind, 0.0) for kind in kinds)]
+    layers_s = tuple(kind_s[kind] for kind in kinds)
     first_s, last_s = kind_s["embedding"], kind_s["head"] + kind_s.get("mtp", 0.0)
-    places = [[placement.position(stage) for stage in placement.stages_on(rank)] for rank in range(placement.num_ranks)]
-
-    def unevenness(counts: Sequence[int]) -> tuple[float, float]:
-        """The most that a rank works for one micro-batch, and the sum of squares over ranks."""
-        slices = [before[stop] - before[start] for start, stop in pairwise([0, *accumulate(counts)])]
-        slices[0] += first_s
-        slices[-1] += last_s
-        work = [sum(slices[place] for place in each) for each in places]
-        return max(work), sum(each**2 for each in work)
-
-    counts = [len(each.layers) for each in parts]
-    places_of_layers = range(len(counts))
-    while True:
-        tries = [_moved(counts, i, j) for i in places_of_layers for j in places_of_layers if i != j and counts[i]]
-        better = min(tries, key=unevenness, default=counts)
-        if unevenness(better) >= unevenness(counts):
-            return counts
-        counts = better
+    return list(even(layers_s, first_s, last_s, config.placement.slices_of_ranks))
 
 
-def _moved(counts: Sequence[int], source: int, target: int) -> list[int]:
-    moved = list(counts)
-    moved[source] -= 1
-    moved[target] += 1
-    return moved
-
-
-def _kind_seconds(plan: Plan) -> dict[str, float]:
+def kind_seconds(plan: Plan, kernels: str) -> dict[str, float]:
     """What a micro-batch takes in each kind of layer, exchanges left out where pairs hide them."""
-    costs, kinds = plan.step(AS_WRITTEN).costs, plan.layers.passes
-    has_pairs = plan.step(AS_WRITTEN).has_pairs
+    costs, kinds = plan.step(kernels).costs, plan.layers.passes
+    has_pairs = plan.step(kernels).has_pairs
     found = {}
     for kind in kinds:
         alone = ActionCosts(loop(1), [(kind,)], costs.alone, costs.beside, costs.host, 0.0)

@@ -32,7 +32,6 @@ from parallel.pipeline.simulate import Costs, simulate
 from train.assemble import DTYPES
 from train.config import RunConfig
 from train.precision.grads import wide_dtype
-from train.split import split
 
 # A schedule is simulated with at most so many micro-batches per rank: more of them repeat its middle.
 _ROUNDS = 2
@@ -177,11 +176,9 @@ class Guesses:
 
     def kinds(self, config: RunConfig) -> list[tuple[str, ...]]:
         """The kinds of the layers of each slice."""
-        num = config.placement.num_slices
-        key = num, tuple(config.pipeline.layers or ())
+        key = config.placement.slices_of_ranks, config.precision.name, tuple(config.pipeline.layers or ())
         if key not in self._kinds:
-            parts = split(config.model, num, config.train.seq_len, config.pipeline.layers)
-            self._kinds[key] = [layers_of_parts(each, config.model.first_k_dense_replace) for each in parts]
+            self._kinds[key] = [layers_of_parts(each, config.model.first_k_dense_replace) for each in config.slices]
         return self._kinds[key]
 
     def alive(self, config: RunConfig, schedule: Schedule) -> list[tuple[set[tuple[int, ...]], int]]:

@@ -31,7 +31,6 @@ from train import environment
 from train.assemble import DTYPES
 from train.config import RunConfig
 from train.flops import training_flops_per_token
-from train.split import split
 
 # What the host needs to see a number once the device has it: a copy over PCIe and an event.
 READ_S = 15e-6
@@ -80,9 +79,8 @@ class Plan:
     @cached_property
     def slices(self) -> list[tuple[str, ...]]:
         """The kinds of the layers of each slice of the model."""
-        config, model = self.config, self.config.model
-        parts = split(model, config.placement.num_slices, config.train.seq_len, config.pipeline.layers)
-        return [layers_of_parts(each, model.first_k_dense_replace) for each in parts]
+        num_dense = self.config.model.first_k_dense_replace
+        return [layers_of_parts(each, num_dense) for each in self.config.slices]
 
     @cached_property
     def num_micro_batches(self) -> int:

@@ -33,7 +33,6 @@ from train.precision.build import everywhere
 from train.precision.grads import wide_dtype
 from train.precision.torch_engine import TorchEngine
 from train.recipe.optimizer import rules
-from train.split import split
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def _groups(config: RunConfig, num_replicas: Mapping[str, int]) -> ReplicaGroups
 
 def _models(config: RunConfig, mesh: Mesh) -> list[Transformer]:
     placement, model = config.placement, config.model
-    slices = split(model, placement.num_slices, config.train.seq_len, config.pipeline.layers)
+    slices = config.slices
     experts = placement_of(config, mesh)
     # A model asks of its dispatch which experts live on the rank, and nothing else before it runs.
     dispatch: Any = SimpleNamespace(num_local_experts=experts.num_local_experts, first_expert=experts.first_expert)

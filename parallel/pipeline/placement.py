@@ -72,6 +72,11 @@ class Placement:
         """The stages of a rank, by position: the one that its micro-batches meet first comes first."""
         return tuple(sorted((s for s, r in enumerate(self.rank_of) if r == rank), key=self.position))
 
+    @cached_property
+    def slices_of_ranks(self) -> tuple[tuple[int, ...], ...]:
+        """The slices of the model that each rank holds."""
+        return tuple(tuple(map(self.position, self.stages_on(rank))) for rank in range(self.num_ranks))
+
 
 def loop(num_ranks: int, stages_per_rank: int = 1) -> Placement:
     """One route that goes round the ranks `stages_per_rank` times (Megatron-LM, arXiv 2104.04473, section 2.2)."""

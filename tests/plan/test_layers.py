@@ -16,7 +16,6 @@ from train.compose import compose
 from train.config import RunConfig
 from train.flops import forward_costs
 from train.model.loss import LossTerms
-from train.split import split
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +206,7 @@ V3_STAGES = {"first": (0, 0), "last": (0, 15), "middle": (7 * 128 + 5, 7)}
 def test_stages_of_the_published_job_are_their_layers(place: str, precision: str) -> None:
     rank, stage = V3_STAGES[place]
     config = compose(["experiment=v3_h800_2048", f"precision={precision}"])
-    parts = split(config.model, 16, config.train.seq_len)[stage]
+    parts = config.slices[stage]
     kinds = ["embedding"] * parts.embedding
     kinds += ["moe" if layer >= config.model.first_k_dense_replace else "dense" for layer in parts.layers]
     kinds += ["head"] * parts.head + ["mtp"] * parts.mtp

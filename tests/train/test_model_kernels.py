@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from tests import reference
 from tests.bounds import assert_within, gamma
 from train.model.attention.kernels import rotate
+from train.model.cross_entropy import NO_TARGET, ChunkSize, cross_entropy_
 from train.model.kernels import Kernels, compiled_kernels, rms_norm_forward, swiglu_backward, swiglu_forward
 from train.model.layers import Backend
 from train.model.loss import cross_entropy_sum
@@ -104,19 +105,53 @@ def test_swiglu_mlp(splits: list[int] | None) -> None:
     torch.testing.assert_close((gate_up.main_grad, down.main_grad), grads)
 
 
-def test_cross_entropy_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.model.loss._MIN_CHUNK_TOKENS", 3)
-    monkeypatch.setattr("train.model.loss._CHUNK_LOGITS", 1)
-    weight, labels = with_main_grad(11, 5), torch.randint(0, 11, (8,))
-    x, backend = random(8, 5), Backend(everywhere(TorchEngine()))
-    assert gradcheck(lambda x: 0.3 * cross_entropy_sum(x, weight, labels, backend), (x,))
-    weight.main_grad.zero_()
-    (0.3 * cross_entropy_sum(x, weight, labels, backend)).backward()
+def head_of(num_tokens: int) -> Backend:
+    """Products by torch, of which the head takes so many tokens at a time."""
+    return Backend(everywhere(TorchEngine()), Kernels(chunk_size=ChunkSize(1, num_tokens)))
+
+
+@pytest.mark.parametrize("num_tokens", [3, 8, 100])
+def test_cross_entropy_in_chunks(num_tokens: int) -> None:
+    """The sum, and the gradients of its factor times it, beside torch's own; some tokens predict nothing. The weight's
+    gradient is added to what its `main_grad` holds, in the forward pass, and nothing else of its size is kept."""
+    weight, labels, factor = with_main_grad(11, 5), torch.randint(-1, 11, (8,)), 0.3
+    x, backend = random(8, 5), head_of(num_tokens)
+    before = torch.randn_like(weight.main_grad)
+    weight.main_grad.copy_(before)
+    loss = cross_entropy_sum(x, weight, labels, factor, backend)
+    added = weight.main_grad - before
+    (factor * loss).backward()
     twin = weight.detach().clone().requires_grad_()
-    expected = F.cross_entropy(x @ twin.T, labels, reduction="sum")
-    torch.testing.assert_close(weight.main_grad, torch.autograd.grad(0.3 * expected, twin)[0])
+    expected = F.cross_entropy(x @ twin.T, labels, reduction="sum", ignore_index=NO_TARGET)
+    torch.testing.assert_close(loss, expected)
+    d_x, d_weight = torch.autograd.grad(factor * expected, (x, twin))
+    torch.testing.assert_close((x.grad, added), (d_x, d_weight))
+    assert torch.equal(weight.main_grad - before, added)
     with torch.no_grad():
-        torch.testing.assert_close(cross_entropy_sum(x, weight, labels, backend), expected)
+        assert torch.equal(cross_entropy_sum(x, weight, labels, factor, backend), loss)
+
+
+def test_a_head_without_a_place_for_its_gradient() -> None:
+    with pytest.raises(RuntimeError, match="no main_grad"):
+        cross_entropy_sum(random(2, 4), random(3, 4), torch.tensor([0, 2]), 1.0, head_of(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_cross_entropy_overwrites_logits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks or as a whole, with the same bits; narrow logits become the gradient of what they are, rounded once."""
+    logits, labels = random(7, 13).detach().to(dtype), torch.tensor([0, 12, NO_TARGET, 5, 5, NO_TARGET, 3])
+    wide = logits.detach().to(torch.float64).requires_grad_()
+    expected = F.cross_entropy(wide, labels, reduction="sum", ignore_index=NO_TARGET)
+    (gradient,) = torch.autograd.grad(2.0**-30 * expected, wide)
+    found = []
+    for size in (1, 26, 2**26):
+        monkeypatch.setattr("train.model.cross_entropy._WIDE_LOGITS", size)
+        d_logits = logits.clone()
+        found.append((cross_entropy_(d_logits, labels, 2.0**-30), d_logits))
+    for loss, d_logits in found:
+        assert torch.equal(d_logits, found[0][1])
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(d_logits.double(), gradient, rtol=2 * torch.finfo(dtype).eps, atol=1e-16)
 
 
 def test_cross_entropy_of_extreme_logits() -> None:
@@ -124,7 +159,7 @@ def test_cross_entropy_of_extreme_logits() -> None:
     weight = with_main_grad(3, 1)
     weight.data = torch.tensor([[1e5], [0.0], [-1e5]], dtype=torch.float64)
     x, backend = torch.tensor([[1.0], [-1.0]], dtype=torch.float64), Backend(everywhere(TorchEngine()))
-    loss = cross_entropy_sum(x.requires_grad_(), weight, torch.tensor([2, 2]), backend)
+    loss = cross_entropy_sum(x.requires_grad_(), weight, torch.tensor([2, 2]), 1.0, backend)
     assert loss.item() == 2e5
 
 

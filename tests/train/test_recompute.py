@@ -25,6 +25,7 @@ from train.model.recompute_config import NODES, RecomputeConfig
 from train.model.router import Router
 from train.model.tape import Inline
 from train.model.transformer import Findings, Transformer
+from train.precision.build import build_engines, fp8_weights
 
 TERMS = LossTerms(main=0.1, mtp=0.03, balance=0.01)
 # Every set of choices.
@@ -120,7 +121,9 @@ def test_backward_and_weight_gradients_still_come_apart(choice: RecomputeConfig)
     drive(model.steps(tokens, None, TERMS, record))
     assert not sink
     drive(record.backward(None))
-    assert not any(parameter.main_grad.any() for parameter in model.parameters() if parameter.ndim > 1)
+    # The head's is formed beside its logits.
+    waiting = [each for name, each in model.named_parameters() if each.ndim > 1 and name != "lm_head.weight"]
+    assert not any(parameter.main_grad.any() for parameter in waiting)
     sink.take()
     assert_same(plain, model)
 
@@ -162,6 +165,56 @@ def test_what_is_kept_between_forward_and_backward() -> None:
     assert after["none"] - after["norm"] == width * (norms + joined + read)
     assert after["none"] - after["both"] == (after["none"] - after["up"]) + (after["none"] - after["norm"])
     assert after["whole"] < after["both"]
+
+
+def in_fp8(choice: RecomputeConfig, model: Any = TINY, **rest: Any) -> Transformer:
+    """A model in bfloat16 whose products are in FP8."""
+    config = compose(["model=tiny", "precision=fp8"]).precision
+    engines = build_engines(config, "cpu", fp8_weights(config, "cpu"))
+    return make(choice, model, torch.bfloat16, engines=engines, **rest)
+
+
+@pytest.mark.parametrize("run", [whole, pieces])
+def test_gradients_in_fp8_are_the_same_bits(run: Any) -> None:
+    """Where a product keeps its input's codes they are made again of the same input."""
+    batches = [random_tokens(TINY, 2, 17), random_tokens(TINY, 1, 33)]
+    plain = in_fp8(NONE)
+    expected = run(plain, batches)
+    for choice in (NORM, UP, BOTH, RecomputeConfig(True, True, ["experts"])):
+        model = in_fp8(choice)
+        assert all(same_bits(ours[0], theirs[0]) for ours, theirs in zip(run(model, batches), expected, strict=True))
+        assert_same(model, plain)
+
+
+@pytest.mark.parametrize("pads", [True, False], ids=["padded values", "values as wide as keys"])
+def test_codes_of_an_input_that_is_there_anyway_are_not_kept(pads: bool) -> None:
+    """Of norms' outputs, which are rebuilt, and of attention's output, which it keeps, unless that is copied out of
+    padded heads. Codes of experts' rows, which nobody else has, are kept."""
+    config, (num_sequences, seq_len) = TINY, (2, 33)
+    if not pads:
+        config = replace(TINY, v_head_dim=TINY.attention_sizes.qk_head_dim)
+    found = []
+    for offer in (Recompute.offer_form, lambda *_: None):
+        with mock.patch.object(Recompute, "offer_form", offer), Storages() as storages:
+            model, record = in_fp8(BOTH, config, sink=Deferred()), Segments()
+            before = storages.num_bytes()
+            drive(model.steps(random_tokens(config, num_sequences, seq_len), None, TERMS, record))
+            found.append(storages.num_bytes() - before)
+    tokens = sum(num_sequences * (seq_len - k) for k in range(1, config.num_nextn_predict_layers + 1))
+    tokens += num_sequences * seq_len * config.num_hidden_layers
+    assert config.q_lora_rank is not None
+    # Of every layer: queries and keys read one norm, dense MLP or shared experts the other, and each latent has one.
+    widths = [config.hidden_size, config.hidden_size, config.q_lora_rank, config.kv_lora_rank]
+    codes = sum(map(bytes_of_codes, widths))
+    if not pads:  # what the output's projection reads has half a byte more
+        width = config.num_attention_heads * config.v_head_dim
+        codes += bytes_of_codes(width) + -(-width // 2)
+    assert found[1] - found[0] == tokens * codes
+
+
+def bytes_of_codes(width: int) -> int:
+    """Of a row in E4M3 with a scale in float32 for every 128 elements."""
+    return width + 4 * -(-width // 128)
 
 
 def test_without_shared_experts_a_whole_node_keeps_the_received_rows_alone() -> None:

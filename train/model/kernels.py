@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train.model.attention.kernels import JoinHeads, RotateHeads, join_heads_backward, join_heads_forward, rotate_heads
+from train.model.cross_entropy import CHUNK_SIZES, ChunkSize, cross_entropy_
 from train.precision.grads import wide_dtype
 
 
@@ -105,6 +106,9 @@ class Kernels:
     join_heads_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = join_heads_backward
     rotate_heads_by: Callable[..., tuple[Tensor, Tensor]] = rotate_heads
     widening_mm: Callable[[Tensor, Tensor], Tensor] = widening_mm
+    cross_entropy_: Callable[[Tensor, Tensor, float], Tensor] = cross_entropy_
+    chunk_size: ChunkSize = CHUNK_SIZES["cpu"]
+    """Tokens whose logits are made at a time."""
     routing: Any = None
     """`kernels.router`, whose kernels are all of a router but its products; None: a router is made of its parts."""
 
@@ -125,19 +129,25 @@ class Kernels:
 
 def eager_kernels(device: str = "cpu") -> Kernels:
     """Those as written."""
-    return Kernels()
+    return Kernels(chunk_size=CHUNK_SIZES[device])
 
 
 def compiled_kernels(device: str = "cpu") -> Kernels:
     """Those as written, compiled by torch, which needs a C++ compiler on a CPU."""
     # Rows per expert change with every batch: one dynamic kernel instead of one for each count.
     wrap: Callable[[Any], Any] = partial(torch.compile, dynamic=True)
-    return Kernels(wrap(rms_norm_forward), wrap(rms_norm_backward), wrap(swiglu_forward), wrap(swiglu_backward))
+    return Kernels(
+        wrap(rms_norm_forward),
+        wrap(rms_norm_backward),
+        wrap(swiglu_forward),
+        wrap(swiglu_backward),
+        chunk_size=CHUNK_SIZES[device],
+    )
 
 
 def triton_kernels(device: str = "cuda") -> Kernels:
     """Those of the floor `kernels`, loaded when they are asked for; without Triton they can only be traced."""
-    from kernels import rms_norm, rotary, router, swiglu
+    from kernels import cross_entropy, rms_norm, rotary, router, swiglu
 
     return Kernels(
         rms_norm_forward=rms_norm.rms_norm_forward,
@@ -148,6 +158,8 @@ def triton_kernels(device: str = "cuda") -> Kernels:
         join_heads_backward=rotary.join_heads_backward,
         rotate_heads_by=rotary.rotate_heads,
         widening_mm=_mm_widened_by_gpu if device == "cuda" else widening_mm,
+        cross_entropy_=cross_entropy.cross_entropy_,
+        chunk_size=CHUNK_SIZES[device],
         routing=router,
     )
 

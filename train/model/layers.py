@@ -38,7 +38,7 @@ class Backend:
 
     def linear(self, name: str, num_inputs: int, num_outputs: int) -> Linear:
         """A linear layer whose engine is found by its module's `name`. KeyError for a name without one."""
-        return Linear(num_inputs, num_outputs, self.engines[name], self.sink)
+        return Linear(num_inputs, num_outputs, self.engines[name], self.sink, self.recompute.offer_form)
 
 
 class RMSNorm(nn.Module):
@@ -97,4 +97,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         up, down = self.gate_up_proj, self.down_proj
-        return Mlp(up.weight, down.weight, up.engine, down.engine, self.kernels, self.sink)(x)
+        return Mlp(up.weight, down.weight, up.engine, down.engine, self.kernels, self.sink, up.offer)(x)

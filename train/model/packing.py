@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train.model.attention.cores import Attend, Core, Documents, TorchCore, begins
-from train.model.loss import NO_TARGET
+from train.model.cross_entropy import NO_TARGET
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 Two ways, side by side. A module *offers* tensors that it can rebuild from others: wherever autograd would save one of
 them, also in a later piece, it saves a handle instead, and the first reader in the backward pass rebuilds it for all.
+Where a product keeps its input in another form, that form is offered too, if the input itself will be there: rebuilt,
+or kept by others.
 Or a whole *node* keeps only its inputs and is run again when its backward begins. Either way the graph is that of the
 one forward pass and its backward reads the same bits: gradients do not change, weight gradients leave for their sink as
 ever, and what a rerun returns (loads, losses) is dropped, so that nothing is counted twice.
@@ -106,6 +108,7 @@ class _Offers:
 
     def __init__(self) -> None:
         self._by_storage: dict[int, _Offered] = {}
+        self._kept: dict[int, StorageWeakRef] = {}
 
     def add(self, rebuild: Rebuild, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         origin = _Origin(rebuild, [self.pack(x) for x in inputs])
@@ -115,16 +118,23 @@ class _Offers:
             self._by_storage[storage.cdata] = offered
 
     def pack(self, tensor: Tensor) -> _Saved:
-        offered = self._by_storage.get(StorageWeakRef(tensor.untyped_storage()).cdata)
+        storage = StorageWeakRef(tensor.untyped_storage())
+        offered = self._by_storage.get(storage.cdata)
         if offered is None or not offered.covers(tensor):
+            self._kept[storage.cdata] = storage
             return _Kept(tensor.detach())
         return _Rebuilt(offered, _Layout.of(tensor))
 
+    def will_be_there(self, tensor: Tensor) -> bool:
+        """Whether the backward pass has this tensor anyway: rebuilt, or kept for something that was computed before."""
+        address = StorageWeakRef(tensor.untyped_storage()).cdata
+        offered = self._by_storage.get(address)
+        return address in self._kept if offered is None else offered.covers(tensor)
+
     def drop_freed(self) -> None:
         """Forget what can no longer be saved, and the inputs that it was offered with."""
-        freed = [address for address, offered in self._by_storage.items() if offered.storage.expired()]
-        for address in freed:
-            del self._by_storage[address]
+        self._by_storage = {key: each for key, each in self._by_storage.items() if not each.storage.expired()}
+        self._kept = {key: each for key, each in self._kept.items() if not each.expired()}
 
 
 class _Slot:
@@ -194,6 +204,11 @@ class Recompute:
     def offer(self, kind: str) -> Offer:
         """What a module calls with outputs of its kind: "norm" or "mla_up_proj"."""
         return self._add if getattr(self._config, kind) else _decline
+
+    def offer_form(self, rebuild: Rebuild, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        """What an engine calls with what it keeps of an input; declined if the input would be kept for that alone."""
+        if self._offers is not None and all(map(self._offers.will_be_there, inputs)):
+            self._offers.add(rebuild, outputs, inputs)
 
     def node(self, name: str) -> Callable[[Piece], Piece]:
         """What a block passes the pieces of a node through (see `recompute_config.NODES`)."""

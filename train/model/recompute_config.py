@@ -15,7 +15,8 @@ class RecomputeConfig:
     SwiGLU's activation always is computed again: its backward needs it anyway.
 
     Attributes:
-        norm: rebuild the outputs of all RMSNorms in the backward pass instead of keeping them.
+        norm: rebuild the outputs of all RMSNorms in the backward pass instead of keeping them. With this or the next
+            choice, codes in FP8 of an input that is rebuilt, or kept by others, are made again as well.
         mla_up_proj: rebuild queries, keys and values of all heads from the latents; needs `model.attention=mla`.
             Queries are rebuilt from the hidden state where `model.q_lora_rank` is None.
         nodes: whole nodes that keep only their inputs and run again in the backward pass: `attention`, `experts`,

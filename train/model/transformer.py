@@ -118,7 +118,8 @@ class Transformer(nn.Module):
         assert tokens is not None
         tape.layer("head")
         x = tape.compute(self.norm, x, node="norm")
-        main = tape.compute(partial(self.predict, labels=self.packing.labels(tokens, 0)), x, node="loss")
+        predict = partial(self.predict, labels=self.packing.labels(tokens, 0), factor=terms.main)
+        main = tape.compute(predict, x, node="loss")
         tape.loss(main, terms.main)
         findings.add({"train/loss": main})
         yield from self.predict_further(x, tokens, terms, tape, findings, places)
@@ -172,9 +173,12 @@ class Transformer(nn.Module):
         findings.add(stats.metrics())
         findings.load[number] += stats.load
 
-    def predict(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy of the head in nats, summed: hidden [B, N, hidden] (normed), labels [B, N]."""
-        return cross_entropy_sum(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), self.backend)
+    def predict(self, hidden: Tensor, labels: Tensor, factor: float) -> Tensor:
+        """Cross-entropy of the head in nats, summed: hidden [B, N, hidden] (normed), labels [B, N].
+
+        factor: of this sum in the loss (see `cross_entropy_sum`).
+        """
+        return cross_entropy_sum(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), factor, self.backend)
 
     def predict_further(
         self,
@@ -197,7 +201,8 @@ class Transformer(nn.Module):
             x, stats = yield from module.layer.steps(joined, self.packing.first(places, joined.shape[1]), tape)
             self._account(self.config.num_moe_layers + k - 1, stats, terms, tape, findings)
             hidden = tape.compute(module.norm, x, node="norm")
-            loss = tape.compute(partial(self.predict, labels=self.packing.labels(tokens, k)), hidden, node="loss")
+            predict = partial(self.predict, labels=self.packing.labels(tokens, k), factor=terms.mtp)
+            loss = tape.compute(predict, hidden, node="loss")
             tape.loss(loss, terms.mtp)
             findings.add({"train/mtp_loss": loss})
 

@@ -7,7 +7,7 @@ docs/precision.md shows the room in a picture.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -16,7 +16,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from train.precision.coded import parts_of
 from train.precision.grads import Sink, main_grad
+
+# (rebuild, outputs, inputs): `outputs` were computed as `rebuild(*inputs)`, and can be again. Whoever is told may have
+# them made again in the backward pass instead of keeping them (`train.model.recompute` states the same).
+Offer = Callable[[Callable[..., tuple[Tensor, ...]], Sequence[Tensor], Sequence[Tensor]], None]
+
+
+def keep_all(rebuild: Callable[..., tuple[Tensor, ...]], outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    """The offer that nobody takes."""
 
 
 class Engine(Protocol):
@@ -25,8 +34,11 @@ class Engine(Protocol):
     Gradients of weights leave for the sink as work that adds to `main_grad`.
     """
 
-    def project(self, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
-        """x [..., k] times each weight [n, k], transposed: [..., n] each. x is quantised and kept at most once."""
+    def project(self, x: Tensor, sink: Sink, *weights: Tensor, offer: Offer = keep_all) -> tuple[Tensor, ...]:
+        """x [..., k] times each weight [n, k], transposed: [..., n] each. x is quantised and kept at most once.
+
+        offer: told of what is kept of x where that is another tensor.
+        """
         ...
 
     def mlp(self, mlp: Mlp, x: Tensor, row_weights: Tensor | None) -> Tensor:
@@ -86,6 +98,7 @@ class Mlp:
         gate_up, down: weights [2f, d] and [d, f], or stacked [E, 2f, d] and [E, d, f] for engines that are grouped.
         up_engine, down_engine: who multiplies by either; both of one class.
         sink: takes the gradients of both weights.
+        offer: as `Engine.project` takes it.
     """
 
     gate_up: Tensor
@@ -94,6 +107,7 @@ class Mlp:
     down_engine: Engine
     activation: Activation
     sink: Sink
+    offer: Offer = keep_all
 
     def __call__(self, x: Tensor, row_weights: Tensor | None = None) -> Tensor:
         """x [R, d], row_weights [R] or None -> [R, d]."""
@@ -163,13 +177,13 @@ class Products(ABC):
         """`Engine.codec`: rows travel as themselves."""
         return None
 
-    def project(self, x: Tensor, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor, sink: Sink, *weights: Tensor, offer: Offer = keep_all) -> tuple[Tensor, ...]:
         """`Engine.project`, by these products."""
-        return _ProjectNode.apply(x, self, sink, *weights)
+        return _ProjectNode.apply(x, self, sink, _asked(offer), *weights)
 
     def mlp(self, mlp: Mlp, x: Tensor, row_weights: Tensor | None) -> Tensor:
         """`Engine.mlp`, by these products and those of its second map."""
-        return _MlpNode.apply(mlp, x, row_weights, mlp.gate_up, mlp.down)
+        return _MlpNode.apply(mlp, x, row_weights, _asked(mlp.offer), mlp.gate_up, mlp.down)
 
 
 def products_of(engine: Engine) -> Products:
@@ -185,6 +199,20 @@ def spans(splits: list[int]) -> list[tuple[int, slice]]:
     return [(e, slice(end - n, end)) for e, (n, end) in enumerate(zip(splits, ends, strict=True)) if n]
 
 
+def _asked(offer: Offer) -> Offer:
+    """An offer for what autograd keeps; to be asked for where it is known whether it keeps anything."""
+    return offer if torch.is_grad_enabled() else keep_all
+
+
+def _enter(products: Products, x: Tensor, offer: Offer) -> tuple[Any, tuple[Tensor, ...]]:
+    """`Products.enter`, and whoever asks is told how to make again what is kept of x."""
+    operand, kept = products.enter(x)
+    # Rows that lie in memory as they were quantised are kept as they are.
+    if parts_of(x) is None and not any(each is x for each in kept):
+        offer(lambda x: products.enter(x)[1], kept, (x,))
+    return operand, kept
+
+
 def _weight_gradient(products: Products, weight: Tensor, dy: Any, kept: tuple[Tensor, ...]) -> None:
     """Add a weight's gradient to its `main_grad`: dy as `wgrad_` takes it, and what was kept of x."""
     products.wgrad_(main_grad(weight), dy, products.restore(kept))
@@ -194,9 +222,11 @@ class _ProjectNode(torch.autograd.Function):
     """One input times several weights."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, products: Products, sink: Sink, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, products: Products, sink: Sink, offer: Offer, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
         rows = x.reshape(-1, x.shape[-1])
-        operand, kept = products.enter(rows)
+        operand, kept = _enter(products, rows, offer)
         ctx.save_for_backward(*kept)
         # Parameters themselves: what comes back from saved tensors need not be the object that has the `main_grad`.
         ctx.weights, ctx.products, ctx.sink, ctx.shape = weights, products, sink, x.shape
@@ -215,16 +245,18 @@ class _ProjectNode(torch.autograd.Function):
             main_grad(weight)  # missing, it is missed here and not when the sink gets to it
             ctx.sink(partial(_weight_gradient, ctx.products, weight, waiting, kept))
         assert dx is not None
-        return dx[: ctx.shape[:-1].numel()].view(ctx.shape), None, None, *(None for _ in ctx.weights)
+        return dx[: ctx.shape[:-1].numel()].view(ctx.shape), None, None, None, *(None for _ in ctx.weights)
 
 
 class _MlpNode(torch.autograd.Function):
     """Two maps and what is between them; the weights are inputs, so that they alone make autograd record it."""
 
     @staticmethod
-    def forward(ctx: Any, mlp: Mlp, x: Tensor, row_weights: Tensor | None, gate_up: Tensor, down: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, mlp: Mlp, x: Tensor, row_weights: Tensor | None, offer: Offer, gate_up: Tensor, down: Tensor
+    ) -> Tensor:
         first, second = products_of(mlp.up_engine), products_of(mlp.down_engine)
-        operand, kept_x = first.enter(x)
+        operand, kept_x = _enter(first, x, offer)
         h = first.fprop(operand, gate_up)
         del operand
         operand, kept_h = second.activate(mlp.activation, h, row_weights)
@@ -247,4 +279,4 @@ class _MlpNode(torch.autograd.Function):
         dx = first.dgrad(dh, mlp.gate_up)
         mlp.sink(partial(second.wgrad_, main_grad(mlp.down), waiting_dy, a))
         mlp.sink(partial(_weight_gradient, first, mlp.gate_up, waiting_dh, kept_x))
-        return None, dx[: ctx.num_rows], d_row_weights, None, None
+        return None, dx[: ctx.num_rows], d_row_weights, None, None, None

@@ -42,7 +42,8 @@ class TorchEngine(Products):
         if dy.dtype == accumulator.dtype:
             accumulator.addmm_(dy.t(), x)
         elif self._cuda:
-            accumulator.add_(torch.mm(dy.t(), x, out_dtype=accumulator.dtype))
+            # In place: the head's product alone would be a temporary of gigabytes.
+            torch.addmm(accumulator, dy.t(), x, out_dtype=accumulator.dtype, out=accumulator)
         else:
             accumulator.addmm_(dy.t().to(accumulator.dtype), x.to(accumulator.dtype))
 
