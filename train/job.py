@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.collectives import all_gather
 from parallel.expert.dispatch import Dispatch
 from parallel.host import Host
 from parallel.pipeline.events import Timeline, write_trace
@@ -24,7 +22,7 @@ from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule
 from parallel.process import Groups
 from parallel.shards import ParamInfo, stacked_experts
-from parallel.watch import Need, Watch
+from parallel.watch import Watch
 from parallel.zero.optimizer import StepResult, ZeroOptimizer
 from train.checkpoint.saver import Checkpoints
 from train.config import RunConfig
@@ -43,6 +41,8 @@ from train.track.vector import Metrics, Rows
 EMBEDDING = "embed_tokens.weight"
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -188,27 +188,30 @@ class Job:
 
     def gather(self, numbers: Tensor) -> Tensor:
         """numbers [n] of every rank, in rank order: [ranks, n]."""
-        need = Need("numbers", "numbers from {peers}", self.groups.world)
-        return self.watch.launch(need, lambda: all_gather(numbers.reshape(1, -1), self.groups.world)).wait()
+        return self.groups.world.all_gather(numbers, self.watch, "numbers", "numbers from {peers}")
 
     def sum_counts(self, counts: Tensor) -> Tensor:
         """Integers summed over all ranks, exact in any order."""
-        need = Need("numbers", "counts from {peers}", self.groups.world)
-        self.watch.wait(need, lambda: dist.all_reduce(counts, group=self.groups.world))
-        return counts
+        return self.groups.world.sum(counts, self.watch, "numbers", "counts from {peers}")
 
     def any_rank(self, says_so: bool) -> bool:
         """Whether any rank says so; all call it together."""
         count = self.sum_counts(self.host.put(torch.tensor([int(says_so)])))
         return bool(self.host.read("stop", count)[0][0])
 
-    def gather_objects(self, thing: Any) -> list[Any]:
-        """One small object of every rank, in rank order. Not for the hot path."""
+    def to_first(self, thing: Any) -> list[Any]:
+        """On rank 0 one small object of every rank, in rank order; elsewhere nothing. Not for the hot path."""
         self.checkpoints.settle()
-        everyone = [thing] * self.groups.mesh.world_size
-        need = Need("numbers", "words from {peers}", self.groups.checkpoint)
-        self.watch.wait(need, lambda: dist.all_gather_object(everyone, thing, group=self.groups.checkpoint))
-        return everyone
+        return self.groups.checkpoint.to_first(thing, self.watch)
+
+    def from_first(self, thing: T) -> T:
+        """Rank 0's small object, on all ranks."""
+        self.checkpoints.settle()
+        return self.groups.checkpoint.from_first(thing, self.watch)
+
+    def gather_objects(self, thing: T) -> list[T]:
+        """One small object of every rank, in rank order, on all ranks: for the end of a run."""
+        return self.from_first(self.to_first(thing))
 
     def meet(self) -> None:
         """Call where all ranks have just left an exchange: clocks of different machines are compared from here on."""
@@ -239,7 +242,7 @@ class Job:
 
     def write_timeline(self, num_micro_batches: int) -> None:
         """Gather the events of the step just finished, of which each rank had so many, into one file of rank 0's."""
-        everyone = self.gather_objects(self.recorder.events)
+        everyone = self.to_first(self.recorder.events)
         if self.is_main:
             dp = self.config.parallel.dp
             first_s = min(event.start_s for events in everyone for event in events)

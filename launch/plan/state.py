@@ -19,6 +19,7 @@ from launch.plan.events import Event
 from launch.plan.record import Recorder, events_of
 from launch.plan.routing import RoutedHost
 from launch.plan.world import fake_world, placement_of
+from parallel.everyone import Everyone
 from parallel.mesh import Mesh
 from parallel.pipeline.segments import Name
 from parallel.shards import FlatLayout, ParamInfo, segments
@@ -178,7 +179,8 @@ def _groups(config: RunConfig, num_replicas: Mapping[str, int]) -> ReplicaGroups
     made = {kind: dist.new_group(range(size), group_desc=kind) for kind, size in num_replicas.items()}
     if not config.shared_ends:
         made["embedding"] = made["dense"]
-    return ReplicaGroups(**made, world=dist.new_group(range(config.parallel.world_size), group_desc="world"))
+    world = dist.new_group(range(config.parallel.world_size), group_desc="world")
+    return ReplicaGroups(**made, world=Everyone.of(world))
 
 
 def _models(config: RunConfig, mesh: Mesh) -> list[Transformer]:

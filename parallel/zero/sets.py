@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.everyone import Everyone
 from parallel.shards import FlatLayout, ParamInfo, segments
 from parallel.zero.inner import InnerOptimizer
 
@@ -21,13 +22,13 @@ class ReplicaGroups:
         dense: ranks that hold the same dense parameters.
         expert: ranks that hold the same experts.
         embedding: ranks that hold the embedding; unused where this rank does not.
-        world: all ranks, which together hold every parameter's every shard once.
+        world: all ranks, which together hold every parameter's every shard once; as it stands, this rank alone.
     """
 
     dense: dist.ProcessGroup | None = None
     expert: dist.ProcessGroup | None = None
     embedding: dist.ProcessGroup | None = None
-    world: dist.ProcessGroup | None = None
+    world: Everyone = field(default_factory=Everyone)
 
     def of(self, replicas: str) -> dist.ProcessGroup | None:
         """The group of `ParamInfo.replicas`."""
