@@ -20,13 +20,14 @@ from launch.plan.replay import Passes, passes_of
 from launch.plan.state import StateBytes, state_bytes, update_events
 from launch.plan.step import ActionCosts, PipelineStep, layers_of_parts, run_schedule
 from launch.plan.world import MakeRouting, as_drawn, balanced
-from parallel.mesh import ParallelConfig
+from parallel.mesh import Mesh
 from parallel.pipeline.actions import Action, Chunk, Pair
 from parallel.pipeline.links import NUM_POSTED
 from parallel.pipeline.order import Channel, Message, messages
 from parallel.pipeline.rounds import Round, rounds
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import simulate
+from parallel.process import held_groups
 from train import environment
 from train.assemble import DTYPES
 from train.config import RunConfig
@@ -143,7 +144,7 @@ class Plan:
         """Context, communicators, and fragmentation of what is held."""
         figures = self.cluster.memory
         links = link_groups(sum(rank in channel[:2] for channel in self._sent), self.device)
-        fixed = figures.context_gb + (links + num_groups(self.config.parallel)) * figures.communicator_gb
+        fixed = figures.context_gb + (links + num_groups(self.config, self.device, rank)) * figures.communicator_gb
         return int(fixed * 1e9 + held * figures.fragmentation_share / (1 - figures.fragmentation_share))
 
     def _kinds(self, stage: int) -> tuple[str, ...]:
@@ -329,10 +330,10 @@ def link_groups(num_links: int, device: str) -> int:
     return min(num_links, 1) if device == "cuda" else num_links
 
 
-def num_groups(mesh: ParallelConfig) -> int:
-    """Communicators of a rank beside its links: those of more than one rank."""
-    sizes = (mesh.world_size, mesh.dp, mesh.dp // mesh.ep, mesh.ep, mesh.ep // mesh.nodes_per_ep_group)
-    return sum(size > 1 for size in (*sizes, mesh.nodes_per_ep_group))
+def num_groups(config: RunConfig, device: str, pp_rank: int = 0) -> int:
+    """Communicators of a rank beside its links; the ranks at a pipeline's ends have the most."""
+    mesh = Mesh(config.parallel, pp_rank * config.parallel.dp, config.mirrored, config.shared_ends)
+    return sum(map(len, held_groups(mesh, "nccl" if device == "cuda" else "gloo").values()))
 
 
 def threads_of(config: RunConfig) -> int:
