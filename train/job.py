@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from parallel.watch import Watch
 from parallel.zero.optimizer import StepResult, ZeroOptimizer
 from train.checkpoint.saver import Checkpoints
 from train.config import RunConfig
+from train.data.rows.ahead import Ahead
 from train.data.rows.blend import Stream
 from train.data.rows.valid import Validation
 from train.files import in_words
@@ -61,6 +62,7 @@ class Job:
     optimizer: ZeroOptimizer
     ema: Ema | None
     train_rows: Stream
+    ahead: Ahead  # through which a step's rows are read
     validation: Validation
     prompts: Prompts | None
     patience: Patience
@@ -112,9 +114,12 @@ class Job:
     def forward_backward(self, tokens: Callable[[int], Tensor], terms: LossTerms, num_micro_batches: int) -> None:
         """All of a step's micro-batches through the pipeline; gradients add up in `main_grad`, findings in the stages.
 
+        Gradients of slices that are done with are being summed over their replicas when this returns.
+
         tokens: micro-batch (0 to num_micro_batches - 1) to its rows [B, S + 1].
         """
-        self._run(self.config.schedule(num_micro_batches), tokens, terms, self.config.train.micro_batch_size)
+        schedule, num_sequences = self.config.schedule(num_micro_batches), self.config.train.micro_batch_size
+        self._run(schedule, tokens, terms, num_sequences, self.optimizer.complete)
 
     def forward_backward_alone(self, rows: Tensor, terms: LossTerms) -> None:
         """One micro-batch by itself, stage after stage and back."""
@@ -150,10 +155,18 @@ class Job:
         self.dispatch.take_internode_bytes()
         self.dispatch.take_node_visits()
 
-    def _run(self, schedule: Schedule, tokens: Callable[[int], Tensor], terms: LossTerms, num_sequences: int) -> None:
+    def _run(
+        self,
+        schedule: Schedule,
+        tokens: Callable[[int], Tensor],
+        terms: LossTerms,
+        num_sequences: int,
+        complete: Callable[[int], None] | None = None,
+    ) -> None:
         for stage in self.stages.values():
             stage.begin(tokens, terms)
-        self.runtime.run(schedule, (num_sequences, self.config.train.seq_len, self.config.model.hidden_size))
+        shape = (num_sequences, self.config.train.seq_len, self.config.model.hidden_size)
+        self.runtime.run(schedule, shape, complete)
 
     def update(self, lr: float) -> StepResult:
         """One optimizer step; the moving average takes in its weights beside what comes next."""
@@ -176,6 +189,11 @@ class Job:
         share = plan.num_sequences // mesh.config.dp
         first = plan.first_sequence + mesh.dp_rank * share
         return ((position, count) for position in range(first, first + share, count))
+
+    def read_ahead(self, plan: StepPlan) -> None:
+        """Begin to read what this rank needs of a step, if anything, in the background."""
+        if any(model.reads_tokens for model in self.models):
+            self.ahead.want(list(self.micro_batches(plan)))
 
     def num_targets(self, plan: StepPlan) -> int:
         """Predicted tokens of a step over all ranks, known to each of them before it."""
@@ -261,17 +279,26 @@ class Job:
                     path.unlink(missing_ok=True)
 
 
-def held(models: Iterable[Transformer]) -> list[tuple[ParamInfo, nn.Parameter]]:
-    """Every parameter of this rank once, with its place in the global tensor of its name."""
+def held(
+    models: Iterable[Transformer], positions: Sequence[int] = (), num_slices: int = 1
+) -> list[tuple[ParamInfo, nn.Parameter]]:
+    """Every parameter of this rank once, with its place in the global tensor of its name.
+
+    positions: which slices of the model these are, of `num_slices`; without them nothing is said of it.
+    """
     found: dict[str, tuple[ParamInfo, nn.Parameter]] = {}
-    for model in models:
+    for number, model in enumerate(models):
         for name, param in model.named_parameters():
             shape = tuple(param.shape)
+            slices = tuple(positions[number : number + 1])
             if model.is_expert(name):
                 info = stacked_experts(name, shape, model.config.n_routed_experts, model.first_expert)
             else:
                 info = ParamInfo(name, shape, replicas="embedding" if name == EMBEDDING else "dense")
-            info = replace(info, matrix=model.matrix_shape(name))
+            if slices and name == EMBEDDING:
+                # Prediction depths use it in the last slice, on whatever rank, and one sum joins all replicas.
+                slices = (0, num_slices - 1) if model.config.num_nextn_predict_layers and num_slices > 1 else (0,)
+            info = replace(info, matrix=model.matrix_shape(name), slices=slices)
             # Slices that share the embedding hold the same tensor.
             found.setdefault(name, (info, param))
     return list(found.values())

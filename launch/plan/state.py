@@ -162,7 +162,9 @@ class _Shell:
         num_replicas = {kind: _group_size(mesh, group) for kind, group in kinds.items()}
         wide = wide_dtype(DTYPES[config.precision.name]).itemsize
         buffers = sum(buffer.numel() for model in models for buffer in model.buffers()) * wide
-        return _Shell(config, held(models), num_replicas, buffers)
+        placement = config.placement
+        positions = [placement.position(stage) for stage in placement.stages_on(pp_rank)]
+        return _Shell(config, held(models, positions, placement.num_slices), num_replicas, buffers)
 
     def sets(self) -> list[tuple[ParamSet, FlatLayout]]:
         """What is reduced and updated together, and how it lies in its buffer."""

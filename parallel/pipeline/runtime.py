@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from parallel.collectives import Steps, drive
 from parallel.pipeline.actions import Action, Chunk, Pair
+from parallel.pipeline.completion import completions
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.segments import interleave
 
@@ -38,6 +39,8 @@ class Ends(Protocol):
 
     def turn_to(self, at: int) -> None: ...
 
+    def reach(self, at: int, moment: float) -> None: ...
+
     def take(self, part: Chunk) -> Any: ...
 
     def send(self, part: Chunk, tensor: Any) -> None: ...
@@ -56,17 +59,40 @@ class Listener(Protocol):
 class Runtime:
     """One rank of a pipeline: its stages by number, and its links to the neighbours."""
 
-    def __init__(self, rank: int, stages: Mapping[int, StageWork], links: Ends, recorder: Listener) -> None:
-        self._rank, self._stages, self._links, self._recorder = rank, stages, links, recorder
+    def __init__(
+        self,
+        rank: int,
+        stages: Mapping[int, StageWork],
+        links: Ends,
+        recorder: Listener,
+        fence: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        """fence: called with a stage before each of its forwards: its weights are whole from there on."""
+        self._rank, self._stages, self._links, self._recorder, self._fence = rank, stages, links, recorder, fence
 
-    def run(self, schedule: Schedule, shape: tuple[int, ...]) -> None:
-        """Do this rank's list from its first action to its last; stages hand on tensors of `shape`."""
+    def run(self, schedule: Schedule, shape: tuple[int, ...], complete: Callable[[int], object] | None = None) -> None:
+        """Do this rank's list from its first action to its last; stages hand on tensors of `shape`.
+
+        complete: called with the position of each slice of the model once no rank has any more of its gradients to
+        add, as `completions` says.
+        """
+        actions = schedule.ranks[self._rank]
+        done = completions(schedule)[self._rank] if complete else {}
+
+        def tell(at: int) -> None:
+            for moment, position in done.get(at, ()):
+                assert complete is not None
+                self._links.reach(at, moment)
+                complete(position)
+
         self._links.open(schedule, shape)
-        for at, action in enumerate(schedule.ranks[self._rank]):
+        for at, action in enumerate(actions):
+            tell(at)
             self._recorder.begin(action)
             self._links.turn_to(at)
             self._do(action)
             self._recorder.end()
+        tell(len(actions))
         self._links.close()
 
     def _do(self, action: Action) -> None:
@@ -84,6 +110,7 @@ class Runtime:
 
     def _forward(self, chunk: Chunk) -> Steps[None]:
         x = self._links.take(chunk)
+        self._fence(chunk.stage)
         self._recorder.started()
         y = yield from self._stages[chunk.stage].forward(chunk.micro_batch, x)
         self._links.send(chunk, y)

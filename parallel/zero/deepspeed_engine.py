@@ -73,6 +73,12 @@ class DeepSpeedEngine:
         """Masters to weights, and every replica's shard to all of them."""
         self._zero.update_lp_params()
 
+    def arrive(self, index: int) -> None:
+        """DeepSpeed has gathered all weights when `update` returns."""
+
+    def settle(self) -> None:
+        """As `arrive`, for all sets."""
+
 
 def _start(device_type: str) -> ModuleType:
     """Import DeepSpeed, quietly and with its compiled ops switched off, and point it at torch.distributed."""

@@ -2,10 +2,13 @@
 
 Works in every precision. Masters of bf16 weights are fp32 copies of the shard. Weights that are fp32 or fp64 already
 are their own masters: the optimizer steps on the shard of the flat weights itself, and nothing is held twice.
+
+New weights are on their way while what needs none of them goes on: `arrive` stands before the first use of a set's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 from parallel.collectives import all_gather
 from parallel.shards import FlatLayout, lay_out, lay_out_whole
-from parallel.watch import Need, Watch
+from parallel.watch import Need, Watch, Watched
 from parallel.zero.sets import ParamSet, matrices, views
 
 # Elements. Operands that start on a cache line (and on the 16 bytes that GPU matrix kernels ask for) in bf16 too.
@@ -43,6 +46,7 @@ class NativeEngine:
         inners = {each.inner.name: each.inner for each in sets}
         self._by_inner = {name: inner.make(self._param_groups(name)) for name, inner in inners.items()}
         self.optimizers = list(self._by_inner.values())
+        self._coming: dict[int, Watched[Tensor]] = {}
 
     def _param_groups(self, inner: str) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = []
@@ -59,30 +63,42 @@ class NativeEngine:
 
     @torch.no_grad()
     def update(self, grads: list[Tensor]) -> None:
-        """Step on the reduced gradient shards, then publish the new weights to all replicas."""
+        """Step on the reduced gradient shards, then send the new weights to all replicas on their way."""
+        self.settle()
         for master, grad in zip(self.masters, grads, strict=True):
             master.grad = grad
         for optimizer in self.optimizers:
             optimizer.step()
         for master in self.masters:
             master.grad = None
-        self.publish()
+        self._publish([index for index, each in enumerate(self._sets) if not each.frozen])
 
-    @torch.no_grad()
     def publish(self) -> None:
         """Masters to weights, and every replica's shard to all of them."""
-        pending = []
-        for each, layout, shard, master, flat in zip(
-            self._sets, self.layouts, self._shards, self.masters, self._weights, strict=True
-        ):
+        self.settle()
+        self._publish(range(len(self._sets)))
+        self.settle()
+
+    def arrive(self, index: int) -> None:
+        """The weights of set number `index` are whole from here on. Nothing may use them before."""
+        if index in self._coming:
+            self._coming.pop(index).wait()
+
+    def settle(self) -> None:
+        """All weights are whole from here on."""
+        for index in list(self._coming):
+            self.arrive(index)
+
+    @torch.no_grad()
+    def _publish(self, numbers: Iterable[int]) -> None:
+        for index in numbers:
+            each, shard, master = self._sets[index], self._shards[index], self.masters[index]
             if shard.dtype != master.dtype:
                 shard.copy_(master)
             if each.group is not None and each.num_shards > 1:
                 weights = Need("optimizer", "the weights from {peers}", each.group)
-                gather = partial(all_gather, shard, each.group, flat, layout.shard_numels)
-                pending.append(self._watch.launch(weights, gather))
-        for handle in pending:
-            handle.wait()
+                whole, numels = self._weights[index], self.layouts[index].shard_numels
+                self._coming[index] = self._watch.launch(weights, partial(all_gather, shard, each.group, whole, numels))
 
 
 def layout_of(each: ParamSet, num_shards: int) -> FlatLayout:
