@@ -113,8 +113,8 @@ def start(
         host=host,
         **made,
         embedding=embedding,
-        world=Everyone.make(rank, world_size, _width(chosen, world_size), _maker("world", chosen, timeout)),
-        checkpoint=Everyone.make(rank, world_size, WIDTH, _maker("checkpoint", saves, apart)),
+        world=everyone(rank, world_size, "world", chosen, timeout),
+        checkpoint=everyone(rank, world_size, "checkpoint", saves, apart),
         started_default=not in_job,
         kernels=kernels,
         timeout=timeout,
@@ -161,6 +161,13 @@ def _join(backend: str, rank: int, world_size: int, timeout: datetime.timedelta)
         raise ValueError(f"WORLD_SIZE={world_size} is set but MASTER_ADDR is not: start the ranks with torchrun")
 
 
+def everyone(
+    rank: int, world_size: int, kind: str, backend: str, timeout: datetime.timedelta | None = None
+) -> Everyone:
+    """This rank's place among all of a job, over groups that are made for it; all ranks call it together."""
+    return Everyone.make(rank, world_size, _width(backend, world_size), _maker(kind, backend, timeout))
+
+
 def held_groups(mesh: Mesh, backend: str) -> dict[str, list[int]]:
     """Sizes of the groups of more than one rank that a rank connects to others in, by kind; without its links.
 
@@ -203,7 +210,7 @@ def _unconnected() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _maker(kind: str, backend: str, timeout: datetime.timedelta) -> Callable[[Sequence[int]], Any]:
+def _maker(kind: str, backend: str, timeout: datetime.timedelta | None) -> Callable[[Sequence[int]], Any]:
     """Makes groups of a kind."""
     options: dict[str, Any] = {"timeout": timeout, "backend": backend, "group_desc": kind}
     if backend == "nccl" and kind in URGENT:

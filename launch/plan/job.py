@@ -12,12 +12,13 @@ from launch.plan import memory
 from launch.plan.clock import Clock, Host, Totals
 from launch.plan.cluster import Cluster
 from launch.plan.events import Event, Launch
+from launch.plan.hidden import Room, exposed, rooms
 from launch.plan.kernels import AS_WRITTEN, Rates
 from launch.plan.layers import Kept, Layers, layers_of
 from launch.plan.outcome import RankMemory, StepTime
 from launch.plan.price import Pricing, priced
 from launch.plan.replay import Passes, passes_of
-from launch.plan.state import StateBytes, state_bytes, update_events
+from launch.plan.state import StateBytes, exchanged_sets, state_bytes, update_events
 from launch.plan.step import ActionCosts, PipelineStep, layers_of_parts, run_schedule
 from launch.plan.world import MakeRouting, as_drawn, balanced
 from parallel.mesh import Mesh
@@ -218,7 +219,8 @@ class Plan:
         for action in pair:
             totals.add(costs.cost(action).totals)
         rest_s = self.cluster.host.step_us * 1e-6 * (kernels == AS_WRITTEN) * self._slowdown(1.0).get("calls", 1.0)
-        return StepTime(kernels, costs, pipeline, self._updating(kernels), rest_s, ranks_s, pair, totals)
+        updates = self._updating(kernels, rooms(pipeline.simulation))
+        return StepTime(kernels, costs, pipeline, updates, rest_s, ranks_s, pair, totals)
 
     def host(self, kernels: str) -> Host:
         """Our own code's host. Fused kernels are few enough for any host to keep ahead. Where the host is the device,
@@ -235,8 +237,8 @@ class Plan:
         launch = Launch(0, "send", "link", 2, self.boundary_bytes, 0)
         return dict(self.pricing(kernels, False).events([launch])).popitem()[1]
 
-    def _updating(self, kernels: str) -> tuple[Totals, ...]:
-        """Each rank's update, with what it quantises anew."""
+    def _updating(self, kernels: str, beside: Sequence[Room]) -> tuple[Totals, ...]:
+        """Each rank's update, with what it quantises anew, and without what hides beside the pipeline."""
         found = []
         for rank in range(self.config.parallel.pp):
             clock = Clock(self.host(kernels))
@@ -246,7 +248,8 @@ class Plan:
             # Gradients are zeroed, and those of the shard read; masters and moments read and written, weights written.
             num_bytes = state.main_grad + 3 * state.masters + 2 * state.moments + state.weights
             num_bytes += self._quantised_bytes(rank)
-            for event, seconds in self.pricing(kernels, False).update([*self._updates[rank], *again], num_bytes):
+            events = self.pricing(kernels, False).update([*self._updates[rank], *again], num_bytes)
+            for event, seconds in exposed(events, exchanged_sets(self.config, rank), beside[rank]):
                 clock.see(event, seconds, 0)
             found.append(clock.totals)
         return tuple(found)

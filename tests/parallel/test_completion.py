@@ -21,9 +21,9 @@ def holders(schedule: Schedule, position: int) -> list[int]:
     return sorted({placement.rank_of[route[position]] for route in placement.routes})
 
 
-def with_sums(schedule: Schedule, early: bool) -> list[list[Call]]:
+def with_sums(schedule: Schedule) -> list[list[Call]]:
     """The calls of pipelines side by side, whose ranks sum each slice's gradients with all others that have it, and
-    exchange rows of experts inside every F and B. early: a sum comes before the rounds of its moment (a fault)."""
+    exchange rows of experts inside every F and B."""
     lists, told, calls = rounds(schedule), completions(schedule), []
     for column, rank in product(COLUMNS, range(len(schedule.ranks))):
         placed: list[tuple[Any, Call]] = [((r.place, r.moment, 0, 0), call_of(r, column)) for r in lists[rank]]
@@ -36,8 +36,7 @@ def with_sums(schedule: Schedule, early: bool) -> list[list[Call]]:
                 if rank in (those := holders(schedule, position)):
                     mine, all_of_it = ("sum", position, rank, column), list(product(those, COLUMNS))
                     met = {("sum", position, *each) for each in all_of_it}
-                    key = (2 * at - 0.25 * early, moment, 1, position)
-                    placed.append((key, ({mine}, met)))
+                    placed.append(((2 * at, moment, 1, position), ({mine}, met)))
         calls.append([call for _, call in sorted(placed, key=lambda entry: entry[0])])
     return calls
 
@@ -60,7 +59,7 @@ def check(schedule: Schedule) -> int:
             [p for _, found in sorted(told[rank].items()) for _, p in found if p in shared] for rank in (one, other)
         ]
         assert orders[0] == orders[1]
-    assert stuck(with_sums(schedule, early=False)) == []
+    assert stuck(with_sums(schedule)) == []
     return num_early
 
 
