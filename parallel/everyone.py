@@ -30,9 +30,10 @@ WIDTH = 16
 
 
 def tree(world_size: int, width: int = WIDTH) -> list[list[tuple[int, ...]]]:
-    """The groups of each level, from neighbours upwards, each led by its first rank. No level for a single rank."""
-    levels, members = [], range(world_size)
-    while len(members) > 1:
+    """The groups of each level, from neighbours upwards, each led by its first rank; a single rank is a group."""
+    levels: list[list[tuple[int, ...]]] = []
+    members = range(world_size)
+    while len(members) > 1 or not levels:
         levels.append([tuple(members[first : first + width]) for first in range(0, len(members), width)])
         members = members[::width]
     return levels

@@ -21,7 +21,7 @@ from tests.spawn import Ranks
 # checkpoint between steps.
 SETTINGS = [
     *("parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "parallel.dispatch=flat", "pipeline.schedule=dualpipe"),
-    *("precision=fp64", "train.max_steps=3", "train.global_batch_size=16", "train.freeze=[layers.1.]"),
+    *("precision=fp64", "train.max_steps=3", "train.global_batch_size=16", "train.freeze=[layers.1.*]"),
     *("evaluate.interval=1", "checkpoint.interval=2", "optimizer.ema_decay=0.5"),
 ]
 
@@ -38,7 +38,7 @@ class At:
 
 @contextmanager
 def late(fault: str = "") -> Iterator[None]:
-    """Sums read their gradients as they are when they are waited for; new weights come then, and are nonsense before."""
+    """Sums read their gradients when they are waited for; new weights come then, and are nonsense before."""
     from parallel.zero import native, optimizer
 
     gather, scatter = native.all_gather, optimizer.reduce_scatter

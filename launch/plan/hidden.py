@@ -84,12 +84,13 @@ def _sums(found: _Found, sets: Sequence[tuple[int, ...]], room: Room) -> dict[in
 
 
 def _gathers(found: _Found, sets: Sequence[tuple[int, ...]], room: Room) -> dict[int, float]:
-    """What each gather keeps the next step waiting, beyond those before it."""
+    """How long the next step stands still: until the gather is over that is the latest for those who need it. That one
+    has all of it, as it may not seem to run beside another one's share."""
     free_s: dict[str, float] = defaultdict(float)
-    left, waited_s = {}, 0.0
+    left, most_s, latest = {number: 0.0 for number, _, _ in found}, 0.0, -1
     for each, (number, group, seconds) in zip(sets, found, strict=True):
         free_s[group] += seconds
-        needed_s = min((room.needed_s.get(position, 0.0) for position in each), default=0.0)
-        left[number] = max(0.0, free_s[group] - needed_s - waited_s)
-        waited_s += left[number]
-    return left
+        late_s = free_s[group] - min((room.needed_s.get(position, 0.0) for position in each), default=0.0)
+        if late_s > most_s:
+            most_s, latest = late_s, number
+    return left | ({latest: most_s} if most_s else {})

@@ -249,8 +249,11 @@ class Plan:
             num_bytes = state.main_grad + 3 * state.masters + 2 * state.moments + state.weights
             num_bytes += self._quantised_bytes(rank)
             events = self.pricing(kernels, False).update([*self._updates[rank], *again], num_bytes)
-            for event, seconds in exposed(events, exchanged_sets(self.config, rank), beside[rank]):
-                clock.see(event, seconds, 0)
+            sets = exchanged_sets(self.config, rank)
+            for (event, seconds), (_, left_s) in zip(events, exposed(events, sets, beside[rank]), strict=True):
+                clock.see(event, left_s, 0)
+                if isinstance(event, Launch):  # what hides keeps the network at work all the same
+                    clock.totals.network_s[event.group] += seconds - left_s
             found.append(clock.totals)
         return tuple(found)
 

@@ -18,13 +18,12 @@ from tests.spawn import Ranks
 @pytest.mark.parametrize("world_size", [1, 2, 15, 16, 17, 64, 255, 257, 2048, 2050, 16_384])
 def test_a_tree_joins_all_ranks_through_few_groups(world_size: int) -> None:
     levels = tree(world_size)
-    assert len(levels) == (math.ceil(math.log(world_size, WIDTH) - 1e-9) if world_size > 1 else 0)
+    assert len(levels) == max(1, math.ceil(math.log(world_size, WIDTH) - 1e-9))
     for level, groups in enumerate(levels):
         members = [rank for ranks in groups for rank in ranks]
         assert members == list(range(0, world_size, WIDTH**level)), "every level has all first ranks of the one below"
         assert all(len(ranks) <= WIDTH for ranks in groups)
-    if levels:
-        assert len(levels[-1]) == 1
+    assert len(levels[-1]) == 1
 
 
 def exchanges(width: int) -> list[Any]:
