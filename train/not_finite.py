@@ -48,6 +48,7 @@ def stop_not_finite(job: Job, plan: StepPlan, terms: LossTerms, grad_norm: float
 
     terms: those of the step.
     """
+    job.optimizer.settle()
     found = job.gather_objects(sequences_with_bad_losses(job, plan))
     if not any(found):
         # The losses were finite: the weights have not changed, so each micro-batch can be asked for its gradient.
