@@ -6,6 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from parallel import meeting, process, store
 from parallel.everyone import WIDTH
 from parallel.meeting import Meeting
-from parallel.mesh import Mesh, ParallelConfig
+from parallel.mesh import KINDS, Mesh, ParallelConfig
 from parallel.process import held_groups, sizes_in_tree
 from parallel.store import Wait, pace
 
@@ -169,3 +170,24 @@ def test_the_count_is_that_of_the_groups_that_are_made(monkeypatch: pytest.Monke
             made["world"] = [dist.get_world_size(group) for group in groups.world.groups]
             assert held == made and sizes_in_tree(mesh) == made["world"]
             assert [dist.get_world_size(group) for group in groups.checkpoint.groups] == made["world"]
+
+
+def test_each_group_has_its_priority_and_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As docs/running.md has it: what would be asked of NCCL, where torch has none."""
+    made: dict[str, dict[str, Any]] = {}
+
+    class Options:
+        def __init__(self, is_high_priority_stream: bool) -> None:
+            self.is_urgent = is_high_priority_stream
+
+    monkeypatch.setattr(process.dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+    monkeypatch.setattr(process.dist, "new_group", lambda _, **options: made.update({options["group_desc"]: options}))
+    timeouts = timedelta(seconds=620), timedelta(hours=1)
+    for kind in (*KINDS, "embedding", "world"):
+        process._maker(kind, "nccl", timeouts[0])([0, 1])
+    process._maker("checkpoint", "gloo", max(timeouts))([0, 1])
+    assert {kind for kind, options in made.items() if "pg_options" in options} == {"ep", "node", "rail"}
+    assert all(made[kind]["pg_options"].is_urgent for kind in ("ep", "node", "rail"))
+    assert {kind: options["timeout"] for kind, options in made.items() if options["timeout"] != timeouts[0]} == {
+        "checkpoint": process.CHECKPOINT_TIMEOUT
+    }
