@@ -39,9 +39,9 @@ class At:
 @contextmanager
 def late(fault: str = "") -> Iterator[None]:
     """Sums read their gradients when they are waited for; new weights come then, and are nonsense before."""
-    from parallel.zero import native, optimizer
+    from parallel.zero import arrivals, optimizer
 
-    gather, scatter = native.all_gather, optimizer.reduce_scatter
+    gather, scatter = arrivals.all_gather, optimizer.reduce_scatter
 
     def all_gather(shard: torch.Tensor, group: Any, out: torch.Tensor, numels: Sequence[int]) -> At:
         apart = out.clone()
@@ -55,7 +55,7 @@ def late(fault: str = "") -> Iterator[None]:
         return At(lambda: scatter(flat, group, numels).wait())
 
     with (
-        mock.patch.object(native, "all_gather", all_gather),
+        mock.patch.object(arrivals, "all_gather", all_gather),
         mock.patch.object(optimizer, "reduce_scatter", reduce_scatter),
         _spoilt(fault),
     ):

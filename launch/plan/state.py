@@ -175,8 +175,6 @@ class _Shell:
         buffers = sum(buffer.numel() for model in models for buffer in model.buffers()) * wide
         placement = config.placement
         positions = [placement.position(stage) for stage in placement.stages_on(pp_rank)]
-        if config.zero.engine == "deepspeed":  # whose sets are of all slices
-            positions = []
         return _Shell(config, held(models, positions, placement.num_slices), num_replicas, buffers)
 
     def sets(self) -> list[tuple[ParamSet, FlatLayout]]:

@@ -2,22 +2,19 @@
 
 Works in every precision. Masters of bf16 weights are fp32 copies of the shard. Weights that are fp32 or fp64 already
 are their own masters: the optimizer steps on the shard of the flat weights itself, and nothing is held twice.
-
-New weights are on their way while what needs none of them goes on: `arrive` stands before the first use of a set's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parallel.collectives import all_gather
 from parallel.shards import FlatLayout, lay_out, lay_out_whole
-from parallel.watch import Need, Watch, Watched
+from parallel.watch import Watch
+from parallel.zero.arrivals import Arrivals
 from parallel.zero.sets import ParamSet, matrices, views
 
 # Elements. Operands that start on a cache line (and on the 16 bytes that GPU matrix kernels ask for) in bf16 too.
@@ -28,7 +25,7 @@ class NativeEngine:
     """Owns the flat weights, main gradients, masters and moments of this rank. Satisfies `zero.optimizer.Engine`."""
 
     def __init__(self, sets: list[ParamSet], watch: Watch, kernels: str) -> None:
-        self._sets, self._watch, self._kernels = sets, watch, kernels
+        self._sets, self._kernels = sets, kernels
         self.layouts = [layout_of(each, each.num_shards) for each in sets]
         self._weights = [_flatten(each, layout) for each, layout in zip(sets, self.layouts, strict=True)]
         self._shards = [
@@ -46,7 +43,7 @@ class NativeEngine:
         inners = {each.inner.name: each.inner for each in sets}
         self._by_inner = {name: inner.make(self._param_groups(name)) for name, inner in inners.items()}
         self.optimizers = list(self._by_inner.values())
-        self._coming: dict[int, Watched[Tensor]] = {}
+        self.arrivals = Arrivals(sets, self.layouts, self._weights, watch)
 
     def _param_groups(self, inner: str) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = []
@@ -64,7 +61,7 @@ class NativeEngine:
     @torch.no_grad()
     def update(self, grads: list[Tensor]) -> None:
         """Step on the reduced gradient shards, then send the new weights to all replicas on their way."""
-        self.settle()
+        self.arrivals.settle()
         for master, grad in zip(self.masters, grads, strict=True):
             master.grad = grad
         for optimizer in self.optimizers:
@@ -75,30 +72,17 @@ class NativeEngine:
 
     def publish(self) -> None:
         """Masters to weights, and every replica's shard to all of them."""
-        self.settle()
+        self.arrivals.settle()
         self._publish(range(len(self._sets)))
-        self.settle()
-
-    def arrive(self, index: int) -> None:
-        """The weights of set number `index` are whole from here on. Nothing may use them before."""
-        if index in self._coming:
-            self._coming.pop(index).wait()
-
-    def settle(self) -> None:
-        """All weights are whole from here on."""
-        for index in list(self._coming):
-            self.arrive(index)
+        self.arrivals.settle()
 
     @torch.no_grad()
-    def _publish(self, numbers: Iterable[int]) -> None:
+    def _publish(self, numbers: Sequence[int]) -> None:
         for index in numbers:
-            each, shard, master = self._sets[index], self._shards[index], self.masters[index]
+            shard, master = self._shards[index], self.masters[index]
             if shard.dtype != master.dtype:
                 shard.copy_(master)
-            if each.group is not None and each.num_shards > 1:
-                weights = Need("optimizer", "the weights from {peers}", each.group)
-                whole, numels = self._weights[index], self.layouts[index].shard_numels
-                self._coming[index] = self._watch.launch(weights, partial(all_gather, shard, each.group, whole, numels))
+        self.arrivals.send(numbers)
 
 
 def layout_of(each: ParamSet, num_shards: int) -> FlatLayout:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,7 @@ from parallel.collectives import reduce_scatter
 from parallel.host import Host
 from parallel.shards import FlatLayout, ParamInfo, Piece, shard_pieces
 from parallel.watch import Need, Watch, Watched
+from parallel.zero.arrivals import Arrivals
 from parallel.zero.deepspeed_engine import DeepSpeedEngine
 from parallel.zero.inner import InnerOptimizer
 from parallel.zero.native import NativeEngine
@@ -40,16 +41,13 @@ class Engine(Protocol):
     main_grads: list[Tensor]  # flat accumulators, whole
     masters: list[Any]  # 1-D, the shard that this rank owns
     optimizers: list[torch.optim.Optimizer]
+    arrivals: Arrivals  # of weights that `update` has sent on their way
 
     def state_of(self, index: int) -> dict[str, Any]: ...
 
     def update(self, grads: list[Tensor]) -> None: ...
 
     def publish(self) -> None: ...
-
-    def arrive(self, index: int) -> None: ...
-
-    def settle(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -110,11 +108,11 @@ class ZeroOptimizer:
         """The weights of a slice of the model are whole from here on, those of the last step."""
         for index, each in enumerate(self._sets):
             if position in each.slices or not each.slices:
-                self._engine.arrive(index)
+                self._engine.arrivals.arrive(index)
 
     def settle(self) -> None:
         """All weights are whole from here on."""
-        self._engine.settle()
+        self._engine.arrivals.settle()
 
     @torch.no_grad()
     def step(self, lr: float) -> StepResult:
@@ -278,8 +276,6 @@ def build(
     """
     if engine not in _ENGINES:
         raise ValueError(f"zero.engine={engine} is not one of {', '.join(_ENGINES)}")
-    if engine == "deepspeed":  # it gathers all weights in its step: nothing would be gained by smaller sets
-        params = [(replace(info, slices=()), param, inner, decay) for info, param, inner, decay in params]
     sets = split_sets(params, groups, frozen)
     host, watch = host or Host(), watch or Watch()
     # Without parameters there is nothing for DeepSpeed to hold.
