@@ -29,7 +29,7 @@ from parallel.zero.sets import ReplicaGroups
 from train import environment, flops
 from train.checkpoint.saver import Checkpoints, read_pieces
 from train.config import RunConfig
-from train.data.rows.ahead import Ahead
+from train.data.rows.ahead import Ahead, AtOnce
 from train.data.rows.blend import Stream, check_epochs, open_stream
 from train.data.rows.valid import Validation, open_validation
 from train.deterministic import check_variables
@@ -124,12 +124,13 @@ def join(
 
 @dataclass(frozen=True)
 class Files:
-    """What a rank's part of a run reads and writes."""
+    """What a rank's part of a run reads and writes. reader: makes what reads `train_rows` for its steps."""
 
     train_rows: Stream
     validation: Validation
     prompts: Prompts | None
     checkpoints: Checkpoints
+    reader: type[Ahead] | type[AtOnce] = Ahead
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def put_together(
         optimizer=optimizer,
         ema=Ema(optimizer.state(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         train_rows=files.train_rows,
-        ahead=Ahead(files.train_rows.rows, groups.host.pin),
+        reader=files.reader(files.train_rows.rows, groups.host.pin),
         validation=files.validation,
         prompts=files.prompts,
         patience=Patience(config.evaluate.patience, config.evaluate.min_improvement),

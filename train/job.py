@@ -26,7 +26,7 @@ from parallel.watch import Watch
 from parallel.zero.optimizer import StepResult, ZeroOptimizer
 from train.checkpoint.saver import Checkpoints
 from train.config import RunConfig
-from train.data.rows.ahead import Ahead
+from train.data.rows.ahead import Reader as RowReader
 from train.data.rows.blend import Stream
 from train.data.rows.valid import Validation
 from train.files import in_words
@@ -62,7 +62,7 @@ class Job:
     optimizer: ZeroOptimizer
     ema: Ema | None
     train_rows: Stream
-    ahead: Ahead  # through which a step's rows are read
+    reader: RowReader  # through which a step's rows are read
     validation: Validation
     prompts: Prompts | None
     patience: Patience
@@ -193,7 +193,7 @@ class Job:
     def read_ahead(self, plan: StepPlan) -> None:
         """Begin to read what this rank needs of a step, if anything, in the background."""
         if any(model.reads_tokens for model in self.models):
-            self.ahead.want(list(self.micro_batches(plan)))
+            self.reader.want(list(self.micro_batches(plan)))
 
     def num_targets(self, plan: StepPlan) -> int:
         """Predicted tokens of a step over all ranks, known to each of them before it."""

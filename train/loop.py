@@ -30,7 +30,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
 
     Raises NotFiniteError; the last good checkpoint then stays as it is.
     """
-    with closing(job.ahead):
+    with closing(job.reader):
         return _run(job, tracker, peak_flops_per_s, stop)
 
 
@@ -123,9 +123,10 @@ def accumulate(job: Job, plan: StepPlan, terms: LossTerms, timer: StepTimer) -> 
 
     def tokens(micro_batch: int) -> Tensor:
         with timer.waiting_for_data():
-            return job.host.put(job.ahead.rows(*micro_batches[micro_batch]))
+            return job.host.put(job.reader.rows(*micro_batches[micro_batch]))
 
-    for number in range(job.step, min(job.step + 2, job.recipe.num_steps)):
-        job.read_ahead(job.recipe.at(number))
+    job.read_ahead(plan)
+    if job.step + 1 < job.recipe.num_steps:
+        job.read_ahead(job.recipe.at(job.step + 1))
     job.forward_backward(tokens, terms, len(micro_batches))
     return tally_of(job)

@@ -103,7 +103,7 @@ def sequences_with_bad_gradients(job: Job, plan: StepPlan, terms: LossTerms) -> 
     bad: list[int] = []
     for first, count in job.micro_batches(plan):
         job.optimizer.zero_grad()
-        job.forward_backward_alone(job.host.put(job.ahead.rows(first, count)), terms)
+        job.forward_backward_alone(job.host.put(job.reader.rows(first, count)), terms)
         everyone = job.gather_objects(bad_gradients(job))
         own_stages = everyone[job.groups.mesh.dp_rank :: job.groups.mesh.config.dp]
         dense_anywhere = any("dense" in kinds for kinds in everyone)

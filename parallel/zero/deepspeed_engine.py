@@ -65,7 +65,7 @@ class DeepSpeedEngine:
         return self.optimizers[0].state[self.masters[index]]
 
     def update(self, grads: list[Tensor]) -> None:
-        """Hand the reduced gradient shards to DeepSpeed, which steps on its masters; new weights set out in that step."""
+        """Hand the reduced gradient shards to DeepSpeed, which steps on its masters; new weights then set out."""
         self.arrivals.settle()
         for own, grad in zip(self._zero.fp32_groups_gradient_flat_partition, grads, strict=True):
             if own.data_ptr() != grad.data_ptr():

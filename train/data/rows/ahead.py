@@ -8,10 +8,38 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 from torch import Tensor
 
 Place = tuple[int, int]  # position of the first row, number of rows
+
+
+class Reader(Protocol):
+    """Where a run gets its rows from."""
+
+    def want(self, places: Sequence[Place]) -> None: ...
+
+    def rows(self, first: int, count: int) -> Tensor: ...
+
+    def close(self) -> None: ...
+
+
+class AtOnce:
+    """A reader that reads when it is asked, in the thread that asks: where rows have no values, or take no time."""
+
+    def __init__(self, read: Callable[[int, int], Tensor], pin: Callable[[Tensor], Tensor] = lambda rows: rows) -> None:
+        self._read = read
+
+    def want(self, places: Sequence[Place]) -> None:
+        """They will be asked for."""
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """Rows at positions [first, first + count)."""
+        return self._read(first, count)
+
+    def close(self) -> None:
+        """There is nothing to end."""
 
 
 class Ahead:
