@@ -160,7 +160,7 @@ def test_the_count_is_that_of_the_groups_that_are_made(monkeypatch: pytest.Monke
     from launch.plan.world import fake_world
 
     config = JOBS[2048]
-    for rank in (0, 5, 300, 2047):
+    for rank in (0, 2047):
         with fake_world(config.world_size, rank, "cpu"):
             groups = process.start(config, mirrored=True, backend="fake_gloo")
             mesh, held = groups.mesh, held_groups(groups.mesh, "fake_gloo")
