@@ -285,6 +285,7 @@ def train_step(job: Job, pairs: bool) -> None:
     plan = job.recipe.at(0)
     accumulate(job, plan, loss_terms(job, plan), StepTimer())
     job.optimizer.step(plan.lr)
+    job.optimizer.settle()
 
 
 def with_the_tiny_model(settings: Settings) -> None:

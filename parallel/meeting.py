@@ -1,7 +1,8 @@
 """Where the ranks of a job come together before there is any process group: at torch's store.
 
-Here rank 0 hands things to all, all compare facts, and what fails on one rank is raised on all, each in a number of
-messages that grows with the number of ranks. Nothing here waits in the library's silence: a rank that waits says from
+Here rank 0 hands things to all, all compare facts, and what fails on one rank is raised on all. Each takes every rank a
+few requests to the store, whatever the number of ranks; how often it asks while it waits goes down with that number, so
+that the store is asked as often by all. Nothing here waits in the library's silence: a rank that waits says from
 time to time for whom and for what, notices that the store's process is gone at once, and gives up on a rank that has
 not been heard for a stated time. Every rank shows that it lives by a counter that a thread of its own moves on, so
 work of any length on one rank ends no other one.
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from parallel.store import Place, Wait, address, by_agent, has_ended, machines_of, open_store, own_place
+from parallel.store import Place, Wait, address, by_agent, has_ended, machines_of, open_store, own_place, pace
 from parallel.watch import HangError, Need, PeerError, Watch, Watchdog, named
 
 T = TypeVar("T")
@@ -71,7 +72,7 @@ class Meeting:
         if self._ask(lambda store: store.add(f"come/{self.rank}", 1)) > 1:
             raise ValueError(f"RANK={self.rank} is the rank of two processes of this job: give each its own")
         if self.rank != 0:
-            self._put(f"here/{self.rank}", (self.world_size, own_place()))
+            self._put(f"here/{self.rank}", (self.world_size, own_place()), "came")
             failure, place = self._take({0: "here/all"})[0]
             self._places = {0: place}
             self._ask(lambda store: store.add("heard", 1))
@@ -165,11 +166,11 @@ class Meeting:
     def _gather(self, thing: Any) -> dict[int, Any]:
         """What each rank gives, by rank, on all ranks; those that give nothing (None, or empty) are left out."""
         self._round += 1
-        keys = {rank: f"{self._round}/{rank}" for rank in range(1, self.world_size)}
+        keys, count = {rank: f"{self._round}/{rank}" for rank in range(1, self.world_size)}, f"{self._round}/count"
         if self.rank != 0:
-            self._put(keys[self.rank], thing)
+            self._put(keys[self.rank], thing, count)
             return self._take({0: f"{self._round}/all"})[0]
-        everyone = {rank: each for rank, each in sorted({0: thing, **self._take(keys)}.items()) if each}
+        everyone = {rank: each for rank, each in sorted({0: thing, **self._take(keys, count)}.items()) if each}
         self._put(f"{self._round}/all", everyone)
         return everyone
 
@@ -180,39 +181,51 @@ class Meeting:
         keeper = "" if by_agent() else " from rank 0"
         return self.watch.wait(Need("numbers", f"an answer at {address()}{keeper}", None), lambda: call(store))
 
-    def _put(self, key: str, thing: Any) -> None:
+    def _put(self, key: str, thing: Any, count: str = "") -> None:
+        """count: where those who put a thing of this kind are counted, if they are."""
         self._ask(lambda store: store.set(key, pickle.dumps(thing)))  # type: ignore[arg-type]
+        if count:
+            self._ask(lambda store: store.add(count, 1))
 
-    def _there(self, keys: Mapping[int, str]) -> dict[int, Any]:
-        """Those things that have been put already."""
-        there = [rank for rank, key in keys.items() if self._ask(lambda store, key=key: store.check([key]))]  # type: ignore[misc]
-        things = self._ask(lambda store: store.multi_get([keys[rank] for rank in there])) if there else []
-        return {rank: pickle.loads(thing) for rank, thing in zip(there, things, strict=True)}
+    def _are_there(self, keys: Mapping[int, str], count: str) -> bool:
+        """Whether all have been put, by one request."""
+        if count:
+            return self._ask(lambda store: store.add(count, 0)) >= len(keys)
+        return self._ask(lambda store: store.check(list(keys.values())))
 
-    def _take(self, keys: Mapping[int, str]) -> dict[int, Any]:
+    def _read(self, keys: Mapping[int, str]) -> dict[int, Any]:
+        """Things that have been put."""
+        things = self._ask(lambda store: store.multi_get(list(keys.values()))) if keys else []
+        return {rank: pickle.loads(thing) for rank, thing in zip(keys, things, strict=True)}
+
+    def _missing(self, keys: Mapping[int, str]) -> list[int]:
+        """Whose things have not been put yet: a request for each."""
+        return [rank for rank, key in keys.items() if not self._ask(lambda store, key=key: store.check([key]))]  # type: ignore[misc]
+
+    def _take(self, keys: Mapping[int, str], count: str = "") -> dict[int, Any]:
         """The things under these keys, which their ranks put there; waits, and says for whom."""
-        missing = dict(keys)
-        found: dict[int, Any] = {}
-        wait = Wait(self._limit_s)
-        while True:
-            there = self._there(missing)
-            found |= there
-            missing = {rank: key for rank, key in missing.items() if rank not in there}
-            if not missing:
-                self.doing = "" if self.rank == 0 else self.doing
-                return found
+        missing = list(keys)
+        wait = Wait(self._limit_s, self.world_size)
+
+        def look() -> None:
+            missing[:] = self._missing(keys)
             if gone := [rank for rank in missing if rank in self._places and has_ended(self._places[rank])]:
                 who = f"rank {self.rank} has waited {wait.lasted_s:.0f} s for {named(gone)}"
                 raise PeerError(f"{who}, and that failed: the process has ended before the first step")
-            wait.hear(self._beat_of(min(missing)))
-            words = f"rank {self.rank} has waited {wait.lasted_s:.0f} s for {_whom(list(missing), wait.heard)}"
+            if missing:
+                wait.hear(self._beat_of(min(missing)))
+                self.doing = f"waits for {named(missing)}" if self.rank == 0 else self.doing
+
+        while not self._are_there(keys, count):
+            wait.looks(look)
+            words = f"rank {self.rank} has waited {wait.lasted_s:.0f} s for {_whom(missing, wait.heard)}"
             if wait.is_due():
                 self._say(words)
             if wait.is_too_long():
                 raise HangError(f"{words}, and has not heard of it for {self._limit_s:.0f} s (run.hang_timeout_s)")
-            if self.rank == 0:
-                self.doing = f"waits for {named(list(missing))}"
             wait.rest()
+        self.doing = "" if self.rank == 0 else self.doing
+        return self._read(keys)
 
     def _await_all(self, found: dict[int, tuple[int, Place]]) -> tuple[str, str] | None:
         """Rank 0 waits for all, and says while ranks are missing how many have come, and which have not.
@@ -220,28 +233,36 @@ class Meeting:
         found: is given what each rank that comes takes for the number of ranks, and where it lives. Returns a failure
         where some never come.
         """
-        wait = Wait(self._limit_s)
-        while True:
-            missing = {rank: f"here/{rank}" for rank in range(1, self.world_size) if rank not in found}
-            found |= self._there(missing)
+        keys = {rank: f"here/{rank}" for rank in range(1, self.world_size)}
+        wait = Wait(self._limit_s, self.world_size)
+        which = "the others are missing"
+
+        def look() -> None:
+            nonlocal which
+            absent = self._missing({rank: key for rank, key in keys.items() if rank not in found})
+            new = {rank: key for rank, key in keys.items() if rank not in found and rank not in set(absent)}
+            found.update(self._read(new))
+            if absent:
+                which = f"{named(absent)}{machines_of(absent)} {'is' if len(absent) == 1 else 'are'} missing"
+                self.doing = f"waits for all ranks to come: {which}"
+
+        while not self._are_there(keys, "came"):
+            wait.looks(look)
             wait.hear(str(len(found)))
-            absent = [rank for rank in missing if rank not in found]
-            if not absent:
-                return None
-            which = f"{named(absent)}{machines_of(absent)} {'is' if len(absent) == 1 else 'are'} missing"
-            self.doing = f"waits for all ranks to come: {which}"
             words = f"{len(found)} of {self.world_size} ranks have come to {address()} within {wait.lasted_s:.0f} s"
             if wait.is_due():
                 self._say(f"{words}; {which}")
             if wait.is_too_long():
                 return "hang", f"{words}; {which}, and no other has come for {self._limit_s:.0f} s (run.hang_timeout_s)"
             wait.rest()
+        found.update(self._read({rank: key for rank, key in keys.items() if rank not in found}))
+        return None
 
     def _stay(self, name: str, count: int) -> None:
         """Until so many ranks have added to this count, but not for long."""
         end_s = time.monotonic() + FAREWELL_S
         while self._ask(lambda store: store.add(name, 0)) < count and time.monotonic() < end_s:
-            time.sleep(0.02)
+            time.sleep(0.02 * pace(self.world_size))
 
     def _beat_of(self, rank: int) -> str:
         """What a rank has last shown of itself: a counter and what it does; empty before it came."""
@@ -255,7 +276,7 @@ class Meeting:
                 self.store.set(f"beat/{self.rank}", f"{count} {self.doing}")
             except RuntimeError:
                 return  # whoever waits meets the same
-            if self._over.wait(BEAT_S):
+            if self._over.wait(BEAT_S * pace(self.world_size)):
                 return
 
 

@@ -15,6 +15,8 @@ from functools import cached_property
 
 DISPATCHES = ("local", "flat", "two_hop")
 KINDS = ("dense", "expert", "ep", "node", "rail")
+# Of these, through which each way of dispatching sends tokens.
+DISPATCH_KINDS: dict[str, tuple[str, ...]] = {"local": (), "flat": ("ep",), "two_hop": ("node", "rail")}
 
 
 @dataclass(frozen=True)

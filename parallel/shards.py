@@ -29,6 +29,8 @@ class ParamInfo:
             "embedding" (the stages at both ends of a pipeline may share it).
         matrix: (rows, columns) of the matrices that the parameter is a stack of, one after the other; None for a
             vector. An optimizer that looks at whole matrices looks at these.
+        slices: the slices of the model that use it, by position in the pipeline, wherever they live; empty where the
+            model is not cut, or nobody asks.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ParamInfo:
     local_offset: int = 0
     replicas: str = "dense"
     matrix: tuple[int, int] | None = None
+    slices: tuple[int, ...] = ()
 
     @property
     def global_numel(self) -> int:

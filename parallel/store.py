@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,12 @@ from parallel.watch import HangError, PeerError, gist
 # How often a rank that waits says so, at most.
 SAY_EVERY_S = 60.0
 _POLL_S = (0.01, 0.25)  # at first, in the end
+# Ranks that may ask the store as often as that. More of them ask more seldom, so that it is asked as often by all.
+FULL_PACE_RANKS = 2048
+# How often a rank that waits looks whom for, at most; and how much of its time it may take to look.
+_LOOK_EVERY_S, _LOOK_SHARE = 1.0, 0.05
+# Files that rank 0 may open beside the connections of its store.
+_SPARE_FILES = 512
 _CONNECT = timedelta(seconds=60)
 
 
@@ -26,12 +33,23 @@ class Wait:
     Only time in which this process ran is counted: one that was stopped and goes on gives the others another chance.
     """
 
-    def __init__(self, limit_s: float) -> None:
+    def __init__(self, limit_s: float, world_size: int = 1) -> None:
         self._limit_s, self._say_every_s = limit_s, min(SAY_EVERY_S, limit_s / 4)
+        self._pace = pace(world_size)
+        self._look_s, self._look_at_s = min(_LOOK_EVERY_S, limit_s / 20) * self._pace, 0.0
         self.lasted_s = self._silent_s = 0.0
         self._said_s, self._looked_s = 0.0, time.monotonic()
         self._pause_s = _POLL_S[0]
         self.heard = ""
+
+    def looks(self, look: Callable[[], object]) -> bool:
+        """Do `look`, which asks for every rank that is missing, if it is time to; whether it was."""
+        if self.lasted_s <= self._look_at_s:
+            return False
+        begun_s = time.monotonic()
+        look()
+        self._look_at_s = self.lasted_s + max(self._look_s, (time.monotonic() - begun_s) / _LOOK_SHARE)
+        return True
 
     def hear(self, beat: str) -> None:
         """What the other side shows of itself now."""
@@ -51,12 +69,17 @@ class Wait:
     def rest(self) -> None:
         """A moment, longer from time to time."""
         time.sleep(self._pause_s)
-        self._pause_s = min(2 * self._pause_s, _POLL_S[1])
+        self._pause_s = min(2 * self._pause_s, _POLL_S[1] * self._pace)
         now_s = time.monotonic()
         ran_s = min(now_s - self._looked_s, self._limit_s / 10 + self._pause_s)
         self._looked_s = now_s
         self.lasted_s += ran_s
         self._silent_s += ran_s
+
+
+def pace(world_size: int) -> float:
+    """By how much the ranks of a job of this size ask more seldom."""
+    return max(1.0, world_size / FULL_PACE_RANKS)
 
 
 class Place(NamedTuple):
@@ -100,7 +123,9 @@ def by_agent() -> bool:
 def open_store(rank: int, world_size: int, limit_s: float, say: Callable[[str], object]) -> dist.Store:
     """The store, as torch itself would find it."""
     host, port, keeps_it = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank == 0 and not by_agent()
-    if not keeps_it:
+    if keeps_it:
+        _allow_connections(world_size)
+    else:
         _await_store(rank, host, port, limit_s, say)
     try:
         store = dist.TCPStore(
@@ -111,6 +136,19 @@ def open_store(rank: int, world_size: int, limit_s: float, say: Callable[[str], 
             raise ValueError(f"MASTER_PORT={port} is in use on this machine: choose another port") from None
         raise PeerError(f"rank {rank} cannot use the ranks' meeting point at {address()}: {gist(error)}") from None
     return dist.PrefixStore(f"halocline/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _allow_connections(world_size: int) -> None:
+    """Every rank keeps a connection to the store: this process must be allowed so many open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = world_size + _SPARE_FILES
+    if resource.RLIM_INFINITY not in (soft, hard) and hard < needed:
+        raise ValueError(
+            f"WORLD_SIZE={world_size} ranks need {needed} open files in the process of rank 0, and this system allows "
+            f"{hard}: raise the limit (ulimit -Hn)"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _await_store(rank: int, host: str, port: int, limit_s: float, say: Callable[[str], object]) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.collectives import Handle, all_gather, exchange_counts, reduce_scatter
+from parallel.mesh import DISPATCH_KINDS
 from parallel.process import Groups
 from parallel.watch import Need
 
@@ -25,16 +26,19 @@ CALLS: dict[str, tuple[Call, ...]] = {
     "ep": (exchange_counts,),
     "node": (exchange_counts,),
     "rail": (exchange_counts,),
-    "world": (all_gather,),
 }
 
 
 def use_communicators(groups: Groups) -> None:
-    """Do once, for one number, what a step does in each of this rank's groups. All ranks call it together."""
+    """Do once, for one number, what a step does in each of this rank's groups. All ranks call it together.
+
+    A group through which this run's dispatch sends nothing is left alone, and never gets a communicator.
+    """
     done: set[dist.ProcessGroup] = set()
+    idle = {*DISPATCH_KINDS["flat"], *DISPATCH_KINDS["two_hop"]} - {*DISPATCH_KINDS[groups.mesh.config.dispatch]}
     for kind, calls in CALLS.items():
         group: dist.ProcessGroup = getattr(groups, kind)
-        if group in done or dist.get_world_size(group) == 1:
+        if kind in idle or group in done or dist.get_world_size(group) == 1:
             continue  # the embedding's may be the dense one
         done.add(group)
         first = Need("numbers", f"the first message of the {kind} group from {{peers}}", group)
@@ -42,8 +46,9 @@ def use_communicators(groups: Groups) -> None:
         for call in calls:
             groups.watch.launch(first, partial(call, numbers, group)).wait()
             groups.host.read("first messages", numbers)
-    if dist.get_world_size(groups.world) > 1:
-        counts = torch.zeros(1, dtype=torch.int64, device=groups.device)
-        first = Need("numbers", "the first sum over {peers}", groups.world)
-        groups.watch.wait(first, lambda: dist.all_reduce(counts, group=groups.world))
-        groups.host.read("first messages", counts)
+    if groups.world.world_size > 1:
+        number, kind = torch.zeros(1, dtype=torch.int64, device=groups.device), "numbers"
+        found = groups.world.all_gather(number, groups.watch, kind, "the first message of all from {peers}")
+        groups.host.read("first messages", found)
+        groups.world.sum(number, groups.watch, kind, "the first sum over {peers}")
+        groups.host.read("first messages", number)

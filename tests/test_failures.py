@@ -52,17 +52,21 @@ def a_sequence_spoils(what: str) -> Iterator[None]:
     """The micro-batch of the sequence at BAD_POSITION has a loss, or only a gradient, that is not finite."""
     from train.stage import Stage
 
-    original, rows, spoilt = Stage.forward, Rows.rows, {"now": False}
+    original, rows, bad = Stage.forward, Rows.rows, list[torch.Tensor]()
 
     def note(self: Rows, first: int, count: int) -> Any:
-        spoilt["now"] = self.order == "shuffled" and first <= BAD_POSITION < first + count
-        return rows(self, first, count)
+        found = rows(self, first, count)
+        if self.order == "shuffled" and first <= BAD_POSITION < first + count:
+            bad.append(found)  # by itself: it is read ahead, and by another thread
+        return found
 
     def forward(self: Any, micro_batch: int, x: Any) -> Any:
         y = yield from original(self, micro_batch, x)
-        if spoilt["now"] and what == "loss":
+        tokens = self._tokens(micro_batch) if self.model.reads_tokens else None
+        spoilt = any(tokens is each for each in bad)
+        if spoilt and what == "loss":
             self.findings[micro_batch].metrics["train/loss"] = torch.tensor(torch.nan, dtype=torch.float64)
-        if spoilt["now"] and what == "gradient":
+        if spoilt and what == "gradient":
             record = self._records[micro_batch]
             record._losses = [(number, factor * torch.inf) for number, factor in record._losses]
         return y
@@ -113,9 +117,14 @@ def an_expert_overflows() -> Iterator[None]:
             param.main_grad.view(-1)[0] = torch.inf
 
     def accumulate(job: Any, *rest: Any) -> Any:
-        tally = original[0](job, *rest)
-        spoil(job)
-        return tally
+        complete = job.optimizer.complete
+
+        def spoilt(position: int) -> None:
+            spoil(job)  # before it is summed
+            complete(position)
+
+        with mock.patch.object(job.optimizer, "complete", spoilt):
+            return original[0](job, *rest)
 
     def bad(job: Any) -> Any:
         spoil(job)

@@ -237,11 +237,12 @@ def experts_reduced_over_the_dense_group() -> Iterator[None]:
 
 @contextmanager
 def ep_left_out_of_the_norm() -> Iterator[None]:
+    from parallel.everyone import Everyone
     from parallel.zero.sets import ReplicaGroups
     from train import assemble
 
     with mock.patch.object(
-        assemble, "ReplicaGroups", lambda dense, expert, *rest: ReplicaGroups(dense, expert, world=expert)
+        assemble, "ReplicaGroups", lambda dense, expert, *rest: ReplicaGroups(dense, expert, world=Everyone.of(expert))
     ):
         yield
 

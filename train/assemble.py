@@ -31,6 +31,7 @@ from parallel.zero.sets import ReplicaGroups
 from train import environment, flops
 from train.checkpoint.saver import Checkpoints, read_pieces
 from train.config import RunConfig
+from train.data.rows.ahead import Ahead, AtOnce
 from train.data.rows.blend import Stream, check_epochs, open_stream
 from train.data.rows.valid import Validation, open_validation
 from train.deterministic import check_variables
@@ -128,12 +129,13 @@ def join(
 
 @dataclass(frozen=True)
 class Files:
-    """What a rank's part of a run reads and writes."""
+    """What a rank's part of a run reads and writes. reader: makes what reads `train_rows` for its steps."""
 
     train_rows: Stream
     validation: Validation
     prompts: Prompts | None
     checkpoints: Checkpoints
+    reader: type[Ahead] | type[AtOnce] = Ahead
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,11 @@ def put_together(
         for model in models:
             check_widths(model, config.precision)
     optimizer = optimizer_of(config, groups, models, weights.changed)
+    position = config.placement.position
+
+    def fence(stage: int) -> None:
+        optimizer.fence(position(stage))
+
     rank, links, recorder = groups.mesh.pp_rank, connected(config, groups), Recorder(groups.mesh.pp_rank, groups.watch)
     readers = {number: Reader(stage.model) for number, stage in stages.items()}
     overlap = overlap_of(groups.host.runs_ahead)
@@ -203,14 +210,15 @@ def put_together(
         groups=groups,
         recipe=config.recipe(),
         stages=stages,
-        runtime=Runtime(rank, stages, links, recorder, overlap),
+        runtime=Runtime(rank, stages, links, recorder, overlap, fence),
         readers=readers,
-        reading=Runtime(rank, readers, links, recorder, overlap),
+        reading=Runtime(rank, readers, links, recorder, overlap, fence),
         recorder=recorder,
         dispatch=dispatch,
         optimizer=optimizer,
         ema=Ema(optimizer.state(), config.optimizer.ema_decay) if config.optimizer.ema_decay else None,
         train_rows=files.train_rows,
+        reader=files.reader(files.train_rows.rows, groups.host.pin),
         validation=files.validation,
         prompts=files.prompts,
         patience=Patience(config.evaluate.patience, config.evaluate.min_improvement),
@@ -224,13 +232,18 @@ def put_together(
 def optimizer_of(
     config: RunConfig, groups: Groups, models: Sequence[Transformer], on_new_weights: Callable[[], None]
 ) -> ZeroOptimizer:
-    """What updates these slices of the model, with masters as drawn; their parameters get a `main_grad` each."""
+    """What updates a rank's slices of the model, with masters as drawn; their parameters get a `main_grad` each."""
+    placement = config.placement
+    positions = [placement.position(stage) for stage in placement.stages_on(groups.mesh.pp_rank)]
     rule, frozen = update_rules(config.optimizer), config.frozen
     for model in models:
         freeze_routers(model, frozen)
     optimizer = build_optimizer(
         config.zero.engine,
-        [(info, param, *rule(info.name, info.global_shape)) for info, param in held(models)],
+        [
+            (info, param, *rule(info.name, info.global_shape))
+            for info, param in held(models, positions, placement.num_slices)
+        ],
         ReplicaGroups(groups.dense, groups.expert, groups.embedding, groups.world),
         clip_grad_norm=config.optimizer.clip_grad_norm,
         frozen=frozen,

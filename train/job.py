@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.collectives import all_gather
 from parallel.expert.dispatch import Dispatch
 from parallel.host import Host
 from parallel.pipeline.events import Timeline, write_trace
@@ -24,10 +22,11 @@ from parallel.pipeline.runtime import Runtime
 from parallel.pipeline.schedule import Schedule
 from parallel.process import Groups
 from parallel.shards import ParamInfo, stacked_experts
-from parallel.watch import Need, Watch
+from parallel.watch import Watch
 from parallel.zero.optimizer import StepResult, ZeroOptimizer
 from train.checkpoint.saver import Checkpoints
 from train.config import RunConfig
+from train.data.rows.ahead import Reader as RowReader
 from train.data.rows.blend import Stream
 from train.data.rows.valid import Validation
 from train.files import in_words
@@ -43,6 +42,8 @@ from train.track.vector import Metrics, Rows
 EMBEDDING = "embed_tokens.weight"
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Job:
     optimizer: ZeroOptimizer
     ema: Ema | None
     train_rows: Stream
+    reader: RowReader  # through which a step's rows are read
     validation: Validation
     prompts: Prompts | None
     patience: Patience
@@ -112,9 +114,12 @@ class Job:
     def forward_backward(self, tokens: Callable[[int], Tensor], terms: LossTerms, num_micro_batches: int) -> None:
         """All of a step's micro-batches through the pipeline; gradients add up in `main_grad`, findings in the stages.
 
+        Gradients of slices that are done with are being summed over their replicas when this returns.
+
         tokens: micro-batch (0 to num_micro_batches - 1) to its rows [B, S + 1].
         """
-        self._run(self.config.schedule(num_micro_batches), tokens, terms, self.config.train.micro_batch_size)
+        schedule, num_sequences = self.config.schedule(num_micro_batches), self.config.train.micro_batch_size
+        self._run(schedule, tokens, terms, num_sequences, self.optimizer.complete)
 
     def forward_backward_alone(self, rows: Tensor, terms: LossTerms) -> None:
         """One micro-batch by itself, stage after stage and back."""
@@ -150,10 +155,18 @@ class Job:
         self.dispatch.take_internode_bytes()
         self.dispatch.take_node_visits()
 
-    def _run(self, schedule: Schedule, tokens: Callable[[int], Tensor], terms: LossTerms, num_sequences: int) -> None:
+    def _run(
+        self,
+        schedule: Schedule,
+        tokens: Callable[[int], Tensor],
+        terms: LossTerms,
+        num_sequences: int,
+        complete: Callable[[int], None] | None = None,
+    ) -> None:
         for stage in self.stages.values():
             stage.begin(tokens, terms)
-        self.runtime.run(schedule, (num_sequences, self.config.train.seq_len, self.config.model.hidden_size))
+        shape = (num_sequences, self.config.train.seq_len, self.config.model.hidden_size)
+        self.runtime.run(schedule, shape, complete)
 
     def update(self, lr: float) -> StepResult:
         """One optimizer step; the moving average takes in its weights beside what comes next."""
@@ -177,6 +190,11 @@ class Job:
         first = plan.first_sequence + mesh.dp_rank * share
         return ((position, count) for position in range(first, first + share, count))
 
+    def read_ahead(self, plan: StepPlan) -> None:
+        """Begin to read what this rank needs of a step, if anything, in the background."""
+        if any(model.reads_tokens for model in self.models):
+            self.reader.want(list(self.micro_batches(plan)))
+
     def num_targets(self, plan: StepPlan) -> int:
         """Predicted tokens of a step over all ranks, known to each of them before it."""
         return self.train_rows.num_targets(plan.first_sequence, plan.num_sequences)
@@ -188,27 +206,30 @@ class Job:
 
     def gather(self, numbers: Tensor) -> Tensor:
         """numbers [n] of every rank, in rank order: [ranks, n]."""
-        need = Need("numbers", "numbers from {peers}", self.groups.world)
-        return self.watch.launch(need, lambda: all_gather(numbers.reshape(1, -1), self.groups.world)).wait()
+        return self.groups.world.all_gather(numbers, self.watch, "numbers", "numbers from {peers}")
 
     def sum_counts(self, counts: Tensor) -> Tensor:
         """Integers summed over all ranks, exact in any order."""
-        need = Need("numbers", "counts from {peers}", self.groups.world)
-        self.watch.wait(need, lambda: dist.all_reduce(counts, group=self.groups.world))
-        return counts
+        return self.groups.world.sum(counts, self.watch, "numbers", "counts from {peers}")
 
     def any_rank(self, says_so: bool) -> bool:
         """Whether any rank says so; all call it together."""
         count = self.sum_counts(self.host.put(torch.tensor([int(says_so)])))
         return bool(self.host.read("stop", count)[0][0])
 
-    def gather_objects(self, thing: Any) -> list[Any]:
-        """One small object of every rank, in rank order. Not for the hot path."""
+    def to_first(self, thing: Any) -> list[Any]:
+        """On rank 0 one small object of every rank, in rank order; elsewhere nothing. Not for the hot path."""
         self.checkpoints.settle()
-        everyone = [thing] * self.groups.mesh.world_size
-        need = Need("numbers", "words from {peers}", self.groups.checkpoint)
-        self.watch.wait(need, lambda: dist.all_gather_object(everyone, thing, group=self.groups.checkpoint))
-        return everyone
+        return self.groups.checkpoint.to_first(thing, self.watch)
+
+    def from_first(self, thing: T) -> T:
+        """Rank 0's small object, on all ranks."""
+        self.checkpoints.settle()
+        return self.groups.checkpoint.from_first(thing, self.watch)
+
+    def gather_objects(self, thing: T) -> list[T]:
+        """One small object of every rank, in rank order, on all ranks: for the end of a run."""
+        return self.from_first(self.to_first(thing))
 
     def meet(self) -> None:
         """Call where all ranks have just left an exchange: clocks of different machines are compared from here on."""
@@ -239,7 +260,7 @@ class Job:
 
     def write_timeline(self, num_micro_batches: int) -> None:
         """Gather the events of the step just finished, of which each rank had so many, into one file of rank 0's."""
-        everyone = self.gather_objects(self.recorder.events)
+        everyone = self.to_first(self.recorder.events)
         if self.is_main:
             dp = self.config.parallel.dp
             first_s = min(event.start_s for events in everyone for event in events)
@@ -258,17 +279,26 @@ class Job:
                     path.unlink(missing_ok=True)
 
 
-def held(models: Iterable[Transformer]) -> list[tuple[ParamInfo, nn.Parameter]]:
-    """Every parameter of this rank once, with its place in the global tensor of its name."""
+def held(
+    models: Iterable[Transformer], positions: Sequence[int] = (), num_slices: int = 1
+) -> list[tuple[ParamInfo, nn.Parameter]]:
+    """Every parameter of this rank once, with its place in the global tensor of its name.
+
+    positions: which slices of the model these are, of `num_slices`; without them nothing is said of it.
+    """
     found: dict[str, tuple[ParamInfo, nn.Parameter]] = {}
-    for model in models:
+    for number, model in enumerate(models):
         for name, param in model.named_parameters():
             shape = tuple(param.shape)
+            slices = tuple(positions[number : number + 1])
             if model.is_expert(name):
                 info = stacked_experts(name, shape, model.config.n_routed_experts, model.first_expert)
             else:
                 info = ParamInfo(name, shape, replicas="embedding" if name == EMBEDDING else "dense")
-            info = replace(info, matrix=model.matrix_shape(name))
+            if slices and name == EMBEDDING:
+                # Prediction depths use it in the last slice, on whatever rank, and one sum joins all replicas.
+                slices = (0, num_slices - 1) if model.config.num_nextn_predict_layers and num_slices > 1 else (0,)
+            info = replace(info, matrix=model.matrix_shape(name), slices=slices)
             # Slices that share the embedding hold the same tensor.
             found.setdefault(name, (info, param))
     return list(found.values())

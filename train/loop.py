@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 
 from torch import Tensor
 
@@ -29,6 +30,11 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
 
     Raises NotFiniteError; the last good checkpoint then stays as it is.
     """
+    with closing(job.reader):
+        return _run(job, tracker, peak_flops_per_s, stop)
+
+
+def _run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) -> bool:
     config, recipe = job.config, job.recipe
     found: list[Sample] = []
     if job.step == 0 and evaluation_due(job):
@@ -74,6 +80,7 @@ def run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest) 
         if stopping and not job.is_done:
             log.info("asked to stop: saved after step %d", job.step)
             break
+    job.optimizer.settle()
     job.checkpoints.wait()
     if job.ema is not None:
         job.ema.wait()
@@ -116,7 +123,10 @@ def accumulate(job: Job, plan: StepPlan, terms: LossTerms, timer: StepTimer) -> 
 
     def tokens(micro_batch: int) -> Tensor:
         with timer.waiting_for_data():
-            return job.host.put(job.train_rows.rows(*micro_batches[micro_batch]))
+            return job.host.put(job.reader.rows(*micro_batches[micro_batch]))
 
+    job.read_ahead(plan)
+    if job.step + 1 < job.recipe.num_steps:
+        job.read_ahead(job.recipe.at(job.step + 1))
     job.forward_backward(tokens, terms, len(micro_batches))
     return tally_of(job)

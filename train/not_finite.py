@@ -48,6 +48,7 @@ def stop_not_finite(job: Job, plan: StepPlan, terms: LossTerms, grad_norm: float
 
     terms: those of the step.
     """
+    job.optimizer.settle()
     found = job.gather_objects(sequences_with_bad_losses(job, plan))
     if not any(found):
         # The losses were finite: the weights have not changed, so each micro-batch can be asked for its gradient.
@@ -102,7 +103,7 @@ def sequences_with_bad_gradients(job: Job, plan: StepPlan, terms: LossTerms) -> 
     bad: list[int] = []
     for first, count in job.micro_batches(plan):
         job.optimizer.zero_grad()
-        job.forward_backward_alone(job.host.put(job.train_rows.rows(first, count)), terms)
+        job.forward_backward_alone(job.host.put(job.reader.rows(first, count)), terms)
         everyone = job.gather_objects(bad_gradients(job))
         own_stages = everyone[job.groups.mesh.dp_rank :: job.groups.mesh.config.dp]
         dense_anywhere = any("dense" in kinds for kinds in everyone)

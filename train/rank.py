@@ -228,12 +228,12 @@ def _peak_flops_per_s(job: Job) -> float:
 def _track(job: Job) -> Tracker:
     """The sinks of rank 0; the run's id in wandb is known to all ranks, as it goes into checkpoints."""
     if not job.is_main:
-        job.wandb_id = job.gather_objects(None)[0]
+        job.wandb_id = job.from_first(job.wandb_id)
         return Tracker()
     config, folder, title = job.config, job.folder, job.config.run.name
     replace_durably(folder / "config.yaml", compose.text(config).encode())
     wandb = WandbSink(config.track, folder, asdict(config), job.step, job.wandb_id)
-    job.wandb_id = job.gather_objects(wandb.run_id)[0]
+    job.wandb_id = job.from_first(wandb.run_id)
     num_steps, recipe = job.recipe.num_steps, job.recipe
     console = ConsoleSink(
         config.track.log_interval,

@@ -20,5 +20,5 @@ def warm_up(job: Job, plan: StepPlan, terms: LossTerms) -> None:
     job.recorder.open()
     job.optimizer.zero_grad()
     position, count = next(iter(job.micro_batches(plan)))
-    job.forward_backward_alone(job.host.put(job.train_rows.rows(position, count)), terms)
+    job.forward_backward_alone(job.host.put(job.reader.rows(position, count)), terms)
     job.forget_exchanges()

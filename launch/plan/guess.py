@@ -295,7 +295,7 @@ class _One:
             held = peak + self._state_bytes([kind for place in places for kind in slices[place]])
             links = link_groups(num_links, self.plan.device)
             most = max(most, held / (1 - figures.fragmentation_share) + links * figures.communicator_gb * 1e9)
-        fixed_gb = figures.context_gb + num_groups(self.config.parallel) * figures.communicator_gb
+        fixed_gb = figures.context_gb + num_groups(self.config, self.plan.device) * figures.communicator_gb
         return most + moment / (1 - figures.fragmentation_share) + fixed_gb * 1e9
 
     def _kept_bytes(self, kind: str) -> float:

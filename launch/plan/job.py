@@ -12,21 +12,23 @@ from launch.plan import memory
 from launch.plan.clock import Clock, Host, Totals
 from launch.plan.cluster import Cluster
 from launch.plan.events import Event, Launch
+from launch.plan.hidden import Room, exposed, rooms
 from launch.plan.kernels import AS_WRITTEN, Rates
 from launch.plan.layers import Kept, Layers, layers_of
 from launch.plan.outcome import RankMemory, StepTime
 from launch.plan.price import Pricing, priced
 from launch.plan.replay import Passes, passes_of
-from launch.plan.state import StateBytes, state_bytes, update_events
+from launch.plan.state import StateBytes, exchanged_sets, state_bytes, update_events
 from launch.plan.step import ActionCosts, PipelineStep, layers_of_parts, run_schedule
 from launch.plan.world import MakeRouting, as_drawn, balanced
-from parallel.mesh import ParallelConfig
+from parallel.mesh import Mesh
 from parallel.pipeline.actions import Action, Chunk, Pair
 from parallel.pipeline.links import NUM_POSTED
 from parallel.pipeline.order import Channel, Message, messages
 from parallel.pipeline.rounds import Round, rounds
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import simulate
+from parallel.process import held_groups
 from train import environment
 from train.assemble import DTYPES
 from train.config import RunConfig
@@ -141,7 +143,7 @@ class Plan:
         """Context, communicators, and fragmentation of what is held."""
         figures = self.cluster.memory
         links = link_groups(sum(rank in channel[:2] for channel in self._sent), self.device)
-        fixed = figures.context_gb + (links + num_groups(self.config.parallel)) * figures.communicator_gb
+        fixed = figures.context_gb + (links + num_groups(self.config, self.device, rank)) * figures.communicator_gb
         return int(fixed * 1e9 + held * figures.fragmentation_share / (1 - figures.fragmentation_share))
 
     def _kinds(self, stage: int) -> tuple[str, ...]:
@@ -215,7 +217,8 @@ class Plan:
         for action in pair:
             totals.add(costs.cost(action).totals)
         rest_s = self.cluster.host.step_us * 1e-6 * (kernels == AS_WRITTEN) * self._slowdown(1.0).get("calls", 1.0)
-        return StepTime(kernels, costs, pipeline, self._updating(kernels), rest_s, ranks_s, pair, totals)
+        updates = self._updating(kernels, rooms(pipeline.simulation))
+        return StepTime(kernels, costs, pipeline, updates, rest_s, ranks_s, pair, totals)
 
     def host(self, kernels: str) -> Host:
         """Our own code's host. Fused kernels are few enough for any host to keep ahead. Where the host is the device,
@@ -232,8 +235,8 @@ class Plan:
         launch = Launch(0, "send", "link", 2, self.boundary_bytes, 0)
         return dict(self.pricing(kernels, False).events([launch])).popitem()[1]
 
-    def _updating(self, kernels: str) -> tuple[Totals, ...]:
-        """Each rank's update, with what it quantises anew."""
+    def _updating(self, kernels: str, beside: Sequence[Room]) -> tuple[Totals, ...]:
+        """Each rank's update, with what it quantises anew, and without what hides beside the pipeline."""
         found = []
         for rank in range(self.config.parallel.pp):
             clock = Clock(self.host(kernels))
@@ -243,8 +246,12 @@ class Plan:
             # Gradients are zeroed, and those of the shard read; masters and moments read and written, weights written.
             num_bytes = state.main_grad + 3 * state.masters + 2 * state.moments + state.weights
             num_bytes += self._quantised_bytes(rank)
-            for event, seconds in self.pricing(kernels, False).update([*self._updates[rank], *again], num_bytes):
-                clock.see(event, seconds, 0)
+            events = self.pricing(kernels, False).update([*self._updates[rank], *again], num_bytes)
+            sets = exchanged_sets(self.config, rank)
+            for (event, seconds), (_, left_s) in zip(events, exposed(events, sets, beside[rank]), strict=True):
+                clock.see(event, left_s, 0)
+                if isinstance(event, Launch):  # what hides keeps the network at work all the same
+                    clock.totals.network_s[event.group] += seconds - left_s
             found.append(clock.totals)
         return tuple(found)
 
@@ -327,10 +334,10 @@ def link_groups(num_links: int, device: str) -> int:
     return min(num_links, 1) if device == "cuda" else num_links
 
 
-def num_groups(mesh: ParallelConfig) -> int:
-    """Communicators of a rank beside its links: those of more than one rank."""
-    sizes = (mesh.world_size, mesh.dp, mesh.dp // mesh.ep, mesh.ep, mesh.ep // mesh.nodes_per_ep_group)
-    return sum(size > 1 for size in (*sizes, mesh.nodes_per_ep_group))
+def num_groups(config: RunConfig, device: str, pp_rank: int = 0) -> int:
+    """Communicators of a rank beside its links; the ranks at a pipeline's ends have the most."""
+    mesh = Mesh(config.parallel, pp_rank * config.parallel.dp, config.mirrored, config.shared_ends)
+    return sum(map(len, held_groups(mesh, "nccl" if device == "cuda" else "gloo").values()))
 
 
 def threads_of(config: RunConfig) -> int:

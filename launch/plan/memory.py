@@ -255,6 +255,8 @@ class _GroupedBoundaries(Ends):
     def turn_to(self, at: int) -> None:
         self._launch(2 * at)
 
+    def reach(self, at: int, moment: float) -> None: ...
+
     def take(self, part: Chunk) -> None:
         made_by = source(self._placement, part)
         if made_by is None or self._placement.rank_of[made_by.stage] == self._rank:

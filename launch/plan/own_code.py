@@ -32,6 +32,7 @@ from parallel.pipeline.segments import Name
 from train import compose, loop
 from train.assemble import Files, put_together
 from train.config import RunConfig
+from train.data.rows.ahead import AtOnce
 from train.job import Job
 from train.precision.build import settle
 from train.recipe.balance import update_bias
@@ -118,7 +119,7 @@ def job_of(config: RunConfig, pieces: Listener | None = None) -> Iterator[Job]:
     """A job with values over the ranks that have been started, which tells `pieces` what it begins; it has no files."""
     groups = process.start(config.parallel, "cpu", config.mirrored, config.shared_ends)
     rows = _Tokens(config.train.seq_len, config.model.vocab_size)
-    files = Files(train_rows=rows, validation=nothing(), prompts=None, checkpoints=nothing())
+    files = Files(train_rows=rows, validation=nothing(), prompts=None, checkpoints=nothing(), reader=AtOnce)
     yield put_together(config, groups, files, tapes=None if pieces is None else tapes(pieces))
     process.stop(groups)
 

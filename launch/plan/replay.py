@@ -127,6 +127,8 @@ class Ends:
 
     def turn_to(self, at: int) -> None: ...
 
+    def reach(self, at: int, moment: float) -> None: ...
+
     def take(self, part: Chunk) -> Any:
         return None
 

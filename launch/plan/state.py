@@ -21,6 +21,7 @@ from launch.plan.routing import RoutedHost
 from launch.plan.world import fake_world, placement_of
 from parallel.mesh import Mesh
 from parallel.pipeline.segments import Name
+from parallel.process import everyone
 from parallel.shards import FlatLayout, ParamInfo, segments
 from parallel.zero.native import layout_of
 from parallel.zero.optimizer import build
@@ -80,7 +81,8 @@ def state_bytes(config: RunConfig, pp_rank: int) -> StateBytes:
 
 
 def update_events(config: RunConfig, pp_rank: int, kernels: str = "cuda") -> tuple[Event, ...]:
-    """What the optimizer of a rank of a pipeline does in a step: gradients to zero, reduced, clipped and applied.
+    """What the optimizer of a rank of a pipeline does in a step: gradients to zero, reduced, clipped and applied, then
+    new weights gathered. All of it behind the pipeline: what of it hides there is for `hidden` to say.
 
     The events are of the layer `optimizer`, kind `U`: node `zero_grad` stands at the start of a step, `update` at its
     end. The native engine is traced whatever `zero.engine` is. One rank of each group of replicas is seen, the first.
@@ -109,7 +111,17 @@ def update_events(config: RunConfig, pp_rank: int, kernels: str = "cuda") -> tup
             optimizer.zero_grad()
             recorder.begins(Name("optimizer", 0, "update"), "U")
             optimizer.step(1.0)
+            optimizer.settle()
     return events_of(recorder.entries())
+
+
+def exchanged_sets(config: RunConfig, pp_rank: int) -> list[tuple[int, ...]]:
+    """Of what a rank of a pipeline sums and gathers in an update, in its order, the slices of the model that each set
+    belongs to; none where they are any."""
+    shell = _Shell.of(config, pp_rank)
+    return [
+        each.slices for each, _ in shell.sets() if not each.frozen and shell.num_replicas[each.infos[0].replicas] > 1
+    ]
 
 
 # Kind of layer -> elements that every rank holds which holds the layer, and elements of all its experts together.
@@ -160,7 +172,9 @@ class _Shell:
         num_replicas = {kind: _group_size(mesh, group) for kind, group in kinds.items()}
         wide = wide_dtype(DTYPES[config.precision.name]).itemsize
         buffers = sum(buffer.numel() for model in models for buffer in model.buffers()) * wide
-        return _Shell(config, held(models), num_replicas, buffers)
+        placement = config.placement
+        positions = [placement.position(stage) for stage in placement.stages_on(pp_rank)]
+        return _Shell(config, held(models, positions, placement.num_slices), num_replicas, buffers)
 
     def sets(self) -> list[tuple[ParamSet, FlatLayout]]:
         """What is reduced and updated together, and how it lies in its buffer."""
@@ -177,7 +191,7 @@ def _groups(config: RunConfig, num_replicas: Mapping[str, int]) -> ReplicaGroups
     made = {kind: dist.new_group(range(size), group_desc=kind) for kind, size in num_replicas.items()}
     if not config.shared_ends:
         made["embedding"] = made["dense"]
-    return ReplicaGroups(**made, world=dist.new_group(range(config.parallel.world_size), group_desc="world"))
+    return ReplicaGroups(**made, world=everyone(0, config.parallel.world_size, "world", dist.get_backend()))
 
 
 def _models(config: RunConfig, mesh: Mesh) -> list[Transformer]:

@@ -32,6 +32,7 @@ from parallel.mesh import Mesh
 from parallel.torch_names import FakeStore, FakeTensorMode, fake_process_group
 from train.assemble import Files, put_together
 from train.config import RunConfig
+from train.data.rows.ahead import AtOnce
 from train.data.rows.blend import Stream
 from train.job import Job
 from train.precision.build import settle
@@ -182,4 +183,4 @@ def nothing() -> Any:
 
 def _files(config: RunConfig) -> Files:
     rows: Stream = FakeRows(config.train.seq_len)
-    return Files(train_rows=rows, validation=nothing(), prompts=None, checkpoints=nothing())
+    return Files(train_rows=rows, validation=nothing(), prompts=None, checkpoints=nothing(), reader=AtOnce)

@@ -13,7 +13,8 @@ from parallel.pipeline.schedule import Schedule, parse
 
 
 class Wait(NamedTuple):
-    """A time in which a rank stood still. kind: "input", for a neighbour's result, or "experts", for an exchange."""
+    """A time in which a rank stood still. kind: "input", for a neighbour's result, "experts", for an exchange, or
+    "optimizer", for new weights."""
 
     kind: str
     start_s: float
@@ -21,7 +22,7 @@ class Wait(NamedTuple):
 
 
 # What a wait is called in a trace.
-_WAITS = {"input": "wait for a neighbour", "experts": "wait for experts"}
+_WAITS = {"input": "wait for a neighbour", "experts": "wait for experts", "optimizer": "wait for new weights"}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ a model of NCCL and run on gloo; not yet run on a GPU.
 from __future__ import annotations
 
 import datetime
+import math
 from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
@@ -90,6 +91,11 @@ class GroupedLinks:
         """The rank begins the `at`-th action of its list."""
         self._launch(2 * at)
 
+    def reach(self, at: int, moment: float) -> None:
+        """Before the `at`-th action: launch what is to come before anything that waits for other ranks at this moment
+        of the rounds' clock."""
+        self._launch(2 * at, moment)
+
     def close(self) -> None:
         """Wait until everything sent has left."""
         if self._ahead:
@@ -127,10 +133,10 @@ class GroupedLinks:
         self._to_send[Channel(self._rank, target, part.kind), part] = tensor.contiguous()
         self._launch(self._place + 1)
 
-    def _launch(self, place: int) -> None:
-        """Launch all rounds up to this place of the list."""
+    def _launch(self, place: int, moment: float = math.inf) -> None:
+        """Launch all rounds up to this place of the list and this moment."""
         self._place = place - place % 2
-        while self._ahead and self._ahead[0].place <= place:
+        while self._ahead and self._ahead[0].place <= place and self._ahead[0].moment <= moment:
             self._under_way.append(_Call(self._ahead.popleft(), self._group, self._new, self._to_send, self._watch))
             if len(self._under_way) > NUM_UNDER_WAY:
                 self._wait(self._under_way[0], None)

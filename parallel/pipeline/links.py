@@ -120,6 +120,9 @@ class Links:
     def turn_to(self, at: int) -> None:
         """The rank begins the `at`-th action of its list."""
 
+    def reach(self, at: int, moment: float) -> None:
+        """What is posted ahead stands in nobody's way."""
+
     def close(self) -> None:
         """Wait until everything sent has left."""
         for leaving in self._leaving.values():

@@ -35,12 +35,13 @@ class Round(NamedTuple):
     """One group call of a rank.
 
     place: where in the rank's list: 2 k is before action k, 2 k + 1 inside it, once its input gradient is sent.
-    sends, receives: in the order in which both ends of each have them.
+    sends, receives: in the order in which both ends of each have them. moment: of the clock.
     """
 
     place: int
     sends: tuple[Sent, ...]
     receives: tuple[Sent, ...]
+    moment: int = 0
 
     @property
     def peers(self) -> tuple[int, ...]:
@@ -51,7 +52,7 @@ class Round(NamedTuple):
 def rounds(schedule: Schedule) -> tuple[tuple[Round, ...], ...]:
     """Each rank's rounds, in the order in which it comes to them. Raises ScheduleError for lists that cannot run."""
     sent = messages(schedule)
-    moments, made = _clock(schedule, sent)
+    moments, made = clock(schedule, sent)
     times = [sorted(each) for each in moments]
     sends: dict[tuple[int, int], list[Sent]] = defaultdict(list)
     receives: dict[tuple[int, int], list[Sent]] = defaultdict(list)
@@ -65,7 +66,7 @@ def rounds(schedule: Schedule) -> tuple[tuple[Round, ...], ...]:
         receives[channel.target, arrives].append((channel, sent[channel][at]))
     return tuple(
         tuple(
-            Round(places[moment], tuple(sends[rank, moment]), tuple(receives[rank, moment]))
+            Round(places[moment], tuple(sends[rank, moment]), tuple(receives[rank, moment]), moment)
             for moment in times[rank]
             if (rank, moment) in sends or (rank, moment) in receives
         )
@@ -73,7 +74,7 @@ def rounds(schedule: Schedule) -> tuple[tuple[Round, ...], ...]:
     )
 
 
-def _clock(schedule: Schedule, sent: dict[Channel, list[Message]]) -> tuple[list[dict[int, int]], dict[Chunk, int]]:
+def clock(schedule: Schedule, sent: dict[Channel, list[Message]]) -> tuple[list[dict[int, int]], dict[Chunk, int]]:
     """When each rank may exchange, as moment to place, and when each F, B and W is done."""
     leaves = {message.producer for each in sent.values() for message in each}
     moments: list[dict[int, int]] = [{} for _ in schedule.ranks]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from parallel.collectives import Steps
 from parallel.pipeline.actions import Action, Chunk, Pair
+from parallel.pipeline.completion import completions
 from parallel.pipeline.overlap import HOST_COMPUTES, Overlap, interleave
 from parallel.pipeline.schedule import Schedule
 
@@ -40,6 +41,8 @@ class Ends(Protocol):
 
     def turn_to(self, at: int) -> None: ...
 
+    def reach(self, at: int, moment: float) -> None: ...
+
     def take(self, part: Chunk) -> Any: ...
 
     def send(self, part: Chunk, tensor: Any) -> None: ...
@@ -65,25 +68,41 @@ class Runtime:
         links: Ends,
         recorder: Listener,
         overlap: Overlap = HOST_COMPUTES,
+        fence: Callable[[int], object] = lambda _: None,
     ) -> None:
-        """overlap: what stands beside what in a pair, and in a pass alone."""
+        """overlap: what stands beside what in a pair, and in a pass alone. fence: called with a stage before each of
+        its forwards: its weights are whole from there on."""
         self._rank, self._stages, self._links, self._recorder = rank, stages, links, recorder
-        self._overlap = overlap
+        self._overlap, self._fence = overlap, fence
         # The backward of a pair whose last weight gradients wait for the next action, whose first communication has
         # little else beside it.
         self._left: Chunk | None = None
 
-    def run(self, schedule: Schedule, shape: tuple[int, ...]) -> None:
-        """Do this rank's list from its first action to its last; stages hand on tensors of `shape`."""
-        self._links.open(schedule, shape)
+    def run(self, schedule: Schedule, shape: tuple[int, ...], complete: Callable[[int], object] | None = None) -> None:
+        """Do this rank's list from its first action to its last; stages hand on tensors of `shape`.
+
+        complete: called with the position of each slice of the model once no rank has any more of its gradients to
+        add, as `completions` says.
+        """
         actions, self._left = schedule.ranks[self._rank], None
+        done = completions(schedule)[self._rank] if complete else {}
+
+        def tell(at: int) -> None:
+            for moment, position in done.get(at, ()):
+                assert complete is not None
+                self._links.reach(at, moment)
+                complete(position)
+
+        self._links.open(schedule, shape)
         for at, action in enumerate(actions):
+            tell(at)
             self._recorder.begin(action)
             self._links.turn_to(at)
             self._do(action)
-            if at == len(actions) - 1:
-                self._take_weights(None, 1)
+            if at + 1 in done or at + 1 == len(actions):
+                self._take_weights(None, 1)  # the last ones of a slice may be among those left
             self._recorder.end()
+        tell(len(actions))
         self._links.close()
 
     def _do(self, action: Action) -> None:
@@ -109,6 +128,7 @@ class Runtime:
 
     def _forward(self, chunk: Chunk) -> Steps[None]:
         x = self._links.take(chunk)
+        self._fence(chunk.stage)
         self._recorder.started()
         y = yield from self._stages[chunk.stage].forward(chunk.micro_batch, x)
         self._links.send(chunk, y)

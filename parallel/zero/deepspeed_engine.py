@@ -1,7 +1,8 @@
 """The door to DeepSpeed: its `BF16_Optimizer`, built directly with our process groups, as an engine of the optimizer.
 
-DeepSpeed holds the flat weights and gradients, owns the fp32 masters, runs the inner optimizer on them and gathers the
-weights. We reduce, take the norm, clip and decide whether to step before it is asked to. `deepspeed.initialize` is
+DeepSpeed holds the flat weights and gradients, owns the fp32 masters and runs the inner optimizer on them. We reduce,
+take the norm, clip and decide whether to step before it is asked to, and gather what it has written, as its own gather
+would end before its step does. `deepspeed.initialize` is
 never called and nothing is compiled. What is touched outside of the object, for the life of the process: DeepSpeed's
 record of ops that may be compiled, its communication backend (a wrapper of torch.distributed) and its logger.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import warnings
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.shards import lay_out
-from parallel.watch import Need, Watch
+from parallel.watch import Watch
+from parallel.zero.arrivals import Arrivals
 from parallel.zero.sets import ParamSet
 
 VERSION = "0.19.8"
@@ -44,7 +46,7 @@ class DeepSpeedEngine:
         optimizer = sets[0].inner.make(
             [{"params": list(each.params), "weight_decay": each.weight_decay, "kernels": kernels} for each in sets]
         )
-        self._zero = _build(optimizer, sets, process_groups, watch)
+        self._zero = _build(optimizer, sets, process_groups, self._send)
         self.layouts = [
             # DeepSpeed puts parameters end to end and pads the end to twice the number of shards.
             lay_out(each.numels, each.num_shards, align_shard=self._zero.nccl_start_alignment_factor)
@@ -55,13 +57,16 @@ class DeepSpeedEngine:
         self.main_grads: list[Tensor] = self._zero.fp32_groups_gradients_flat
         self.masters: list[Tensor] = self._zero.fp32_groups_flat_partition
         self.optimizers = [optimizer]
+        self._sets = sets
+        self.arrivals = Arrivals(sets, self.layouts, self._zero.bf16_groups_flat, watch)
 
     def state_of(self, index: int) -> dict[str, Any]:
         """What the inner optimizer keeps of the master of set number `index`."""
         return self.optimizers[0].state[self.masters[index]]
 
     def update(self, grads: list[Tensor]) -> None:
-        """Hand the reduced gradient shards to DeepSpeed, which steps on its masters and gathers the weights."""
+        """Hand the reduced gradient shards to DeepSpeed, which steps on its masters; new weights then set out."""
+        self.arrivals.settle()
         for own, grad in zip(self._zero.fp32_groups_gradient_flat_partition, grads, strict=True):
             if own.data_ptr() != grad.data_ptr():
                 own.copy_(grad)
@@ -71,7 +76,21 @@ class DeepSpeedEngine:
 
     def publish(self) -> None:
         """Masters to weights, and every replica's shard to all of them."""
-        self._zero.update_lp_params()
+        self.arrivals.settle()
+        self._write_shards()
+        self.arrivals.send(range(len(self._sets)))
+        self.arrivals.settle()
+
+    def _send(self) -> None:
+        """In DeepSpeed's step, where it would gather: weights that stay as they are need not travel."""
+        self._write_shards()
+        self.arrivals.send([index for index, each in enumerate(self._sets) if not each.frozen])
+
+    @torch.no_grad()
+    def _write_shards(self) -> None:
+        both = zip(self._sets, self._zero.bf16_partitioned_groups, self.masters, strict=True)
+        for each, parts, master in both:
+            parts[each.shard].copy_(master)
 
 
 def _start(device_type: str) -> ModuleType:
@@ -87,8 +106,6 @@ def _start(device_type: str) -> ModuleType:
             f"zero.engine=deepspeed was proven with DeepSpeed {VERSION}, not {deepspeed.__version__}: {_INSTALL}"
         )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # DeepSpeed gathers through a name that torch has since changed, and torch says so on every rank.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     # Its shared-memory collectives would be compiled at the first start, for minutes; they serve tensor parallelism.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
@@ -106,8 +123,12 @@ def _process_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def _build(
-    optimizer: torch.optim.Optimizer, sets: list[ParamSet], process_groups: list[dist.ProcessGroup], watch: Watch
+    optimizer: torch.optim.Optimizer,
+    sets: list[ParamSet],
+    process_groups: list[dist.ProcessGroup],
+    send: Callable[[], None],
 ) -> Any:
+    """send: called where its step would gather the weights."""
     from deepspeed.runtime import bf16_optimizer, compiler
     from deepspeed.utils.timer import NoopTimer
 
@@ -118,9 +139,6 @@ def _build(
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         compiler.compile = compile_at_import
-
-    # Each set is gathered in its own group; of these the largest is named.
-    widest = max(process_groups, key=dist.get_world_size)
 
     class Sharded(bf16_optimizer.BF16_Optimizer):
         """One process group per set, and no norm, clipping or zeroing of its own."""
@@ -135,8 +153,7 @@ def _build(
             return [] if for_clipping else ([torch.zeros((), device=self.bf16_groups_flat[0].device)], {})
 
         def update_lp_params(self) -> None:
-            # The copies that it makes before it gathers them count as waiting too.
-            watch.wait(Need("optimizer", "the weights from {peers}", widest), super().update_lp_params)
+            send()
 
         def clear_hp_grads(self) -> None:
             # Gradients are set to zero once, by `ZeroOptimizer.zero_grad`.

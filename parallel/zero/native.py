@@ -6,15 +6,15 @@ are their own masters: the optimizer steps on the shard of the flat weights itse
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from parallel.collectives import all_gather
 from parallel.shards import FlatLayout, lay_out, lay_out_whole
-from parallel.watch import Need, Watch
+from parallel.watch import Watch
+from parallel.zero.arrivals import Arrivals
 from parallel.zero.sets import ParamSet, matrices, views
 
 # Elements. Operands that start on a cache line (and on the 16 bytes that GPU matrix kernels ask for) in bf16 too.
@@ -25,7 +25,7 @@ class NativeEngine:
     """Owns the flat weights, main gradients, masters and moments of this rank. Satisfies `zero.optimizer.Engine`."""
 
     def __init__(self, sets: list[ParamSet], watch: Watch, kernels: str) -> None:
-        self._sets, self._watch, self._kernels = sets, watch, kernels
+        self._sets, self._kernels = sets, kernels
         self.layouts = [layout_of(each, each.num_shards) for each in sets]
         self._weights = [_flatten(each, layout) for each, layout in zip(sets, self.layouts, strict=True)]
         self._shards = [
@@ -43,6 +43,7 @@ class NativeEngine:
         inners = {each.inner.name: each.inner for each in sets}
         self._by_inner = {name: inner.make(self._param_groups(name)) for name, inner in inners.items()}
         self.optimizers = list(self._by_inner.values())
+        self.arrivals = Arrivals(sets, self.layouts, self._weights, watch)
 
     def _param_groups(self, inner: str) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = []
@@ -59,30 +60,29 @@ class NativeEngine:
 
     @torch.no_grad()
     def update(self, grads: list[Tensor]) -> None:
-        """Step on the reduced gradient shards, then publish the new weights to all replicas."""
+        """Step on the reduced gradient shards, then send the new weights to all replicas on their way."""
+        self.arrivals.settle()
         for master, grad in zip(self.masters, grads, strict=True):
             master.grad = grad
         for optimizer in self.optimizers:
             optimizer.step()
         for master in self.masters:
             master.grad = None
-        self.publish()
+        self._publish([index for index, each in enumerate(self._sets) if not each.frozen])
 
-    @torch.no_grad()
     def publish(self) -> None:
         """Masters to weights, and every replica's shard to all of them."""
-        pending = []
-        for each, layout, shard, master, flat in zip(
-            self._sets, self.layouts, self._shards, self.masters, self._weights, strict=True
-        ):
+        self.arrivals.settle()
+        self._publish(range(len(self._sets)))
+        self.arrivals.settle()
+
+    @torch.no_grad()
+    def _publish(self, numbers: Sequence[int]) -> None:
+        for index in numbers:
+            shard, master = self._shards[index], self.masters[index]
             if shard.dtype != master.dtype:
                 shard.copy_(master)
-            if each.group is not None and each.num_shards > 1:
-                weights = Need("optimizer", "the weights from {peers}", each.group)
-                gather = partial(all_gather, shard, each.group, flat, layout.shard_numels)
-                pending.append(self._watch.launch(weights, gather))
-        for handle in pending:
-            handle.wait()
+        self.arrivals.send(numbers)
 
 
 def layout_of(each: ParamSet, num_shards: int) -> FlatLayout:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from functools import partial, reduce
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import all_gather
+from parallel.everyone import Everyone
 from parallel.host import Host
-from parallel.watch import Need, Watch
+from parallel.watch import Watch
 
 # Elements that are squared in fp32 before the sum goes on in fp64, on CPUs.
 _ROW = 4096
@@ -52,9 +51,7 @@ def _wide_sum_of_squares(shard: Tensor, chunk_size: int) -> Tensor:
     return torch.stack([torch.linalg.vector_norm(chunk.double()).square() for chunk in chunks]).sum().reshape(1)
 
 
-def global_norm(
-    shards: Sequence[Tensor], world: dist.ProcessGroup | None, host: Host, watch: Watch, kernels: str = "cpu"
-) -> float:
+def global_norm(shards: Sequence[Tensor], world: Everyone, host: Host, watch: Watch, kernels: str = "cpu") -> float:
     """L2 norm of the whole model's gradient from all ranks' reduced shards.
 
     Over all ranks the shards hold every element of every parameter exactly once, whatever its replicas are: experts,
@@ -66,8 +63,6 @@ def global_norm(
     total = host.put(torch.zeros(1, dtype=torch.float64))
     for shard in shards:
         total += sum_up(shard)
-    if world is not None:
-        norms = Need("optimizer", "the squared norms of gradients from {peers}", world)
-        total = watch.launch(norms, lambda: all_gather(total, world)).wait()
-    (everyone,) = host.read("gradient norm", total)
+    total = world.all_gather(total, watch, "optimizer", "the squared norms of gradients from {peers}")
+    (everyone,) = host.read("gradient norm", total.view(-1))
     return math.sqrt(reduce(operator.add, everyone))

@@ -1,5 +1,9 @@
 """ZeRO-1 behind one interface: reduce-scatter, norm and clipping here; masters, updates and all-gather in an engine.
 
+What can be is done beside the pipeline: a set's gradients are summed as soon as the slices of the model that it belongs
+to are done with in a step (`complete`), while others still work, and its new weights arrive by the time that its slices
+are first needed in the next one (`fence`). Both move time alone: no sum and no order of one is another.
+
 Gradients are plain sums: losses are divided by the step's global counts beforehand, so nothing is averaged here.
 Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section 5 (P_os), with
 gradients reduced once per step.
@@ -13,13 +17,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.collectives import reduce_scatter
 from parallel.host import Host
 from parallel.shards import FlatLayout, ParamInfo, Piece, shard_pieces
 from parallel.watch import Need, Watch, Watched
+from parallel.zero.arrivals import Arrivals
 from parallel.zero.deepspeed_engine import DeepSpeedEngine
 from parallel.zero.inner import InnerOptimizer
 from parallel.zero.native import NativeEngine
@@ -37,6 +41,7 @@ class Engine(Protocol):
     main_grads: list[Tensor]  # flat accumulators, whole
     masters: list[Any]  # 1-D, the shard that this rank owns
     optimizers: list[torch.optim.Optimizer]
+    arrivals: Arrivals  # of weights that `update` has sent on their way
 
     def state_of(self, index: int) -> dict[str, Any]: ...
 
@@ -71,6 +76,9 @@ class ZeroOptimizer:
         self._host, self._watch, self._on_new_weights = host, watch, on_new_weights
         self._kernels = kernels
         self.num_steps = 0
+        # Of a step: which slices each set still waits for, and what is being summed.
+        self._incomplete: list[set[int]] = []
+        self._summing: dict[int, Watched[Tensor]] = {}
         for each, layout, flat in zip(sets, engine.layouts, engine.main_grads, strict=True):
             for param, view in zip(each.params, views(flat, layout, each.params), strict=True):
                 param.main_grad = view  # type: ignore[attr-defined]
@@ -82,11 +90,35 @@ class ZeroOptimizer:
         """Set all `main_grad` to zero."""
         for flat in self._engine.main_grads:
             flat.zero_()
+        self._incomplete = [set(each.slices) for each in self._sets]
+        assert not self._summing, "gradients that were summed were never applied"
+
+    def complete(self, position: int) -> None:
+        """Every replica's gradients of a slice of the model are in, for this step: start to sum what waited for it.
+
+        All ranks of a replica group call it in one order. Until `step` such gradients must not change.
+        """
+        for index, missing in enumerate(self._incomplete):
+            if position in missing:
+                missing.remove(position)
+                if not missing:
+                    self._sum(index)
+
+    def fence(self, position: int) -> None:
+        """The weights of a slice of the model are whole from here on, those of the last step."""
+        for index, each in enumerate(self._sets):
+            if position in each.slices or not each.slices:
+                self._engine.arrivals.arrive(index)
+
+    def settle(self) -> None:
+        """All weights are whole from here on."""
+        self._engine.arrivals.settle()
 
     @torch.no_grad()
     def step(self, lr: float) -> StepResult:
         """Reduce, clip and apply what `main_grad` holds. Collective over all groups. The host reads the norm alone.
 
+        Masters are new when it returns, weights on their way: `fence` or `settle` stands before whatever uses them.
         When the norm is not finite nothing is changed, on any rank. The content of `main_grad` is undefined afterwards
         until `zero_grad`.
         """
@@ -111,17 +143,24 @@ class ZeroOptimizer:
 
         Nobody reads the gradients of a frozen set, which are not summed.
         """
-        pending = [
-            flat[layout.shard_slice(each.shard)]
-            if each.group is None or each.num_shards == 1 or each.frozen
-            else self._reduce_scatter(flat, each.group, layout.shard_numels)
-            for each, layout, flat in zip(self._sets, self._engine.layouts, self._engine.main_grads, strict=True)
+        for index in range(len(self._sets)):
+            self._sum(index)
+        summing, self._summing = self._summing, {}
+        return [
+            summing[index].wait() if index in summing else flat[layout.shard_slice(each.shard)]
+            for index, (each, layout, flat) in enumerate(
+                zip(self._sets, self._engine.layouts, self._engine.main_grads, strict=True)
+            )
         ]
-        return [handle if isinstance(handle, Tensor) else handle.wait() for handle in pending]
 
-    def _reduce_scatter(self, flat: Tensor, group: dist.ProcessGroup, numels: Sequence[int]) -> Watched[Tensor]:
+    def _sum(self, index: int) -> None:
+        """Start to sum a set's gradients over its replicas, unless that is under way, or there is nothing to sum."""
+        group = self._sets[index].group
+        if index in self._summing or group is None or self._sets[index].num_shards == 1 or self._sets[index].frozen:
+            return
+        flat, numels = self._engine.main_grads[index], self._engine.layouts[index].shard_numels
         gradients = Need("optimizer", "the gradients from {peers}", group)
-        return self._watch.launch(gradients, lambda: reduce_scatter(flat, group, numels))
+        self._summing[index] = self._watch.launch(gradients, lambda: reduce_scatter(flat, group, numels))
 
     def _leave_frozen(self, *_: Any) -> None:
         """Before a step of torch's optimizers, which leave masters without a gradient alone, and their moments."""
@@ -189,6 +228,7 @@ class ZeroOptimizer:
             num_steps: optimizer steps taken so far.
         """
         self.num_steps = num_steps
+        self.settle()
         for index, each in enumerate(self._sets):
             each.inner.set_num_updates(self._engine.state_of(index), num_steps)
         self._engine.publish()

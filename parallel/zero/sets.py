@@ -1,14 +1,17 @@
-"""Parameters that are reduced and stepped together: one replica group, inner optimizer, weight decay and dtype."""
+"""Parameters that are reduced and stepped together: one replica group, inner optimizer, weight decay and dtype, and the
+same slices of the model, as their gradients are complete at one moment and their weights needed at one."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from parallel.everyone import Everyone
 from parallel.shards import FlatLayout, ParamInfo, segments
 from parallel.zero.inner import InnerOptimizer
 
@@ -21,13 +24,13 @@ class ReplicaGroups:
         dense: ranks that hold the same dense parameters.
         expert: ranks that hold the same experts.
         embedding: ranks that hold the embedding; unused where this rank does not.
-        world: all ranks, which together hold every parameter's every shard once.
+        world: all ranks, which together hold every parameter's every shard once; as it stands, this rank alone.
     """
 
     dense: dist.ProcessGroup | None = None
     expert: dist.ProcessGroup | None = None
     embedding: dist.ProcessGroup | None = None
-    world: dist.ProcessGroup | None = None
+    world: Everyone = field(default_factory=Everyone)
 
     def of(self, replicas: str) -> dist.ProcessGroup | None:
         """The group of `ParamInfo.replicas`."""
@@ -47,6 +50,7 @@ class ParamSet:
     """Parameters of one replica group, inner optimizer, weight decay and dtype, in the order of the model.
 
     frozen: whether they stay as they are. They keep their masters and moments, and have no part in steps and norms.
+    slices: as in `ParamInfo`; empty for parameters of any slices.
     """
 
     infos: tuple[ParamInfo, ...]
@@ -55,6 +59,7 @@ class ParamSet:
     inner: InnerOptimizer
     weight_decay: float
     frozen: bool = False
+    slices: tuple[int, ...] = ()
 
     @property
     def num_shards(self) -> int:
@@ -91,23 +96,44 @@ def split_sets(
     groups: ReplicaGroups,
     frozen: Collection[str] = (),
 ) -> list[ParamSet]:
-    """Sort (place, parameter, inner optimizer, weight decay) into sets: in one order on all replicas."""
-    kinds: dict[tuple[str, bool, float, str, str, bool], list[tuple[ParamInfo, nn.Parameter, InnerOptimizer]]] = {}
+    """Sort (place, parameter, inner optimizer, weight decay) into sets: in one order on all replicas, those first that
+    the first slices of the model need.
+
+    Where an optimizer looks at whole matrices, those of all slices are dealt out together: they are few.
+    """
+    kinds: dict[_Key, list[tuple[ParamInfo, nn.Parameter, InnerOptimizer]]] = {}
     for info, param, inner, weight_decay in params:
         if param.numel():
-            key = (info.replicas, not weight_decay, weight_decay, str(param.dtype), inner.name, info.name in frozen)
+            slices = () if inner.whole_matrices else info.slices
+            key = _Key(slices, info.replicas, weight_decay, str(param.dtype), inner.name, info.name in frozen)
             kinds.setdefault(key, []).append((info, param, inner))
     return [
         ParamSet(
             infos=tuple(info for info, _, _ in members),
             params=tuple(param for _, param, _ in members),
-            group=groups.of(replicas),
+            group=groups.of(key.replicas),
             inner=members[0][2],
-            weight_decay=weight_decay,
-            frozen=is_frozen,
+            weight_decay=key.weight_decay,
+            frozen=key.frozen,
+            slices=key.slices,
         )
-        for (replicas, _, weight_decay, _, _, is_frozen), members in sorted(kinds.items(), key=lambda item: item[0])
+        for key, members in sorted(kinds.items(), key=lambda item: item[0].order)
     ]
+
+
+class _Key(NamedTuple):
+    """What the parameters of a set have in common."""
+
+    slices: tuple[int, ...]
+    replicas: str
+    weight_decay: float
+    dtype: str
+    inner: str
+    frozen: bool
+
+    @property
+    def order(self) -> tuple[Any, ...]:
+        return (self.slices, self.replicas, not self.weight_decay, *self[2:])
 
 
 def matrices(each: ParamSet, layout: FlatLayout) -> list[tuple[int, int, int]]:

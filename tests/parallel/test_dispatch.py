@@ -355,7 +355,7 @@ x, weights = torch.randn(2000, 512), torch.rand(2000, 4)
 rows, row_weights, plan = drive(dispatch.dispatch(x, weights, torch.rand(2000, 16).topk(4, 1)[1]))
 drive(dispatch.combine(rows, plan))
 drive(dispatch.dispatch_backward(drive(dispatch.combine_backward(x, plan)), row_weights, plan))
-sent = all_gather(torch.tensor([dispatch.take_internode_bytes()]), groups.world).wait().sum()
+sent = groups.world.sum(torch.tensor([dispatch.take_internode_bytes()]), groups.watch, "numbers", "bytes")
 print("sent", int(sent), flush=True)
 process.stop(groups)
 """

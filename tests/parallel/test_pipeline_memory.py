@@ -146,6 +146,9 @@ class Copies:
     def turn_to(self, at: int) -> None:
         pass
 
+    def reach(self, at: int, moment: float) -> None:
+        pass
+
     def take(self, part: Chunk) -> Tensor | None:
         if source(self._world.placement, part) is None:
             return None

@@ -34,8 +34,9 @@ def groups_of(config: ParallelConfig, mirrored: bool) -> None:
         total = torch.tensor([1 << mesh.rank])
         dist.all_reduce(total, group=group)
         assert int(total) == sum(1 << rank for rank in mesh.own_group(kind))
-    assert members(groups.world) == members(groups.checkpoint) == tuple(range(config.world_size))
-    assert len({id(getattr(groups, name)) for name in (*KINDS, "world", "checkpoint")}) == 7
+    (world,), (checkpoint,) = groups.world.groups, groups.checkpoint.groups
+    assert members(world) == members(checkpoint) == tuple(range(config.world_size))
+    assert len({*map(id, (world, checkpoint)), *(id(getattr(groups, name)) for name in KINDS)}) == 7
     assert groups.device == torch.device("cpu")
     process.stop(groups)
 
@@ -98,7 +99,7 @@ from parallel import process, warm_up
 from parallel.collectives import all_gather
 from parallel.mesh import ParallelConfig
 groups = process.start(ParallelConfig(dp=3))
-all_gather(torch.ones(1), groups.world).wait()
+groups.world.all_gather(torch.ones(1), groups.watch, "numbers", "numbers from {peers}")
 print("ready", flush=True)
 if groups.mesh.rank == 2:
     signal.pause()
@@ -145,5 +146,5 @@ def _warmed_up() -> list[Any]:
 
 
 def test_every_communicator_is_used_once_before_the_first_step(ranks: Ranks) -> None:
-    # Twice: dense, expert, with two calls each, ep or node or rail with more than one rank, world with two.
-    assert ranks.run(_warmed_up, world_size=4, with_group=False) == [[None, 2 * (2 + 2 + 1 + 1 + 2)]] * 4
+    # Twice: dense, expert, with two calls each, the node (rails have one rank), world with two; not the flat exchange.
+    assert ranks.run(_warmed_up, world_size=4, with_group=False) == [[None, 2 * (2 + 2 + 1 + 2)]] * 4

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from parallel.everyone import Everyone
 from parallel.host import Host
 from parallel.watch import Watch
 from parallel.zero.norm import global_norm, sum_of_squares
@@ -80,7 +81,8 @@ def test_a_few_large_among_tiny_elements() -> None:
 def norm_of_a_stage() -> float:
     """On each of 4 ranks: two stages of two replicas; shards are ones of any size."""
     stage, replica = divmod(dist.get_rank(), 2)
-    return global_norm([torch.ones(1 + stage), torch.ones(10 + replica)], dist.new_group([0, 1, 2, 3]), Host(), Watch())
+    world = Everyone.of(dist.new_group([0, 1, 2, 3]))
+    return global_norm([torch.ones(1 + stage), torch.ones(10 + replica)], world, Host(), Watch())
 
 
 def test_every_shard_of_every_stage_counts_once(ranks: Ranks) -> None:

@@ -104,6 +104,7 @@ def run_case(case: Case, spoil: Callable[[], Any] | None = None) -> Outcome:
         optimizer.zero_grad()
         local.backward(step)
         results.append(optimizer.step(learning_rate(step)))
+        optimizer.settle()
     params = {name: param.detach().clone() for name, param in local.params.items()}
     return Outcome(results, optimizer.state(), params, optimizer.num_steps)
 

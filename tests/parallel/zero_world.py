@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.collectives import Handle, all_gather, reduce_scatter
+from parallel.everyone import Everyone
 from parallel.shards import ParamInfo, Piece, stacked_experts
-from parallel.zero import norm
 from parallel.zero import optimizer as zero_optimizer
 from parallel.zero.inner import InnerOptimizer
 from parallel.zero.optimizer import StepResult, ZeroOptimizer, build
@@ -114,7 +114,9 @@ def make_groups(dp: int, ep: int) -> ReplicaGroups:
         return next(group for ranks, group in made if rank in ranks)
 
     everyone = own([list(range(dp))])
-    return ReplicaGroups(dense=everyone, expert=own([list(range(i, dp, ep)) for i in range(ep)]), world=everyone)
+    return ReplicaGroups(
+        dense=everyone, expert=own([list(range(i, dp, ep)) for i in range(ep)]), world=Everyone.of(everyone)
+    )
 
 
 @dataclass
@@ -172,8 +174,8 @@ def broken(groups: ReplicaGroups, fault: str) -> Iterator[ReplicaGroups]:
         if fault in ("experts reduced over the dense group", "gradients averaged"):
             patch.setattr(zero_optimizer, "reduce_scatter", reduce_wrongly)
         if fault == "norm of own shards":
-            patch.setattr(norm, "all_gather", lambda value, group: Handle([], (), lambda: value))
-        yield replace(groups, world=groups.expert) if fault == "ep left out of the norm" else groups
+            patch.setattr(Everyone, "all_gather", lambda _everyone, value, *_: value)
+        yield replace(groups, world=Everyone.of(groups.expert)) if fault == "ep left out of the norm" else groups
 
 
 def make(case: Case, local: Local, groups: ReplicaGroups) -> ZeroOptimizer:
@@ -208,6 +210,7 @@ def run_case(case: Case) -> Outcome:
             optimizer.zero_grad()
             local.backward(step)
             results.append(optimizer.step(learning_rate(step)))
+            optimizer.settle()
     params = {name: param.detach().clone() for name, param in local.params.items()}
     return Outcome(results, optimizer.state(), params, optimizer.num_steps)
 

@@ -45,6 +45,7 @@ def check(config: RunConfig, pp_rank: int) -> None:
             made.optimizer.zero_grad()
             recorder.begins(Name("optimizer", 0, "update"), "U")
             made.optimizer.step(1.0)
+            made.optimizer.settle()
         traced = events_of(recorder.entries())
     assert update_events(config, pp_rank) == traced
     assert [each.node for each in traced if isinstance(each, Enter)] == ["zero_grad", "update"]

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from parallel.everyone import Everyone
 from parallel.shards import Piece
 from train.checkpoint.config import CheckpointConfig
 from train.checkpoint.saver import Checkpoints
@@ -88,8 +89,8 @@ def state(step: int, model: str = "m", tokens: int = 0) -> TrainState:
 
 
 def open_checkpoints(root: Path, **keys: Any) -> Checkpoints:
-    group = dist.new_group(backend="gloo") if dist.is_initialized() else None
-    return Checkpoints(root, CheckpointConfig(**keys), group)
+    ranks = Everyone.of(dist.new_group(backend="gloo")) if dist.is_initialized() else None
+    return Checkpoints(root, CheckpointConfig(**keys), ranks)
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from launch.ranks import HeldPort
+from parallel.everyone import Everyone
 from parallel.shards import Piece
 from tests.spawn import STOP_S
 from tests.train.checkpoint_cases import state
@@ -114,7 +115,7 @@ def die_everywhere(folder: str) -> None:
 def save_forever(root: Path, rank: int, world_size: int, port: int) -> None:
     """Resume from the latest checkpoint and save one step after the other, all ranks together."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    checkpoints = Checkpoints(root, CheckpointConfig(keep_latest_k=2), dist.new_group(backend="gloo"))
+    checkpoints = Checkpoints(root, CheckpointConfig(keep_latest_k=2), Everyone.of(dist.new_group(backend="gloo")))
     latest = checkpoints.latest()
     first = 1
     if latest is not None:

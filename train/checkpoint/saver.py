@@ -11,24 +11,30 @@ import errno
 import logging
 import shutil
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from train.checkpoint import step_folders
-from train.checkpoint.agreement import Agreement, CheckpointError, DiskError, kind_of, reason_of
+from train.checkpoint.agreement import (
+    Agreement,
+    Alone,
+    CheckpointError,
+    DiskError,
+    Ranks,
+    kind_of,
+    ranks_in_words,
+    reason_of,
+)
 from train.checkpoint.config import CheckpointConfig
 from train.checkpoint.ranges import HostRange, Pieces, check_ranges
 from train.checkpoint.reader import RangeReader, read_metadata, saved_tensors
 from train.checkpoint.state import MAX_NAMED_DIFFERENCES, TrainState, differences
 from train.checkpoint.step_folders import CONFIG_FILE, STATE_FILE
-from train.checkpoint.writer import FlatSavePlanner, FlatWriter
+from train.checkpoint.writer import FlatSavePlanner, FlatWriter, write_together
 from train.files import (
     CRC32,
     FileRecord,
@@ -52,31 +58,26 @@ _BYTES_BESIDE = 2_000
 class Checkpoints:
     """Saves and loads the checkpoints of one run. Every rank makes one and calls its methods in the same order.
 
-    All methods are collective over `group`. What fails on one rank is raised on all ranks, in one sentence that names
+    All methods are collective over `ranks`. What fails on one rank is raised on all ranks, in one sentence that names
     the rank: ValueError for what the user asked or gave, CheckpointError for the rest. The folder must be one that all
     ranks see.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, folder: Path, config: CheckpointConfig, ranks: Ranks | None = None) -> None:
         """Make `folder` ready; rank 0 removes what killed saves left there.
 
         Args:
-            group: gloo group of all ranks that nothing else uses, as saves talk over it in the background; None when
+            ranks: all ranks, over groups that nothing else uses, as saves talk over them in the background; None when
                 this process is alone.
         """
-        assert group is not None or not dist.is_initialized() or dist.get_world_size() == 1, (
-            "several ranks need a group"
-        )
         config.check()
         self.root = folder
         self._config = config
-        self._group = group
-        self._ranks = Agreement(group)
+        self._everyone = ranks or Alone()
+        self._ranks = Agreement(self._everyone)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._staged: dict[str, list[HostRange]] = {}
-        if group is None:
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         self._ranks.on_first(self._make_ready)
 
     def save(self, state: TrainState, pieces: Pieces, sizes: Mapping[str, int]) -> None:
@@ -226,23 +227,16 @@ class Checkpoints:
             return shutil.disk_usage(self.root).free
 
         try:
-            free_bytes += self._ranks.on_all(begin)
+            free_bytes.append(self._everyone.from_first(self._ranks.on_all(begin)))
             writer = FlatWriter(partial)
-            planner = FlatSavePlanner(self._staged, sizes)
-            dcp.save(
-                {},
-                storage_writer=writer,
-                planner=planner,
-                process_group=self._group,
-                no_dist=self._group is None,
-            )
-            written = self._ranks.on_all(writer.read_back)
+            write_together(self._everyone, FlatSavePlanner(self._staged, sizes), writer)
+            written = self._ranks.to_first(writer.read_back)
             records = {name: entry for files in written for name, entry in files.items()}
             self._ranks.on_first(lambda: self._publish(state, records, partial, final))
         except BaseException as error:
             if self._ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise self._not_written(state.step, error, self._num_bytes(sizes), free_bytes[:1]) from error
+            raise self._not_written(state.step, error, self._num_bytes(sizes), free_bytes) from error
 
     def _publish(self, state: TrainState, records: dict[str, FileRecord], partial: Path, final: Path) -> None:
         for name, text in ((STATE_FILE, state.to_json()), (CONFIG_FILE, state.config)):
@@ -269,7 +263,7 @@ class Checkpoints:
         ranks: dict[str, list[str]] = {}
         for rank, cause in causes.items():
             ranks.setdefault(_why(cause), []).append(str(rank))
-        reasons = [f"{why} (on rank {', '.join(where)})" if several else why for why, where in ranks.items()]
+        reasons = [f"{why} (on rank {ranks_in_words(where)})" if several else why for why, where in ranks.items()]
         room = ""
         if any(is_full(cause) for cause in causes.values()):
             # A quota, or a limit of files, says nothing of how much it leaves.

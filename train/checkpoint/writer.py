@@ -7,14 +7,16 @@ hold into files of the same form, range by range (`write_ranges`).
 from __future__ import annotations
 
 import pickle
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from traceback import StackSummary
+from typing import IO, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -25,12 +27,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
 
 from parallel.torch_names import StorageInfo
+from train.checkpoint.agreement import Ranks
 from train.checkpoint.ranges import Pieces
 from train.checkpoint.reader import METADATA, saved_tensors
 from train.files import CRC32, FileRecord, SummedFile, check_read_back
 
+T = TypeVar("T")
 # The file that DCP would name so for a single rank.
 _TENSORS = "__0_0.distcp"
 
@@ -108,6 +113,58 @@ class FlatWriter(FileSystemWriter):
         for name, meant in self._files.written.items():
             check_read_back(self._folder / name, meant)
         return self._files.written
+
+
+def write_together(ranks: Ranks, planner: FlatSavePlanner, writer: FlatWriter) -> None:
+    """What DCP's `save` does, through ranks that talk to few others each: its own collectives want one group in which
+    all are connected. Raises CheckpointException, the same on all ranks, with what each rank failed of.
+    """
+
+    def attempt(step: str, work: Callable[[], T]) -> list[T]:
+        """The work of every rank; on rank 0 all results."""
+        done: tuple[Exception | None, list[T]] = (None, [])
+        try:
+            done = None, [work()]
+        except Exception as error:
+            done = _sendable(error), []
+        everyone = ranks.to_first(done)
+        failures = {rank: (error, StackSummary()) for rank, (error, _) in enumerate(everyone) if error is not None}
+        failures = ranks.from_first(failures)
+        if failures:
+            raise CheckpointException(step, failures)
+        return [result for _, results in everyone for result in results] if is_first else []
+
+    def plan() -> SavePlan:
+        planner.set_up_planner({}, writer.storage_meta(), is_first)
+        writer.set_up_storage_writer(is_first)
+        return writer.prepare_local_plan(planner.create_local_plan())
+
+    def plan_all() -> tuple[list[SavePlan], Metadata]:
+        planned, metadata = planner.create_global_plan(plans)
+        return writer.prepare_global_plan(planned), metadata
+
+    def write() -> list[WriteResult]:
+        writing = writer.write_data(planner.finish_plan(own), planner)
+        writing.wait()
+        return writing.value()
+
+    is_first = ranks.rank == 0
+    writer.reset()
+    plans = attempt("plan", plan)
+    planned = attempt("plan", lambda: plan_all() if is_first else None)[:1]
+    shares, metadata = planned[0] if planned and planned[0] is not None else ([], None)
+    own = ranks.deal(shares)
+    written = attempt("write", write)
+    attempt("write", lambda: writer.finish(metadata, written) if metadata is not None else None)
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error that other ranks can read."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def write_ranges(
