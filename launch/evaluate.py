@@ -25,7 +25,7 @@ from launch.generate import STATES, check_average, device_of, find_tokenizer, pr
 from launch.settings import EvaluateSettings
 from train import compose
 from train.assemble import load_model, packing, run_metrics
-from train.checkpoint.saver import read_state
+from train.checkpoint.goes_on import read_state
 from train.checkpoint.state import TrainState
 from train.checkpoint.step_folders import CONFIG_FILE, find_checkpoint
 from train.config import RunConfig

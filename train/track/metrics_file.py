@@ -16,6 +16,8 @@ from train.track.metrics import Sample, StepReport
 from train.track.sinks import say as say_to_people
 
 METRICS, LOADS, SAMPLES = "metrics.jsonl", "loads.jsonl", "samples.jsonl"
+# More than any line of a step has.
+_TAIL_BYTES = 1 << 18
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -62,6 +64,18 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """
     with path.open("rb") as file:
         return list(itertools.takewhile(lambda values: values is not None, map(_decode, file)))  # type: ignore[arg-type]
+
+
+def last_step(path: Path) -> int:
+    """The last whole step in a `metrics.jsonl`, read from its end; 0 where there is none, or no such file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - _TAIL_BYTES))
+            lines = file.read().splitlines(keepends=True)
+    except OSError:
+        return 0
+    return next((int(values["step"]) for line in reversed(lines) if (values := _decode(line)) is not None), 0)
 
 
 class _StepLines:
