@@ -15,6 +15,7 @@ from launch.settings import (
     ExportSettings,
     GenerateSettings,
     ImportSettings,
+    LocalSettings,
     ReportSettings,
     ScheduleSettings,
     SearchSettings,
@@ -61,7 +62,7 @@ VERBS = {
     "local": Verb(
         "launch.local:local",
         "train on this machine's processes; with --multirun sweep over a grid: a=1,2 b=3",
-        ((SweepConfig, "sweep."), RUN),
+        ((LocalSettings, ""), (SweepConfig, "sweep."), RUN),
     ),
     "train": Verb("train.__main__:main", "train, as one rank of the run: what torchrun starts on every device", (RUN,)),
     "config": Verb("train.compose:show", "print the whole tree of settings as YAML, checked and resolved", (RUN,)),

@@ -35,7 +35,8 @@ from train.stopping import StopRequest, end_now, tell_torchrun, within
 from train.track import gauges
 from train.track.console import ConsoleSink
 from train.track.events import OUTCOMES, Events
-from train.track.metrics_file import METRICS, JsonlSink, LoadsSink, SamplesSink, last_step, read_metrics
+from train.track.last_step import METRICS, last_step
+from train.track.metrics_file import JsonlSink, LoadsSink, SamplesSink, read_metrics
 from train.track.sinks import Sink, Tracker
 from train.track.tensorboard import TensorboardSink
 from train.track.wandb import WandbSink

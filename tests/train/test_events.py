@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from train.track.events import EVENTS, KINDS, Event, Events, read_events
-from train.track.metrics_file import METRICS, last_step
+from train.track.last_step import METRICS, last_step
 
 
 def add_many(folder: Path, writer: int, count: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from train.files import in_words, sync_handle
-from train.track.metrics_file import METRICS, last_step
-from train.track.sinks import say as say_to_people
+from train.track.last_step import METRICS, last_step
 
 EVENTS = "events.jsonl"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Events:
     A line that the disk refuses is lost and said to be: no event ends a run. The disk has a line when `add` returns.
     """
 
-    def __init__(self, folder: Path, writes: bool = True, say: Callable[[str], None] = say_to_people) -> None:
+    def __init__(self, folder: Path, writes: bool = True, say: Callable[[str], None] = log.warning) -> None:
         """writes: whether this process writes at all; of a run's ranks only rank 0 does."""
         self._folder, self._writes, self._say = folder, writes, say
 

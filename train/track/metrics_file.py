@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from train.files import in_words, replacing, sync_handle
+from train.track.last_step import METRICS
 from train.track.metrics import Sample, StepReport
 from train.track.sinks import say as say_to_people
 
-METRICS, LOADS, SAMPLES = "metrics.jsonl", "loads.jsonl", "samples.jsonl"
-# More than any line of a step has.
-_TAIL_BYTES = 1 << 18
+LOADS, SAMPLES = "loads.jsonl", "samples.jsonl"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -64,18 +63,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """
     with path.open("rb") as file:
         return list(itertools.takewhile(lambda values: values is not None, map(_decode, file)))  # type: ignore[arg-type]
-
-
-def last_step(path: Path) -> int:
-    """The last whole step in a `metrics.jsonl`, read from its end; 0 where there is none, or no such file."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - _TAIL_BYTES))
-            lines = file.read().splitlines(keepends=True)
-    except OSError:
-        return 0
-    return next((int(values["step"]) for line in reversed(lines) if (values := _decode(line)) is not None), 0)
 
 
 class _StepLines:

@@ -42,6 +42,12 @@ class WandbFolders:
         kept = self._read().folders
         return {path for path in self.starts() if path.name.startswith(OFFLINE) and path.name not in kept}
 
+    def abandoned(self) -> set[Path]:
+        """Those of offline starts under another id that did not end well and were not sent: they had come to no
+        checkpoint, which would have kept their id."""
+        kept, others = self._read().folders, set(self._root.glob(f"{OFFLINE}run-*-*")) - self.starts()
+        return {path for path in others if path.name not in kept and not any(path.glob("*.synced"))}
+
     def unsent(self) -> set[Path]:
         """Those of offline starts that `wandb sync` would send: it leaves a mark beside what it has sent."""
         return {path for path in self.starts() if path.name.startswith(OFFLINE) and not any(path.glob("*.synced"))}
