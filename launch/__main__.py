@@ -21,6 +21,7 @@ from launch.settings import (
     SearchSettings,
     TimelineSettings,
 )
+from launch.slurm.config import SlurmConfig, SubmitSettings
 from launch.sweep.config import SweepConfig
 from train.cli import console, refusals, usage
 from train.config import RunConfig
@@ -63,6 +64,11 @@ VERBS = {
         "launch.local:local",
         "train on this machine's processes; with --multirun sweep over a grid: a=1,2 b=3",
         ((LocalSettings, ""), (SweepConfig, "sweep."), RUN),
+    ),
+    "slurm": Verb(
+        "launch.slurm.verb:slurm",
+        "queue a run as a job of Slurm that goes on until it is done: slurm.nodes=N slurm.time=24:00:00 submit=false",
+        ((SubmitSettings, ""), (SlurmConfig, "slurm."), RUN),
     ),
     "train": Verb("train.__main__:main", "train, as one rank of the run: what torchrun starts on every device", (RUN,)),
     "config": Verb("train.compose:show", "print the whole tree of settings as YAML, checked and resolved", (RUN,)),

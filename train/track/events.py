@@ -52,6 +52,16 @@ KINDS: dict[str, Kind] = {
         },
         "{num_ranks} ranks start: {topology}",
     ),
+    "allocated": Kind(
+        {
+            "step": "last step that was reported",
+            "job_id": "of Slurm",
+            "num_requeues": "how often Slurm has put this job back into its queue",
+            "attempt": "how often the ranks were started within this job before",
+            "nodes": "machines that it has, as Slurm names them",
+        },
+        "job {job_id} of Slurm on {nodes}, requeued {num_requeues} times, attempt {attempt}",
+    ),
     "resume": Kind(
         {
             "step": "finished steps of the checkpoint",
@@ -105,6 +115,10 @@ KINDS: dict[str, Kind] = {
             "topology": "how the ranks will be arranged",
         },
         "restart {number} of {limit}, in {wait_s} s, from step {step}: {topology}",
+    ),
+    "requeue": Kind(
+        {"step": "last step that was reported", "job_id": "of Slurm", "reason": "why"},
+        "job {job_id} leaves its machines: {reason}",
     ),
     "give_up": Kind(
         {

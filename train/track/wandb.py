@@ -54,7 +54,7 @@ class WandbSink:
     back, and wandb gets exactly the steps that it has not, from `run_dir`/metrics.jsonl. Online, its server says where
     it stands. Offline, the folders of earlier starts that ended well are left as they are; a start that was killed took
     an unknown number of steps along, so what it may have written is written again and its folder set aside. So is that
-    of a start which was killed before its first checkpoint: nobody knows its id any more.
+    of a start which was lost before its first checkpoint: nobody knows its id any more.
     """
 
     def __init__(
@@ -101,9 +101,9 @@ class WandbSink:
 
         config, online = self._config, self.mode == "online"
         self._run_dir.mkdir(parents=True, exist_ok=True)
-        kept, torn = self._folders.last_step(self._finished_steps), self._folders.torn()
         if self._is_first:
-            torn |= self._folders.abandoned()
+            self._folders.begin_anew()
+        kept, torn = self._folders.last_step(self._finished_steps), self._folders.torn()
         limits: dict[str, Any] = {}
         if online:
             limits = {"init_timeout": INIT_TIMEOUT_S, "finish_timeout": FINISH_TIMEOUT_S, "finish_timeout_raises": True}
