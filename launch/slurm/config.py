@@ -113,7 +113,8 @@ class SlurmConfig:
     def _check_option(option: str) -> None:
         if not option.startswith("-") or "\n" in option:
             raise ValueError(f"slurm.option={option} is no option of sbatch: it begins with -, as in --exclusive")
-        name = re.split(r"[=\s]", option)[0]
+        # A short option may have its value right behind it.
+        name = re.split(r"[=\s]", option)[0] if option.startswith("--") else option[:2]
         if name in _OURS:
             instead = f"set {_OURS[name]}" if _OURS[name] else "the script needs its own"
             raise ValueError(f"slurm.option={option}: {instead}")
