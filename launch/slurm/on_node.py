@@ -108,7 +108,7 @@ def end(job: Path, code: int, was_asked: bool) -> Next:
 
 
 def _run_folder(job: Path) -> Path:
-    """Of the run to which a job's folder belongs: `<run.dir>/jobs/0001` lies in it."""
+    """The folder of the run to which a job belongs, whose own is `<run.dir>/jobs/0001`."""
     return job.parent.parent
 
 

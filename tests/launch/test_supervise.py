@@ -239,14 +239,16 @@ def test_refused_before_anything_starts(words: str, sentence: str, capfd: pytest
 
 
 def strike_until_done(job: Launched, dice: random.Random, most: int, longest_s: float) -> int:
-    """SIGKILL to random ranks at random moments of starts, steps and saves, each after the last one was answered."""
+    """SIGKILL to random ranks at random moments of starts, steps and saves, each after the last one was answered by a
+    restart; how many were."""
     for number in range(1, most + 1):
-        job.wait_for(lambda: len(job.ranks()) > 0)
+        job.wait_for(lambda: len(job.ranks()) == 4)
         time.sleep(dice.uniform(0, longest_s))
-        while job.process.poll() is None and restarts_of(job.run_dir) < number:
-            job.strike(dice.randrange(4))
-            time.sleep(0.2)
-        if job.process.poll() is not None:
+        rank = dice.randrange(4)
+        print(f"SIGKILL to rank {rank} after step {last_step(job.run_dir)}")
+        job.strike(rank)
+        job.wait_for(lambda: restarts_of(job.run_dir) >= number)
+        if restarts_of(job.run_dir) < number:
             return number - 1
     return most
 
