@@ -91,14 +91,19 @@ class Slurm:
         said = self.ask("scontrol", "--oneliner", "show", "job", job)
         return said.partition("JobState=")[2].partition(" ")[0]
 
+    def hasten(self, job: str) -> str:
+        """Let a job that was put back into the queue not wait until its old credential has expired; its state."""
+        state = self.state(job)
+        if state == "PENDING":
+            self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return state
+
     def wait_for_end(self, job: str) -> str:
-        """The state in which a job has ended. One that waits in the queue after it was put back starts at once."""
+        """The state in which a job has ended, hastened."""
         states = []
 
         def has_ended() -> bool:
-            states.append(self.state(job))
-            if states[-1] == "PENDING":
-                self.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
+            states.append(self.hasten(job))
             return states[-1] in ENDED
 
         self.wait_for(has_ended)

@@ -20,7 +20,7 @@ from launch.slurm import grace, verb
 from launch.slurm.grace import checkpoint_bytes, sentence_before
 from launch.slurm.on_node import Next, begin, decide, end
 from launch.slurm.script import job_name
-from launch.slurm.snapshot import PROGRAM
+from launch.slurm.snapshot import PACKAGES, PROGRAM
 from tests.runs import SMALL
 from tests.spawn import STOP_S
 from train.compose import compose, load
@@ -102,7 +102,7 @@ def test_a_job_has_its_own_code_and_config(tmp_path: Path) -> None:
     folder, text = shown(tmp_path, "train.max_steps=7")
     config = load(folder / "config.yaml")
     assert (config.train.max_steps, config.parallel.nodes, config.parallel.dp) == (7, 2, 2)
-    for package in ("launch", "train", "parallel", "configs"):
+    for package in PACKAGES:
         files = [path.relative_to(PROGRAM) for path in (PROGRAM / package).rglob("*") if path.is_file()]
         kept = [str(path) for path in files if "__pycache__" not in path.parts]
         assert kept and filecmp.cmpfiles(PROGRAM, folder / "code", kept, shallow=False)[0] == kept

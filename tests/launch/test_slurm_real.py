@@ -10,13 +10,13 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.launched import ROOT, last_step
-from tests.runs import SMALL, environment, prepare_text, run_in
+from tests.runs import SMALL, Finished, environment, prepare_text, run_in
 from tests.slurm_case import Slurm, running_slurm
 from tests.spawn import Ranks
 from tests.test_resume import CONSTANT, assert_the_same, finished
@@ -69,45 +69,74 @@ def test_a_chain_ends_with_its_run(slurm: Slurm, tmp_path: Path, text: list[str]
     assert said(folder).splitlines()[-1] == "done after step 3", "all that the second job had to say"
 
 
-STEPS = 120
+STEPS = 60
+DISTURBED = [*CONSTANT, f"train.max_steps={STEPS}", "checkpoint.interval=10"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ranks: Ranks, text: list[str], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    words = [*TWO_NODES, *text, *DISTURBED, "parallel.nodes=2"]
+    return run_in(ranks, tmp_path_factory.mktemp("undisturbed") / "run", words, 2)
+
+
+class Queued:
+    """The disturbed run, as one job."""
+
+    def __init__(self, slurm: Slurm, folder: Path, text: list[str]) -> None:
+        more = ["slurm.time=30", "slurm.partition=low", "slurm.restart_wait_s=0"]
+        (self.job,) = queue(slurm, folder, *text, *DISTURBED, *more)
+        self.slurm, self.folder = slurm, folder
+
+    def train_on(self, num_starts: int, num_steps: int = 3) -> None:
+        """Return after so many starts, and steps in the last one."""
+        self.slurm.wait_for(self._has_started(num_starts))
+        begun = last_step(self.folder)
+        self.slurm.wait_for(lambda: last_step(self.folder) >= min(begun + num_steps, STEPS))
+
+    def _has_started(self, num_starts: int) -> Callable[[], bool]:
+        def happened() -> bool:
+            self.slurm.hasten(self.job)
+            return len(events_of(self.folder, "start")) >= num_starts
+
+        return happened
+
+    def check(self, undisturbed: Finished) -> None:
+        """It comes to its end, and is the run that nothing has disturbed."""
+        assert self.slurm.wait_for_end(self.job) == "COMPLETED", said(self.folder)
+        assert events_of(self.folder, "end")[-1].values["outcome"] == "done"
+        assert_the_same(finished(self.folder), undisturbed)
 
 
 @pytest.mark.slow
-def test_disturbed_in_every_way_it_is_the_run_that_was_not(
-    ranks: Ranks, slurm: Slurm, tmp_path: Path, text: list[str]
+def test_asked_to_leave_it_saves_and_comes_back(
+    slurm: Slurm, undisturbed: Finished, tmp_path: Path, text: list[str]
 ) -> None:
-    """The limit comes near, another job takes its place, a rank is killed, a node dies: nothing is lost but time."""
-    settings = [*text, *CONSTANT, f"train.max_steps={STEPS}", "checkpoint.interval=10"]
-    undisturbed = run_in(ranks, tmp_path / "undisturbed", [*TWO_NODES, *settings, "parallel.nodes=2"], 2)
-    folder = tmp_path / "run"
-    (job,) = queue(slurm, folder, *settings, "slurm.time=30", "slurm.partition=low", "slurm.restart_wait_s=0")
-
-    def trained_on(num_starts: int, num_steps: int = 8) -> None:
-        """So many starts, and steps in the last one."""
-        slurm.wait_for(lambda: start_job(slurm, job) or len(events_of(folder, "start")) >= num_starts)
-        begun = last_step(folder)
-        slurm.wait_for(lambda: last_step(folder) >= min(begun + num_steps, STEPS))
-
-    trained_on(1)
+    """The limit comes near; then a job of another partition takes the nodes."""
+    run = Queued(slurm, tmp_path / "run", text)
+    run.train_on(1)
     # What Slurm does itself slurm.signal_s before the limit: it signals the script, and nobody else.
-    slurm.ask("scancel", "--batch", "--signal=USR1", job)
-    slurm.wait_for(lambda: len(events_of(folder, "requeue")) == 1)
-    trained_on(2)
+    slurm.ask("scancel", "--batch", "--signal=USR1", run.job)
+    slurm.wait_for(lambda: len(events_of(run.folder, "requeue")) == 1)
+    run.train_on(2)
     high = tmp_path / "high.log"
     slurm.ask("sbatch", "-p", "high", "-N2", "--exclusive", f"--output={high}", "--wrap", "hostname")
-    slurm.wait_for(lambda: high.exists() and len(events_of(folder, "requeue")) == 2)
-    assert [event.values["reason"][:24] for event in events_of(folder, "requeue")] == ["stopped and saved after "] * 2
-    trained_on(3)
-    os.kill(ranks_of(folder)[-1], signal.SIGKILL)
-    trained_on(4)
-    assert len(events_of(folder, "restart")) == 1
+    slurm.wait_for(lambda: high.exists() and len(events_of(run.folder, "requeue")) == 2)
+    assert [each.values["reason"][:24] for each in events_of(run.folder, "requeue")] == ["stopped and saved after "] * 2
+    run.check(undisturbed)
+
+
+@pytest.mark.slow
+def test_what_dies_is_started_again(slurm: Slurm, undisturbed: Finished, tmp_path: Path, text: list[str]) -> None:
+    """A rank is killed; then a node loses its power, and comes back."""
+    run = Queued(slurm, tmp_path / "run", text)
+    run.train_on(1)
+    os.kill(ranks_of(run.folder)[-1], signal.SIGKILL)
+    run.train_on(2)
+    assert len(events_of(run.folder, "restart")) == 1
     kill_node(slurm, "n2")
-    slurm.wait_for(lambda: slurm.state(job) == "PENDING")
+    slurm.wait_for(lambda: slurm.state(run.job) == "PENDING")
     slurm.start_node("n2")
-    trained_on(5)
-    assert slurm.wait_for_end(job) == "COMPLETED", said(folder)
-    assert events_of(folder, "end")[-1].values["outcome"] == "done"
-    assert_the_same(finished(folder), undisturbed)
+    run.check(undisturbed)
 
 
 @pytest.mark.slow
@@ -120,13 +149,6 @@ def test_cancelled_it_saves_and_stays_away(slurm: Slurm, tmp_path: Path, text: l
     slurm.wait_for(lambda: not slurm.ask("squeue", "-h"))
     assert [event.values["outcome"] for event in events_of(folder, "end")] == ["stopped"]
     assert slurm.state(job) == "CANCELLED"
-
-
-def start_job(slurm: Slurm, job: str) -> bool:
-    """A job that was put back waits for its old credential to expire, unless it is told to start; never true."""
-    if slurm.state(job) == "PENDING":
-        slurm.ask("scontrol", "update", f"JobId={job}", "StartTime=now")
-    return False
 
 
 def ranks_of(folder: Path) -> list[int]:
