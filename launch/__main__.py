@@ -20,6 +20,7 @@ from launch.settings import (
     ScheduleSettings,
     SearchSettings,
     TimelineSettings,
+    VerifySettings,
 )
 from launch.slurm.config import SlurmConfig, SubmitSettings
 from launch.sweep.config import SweepConfig
@@ -96,6 +97,11 @@ VERBS = {
         "launch.imports:import_model",
         "turn a model in Hugging Face's layout into a checkpoint: from=PATH to=PATH",
         ((ImportSettings, ""),),
+    ),
+    "verify": Verb(
+        "launch.verify:verify_command",
+        "read checkpoints whole: every file against its checksum, every range, every number: checkpoint=PATH",
+        ((VerifySettings, ""),),
     ),
     "report": Verb(
         "launch.report:report", "runs as one HTML page: run=DIR [run=DIR ...] out=FILE", ((ReportSettings, ""),)

@@ -88,6 +88,17 @@ class ExportSettings:
 
 
 @dataclass(frozen=True)
+class VerifySettings:
+    """`verify`: which checkpoints are read whole.
+
+    Attributes:
+        checkpoint: a step folder; or a run's folder, or a folder of checkpoints, of which all are read.
+    """
+
+    checkpoint: Path
+
+
+@dataclass(frozen=True)
 class ImportSettings:
     """`import`: which model in Hugging Face's layout becomes a checkpoint, and where.
 
