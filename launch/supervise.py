@@ -83,7 +83,7 @@ class _Supervised:
     def __init__(self, config: RunConfig, settings: LocalSettings, say: Callable[[str], None]) -> None:
         self.config, self._asked, self._settings, self._say = config, config, settings, say
         self._root = config.checkpoint.folder(config.run.dir)
-        self._events = Events(Path(config.run.dir), say=say)
+        self._events = Events(Path(config.run.dir), say=say, alert=config.track.alert)
         self._number = 0  # restarts since the newest checkpoint
         self._first = self._newest = find_latest(self._root)
 

@@ -158,9 +158,13 @@ def open_files(config: RunConfig, groups: Groups) -> Files:
     train_rows = open_stream(data, "train", train.seq_len, train.seed, past=config.readings)
     validation = open_validation(data, train.seq_len, config.evaluate.num_sequences)
     check_epochs(train_rows, config.num_sequences, data.max_epochs)
-    root, told = config.checkpoint.folder(config.run.dir), partial(add_save, Events(Path(config.run.dir)))
+    root, told = config.checkpoint.folder(config.run.dir), partial(add_save, _events(config))
     checkpoints = Checkpoints(root, config.checkpoint, groups.checkpoint, told)
     return Files(train_rows, validation, read_prompts(config), checkpoints)
+
+
+def _events(config: RunConfig) -> Events:
+    return Events(Path(config.run.dir), alert=config.track.alert)
 
 
 def add_save(events: Events, saved: Saved) -> None:

@@ -64,7 +64,7 @@ def run_rank(config: RunConfig, settings: Callable[[], Mapping[str, str]], stop:
         speaks: whether a refusal is printed, as one rank of a machine does for all.
     """
     # Where rank 0's folder is its config says; no other rank writes events.
-    events = Events(Path(config.run.dir), writes=environment.read().rank == 0)
+    events = Events(Path(config.run.dir), writes=environment.read().rank == 0, alert=config.track.alert)
     with meet(config, partial(_say, speaks), partial(_end_hung, events)) as meeting:
         try:
             meeting.come()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launch.settings import LocalSettings
 from launch.slurm.grace import sentence_of_past, slowest_save_s
-from launch.slurm.snapshot import SETTINGS
+from launch.slurm.snapshot import CONFIG, SETTINGS
 from launch.supervise import FINAL, wait_before
 from train.files import replace_durably
 from train.settings import dotted
@@ -84,7 +84,8 @@ def end(job: Path, code: int, was_asked: bool) -> Next:
     """Ranks have ended: decide, and write the decision down. What is not to go on is marked for the rest of a chain."""
     run, given = _run_folder(job), _settings(job)
     settings = LocalSettings(restarts=int(given["restarts"]), restart_wait_s=float(given["restart_wait_s"]))
-    past, events = read_events(run / EVENTS), Events(run)
+    alert = dotted((job / CONFIG).read_text()).get("track.alert")
+    past, events = read_events(run / EVENTS), Events(run, alert=alert)
     found = decide(past, code, was_asked, settings)
     if found.word == "again":
         step = max((event.step for event in past if event.kind == "save"), default=0)

@@ -92,3 +92,32 @@ def test_the_last_step_is_read_from_the_end(tmp_path: Path, torn: bytes) -> None
     lines = [json.dumps({"step": step, **values}) for step in range(1, 301)]
     (tmp_path / METRICS).write_bytes("".join(f"{line}\n" for line in lines).encode() + torn)
     assert last_step(tmp_path / METRICS) == 300
+
+
+SCRIPT = 'printf "%s|%s|%s|" "$HALOCLINE_EVENT" "$HALOCLINE_SENTENCE" "$HALOCLINE_RUN" >> {out}; cat >> {out}'
+
+
+def test_a_command_is_told_of_what_was_lost_and_of_nothing_else(tmp_path: Path) -> None:
+    out, run = tmp_path / "out", tmp_path / "run"
+    events = Events(run, alert=SCRIPT.format(out=out))
+    events.add("start", step=0, num_ranks=2, num_nodes=1, topology="pp=1")
+    events.add("save", step=3, num_bytes=10, stalled_s=0.0, duration_s=0.1)
+    for outcome, code in (("done", 0), ("stopped", 0), ("hung", 5), ("not_finite", 3)):
+        events.add("end", step=4, outcome=outcome, code=code, reason=f'it is "{outcome}"; $HOME')
+    events.add("lost", step=4, code=137, reason="rank 1 was ended by SIGKILL")
+    told = out.read_text().splitlines()
+    assert [line.split("|")[0] for line in told] == ["end", "end", "lost"]
+    assert told[0].split("|")[1:3] == ['it is "hung"; $HOME', str(run)]
+    assert json.loads(told[2].split("|")[3])["code"] == 137
+
+
+def test_an_alert_that_fails_or_hangs_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.track.alert.PATIENCE_S", 0.2)
+    said: list[str] = []
+    for command in ("exit 7", "exec sleep 5", "exec < /dev/null; exit 0"):
+        Events(tmp_path, say=said.append, alert=command).add("give_up", step=1, code=1, reason="r" * 200_000)
+    assert [each.removeprefix("track.alert=") for each in said] == [
+        "exit 7 has failed with exit code 7",
+        "exec sleep 5 has not ended within 0 s: it is left to itself",
+    ]
+    assert len(read_events(tmp_path / EVENTS)) == 3

@@ -176,9 +176,18 @@ class Events:
     A line that the disk refuses is lost and said to be: no event ends a run. The disk has a line when `add` returns.
     """
 
-    def __init__(self, folder: Path, writes: bool = True, say: Callable[[str], None] = log.warning) -> None:
-        """writes: whether this process writes at all; of a run's ranks only rank 0 does."""
-        self._folder, self._writes, self._say = folder, writes, say
+    def __init__(
+        self,
+        folder: Path,
+        writes: bool = True,
+        say: Callable[[str], None] = log.warning,
+        alert: str | None = None,
+    ) -> None:
+        """Args:
+        writes: whether this process writes at all; of a run's ranks only rank 0 does.
+        alert: the command that is told of events by which something was lost (`track.alert`).
+        """
+        self._folder, self._writes, self._say, self._alert = folder, writes, say, alert
 
     def add(self, kind: str, **values: Any) -> None:
         """Something has happened just now. Where `step` is left out it is the last step in `metrics.jsonl`."""
