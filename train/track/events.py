@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from train.files import in_words, sync_handle
+from train.track.alert import tell
 from train.track.last_step import METRICS, last_step
 
 EVENTS = "events.jsonl"
@@ -205,6 +206,10 @@ class Events:
             self._say(
                 f"{self._folder / EVENTS} cannot be written ({in_words(error)}): it lacks {line.decode().strip()}"
             )
+        event = Event(time, kind, ordered)
+        if self._alert is not None and event.is_bad:
+            variables = {"HALOCLINE_EVENT": kind, "HALOCLINE_SENTENCE": event.sentence}
+            tell(self._alert, self._folder, line, variables, self._say)
 
 
 def _append(path: Path, line: bytes) -> None:
