@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from launch.ranks import HeldPort
+from launch.warm import follow_into_death
 from tests.spawn import STOP_S
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue")
@@ -119,7 +120,12 @@ class Slurm:
     def _daemon(self, name: str, arguments: Sequence[str], program: str | None = None) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
             self.daemons[name] = subprocess.Popen(
-                [program or name, *arguments], env=self.environment, stdout=out, stderr=out, start_new_session=True
+                [program or name, *arguments],
+                env=self.environment,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=follow_into_death,
             )
 
     def _conf(self, ports: Sequence[int]) -> str:

@@ -23,6 +23,8 @@ from train.track.alert import tell
 from train.track.last_step import METRICS, last_step
 
 EVENTS = "events.jsonl"
+# Letters of a sentence in a command's environment, of which a system takes only so much.
+MAX_SAID = 4000
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +210,7 @@ class Events:
             )
         event = Event(time, kind, ordered)
         if self._alert is not None and event.is_bad:
-            variables = {"HALOCLINE_EVENT": kind, "HALOCLINE_SENTENCE": event.sentence}
+            variables = {"HALOCLINE_EVENT": kind, "HALOCLINE_SENTENCE": event.sentence[:MAX_SAID]}
             tell(self._alert, self._folder, line, variables, self._say)
 
 
