@@ -153,7 +153,7 @@ def test_cancelled_it_saves_and_stays_away(slurm: Slurm, tmp_path: Path, text: l
 
 def ranks_of(folder: Path) -> list[int]:
     """Process ids of the ranks of a run that is a job."""
-    done = subprocess.run(["pgrep", "-f", f"-m train --config {folder}/jobs"], capture_output=True, text=True)
+    done = subprocess.run(["pgrep", "-f", "--", f"-m train --config {folder}/jobs"], capture_output=True, text=True)
     found = [int(pid) for pid in done.stdout.split()]
     return [pid for pid in found if b"torch.distributed.run" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
