@@ -43,6 +43,14 @@ _OURS = {
 }
 
 
+def seconds_of(time: str) -> int:
+    """What sbatch understands of a time: the last part is minutes with one part and no day, hours with a day."""
+    day, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(day or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
+
+
 @dataclass(frozen=True)
 class SlurmConfig:
     """`slurm`: how a run is queued, and what becomes of it between its start and its end (docs/jobs.md).
@@ -99,6 +107,11 @@ class SlurmConfig:
             raise ValueError(f"slurm.restart_wait_s={self.restart_wait_s:g} must be a number of at least 0")
         if self.time is not None and not re.fullmatch(_TIME, self.time):
             raise ValueError(f"slurm.time={self.time} is no time that sbatch reads: write it as 24:00:00 or 2-12:00:00")
+        if self.time is not None and seconds_of(self.time) <= self.signal_s:
+            raise ValueError(
+                f"slurm.time={self.time} is not longer than slurm.signal_s={self.signal_s}: the job would be asked to stop "
+                "as soon as it starts"
+            )
         for name in ("partition", "account", "qos", "python"):
             value = getattr(self, name)
             if value is not None and re.search(r"\s", value):

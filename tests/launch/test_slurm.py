@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import pytest
 from launch.__main__ import main
 from launch.settings import LocalSettings
 from launch.slurm import grace, verb
+from launch.slurm.config import SlurmConfig, seconds_of
 from launch.slurm.grace import checkpoint_bytes, sentence_before
 from launch.slurm.on_node import Next, begin, decide, end
 from launch.slurm.script import job_name
@@ -54,6 +56,8 @@ def options(text: str) -> list[str]:
         ("slurm.nodes=3 parallel.dp=4", "parallel.nodes=3 does not divide the number of ranks"),
         ("slurm.time=tomorrow", "slurm.time=tomorrow is no time that sbatch reads"),
         ("slurm.time=1:2:3:4", "slurm.time=1:2:3:4 is no time"),
+        ("slurm.time=5", "slurm.time=5 is not longer than slurm.signal_s=300"),
+        ("slurm.time=10:00 slurm.signal_s=600", "slurm.time=10:00 is not longer than slurm.signal_s=600"),
         ("slurm.signal_s=0", "slurm.signal_s=0 must be at least 1"),
         ("slurm.signal_s=70000", "slurm.signal_s=70000 must be at most 65535"),
         ("slurm.chain=0", "slurm.chain=0 must be at least 1"),
@@ -80,6 +84,15 @@ def test_refused_before_anything_is_written(
     assert main(["slurm", *SMALL, f"run.dir={tmp_path}/run", *unless_said, *words.split()]) == 2
     assert sentence in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("30", 1800), ("30:15", 1815), ("2:30:15", 9015), ("1-0", 86400), ("1-2:30", 95400), ("1-2:30:15", 95415)],
+)
+def test_times_are_read_as_sbatch_reads_them(time: str, seconds: int) -> None:
+    """The six forms of its manual page."""
+    assert seconds_of(time) == seconds
 
 
 def test_words_with_spaces_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -134,10 +147,6 @@ def test_the_script_asks_for_what_is_set(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_devices_follow_from_the_ranks(tmp_path: Path) -> None:
     config = compose([*SMALL, "parallel.dp=8", "parallel.nodes=2"])
-    from dataclasses import replace
-
-    from launch.slurm.config import SlurmConfig
-
     on_gpus = replace(config, run=replace(config.run, device="cuda"))
     assert SlurmConfig().num_gpus_per_node(config) == 0
     assert SlurmConfig().num_gpus_per_node(on_gpus) == 4
