@@ -109,8 +109,8 @@ class SlurmConfig:
             raise ValueError(f"slurm.time={self.time} is no time that sbatch reads: write it as 24:00:00 or 2-12:00:00")
         if self.time is not None and seconds_of(self.time) <= self.signal_s:
             raise ValueError(
-                f"slurm.time={self.time} is not longer than slurm.signal_s={self.signal_s}: the job would be asked to stop "
-                "as soon as it starts"
+                f"slurm.time={self.time} is not longer than slurm.signal_s={self.signal_s}: the job would be asked to "
+                "stop as soon as it starts"
             )
         for name in ("partition", "account", "qos", "python"):
             value = getattr(self, name)
