@@ -15,11 +15,14 @@ from launch.settings import (
     ExportSettings,
     GenerateSettings,
     ImportSettings,
+    LocalSettings,
     ReportSettings,
     ScheduleSettings,
     SearchSettings,
     TimelineSettings,
+    VerifySettings,
 )
+from launch.slurm.config import SlurmConfig, SubmitSettings
 from launch.sweep.config import SweepConfig
 from train.cli import console, refusals, usage
 from train.config import RunConfig
@@ -61,7 +64,12 @@ VERBS = {
     "local": Verb(
         "launch.local:local",
         "train on this machine's processes; with --multirun sweep over a grid: a=1,2 b=3",
-        ((SweepConfig, "sweep."), RUN),
+        ((LocalSettings, ""), (SweepConfig, "sweep."), RUN),
+    ),
+    "slurm": Verb(
+        "launch.slurm.verb:slurm",
+        "queue a run as a job of Slurm that goes on until it is done: slurm.nodes=N slurm.time=24:00:00 submit=false",
+        ((SubmitSettings, ""), (SlurmConfig, "slurm."), RUN),
     ),
     "train": Verb("train.__main__:main", "train, as one rank of the run: what torchrun starts on every device", (RUN,)),
     "config": Verb("train.compose:show", "print the whole tree of settings as YAML, checked and resolved", (RUN,)),
@@ -89,6 +97,11 @@ VERBS = {
         "launch.imports:import_model",
         "turn a model in Hugging Face's layout into a checkpoint: from=PATH to=PATH",
         ((ImportSettings, ""),),
+    ),
+    "verify": Verb(
+        "launch.verify:verify_command",
+        "read checkpoints whole: every file against its checksum, every range, every number: checkpoint=PATH",
+        ((VerifySettings, ""),),
     ),
     "report": Verb(
         "launch.report:report", "runs as one HTML page: run=DIR [run=DIR ...] out=FILE", ((ReportSettings, ""),)

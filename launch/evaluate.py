@@ -26,7 +26,7 @@ from launch.settings import EvaluateSettings
 from parallel.host import host_of
 from train import compose
 from train.assemble import load_model, packing, run_metrics
-from train.checkpoint.saver import read_state
+from train.checkpoint.goes_on import read_state
 from train.checkpoint.state import TrainState
 from train.checkpoint.step_folders import CONFIG_FILE, find_checkpoint
 from train.config import RunConfig

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from launch.settings import ExportSettings
 from train.checkpoint import step_folders
+from train.checkpoint.goes_on import read_state
 from train.checkpoint.reader import RangeReader
-from train.checkpoint.saver import read_state
 from train.checkpoint.state import TrainState
 from train.data.config import DataConfig
 from train.data.meta import TOKENIZER

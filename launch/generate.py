@@ -19,8 +19,8 @@ import torch
 from launch.settings import GenerateSettings
 from train import compose
 from train.assemble import load_model
+from train.checkpoint.goes_on import read_state
 from train.checkpoint.reader import RangeReader
-from train.checkpoint.saver import read_state
 from train.checkpoint.state import TrainState
 from train.checkpoint.step_folders import CONFIG_FILE, find_checkpoint
 from train.config import RunConfig

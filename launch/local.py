@@ -6,9 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from launch.job import LocalJob, check_folders, check_machine, warm
-from launch.ranks import Ended, await_end, noted
+from launch.ranks import Ended, noted
+from launch.settings import LocalSettings
+from launch.supervise import supervised
 from train import compose
 from train.config import RunConfig
+from train.settings import leaves, read
 from train.stopping import end_now, stop_signals
 
 
@@ -17,25 +20,31 @@ def local(settings: Sequence[str]) -> int:
 
     With `--multirun` among the settings it sweeps instead.
     """
+    own = [setting for setting in settings if setting.partition("=")[0] in dict(leaves(LocalSettings))]
     if "--multirun" in settings:
         from launch.sweep.machine import Machine
         from launch.sweep.run import sweep
 
+        if own:
+            raise ValueError(f"{own[0]} is a setting of one job: a sweep starts none of its jobs again")
         return sweep([setting for setting in settings if setting != "--multirun"], Machine())
     if ours := [setting for setting in settings if setting.startswith("sweep.")]:
         raise ValueError(f"{ours[0]} is a setting of a sweep: add --multirun")
 
+    supervision = read(LocalSettings, own, "local")
+
     def start(config: RunConfig) -> int:
-        ended = run(config)
+        supervision.check_for(config.parallel.world_size, config.parallel.elastic)
+        ended = run(config, supervision)
         if ended.reason:
             print(ended.reason, file=sys.stderr)
         return ended.code
 
-    return compose.started(settings, start)
+    return compose.started([setting for setting in settings if setting not in own], start)
 
 
-def run(config: RunConfig) -> Ended:
-    """One job: pp x dp processes on this machine that all read the same resolved config."""
+def run(config: RunConfig, supervision: LocalSettings) -> Ended:
+    """One job: pp x dp processes on this machine that all read the same resolved config, started again as is asked."""
     config.track.check_installed()
     with stop_signals(end_now, insist=noted) as stop:
         check_folders(config)
@@ -45,8 +54,4 @@ def run(config: RunConfig) -> Ended:
 
         prepare_run(config)
         stop.honour()
-        job = LocalJob(config)
-        try:
-            return await_end(job, stop)
-        finally:
-            job.kill()
+        return supervised(config, supervision, LocalJob, stop)

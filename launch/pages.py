@@ -26,7 +26,9 @@ def tables() -> dict[str, str]:
         for kind, prefix in verb.settings:
             if (kind, prefix) != RUN and prefix.rstrip(".") not in sections:
                 own = f"launch {name}" if name in sections else name
-                found[prefix.rstrip(".") or own] = usage.table(kind, prefix)
+                key, made = prefix.rstrip(".") or own, usage.table(kind, prefix)
+                # A verb's plain keys and its section of the same name are one table.
+                found[key] = "\n".join([found[key], *made.splitlines()[2:]]) if key in found else made
     return found
 
 

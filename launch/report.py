@@ -9,7 +9,7 @@ import yaml
 
 from launch.settings import ReportSettings
 from train import compose
-from train.checkpoint.saver import read_state
+from train.checkpoint.goes_on import read_state
 from train.checkpoint.step_folders import CONFIG_FILE, find_checkpoint, run_of
 from train.data.rows.blend import prepared_fingerprint
 from train.data.rows.valid import open_validation

@@ -21,6 +21,42 @@ SHOWS = ("simulated", "recorded", "both")
 
 
 @dataclass(frozen=True)
+class LocalSettings:
+    """`local`: what becomes of a job that has lost a rank. All other words are settings of the run (docs/jobs.md).
+
+    Attributes:
+        restarts: how often in a row, without a new checkpoint in between, the job starts again by itself after it has
+            lost a rank; 0: never. Never after refused settings, a loss that is not finite, or a request to stop.
+        restart_wait_s: seconds before it does; twice as many each time in a row, up to 300.
+        min_ranks: with `parallel.elastic=true`, the fewest ranks with which it goes on.
+    """
+
+    restarts: int = 0
+    restart_wait_s: float = 1.0
+    min_ranks: int = 1
+
+    def check(self) -> None:
+        """ValueError for a number that cannot be."""
+        if self.restarts < 0:
+            raise ValueError(f"restarts={self.restarts} must not be negative (0 starts no job again)")
+        if not 0 <= self.restart_wait_s < math.inf:
+            raise ValueError(f"restart_wait_s={self.restart_wait_s:g} must be a number of at least 0")
+        if self.min_ranks < 1:
+            raise ValueError(f"min_ranks={self.min_ranks} must be at least 1")
+
+    def check_for(self, num_ranks: int, is_elastic: bool) -> None:
+        """ValueError where these settings and those of the run leave nothing to do what they ask for."""
+        if is_elastic and not self.restarts:
+            raise ValueError(
+                "parallel.elastic=true goes on with fewer ranks after a restart: it needs restarts above 0"
+            )
+        if self.min_ranks > 1 and not is_elastic:
+            raise ValueError(f"min_ranks={self.min_ranks} belongs to parallel.elastic=true")
+        if self.min_ranks > num_ranks:
+            raise ValueError(f"min_ranks={self.min_ranks} is above the {num_ranks} ranks of the run")
+
+
+@dataclass(frozen=True)
 class ExportSettings:
     """`export`: what is written as a model in Hugging Face's layout, and where.
 
@@ -50,6 +86,17 @@ class ExportSettings:
         _one_of("weights", self.weights, WEIGHTS)
         if self.max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes={self.max_shard_bytes} must be a positive number")
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """`verify`: which checkpoints are read whole.
+
+    Attributes:
+        checkpoint: a step folder; or a run's folder, or a folder of checkpoints, of which all are read.
+    """
+
+    checkpoint: Path
 
 
 @dataclass(frozen=True)

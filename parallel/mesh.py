@@ -33,6 +33,8 @@ class ParallelConfig:
         nodes: machines, of which the ranks are consecutive; unless it is set those of torchrun, else 1.
         dispatch: tokens to experts: `local` (`parallel.ep=1` only), `flat` (one all-to-all), `two_hop` (once per node,
             then inside it). `auto` becomes `local` with `parallel.ep=1`, `flat` on one machine, `two_hop` on several.
+        elastic: after the loss of a rank a launcher may go on with fewer, in the next smaller topology that is legal;
+            changes nothing else (docs/jobs.md).
     """
 
     pp: int = 1
@@ -40,6 +42,7 @@ class ParallelConfig:
     ep: int = 1
     nodes: int = 1
     dispatch: str = "auto"
+    elastic: bool = False
 
     def __post_init__(self) -> None:
         if self.dispatch == "auto":

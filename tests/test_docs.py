@@ -162,7 +162,17 @@ def test_settings_shown_in_one_command_compose(page: Path) -> None:
     """Every training command in a page's `sh` blocks describes a run that the program accepts."""
     for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            if re.search(r"-m (train|launch (local|schedule|config))\b", line) and "--multirun" not in line:
+            found = re.search(r"-m (?:train|launch (local|slurm|schedule|config))\b", line)
+            if found and "--multirun" not in line:
                 words = [word.strip("'\"") for word in line.split("#")[0].split() if re.match(r"['\"]?[a-z_.]+=", word)]
+                verb = VERBS[found[1] or "train"]
+                own = {
+                    each.key
+                    for kind, prefix in verb.settings
+                    if kind is not RunConfig
+                    for each in settings_of(kind, prefix)
+                }
                 # A file of the reader's own is not here.
-                compose([word for word in words if not word.startswith("out=") and not word.endswith("/model.yaml")])
+                compose(
+                    [word for word in words if word.partition("=")[0] not in own and not word.endswith("/model.yaml")]
+                )

@@ -22,6 +22,7 @@ from tests.runs import SMALL, Finished, forget_after, last_checkpoint, prepare_t
 from tests.spawn import Ranks
 from train import run_folder
 from train.compose import compose
+from train.track.events import EVENTS
 from train.track.metrics_file import read_metrics
 
 NUMBERS = ("train/", "valid/", "moe/")
@@ -69,8 +70,10 @@ def finished(folder: Path) -> Finished:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a run but its logs."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "logs"]
+    """Every file of a run but its logs, and its events: each start is one, whatever becomes of it."""
+    paths = [
+        path for path in folder.rglob("*") if path.is_file() and path.parent.name != "logs" and path.name != EVENTS
+    ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
@@ -366,11 +369,12 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, text: list[str], done: Path,
     settings = [*SMALL, *text, *CONSTANT, "train.max_steps=6", f"run.dir={folder}"]
     before = content(folder)
     with run_folder.opened(folder, 0, ()):
-        log = (folder / "logs" / "rank_0.log").read_bytes()
+        names = ("logs/rank_0.log", EVENTS)
+        said_before = [(folder / name).read_bytes() for name in names]
         assert train_main(settings) == 2
         assert launch_main(["local", *settings]) == 2
         said = f"run.dir={folder} is in use by a running job: choose another run.dir\n"
         assert capfd.readouterr().err == 2 * said
-        assert (folder / "logs" / "rank_0.log").read_bytes() == log
+        assert [(folder / name).read_bytes() for name in names] == said_before
     assert content(folder) == before
     assert train_main(settings) == 0

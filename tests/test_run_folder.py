@@ -38,7 +38,8 @@ TWO = ["parallel.dp=2", "parallel.ep=2", "parallel.dispatch=flat", "parallel.nod
 def test_files_and_keys(ranks: Ranks, tmp_path: Path) -> None:
     settings = [*SMALL, *prepare_text(tmp_path / "tokens"), *TWO, "train.max_steps=6", "checkpoint.interval=3"]
     run = run_in(ranks, tmp_path / "run", [*settings, "track.wandb=offline"], 2, whole=True)
-    listed = {"config.yaml", "metrics.jsonl", "loads.jsonl", "checkpoints", "wandb", "loss.png", "report.html", "logs"}
+    listed = {"config.yaml", "metrics.jsonl", "loads.jsonl", "events.jsonl", "logs"}
+    listed |= {"checkpoints", "wandb", "loss.png", "report.html"}
     assert {path.name for path in run.folder.iterdir()} == listed
     assert {path.name for path in (run.folder / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
     saved = {path.name for path in (run.folder / "checkpoints").iterdir()}

@@ -18,7 +18,7 @@ from tests.exports import checkpoint_of, random_family
 from tests.train.data_texts import text
 from train import compose
 from train.checkpoint.config import CheckpointConfig
-from train.checkpoint.saver import resume_decision
+from train.checkpoint.goes_on import resume_decision
 from train.checkpoint.state import differences
 from train.checkpoint.step_folders import find_checkpoint, run_of
 from train.cli import foreign_keys, refusals

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from parallel.zero.optimizer import ZeroOptimizer
 from parallel.zero.optimizer import build as build_optimizer
 from parallel.zero.sets import ReplicaGroups
 from train import environment, flops
-from train.checkpoint.saver import Checkpoints, read_pieces
+from train.checkpoint.saver import Checkpoints, Saved, read_pieces
 from train.config import RunConfig
 from train.data.rows.ahead import Ahead, AtOnce
 from train.data.rows.blend import Stream, check_epochs, open_stream
@@ -57,6 +58,7 @@ from train.recipe.balance import freeze_routers
 from train.recipe.ema import Ema
 from train.recipe.optimizer import rules as update_rules
 from train.stage import Reader, Record, Stage, WeightGradients
+from train.track.events import Events
 from train.track.metrics import METRICS, of_run
 from train.track.patience import Patience
 from train.track.vector import Metrics
@@ -163,8 +165,22 @@ def open_files(config: RunConfig, groups: Groups) -> Files:
     train_rows = open_stream(data, "train", train.seq_len, train.seed, past=config.readings)
     validation = open_validation(data, train.seq_len, config.evaluate.num_sequences)
     check_epochs(train_rows, config.num_sequences, data.max_epochs)
-    checkpoints = Checkpoints(config.checkpoint.folder(config.run.dir), config.checkpoint, groups.checkpoint)
+    root, told = config.checkpoint.folder(config.run.dir), partial(add_save, _events(config))
+    checkpoints = Checkpoints(root, config.checkpoint, groups.checkpoint, told)
     return Files(train_rows, validation, read_prompts(config), checkpoints)
+
+
+def _events(config: RunConfig) -> Events:
+    return Events(Path(config.run.dir), alert=config.track.alert)
+
+
+def add_save(events: Events, saved: Saved) -> None:
+    """What became of a save, among the events of its run."""
+    if saved.trouble:
+        events.add("save_failed", step=saved.step, duration_s=round(saved.duration_s, 3), reason=saved.trouble)
+        return
+    times = {"stalled_s": round(saved.stalled_s, 3), "duration_s": round(saved.duration_s, 3)}
+    events.add("save", step=saved.step, num_bytes=saved.num_bytes, **times)
 
 
 def put_together(

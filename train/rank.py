@@ -34,6 +34,8 @@ from train.settle import settled
 from train.stopping import StopRequest, end_now, tell_torchrun, within
 from train.track import gauges
 from train.track.console import ConsoleSink
+from train.track.events import OUTCOMES, Events
+from train.track.last_step import METRICS, last_step
 from train.track.metrics_file import JsonlSink, LoadsSink, SamplesSink, read_metrics
 from train.track.sinks import Sink, Tracker
 from train.track.tensorboard import TensorboardSink
@@ -61,13 +63,16 @@ def run_rank(config: RunConfig, settings: Callable[[], Mapping[str, str]], stop:
         settings: as `agree.same_run` takes them.
         speaks: whether a refusal is printed, as one rank of a machine does for all.
     """
-    with meet(config, partial(_say, speaks), _end_hung) as meeting:
+    # Where rank 0's folder is its config says; no other rank writes events.
+    events = Events(Path(config.run.dir), writes=environment.read().rank == 0, alert=config.track.alert)
+    with meet(config, partial(_say, speaks), partial(_end_hung, events)) as meeting:
         try:
             meeting.come()
             config = same_run(meeting, config, settings)
             same_device(meeting, lambda: device_of(config))
-            with _folders(config, meeting), deterministic(config.run.deterministic):
-                _rank(config, meeting, stop)
+            with _folders(config, meeting), _told(events), deterministic(config.run.deterministic):
+                events.add("start", **_arranged(config))
+                _rank(config, meeting, stop, events)
             return 0
         except tuple(EXIT_CODES) as error:
             stop.leave()
@@ -80,8 +85,31 @@ def run_rank(config: RunConfig, settings: Callable[[], Mapping[str, str]], stop:
             return _code_of(error)
 
 
+def _arranged(config: RunConfig) -> dict[str, object]:
+    """How many ranks a run has, and how they are arranged."""
+    parallel = config.parallel
+    schedule = f", {config.pipeline.schedule}" if parallel.pp > 1 else ""
+    topology = f"pp={parallel.pp} dp={parallel.dp} ep={parallel.ep} nodes={parallel.nodes}{schedule}"
+    return {"num_ranks": parallel.world_size, "num_nodes": parallel.nodes, "topology": topology}
+
+
+@contextmanager
+def _told(events: Events) -> Iterator[None]:
+    """An error that ends the run is an event, whatever it is."""
+    try:
+        yield
+    except Exception as error:
+        _add_end(events, _code_of(error), str(error) or type(error).__name__)
+        raise
+
+
+def _add_end(events: Events, code: int, reason: str) -> None:
+    events.add("end", outcome=OUTCOMES.get(code, "failed"), code=code, reason=reason)
+
+
 def _code_of(error: Exception) -> int:
-    return next(code for kind, code in EXIT_CODES.items() if isinstance(error, kind))
+    """Python's own 1 for an error that nobody has foreseen."""
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)
 
 
 def _say(speaks: bool, sentence: str) -> None:
@@ -109,7 +137,7 @@ def _folders(config: RunConfig, meeting: Meeting) -> Iterator[None]:
         yield
 
 
-def _rank(config: RunConfig, meeting: Meeting, stop: StopRequest) -> None:
+def _rank(config: RunConfig, meeting: Meeting, stop: StopRequest, events: Events) -> None:
     place = environment.read()
     if config.run.num_threads is not None or place.num_threads is None:
         fair = environment.fair_threads(place.local_world_size or 1)
@@ -120,12 +148,12 @@ def _rank(config: RunConfig, meeting: Meeting, stop: StopRequest) -> None:
     meeting.from_first("prepares the data", lambda: _prepare(config.data, meeting))
     same_tokens(meeting, config.data)
     together: Exception | None = None
-    with join(config, meeting, _end_hung, _note) as groups:
+    with join(config, meeting, partial(_end_hung, events), _note) as groups:
         stop.honour()
         try:
             with named_files():
                 job = assemble(config, groups)
-            _train(job, stop)
+            _train(job, stop, events)
         except (NotFiniteError, CheckpointError) as error:
             # All ranks raise it. They also leave together: one that left first would look dead to the others.
             together = error
@@ -143,9 +171,9 @@ def _prepare(data: DataConfig, meeting: Meeting) -> None:
     prepare_sources(data, say)
 
 
-def _end_hung(sentence: str) -> NoReturn:
+def _end_hung(events: Events, sentence: str) -> NoReturn:
     """End this process, from the watchdog's thread: the main one waits where nothing reaches it."""
-    _end(HangError(sentence))
+    _end(events, HangError(sentence))
 
 
 def _note(sentence: str | None) -> None:
@@ -154,19 +182,23 @@ def _note(sentence: str | None) -> None:
     tell_torchrun(sentence)
 
 
-def _end(error: Exception) -> NoReturn:
-    if logging.getLogger().hasHandlers():
+def _end(events: Events, error: Exception) -> NoReturn:
+    if logging.getLogger().hasHandlers():  # the run's folder is there
         log.error("%s", error)
+        _add_end(events, _code_of(error), str(error))
     tell_torchrun(str(error))
     end_now(_code_of(error), str(error))
 
 
-def _train(job: Job, stop: StopRequest) -> None:
+def _train(job: Job, stop: StopRequest, events: Events) -> None:
     with named_files():
         resumed = resume(job)
     if resumed is not None:
         log.info("resumed from %s after step %d", resumed, job.step)
+        num_lost_steps = max(0, last_step(job.folder / METRICS) - job.step)
+        events.add("resume", step=job.step, checkpoint=str(resumed), num_lost_steps=num_lost_steps)
     if job.is_done:
+        events.add("end", outcome="done", code=0, reason=f"this run is {_done(job)}")
         _say_where(job, f"this run is {_done(job)}", {})
         return
     if job.is_main:
@@ -177,19 +209,21 @@ def _train(job: Job, stop: StopRequest) -> None:
     try:
         done = run(job, tracker, _peak_flops_per_s(job), stop)
     except PeerError as error:
-        with within(CLOSE_S, partial(_end, error)):
+        with within(CLOSE_S, partial(_end, events, error)):
             tracker.close(failed=True)
         raise
     except BaseException:
         tracker.close(failed=True)
         raise
-    tracker.close()
-    if done:
-        _say_where(job, _done(job), tracker.latest)
-    elif job.step > first:
-        _say_where(job, f"stopped and saved after step {job.step}", tracker.latest)
+    said = _done(job) if done else f"stopped and saved after step {job.step}"
+    if not done and job.step == first:
+        said = f"stopped before step {job.step + 1}: there was nothing new to save"
+    events.add("end", outcome="done" if done else "stopped", code=0, reason=said)
+    tracker.close()  # which writes the report, with this end in it
+    if done or job.step > first:
+        _say_where(job, said, tracker.latest)
     elif job.is_main:
-        print(f"stopped before step {job.step + 1}: there was nothing new to save", flush=True)
+        print(said, flush=True)
 
 
 def _done(job: Job) -> str:

@@ -15,8 +15,9 @@ class Fits:
     Raises ValueError for a cluster that is not known, or whose file cannot be.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name, self._figures = name, cluster.load(name)
+    def __init__(self, name: str, key: str = "sweep.plan") -> None:
+        """key: the setting that names the cluster."""
+        self._said, self._figures = f"{key}={name}", cluster.load(name)
         self._kept: dict[str, Any] = {}
 
     def check(self, config: RunConfig) -> None:
@@ -25,6 +26,6 @@ class Fits:
         most, device = max(ranks), self._figures.memory.device_gb * 1e9
         if most > device:
             raise ValueError(
-                f"sweep.plan={self._name}: pipeline rank {ranks.index(most)} needs {most / 1e9:.1f} GB and a device "
+                f"{self._said}: pipeline rank {ranks.index(most)} needs {most / 1e9:.1f} GB and a device "
                 f"has {device / 1e9:.1f}; python -m launch plan says where it goes, and what frees most"
             )

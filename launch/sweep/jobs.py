@@ -14,7 +14,7 @@ from launch.sweep.config import SweepConfig
 from launch.sweep.search import Proposal, Result
 from train import branch, compose
 from train.checkpoint import step_folders
-from train.checkpoint.saver import read_state
+from train.checkpoint.goes_on import read_state
 from train.config import RunConfig
 from train.files import replace_durably
 from train.track.metrics_file import read_metrics

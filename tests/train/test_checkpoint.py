@@ -32,8 +32,9 @@ from tests.train.checkpoint_cases import (
 )
 from train.checkpoint import saver, step_folders
 from train.checkpoint.agreement import CheckpointError, DiskError
+from train.checkpoint.goes_on import read_state
 from train.checkpoint.reader import read_metadata
-from train.checkpoint.saver import Checkpoints, read_state
+from train.checkpoint.saver import Checkpoints
 from train.checkpoint.writer import FlatWriter
 
 NUM_CASES = 12

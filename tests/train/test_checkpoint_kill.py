@@ -28,7 +28,8 @@ from tests.spawn import STOP_S
 from tests.train.checkpoint_cases import state
 from train.checkpoint import step_folders
 from train.checkpoint.config import CheckpointConfig
-from train.checkpoint.saver import Checkpoints, read_state
+from train.checkpoint.goes_on import read_state
+from train.checkpoint.saver import Checkpoints
 from train.files import check_contents
 
 # Every call by which a save (or the deletion of an old one) changes the disk.

@@ -13,7 +13,7 @@ from tests.spawn import Ranks
 from tests.train.checkpoint_cases import load_case, open_checkpoints, save_case, state
 from train.checkpoint import step_folders
 from train.checkpoint.config import CheckpointConfig
-from train.checkpoint.saver import resume_decision
+from train.checkpoint.goes_on import resume_decision
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(0, [1, 2, 3, 4, 5]), (1, [5]), (3, [3, 4, 5])])

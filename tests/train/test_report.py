@@ -24,6 +24,7 @@ from tests.spawn import STOP_S
 from tests.train.test_metrics import report
 from train import compose
 from train.track.config import TrackConfig
+from train.track.events import Events
 from train.track.metrics_file import JsonlSink, Loads, LoadsSink, read_loads
 from train.view.report import heatmap
 from train.view.report.chart import MAX_POINTS, log_ticks, thin, ticks
@@ -132,11 +133,23 @@ def test_odd_runs_have_a_page_too(tmp_path: Path, values: dict[str, Any], num_st
 
 def test_a_resumed_run_says_where(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
-    (folder / "logs").mkdir()
-    (folder / "logs" / "rank_0.log").write_text("2030 INFO resumed from x/step-00000008 after step 8\n")
+    events = Events(folder)
+    events.add("save", step=8, num_bytes=1000, stalled_s=0.1, duration_s=0.5)
+    events.add("lost", step=11, code=137, reason="rank 1 was ended by SIGKILL & <more>")
+    events.add("resume", step=8, checkpoint="x/step-00000008", num_lost_steps=3)
+    events.add("end", outcome="done", code=0, reason="done after step 40")
     (folder / "config.yaml").write_text("a: [")  # of no use: the rest is shown all the same
     text = page([read_run(folder)])
-    assert "resumed after step 8" in text and 'class="mark run0"' in text
+    tree = parsed(text)
+    assert "resumed after step 8" in text
+    marks = [(path.get("class"), path.get("d")) for path in tree.iter("path") if "mark" in path.get("class", "")]
+    places = {str(look): float(d.removeprefix("M").split()[0]) for look, d in marks if d}
+    assert places.keys() == {"mark short run0", "mark solid bad run0", "mark dotted run0"}, "a good end has no mark"
+    assert places["mark short run0"] == places["mark dotted run0"] < places["mark solid bad run0"]
+    legend = {icon.tail for icon in tree.iter("i")}
+    assert {"checkpoint", "lost a rank", "resumed"} <= legend
+    cells = [cell.text for cell in tree.iter("td")]
+    assert "rank 1 was ended by SIGKILL & <more>" in cells and "done after step 40" in cells
 
 
 def test_a_run_shows_its_samples_and_its_sources(tmp_path: Path) -> None:

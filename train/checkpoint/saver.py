@@ -11,7 +11,9 @@ import errno
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,9 +32,10 @@ from train.checkpoint.agreement import (
     reason_of,
 )
 from train.checkpoint.config import CheckpointConfig
+from train.checkpoint.goes_on import read_state, resume_decision
 from train.checkpoint.ranges import HostRange, Pieces, check_ranges
 from train.checkpoint.reader import RangeReader, read_metadata, saved_tensors
-from train.checkpoint.state import MAX_NAMED_DIFFERENCES, TrainState, differences
+from train.checkpoint.state import TrainState
 from train.checkpoint.step_folders import CONFIG_FILE, STATE_FILE
 from train.checkpoint.writer import FlatSavePlanner, FlatWriter, write_together
 from train.files import (
@@ -55,6 +58,24 @@ T = TypeVar("T")
 _BYTES_BESIDE = 2_000
 
 
+@dataclass(frozen=True)
+class Saved:
+    """What became of a save.
+
+    Attributes:
+        num_bytes: of all files; 0 where it failed.
+        stalled_s: how long training stood still for it: until an earlier save had ended, and the state was copied.
+        duration_s: from the moment at which it was due until it was whole on the disk, or was given up.
+        trouble: why it failed; empty where it did not.
+    """
+
+    step: int
+    num_bytes: int
+    stalled_s: float
+    duration_s: float
+    trouble: str = ""
+
+
 class Checkpoints:
     """Saves and loads the checkpoints of one run. Every rank makes one and calls its methods in the same order.
 
@@ -63,17 +84,25 @@ class Checkpoints:
     ranks see.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, ranks: Ranks | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        ranks: Ranks | None = None,
+        told: Callable[[Saved], object] = lambda saved: None,
+    ) -> None:
         """Make `folder` ready; rank 0 removes what killed saves left there.
 
         Args:
             ranks: all ranks, over groups that nothing else uses, as saves talk over them in the background; None when
                 this process is alone.
+            told: called on rank 0, in the thread that writes, with what became of each save.
         """
         config.check()
         self.root = folder
         self._config = config
         self._everyone = ranks or Alone()
+        self._told = told
         self._ranks = Agreement(self._everyone)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -90,6 +119,7 @@ class Checkpoints:
             pieces: state name to this rank's ranges of the global tensor of that name.
             sizes: state name to the number of elements of the global tensor.
         """
+        due_s = time.monotonic()
         self.settle()
         failed: Exception | None = None
         try:
@@ -97,12 +127,18 @@ class Checkpoints:
             self._stage(pieces)
         except Exception as error:  # The other ranks are on their way into the save: they must hear of it there.
             failed = error
+        stalled_s = time.monotonic() - due_s
 
         def write() -> None:
+            num_bytes, trouble = 0, ""
             try:
-                self._write(state, dict(sizes), failed)
+                num_bytes = self._write(state, dict(sizes), failed)
             except BaseException as error:
-                self._error = error
+                self._error, trouble = error, str(error)
+            if self._ranks.rank == 0:
+                in_all_s = time.monotonic() - due_s
+                blocked_s = stalled_s if self._config.in_background else in_all_s
+                self._told(Saved(state.step, num_bytes, blocked_s, in_all_s, trouble))
 
         # A daemon: a run that dies of something else does not wait for peers that will never answer.
         self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
@@ -212,8 +248,8 @@ class Checkpoints:
             torch.cuda.synchronize()
         self._staged = staged
 
-    def _write(self, state: TrainState, sizes: dict[str, int], failed: Exception | None) -> None:
-        """The background half of a save: every rank runs it, and all end it in the same way."""
+    def _write(self, state: TrainState, sizes: dict[str, int], failed: Exception | None) -> int:
+        """The background half of a save: every rank runs it, and all end it in the same way; bytes of all files."""
         final = step_folders.step_folder(self.root, state.step)
         partial = aside(final)
         free_bytes: list[int] = []
@@ -232,13 +268,13 @@ class Checkpoints:
             write_together(self._everyone, FlatSavePlanner(self._staged, sizes), writer)
             written = self._ranks.to_first(writer.read_back)
             records = {name: entry for files in written for name, entry in files.items()}
-            self._ranks.on_first(lambda: self._publish(state, records, partial, final))
+            return self._ranks.on_first(lambda: self._publish(state, records, partial, final))
         except BaseException as error:
             if self._ranks.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise self._not_written(state.step, error, self._num_bytes(sizes), free_bytes) from error
 
-    def _publish(self, state: TrainState, records: dict[str, FileRecord], partial: Path, final: Path) -> None:
+    def _publish(self, state: TrainState, records: dict[str, FileRecord], partial: Path, final: Path) -> int:
         for name, text in ((STATE_FILE, state.to_json()), (CONFIG_FILE, state.config)):
             records[name] = write_durably(partial / name, text.encode(), CRC32)
         step_folders.write_manifest(partial, records)
@@ -249,6 +285,7 @@ class Checkpoints:
             step_folders.prune(self.root, self._config.keep_latest_k)
         except OSError as error:
             log.warning("%s is saved, but older checkpoints could not be deleted: %s", final.name, error)
+        return sum(record.num_bytes for record in records.values())
 
     def _num_bytes(self, sizes: Mapping[str, int]) -> int:
         """About how many bytes a checkpoint takes: ranks hold different states, but of the same kinds of numbers."""
@@ -310,13 +347,6 @@ def _in_words(num_bytes: int) -> str:
     return f"{num_bytes / 1e3:.1f} kB"
 
 
-def read_state(path: Path) -> TrainState:
-    """The small state of a complete checkpoint. ValueError, naming the file, when it is missing or damaged."""
-    manifest = step_folders.read_manifest(path)
-    check_contents(path, manifest, [STATE_FILE, CONFIG_FILE])
-    return TrainState.from_json((path / STATE_FILE).read_text(), (path / CONFIG_FILE).read_text())
-
-
 def read_pieces(path: Path, pieces: Pieces, sizes: Mapping[str, int]) -> None:
     """What `Checkpoints.load` does, for a process that is alone and only reads: nothing on the disk is touched.
 
@@ -327,46 +357,3 @@ def read_pieces(path: Path, pieces: Pieces, sizes: Mapping[str, int]) -> None:
     with RangeReader(path) as reader:
         reader.check(pieces, sizes)
         reader.fill(pieces)
-
-
-def resume_decision(config: CheckpointConfig, root: Path, now: TrainState) -> tuple[Path, TrainState] | None:
-    """Which checkpoint a run goes on from, with its state; None to start anew. Never under another model, data, recipe.
-
-    Args:
-        root: the run's own folder of checkpoints.
-        now: the run as it would start: only `fingerprints` and `config` are read.
-
-    Raises ValueError when the checkpoint belongs to another model, data or recipe (naming the keys and both values),
-    when only broken checkpoints are there, when `never` meets a checkpoint, or when the path in `resume` is no complete
-    checkpoint.
-    """
-    if config.resume == "never":
-        # Going on without them would delete them one by one, and a later `auto` could take them for this run's own.
-        if earlier := step_folders.find_latest(root):
-            raise ValueError(
-                f"checkpoint.resume=never would start anew beside {earlier}, a checkpoint of an earlier run: delete "
-                f"{root}, or choose another run.dir"
-            )
-        return None
-    if config.resume == "auto":
-        found = step_folders.find_latest(root)
-        broken = "; ".join(step_folders.survey(root)[1].values())
-        if found is None and broken:
-            raise ValueError(
-                f"checkpoint.resume=auto found no complete checkpoint in {root}, only broken ones ({broken}): move "
-                "them away, or start anew with checkpoint.resume=never"
-            )
-    else:
-        found = step_folders.find_checkpoint(Path(config.resume), "checkpoint.resume")
-    if found is None:
-        return None
-    saved = read_state(found)
-    if differ := differences(now, saved):
-        shown = "; ".join(differ[:MAX_NAMED_DIFFERENCES])
-        more = f"; and {len(differ) - MAX_NAMED_DIFFERENCES} more" if len(differ) > MAX_NAMED_DIFFERENCES else ""
-        raise ValueError(
-            f"checkpoint.resume={config.resume} would go on from {found}, which is of another run: {shown}{more}. "
-            "Use those settings; or go on from there under these, in a folder of its own: "
-            f"checkpoint.branch_from={found} run.dir=ANOTHER_FOLDER"
-        )
-    return found, saved

@@ -75,6 +75,11 @@ def check_complete(folder: Path) -> None:
     check_sizes(folder, read_manifest(folder))
 
 
+def is_step_folder(path: Path) -> bool:
+    """Whether a folder's name is that of a checkpoint."""
+    return _STEP.fullmatch(path.name) is not None
+
+
 def survey(root: Path) -> tuple[list[Path], dict[Path, str]]:
     """All step folders under `root`: the complete ones, newest first, and what is wrong with each other one."""
     complete, broken = [], {}
@@ -120,7 +125,7 @@ def find_checkpoint(path: Path, key: str) -> Path:
         return path
     if _STEP.fullmatch(path.name):
         raise ValueError(f"{said} was never completed: it has no {MANIFEST}{_others(path)}")
-    root = _checkpoints_of(path)
+    root = checkpoints_of(path)
     found = find_latest(root)
     if found is not None:
         return found
@@ -158,7 +163,7 @@ def _others(path: Path) -> str:
     return f"; {path.parent} has {', '.join(complete[:4])}" if complete else f"; {path.parent} has no complete one"
 
 
-def _checkpoints_of(path: Path) -> Path:
+def checkpoints_of(path: Path) -> Path:
     """Where the run in `path` keeps its checkpoints; `path` itself where it is no run's folder."""
     try:
         named = dotted((path / CONFIG_FILE).read_text()).get("checkpoint.dir")

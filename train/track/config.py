@@ -25,6 +25,9 @@ class TrackConfig:
         log_interval: steps between two lines in a log.
         load_interval: steps between two lines of `loads.jsonl`, with the tokens that chose each expert; 0: none. The
             first and the last step have one too.
+        alert: a command of the shell that is run when a rank hangs or was lost, a number is not finite, a checkpoint
+            could not be written, or a run is given up: with the line of `events.jsonl` on its standard input
+            (docs/jobs.md). None: no command.
     """
 
     wandb: str = "auto"
@@ -36,6 +39,7 @@ class TrackConfig:
     tags: list[str] = field(default_factory=list)
     log_interval: int = 10
     load_interval: int = 10
+    alert: str | None = None
 
     def check(self) -> None:
         """ValueError for an unknown mode or an interval below 1."""
@@ -45,6 +49,8 @@ class TrackConfig:
             raise ValueError(f"track.log_interval={self.log_interval} is below 1")
         if self.load_interval < 0:
             raise ValueError(f"track.load_interval={self.load_interval} is below 0 (0 writes none)")
+        if self.alert is not None and not self.alert.strip():
+            raise ValueError("track.alert is empty: it must be a command of the shell, or null for none")
 
     def check_installed(self) -> None:
         """ValueError where a library that is asked for is missing. For a run's start: other verbs do not need it."""

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from train.files import in_words, replacing, sync_handle
+from train.track.last_step import METRICS
 from train.track.metrics import Sample, StepReport
 from train.track.sinks import say as say_to_people
 
-METRICS, LOADS, SAMPLES = "metrics.jsonl", "loads.jsonl", "samples.jsonl"
+LOADS, SAMPLES = "loads.jsonl", "samples.jsonl"
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 

@@ -53,7 +53,8 @@ class WandbSink:
     `run_id` is made once per run and belongs in its checkpoints. A run that resumes after `finished_steps` hands it
     back, and wandb gets exactly the steps that it has not, from `run_dir`/metrics.jsonl. Online, its server says where
     it stands. Offline, the folders of earlier starts that ended well are left as they are; a start that was killed took
-    an unknown number of steps along, so what it may have written is written again and its folder set aside.
+    an unknown number of steps along, so what it may have written is written again and its folder set aside. So is that
+    of a start which was lost before its first checkpoint: nobody knows its id any more.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class WandbSink:
         say: Callable[[str], None] = say_to_people,
     ) -> None:
         self.run_id = run_id or secrets.token_hex(4)
+        self._is_first = run_id is None
         self._config, self._run_dir, self._run_config = config, run_dir, run_config
         self._finished_steps, self._say = finished_steps, say
         self._folders = WandbFolders(run_dir, self.run_id)
@@ -99,6 +101,8 @@ class WandbSink:
 
         config, online = self._config, self.mode == "online"
         self._run_dir.mkdir(parents=True, exist_ok=True)
+        if self._is_first:
+            self._folders.begin_anew()
         kept, torn = self._folders.last_step(self._finished_steps), self._folders.torn()
         limits: dict[str, Any] = {}
         if online:

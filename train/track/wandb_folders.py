@@ -42,6 +42,13 @@ class WandbFolders:
         kept = self._read().folders
         return {path for path in self.starts() if path.name.startswith(OFFLINE) and path.name not in kept}
 
+    def begin_anew(self) -> None:
+        """Leave nothing of earlier starts under other ids: they had come to no checkpoint, which would have kept their
+        id, and their steps are cut off everywhere else, too. What was sent stays as it is."""
+        others = set(self._root.glob(f"{OFFLINE}run-*-*")) - self.starts()
+        self.set_aside(path for path in others if not any(path.glob("*.synced")))
+        self._path.unlink(missing_ok=True)
+
     def unsent(self) -> set[Path]:
         """Those of offline starts that `wandb sync` would send: it leaves a mark beside what it has sent."""
         return {path for path in self.starts() if path.name.startswith(OFFLINE) and not any(path.glob("*.synced"))}

@@ -12,6 +12,7 @@ import numpy as np
 NUM_COLORS = 8
 MAX_POINTS = 500
 SIDE = 1000.0  # of the square that is stretched over the box
+FOOT = 0.05  # of the side: a short mark
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,24 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A vertical line of a chart at `x`; `word` is shown where a pointer rests on it.
+
+    kind: what the legend calls it, once for all marks of a kind; empty for one that has no entry there.
+    look: dotted | dashed | solid | short (at the foot of the chart alone: for what there is much of).
+    """
+
+    x: float
+    word: str
+    run: int
+    kind: str = ""
+    look: str = "dotted"
+    is_bad: bool = False
+
+
+@dataclass(frozen=True)
 class Chart:
-    """A titled panel. `level`: a labelled horizontal line; `marks`: (x, word, run, whether bad) of vertical lines.
+    """A titled panel. `level`: a labelled horizontal line.
 
     has_key: whether the curves are named above them; not where the page names the runs once for all panels.
     """
@@ -44,7 +61,7 @@ class Chart:
     from_zero: bool = False
     wide: bool = False
     level: tuple[float, str] | None = None
-    marks: Sequence[tuple[float, str, int, bool]] = ()
+    marks: Sequence[Mark] = ()
     has_key: bool = True
 
 
@@ -115,10 +132,10 @@ def draw(chart: Chart, x_form: Callable[[float], str], x_end: float) -> str:
     if chart.level is not None:
         place = SIDE - float(scale(np.array([chart.level[0]]))[0])
         parts.append(f'<path class="level" d="M0 {place:.1f}H{SIDE:.0f}"/>')
-    for where, word, run, is_bad in chart.marks:
-        place, kind = float(across(np.array([where]))[0]), "mark bad" if is_bad else "mark"
-        title = f"<title>{html.escape(word)}</title>"
-        parts.append(f'<path class="{kind} run{run}" d="M{place:.1f} 0V{SIDE:.0f}">{title}</path>')
+    for mark in chart.marks:
+        place, top = float(across(np.array([mark.x]))[0]), SIDE * (1 - FOOT) if mark.look == "short" else 0.0
+        title = f"<title>{html.escape(mark.word)}</title>"
+        parts.append(f'<path class="{_look(mark)} run{mark.run}" d="M{place:.1f} {top:.0f}V{SIDE:.0f}">{title}</path>')
     parts += [_path(curve, across, scale) for curve in chart.curves]
     labels = [label("y", place, chart.form(value)) for value, place in zip(y_at, places, strict=True)]
     labels += [label("x", float(across(np.array([at]))[0]), x_form(at)) for at in ticks(0.0, x_end, 4)]
@@ -162,8 +179,13 @@ def _path(curve: Curve, across: _Scale, scale: _Scale) -> str:
     )
 
 
+def _look(mark: Mark) -> str:
+    """The classes of its style."""
+    return f"mark {mark.look}{' bad' if mark.is_bad else ''}"
+
+
 def _key(chart: Chart) -> str:
-    """The legend: one entry per label that is not drawn faintly; the level's words too."""
+    """The legend: one entry per label that is not drawn faintly, and per kind of marks; the level's words too."""
     entries: dict[str, str] = {}
     for curve in chart.curves:
         if curve.style != "faint" and curve.label and chart.has_key:
@@ -175,6 +197,8 @@ def _key(chart: Chart) -> str:
     words = list(entries.values()) if len(entries) > 1 else []
     if chart.level is not None:
         words.append(f'<span><i class="level"></i>{html.escape(chart.level[1])}</span>')
+    looks = dict.fromkeys((_look(mark), mark.kind) for mark in chart.marks if mark.kind)
+    words += [f'<span><i class="{look}"></i>{html.escape(kind)}</span>' for look, kind in looks]
     return f'<div class="key">{"".join(words)}</div>' if words else ""
 
 

@@ -41,6 +41,7 @@ def page(runs: Sequence[Run], entropy: float | None = None) -> str:
     body += [_ancestry(run) for run in runs]
     body += [_samples(run, number, len(runs) > 1) for number, run in enumerate(runs)]
     body += [_heatmaps(run, number, len(runs) > 1) for number, run in enumerate(runs)]
+    body += [_events(run) for run in runs]
     body += [_checkpoints(run) for run in runs]
     body += [_settings(run) for run in runs]
     toggles = "".join(f"body:has(#run{n}:not(:checked)) .run{n}{{display:none}}" for n in range(len(runs)))
@@ -193,6 +194,12 @@ def _samples(run: Run, number: int, is_one_of_many: bool) -> str:
     if is_one_of_many:
         return f'<div class="run{number}"><details><summary>{head}</summary>{text}{before}</details></div>'
     return f"<h2>{head}</h2>{text}{before}"
+
+
+def _events(run: Run) -> str:
+    """What happened to the run as a job, in order; nothing for a run without."""
+    rows = [[event.time[:19].replace("T", " "), str(event.step), event.kind, event.sentence] for event in run.events]
+    return folded(f"Events of {run.name}", ["UTC", "step", "event", "what happened"], rows) if rows else ""
 
 
 def _checkpoints(run: Run) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from train.view.curves import column, not_finite, short_rate, short_tokens, smooth
-from train.view.report.chart import Chart, Curve
+from train.view.report.chart import Chart, Curve, Mark
 from train.view.report.runs import Run
 
 NAMES = {"perf/data_wait_s": "data", "perf/bubble_s": "bubble", "perf/exposed_comm_s": "experts' exchange"}
@@ -30,6 +30,16 @@ def short_bytes(value: float) -> str:
 def tokens_of(run: Run) -> np.ndarray:
     """[steps] tokens at the end of each step."""
     return column(run.steps, "train/consumed_tokens")
+
+
+# Kinds of events that are marked in a chart: what its legend calls them, and how they look.
+MARKED = {
+    "resume": ("resumed", "dotted"),
+    "save": ("checkpoint", "short"),
+    "save_failed": ("checkpoint not written", "short"),
+    "end": ("ended by an error", "dashed"),
+    "lost": ("lost a rank", "solid"),
+}
 
 
 def charts(runs: Sequence[Run], entropy: float | None = None) -> list[Chart]:
@@ -59,7 +69,7 @@ def _is_measured(chart: Chart) -> bool:
 
 def _loss(runs: Sequence[Run], entropy: float | None) -> Chart:
     curves: list[Curve] = []
-    marks: list[tuple[float, str, int, bool]] = []
+    marks: list[Mark] = []
     is_single = len(runs) == 1
     for number, run in enumerate(runs):
         x, loss, valid = tokens_of(run), column(run.steps, "train/loss"), column(run.steps, "valid/loss")
@@ -70,15 +80,35 @@ def _loss(runs: Sequence[Run], entropy: float | None) -> Chart:
         if at.any():
             label, color = ("validation", 1) if is_single else (f"{run.name}: validation", number)
             curves.append(Curve(label, number, x[at], valid[at], "dots", color))
-        by_step = dict(zip(column(run.steps, "step"), x, strict=True))
-        found = [(by_step[step], f"{run.name} resumed after step {step}") for step in run.resumed if step in by_step]
-        found += [(float(each.tokens), f"{run.name} branches off {each.run}") for each in run.branches]
-        marks += [(where, word, number, False) for where, word in found]
+        marks += [Mark(each.tokens, f"{run.name} branches off {each.run}", number, "branch") for each in run.branches]
+        marks += event_marks(run, number)
         broken = x[not_finite(run.steps, "train/loss")]
-        marks += [(where, f"{run.name}: loss not finite", number, True) for where in broken]
+        marks += [
+            Mark(where, f"{run.name}: loss not finite", number, "loss not finite", is_bad=True) for where in broken
+        ]
     level = None if entropy is None else (entropy, f"unigram entropy {entropy:.2f}")
     unit = "nats per token" + ("" if is_single else "; dots: validation")
     return Chart("Training and validation loss", unit, curves, short, wide=True, level=level, marks=marks)
+
+
+def event_marks(run: Run, number: int) -> list[Mark]:
+    """What happened to a run as a job, where it had come to; a mark for each kind at each step, in the legend by kind.
+
+    What happened past the last step of the file, from which a resume cuts off lines, stands at its end.
+    """
+    x, steps = tokens_of(run), column(run.steps, "step")
+    if not len(steps):
+        return []
+    marks: dict[tuple[str, int], Mark] = {}
+    for event in run.events:
+        if event.kind not in MARKED or (event.kind == "end" and not event.is_bad):
+            continue
+        kind, look = MARKED[event.kind]
+        at = int(np.searchsorted(steps, event.step, side="right")) - 1
+        where = float(x[at]) if at >= 0 else 0.0
+        word = f"{run.name}, {event.time[:19].replace('T', ' ')} UTC: {event.sentence}"
+        marks[kind, event.step] = Mark(where, word, number, kind, look, event.is_bad)
+    return list(marks.values())
 
 
 def _by_source(runs: Sequence[Run]) -> list[Chart]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from train.checkpoint import step_folders
 from train.settings import dotted
+from train.track.events import EVENTS, Event, read_events
 from train.track.metrics import source_of
 from train.track.metrics_file import Loads, Samples, read_loads, read_metrics, read_samples
 from train.track.patience import Patience
@@ -36,7 +36,7 @@ class Run:
         loads: expert loads of some of them.
         settings: dotted key -> value of its `config.yaml`.
         checkpoints: (name, bytes) of the complete ones, newest first.
-        resumed: steps after which it went on from a checkpoint.
+        events: what happened to it as a job, in order.
         trouble: why it was stopped; empty where it was not.
         branches: from the first run to this one; its curves begin with those of the runs before.
         samples: how the model went on with the prompts, in some evaluations.
@@ -48,7 +48,7 @@ class Run:
     loads: list[Loads] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     checkpoints: list[tuple[str, int]] = field(default_factory=list)
-    resumed: list[int] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     trouble: str = ""
     branches: list[Branch] = field(default_factory=list)
     samples: list[Samples] = field(default_factory=list)
@@ -58,6 +58,11 @@ class Run:
         """The sources that have a validation loss of their own, in order."""
         names = dict.fromkeys(name for step in self.steps for name in step)
         return [source for name in names if (source := source_of(name)) is not None]
+
+    @property
+    def resumed(self) -> list[int]:
+        """Steps after which it went on from a checkpoint."""
+        return sorted({event.step for event in self.events if event.kind == "resume"})
 
     @property
     def first_dense(self) -> int:
@@ -96,8 +101,6 @@ def read_run(folder: Path) -> Run:
     config = folder / "config.yaml"
     settings = dotted(config.read_text(errors="replace")) if config.exists() else {}
     checkpoints = Path(settings.get("checkpoint.dir") or folder / "checkpoints")
-    log = folder / "logs" / "rank_0.log"
-    resumed = re.findall(r"resumed from .* after step (\d+)", log.read_text(errors="replace")) if log.exists() else []
     return Run(
         name=folder.resolve().name,
         folder=folder,
@@ -105,7 +108,7 @@ def read_run(folder: Path) -> Run:
         loads=read_loads(folder / "loads.jsonl"),
         settings=settings,
         checkpoints=_checkpoints(checkpoints),
-        resumed=sorted({int(step) for step in resumed}),
+        events=read_events(folder / EVENTS),
         samples=read_samples(folder / "samples.jsonl"),
         trouble=_trouble(folder / "not_finite.json", int(steps[-1]["step"]) if steps else 0),
         branches=_branches(settings.get("checkpoint.ancestry") or []),

@@ -44,6 +44,7 @@ path{fill:none;vector-effect:non-scaling-stroke}
 .grid{stroke:var(--grid);stroke-width:1}
 .level{stroke:var(--faint);stroke-width:1.2;stroke-dasharray:6 5}
 .mark{stroke:var(--faint);stroke-width:1.2;stroke-dasharray:2 4}.mark.bad{stroke:var(--alarm)}
+.mark.dashed{stroke-dasharray:7 4}.mark.solid,.mark.short{stroke-dasharray:none}.mark.short{stroke-width:1.6}
 .curve{stroke:var(--c);stroke-width:1.9;stroke-linejoin:round}
 .faint{stroke-width:1;opacity:.3}.dots{stroke-width:7;stroke-linecap:round}
 .dash1{stroke-dasharray:7 4}.dash2{stroke-dasharray:2 3}
@@ -52,6 +53,9 @@ path{fill:none;vector-effect:non-scaling-stroke}
 vertical-align:4px}
 .key i.dots{width:7px;height:7px;border:0;border-radius:50%;background:var(--c);vertical-align:1px}
 .key i.level{border-top:2px dashed var(--faint)}
+.key i.mark{width:0;height:12px;border:0;border-left:2px dotted var(--faint);vertical-align:-2px}
+.key i.mark.dashed{border-left-style:dashed}.key i.mark.solid,.key i.mark.short{border-left-style:solid}
+.key i.mark.short{height:6px}.key i.mark.bad{border-left-color:var(--alarm)}
 .runs{display:flex;flex-wrap:wrap;gap:4px 18px;margin:12px 0;position:sticky;top:0;background:var(--back);padding:6px 0;
 z-index:2}
 .tip{position:absolute;pointer-events:none;background:var(--card);border:1px solid var(--faint);border-radius:5px;
