@@ -75,12 +75,12 @@ def test_rows_on_the_way_have_the_same_bits(lengths: list[int], width: int, num_
 
 
 def near(ours: Any, theirs: Any) -> None:
-    """Codes but for a few: an exponential that is another in its last bit turns a rounding to bfloat16 here and there,
-    and that one to E4M3."""
-    codes, twins = (each.view(torch.uint8).to(torch.int16) for each in (ours.codes, theirs.codes))
-    assert (codes != twins).float().mean() < 0.01 if codes.numel() else True
-    assert ((codes - twins).abs() <= 1).all()
-    torch.testing.assert_close(ours.scales, theirs.scales, rtol=2**-7, atol=0, equal_nan=True)
+    """The same codes and scales but for one in a hundred: an exponential that is another in its last bit turns a
+    rounding to bfloat16 here and there, and that one to E4M3, or a scale. (Where this was written none is another.)"""
+    for mine, twin in zip(ours, theirs, strict=True):
+        assert mine.shape == twin.shape
+        if mine.numel():
+            assert (mine.float() != twin.float()).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("weighted", [True, False])
