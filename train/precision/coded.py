@@ -25,9 +25,7 @@ class CodedRows(Tensor):
 
     @staticmethod
     def __new__(cls, parts: tuple[Tensor, ...], shape: tuple[int, ...], dtype: torch.dtype) -> CodedRows:
-        rows: CodedRows = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=parts[0].device, storage_size=0
-        )
+        rows: CodedRows = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts[0].device, storage_size=0)
         rows.parts = parts
         return rows
 
