@@ -1,4 +1,4 @@
-"""The quantisers of `tiles` as kernels for a GPU: the same bits, one launch each where torch's operations are twenty."""
+"""The quantisers of `tiles` as kernels for a GPU: the same bits, one launch each where torch has twenty."""
 
 from __future__ import annotations
 
