@@ -18,7 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import cross_entropy, fp8_rows, fp8_swiglu, places, rms_norm, rotary, router, routes, rows, sums, swiglu  # noqa: F401
+from kernels import (  # noqa: F401
+    cross_entropy,
+    fp8_rows,
+    fp8_swiglu,
+    fp8_values,
+    places,
+    rms_norm,
+    rotary,
+    router,
+    routes,
+    rows,
+    sums,
+    swiglu,
+)
 from kernels.door import VARYING, interprets, missing, triton
 from kernels.operation import Launch, launch_of, names
 
@@ -61,6 +74,10 @@ EXAMPLES: Examples = {
     "fp8_encode": lambda: [(_empty(4096, 7168),)],
     "fp8_quantise": lambda: [
         (_empty(4096, 7168), 4096, both, power) for both in (False, True) for power in (False, True)
+    ],
+    "fp8_restore": lambda: [(_CODES, _empty(32768, 56, dtype=FP32))],
+    "fp8_round": lambda: [
+        (_empty(32768, 7168), _STARTS, _SPLITS, blocks, power) for blocks in (False, True) for power in (False, True)
     ],
     "fp8_swiglu_backward": lambda: [
         (_empty(32768, 2048), _H_CODES, _H_SCALES, _OF_ROWS, _STARTS, _SPLITS, power, power) for power in (False, True)

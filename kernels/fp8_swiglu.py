@@ -103,8 +103,7 @@ def _backward(
     POWER: tl.constexpr,
     EMULATES: tl.constexpr,
 ):
-    # Three programs for a tile, one beside the other: what one has read, the others find in the cache. All in one would
-    # not fit into registers.
+    # Three programs for a tile: what one has read, the others find in the cache. One would not fit into registers.
     what, column, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start, length, before, tile = place(Starts, num_rows, number, GROUPS, BLOCK)
     inner = before + tl.arange(0, 128)

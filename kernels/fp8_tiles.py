@@ -21,8 +21,8 @@ U8, FP32 = torch.uint8, torch.float32
 
 @jit
 def place(Starts, num_rows, tile, GROUPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of a tile of rows, by its number among those of all groups: (first row of its group, rows of the group, rows of
-    the group before the tile, its number)."""
+    """Where a tile of rows lies, by its number among those of all groups: (first row of its group, rows of the group,
+    rows of the group before the tile, the number)."""
     if GROUPS == 1:
         start, length, before = tile * 0, tile * 0 + num_rows, tile * 128
     else:

@@ -42,6 +42,7 @@ __all__ = [
     "softmax_backward",
     "tree_leaves",
     "unset_fake_temporarily",
+    "without_memory",
 ]
 
 _LAZY = {
@@ -80,3 +81,8 @@ def softmax_backward(dy: Tensor, y: Tensor) -> Tensor:
 def cpu_multiplies_bf16() -> tuple[bool, bool]:
     """Whether this CPU says that it multiplies bfloat16: by AVX-512, by AMX."""
     return torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
+
+
+def without_memory(kind: type[Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of a subclass that answers every operation itself, because it has no memory of its own."""
+    return Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device, storage_size=0)

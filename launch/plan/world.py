@@ -35,7 +35,9 @@ from train.config import RunConfig
 from train.data.rows.ahead import AtOnce
 from train.data.rows.blend import Stream
 from train.job import Job
+from train.precision import tiles
 from train.precision.build import settle
+from train.precision.kernel_tiles import KernelTiles
 from train.precision.reference import QuantisedWeights
 
 # Fake groups that are taken for NCCL's, whose collectives are the library's own, and for gloo's, where they are ours.
@@ -84,8 +86,9 @@ def world(
         watch = recorder.watch(groups.watch.name)
         groups = dataclasses.replace(groups, host=host, watch=watch)
         library = library_shapes(config.precision) if kernels == "cuda" else None
-        # Rounding as torch's operations: code compiled for a CPU would look for values.
-        weights = library or QuantisedWeights(config.precision.power_of_two_scales)
+        # On a CPU as torch's operations: code compiled for one would look for values.
+        rounding = KernelTiles() if kernels == "cuda" else tiles
+        weights = library or QuantisedWeights(config.precision.power_of_two_scales, rounding)
         made, core = config.run.kernels, core_without_values(config, kernels)
         yield put_together(
             config, groups, _files(config), tapes=recorder.tapes(), weights=weights, kernels=made, core=core

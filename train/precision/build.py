@@ -8,12 +8,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from kernels.door import missing as missing_kernels
 from train.precision import tiles
 from train.precision.compiled_tiles import compiled_tiles
 from train.precision.config import FP8_MODULES, MODULE_KEYS, Fp8, PrecisionConfig
 from train.precision.eager_passes import EagerPasses
 from train.precision.engine import Engine, RowCodec
 from train.precision.kernel_passes import KernelPasses
+from train.precision.kernel_tiles import KernelTiles
 from train.precision.measure import faster_bf16_products
 from train.precision.quantised import Passes
 from train.precision.reference import Fp8Engine, QuantisedWeights, Rounding
@@ -63,9 +65,13 @@ def passes(device: torch.device | str) -> Passes:
 
 
 def rounding(config: PrecisionConfig, device: torch.device | str) -> Rounding:
-    """Who rounds to E4M3, in the same bits: compiled code on a CPU with a compiler, torch's operations elsewhere."""
-    rounds_here = config.name == "fp8" and torch.device(device).type == "cpu"
-    return (compiled_tiles() if rounds_here else None) or tiles
+    """Who rounds to E4M3, in the same bits: on a CPU code compiled for it, on a GPU kernels, and torch's operations
+    where there is no compiler, or no Triton."""
+    if config.name != "fp8":
+        return tiles
+    if torch.device(device).type == "cpu":
+        return compiled_tiles() or tiles
+    return KernelTiles() if missing_kernels(device) is None else tiles
 
 
 def check_widths(model: nn.Module, config: PrecisionConfig) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.torch_names import without_memory
+
 aten = torch.ops.aten
 
 
@@ -25,7 +27,7 @@ class CodedRows(Tensor):
 
     @staticmethod
     def __new__(cls, parts: tuple[Tensor, ...], shape: tuple[int, ...], dtype: torch.dtype) -> CodedRows:
-        rows: CodedRows = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=parts[0].device, storage_size=0)
+        rows: CodedRows = without_memory(cls, shape, dtype, parts[0].device)
         rows.parts = parts
         return rows
 
