@@ -25,7 +25,7 @@ _SUM_ROWS, _SUM_COLUMNS = 64, 32
 
 @jit
 def runs(Counts, stride, num_ranks, num_nodes, MULTIPLE: tl.constexpr, RANKS: tl.constexpr, NODES: tl.constexpr):
-    """Of rows in blocks (rank, node): the length of each block [RANKS * NODES], where it begins, and where it begins
+    """Blocks (rank, node) of rows: the length of each block [RANKS * NODES], where it begins, and where it begins
     once blocks are ordered by (node, rank) and each node's rows are made up to a multiple."""
     ranks, nodes = tl.arange(0, RANKS)[:, None], tl.arange(0, NODES)[None, :]
     inside = (ranks < num_ranks) & (nodes < num_nodes)

@@ -84,6 +84,55 @@ def _within_groups(
 
 
 @jit
+def _affinities(logits, exists, SOFTMAX: tl.constexpr):
+    """The scores of logits [ROWS, n], and what of their sum each expert has."""
+    if SOFTMAX:
+        logits = tl.where(exists[None, :], logits, float("-inf"))
+        scores = tl.exp(logits - tl.max(logits, 1)[:, None])
+        scores = scores / tl.sum(scores, 1)[:, None]
+        share = scores
+    else:
+        scores = tl.where(exists[None, :], tl.sigmoid(logits), 0.0)
+        share = scores / tl.sum(scores, 1)[:, None]
+    return scores, share
+
+
+@jit
+def _select(
+    choice, scores, expert, columns, Indices, Weights, rows, there,
+    ROWS: tl.constexpr, SELECTED: tl.constexpr, K: tl.constexpr, SCALING: tl.constexpr, NORMALISED: tl.constexpr,
+):  # fmt: skip
+    """Write the K best experts of each row and their weights; 1 where an expert is one of them [ROWS, n]."""
+    selected = tl.arange(0, SELECTED)
+    weights = tl.zeros((ROWS, SELECTED), scores.dtype)
+    chosen = tl.zeros_like(choice).to(tl.int32)
+    for each in range(K):
+        best = _largest(choice, columns)
+        choice = tl.where(best, float("-inf"), choice)
+        chosen |= best.to(tl.int32)
+        index = tl.sum(tl.where(best, expert[None, :], 0), 1)
+        tl.store(Indices + rows * K + each, index.to(tl.int64), mask=there)
+        weight = tl.sum(tl.where(best, scores, 0.0), 1)
+        weights = tl.where((selected == each)[None, :], weight[:, None], weights)
+    if NORMALISED:
+        weights = weights / (tl.sum(weights, 1) + 1e-20)[:, None]
+    places = Weights + rows[:, None] * K + selected[None, :]
+    tl.store(places, weights * SCALING, mask=there[:, None] & (selected < K)[None, :])
+    return tl.where(there[:, None], chosen, 0)
+
+
+@jit
+def _best(choice, columns, there, K: tl.constexpr):
+    """1 where an expert is one of the K best of its row [ROWS, n]."""
+    chosen = tl.zeros_like(choice).to(tl.int32)
+    for _ in range(K):
+        best = _largest(choice, columns)
+        choice = tl.where(best, float("-inf"), choice)
+        chosen |= best.to(tl.int32)
+    return tl.where(there[:, None], chosen, 0)
+
+
+@jit
 def _route(
     Logits, Bias, Scores, Indices, Weights, Sums, num_tokens, num_experts, num_groups,
     ROWS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, SELECTED: tl.constexpr,
@@ -92,7 +141,7 @@ def _route(
 ):  # fmt: skip
     kind = Logits.dtype.element_ty
     sequence = tl.program_id(1).to(tl.int64)
-    columns, selected = tl.arange(0, GROUPS * SIZE), tl.arange(0, SELECTED)
+    columns = tl.arange(0, GROUPS * SIZE)
     expert, exists = _columns(num_experts, num_groups, GROUPS, SIZE)
     shares = tl.zeros((GROUPS * SIZE,), kind)
     hits = tl.zeros((GROUPS * SIZE,), kind)
@@ -107,14 +156,7 @@ def _route(
         rows = sequence * num_tokens + tokens
         inside = there[:, None] & exists[None, :]
         logits = tl.load(Logits + rows[:, None] * num_experts + expert[None, :], mask=inside, other=0.0)
-        if SOFTMAX:
-            logits = tl.where(exists[None, :], logits, float("-inf"))
-            scores = tl.exp(logits - tl.max(logits, 1)[:, None])
-            scores = scores / tl.sum(scores, 1)[:, None]
-            share = scores
-        else:
-            scores = tl.where(exists[None, :], tl.sigmoid(logits), 0.0)
-            share = scores / tl.sum(scores, 1)[:, None]
+        scores, share = _affinities(logits, exists, SOFTMAX)
         tl.store(Scores + rows[:, None] * num_experts + expert[None, :], scores, mask=inside)
         shares += tl.sum(tl.where(inside, share, 0.0), 0)
         # What is no number counts as largest, as torch has it: a token must have different experts all the same.
@@ -122,32 +164,15 @@ def _route(
         choice = tl.where(exists[None, :], known + bias[None, :], float("-inf"))
         if LIMITED:
             choice = _within_groups(choice, num_groups, ROWS, GROUPS, SIZE, KEPT, BEST_TWO)
-        weights = tl.zeros((ROWS, SELECTED), kind)
-        chosen = tl.zeros((ROWS, GROUPS * SIZE), tl.int32)
-        for each in range(K):
-            best = _largest(choice, columns)
-            choice = tl.where(best, float("-inf"), choice)
-            chosen |= best.to(tl.int32)
-            index = tl.sum(tl.where(best, expert[None, :], 0), 1)
-            tl.store(Indices + rows * K + each, index.to(tl.int64), mask=there)
-            weight = tl.sum(tl.where(best, scores, 0.0), 1)
-            weights = tl.where((selected == each)[None, :], weight[:, None], weights)
-        if NORMALISED:
-            weights = weights / (tl.sum(weights, 1) + 1e-20)[:, None]
-        places = Weights + rows[:, None] * K + selected[None, :]
-        tl.store(places, weights * SCALING, mask=there[:, None] & (selected < K)[None, :])
-        chosen = tl.where(there[:, None], chosen, 0)
+        chosen = _select(
+            choice, scores, expert, columns, Indices, Weights, rows, there, ROWS, SELECTED, K, SCALING, NORMALISED
+        )
         load += tl.sum(chosen, 0).to(kind)
         reached = tl.max(tl.reshape(chosen, (ROWS * GROUPS, SIZE)), 1)
         sent += tl.sum(tl.reshape(reached, (ROWS, GROUPS)), 0).to(kind)
         if COUNTS_BEST:
             choice = tl.where(exists[None, :], known, float("-inf"))
-            chosen = tl.zeros((ROWS, GROUPS * SIZE), tl.int32)
-            for _ in range(K):
-                best = _largest(choice, columns)
-                choice = tl.where(best, float("-inf"), choice)
-                chosen |= best.to(tl.int32)
-            chosen = tl.where(there[:, None], chosen, 0)
+            chosen = _best(choice, columns, there, K)
         hits += tl.sum(chosen, 0).to(kind)
     block = sequence * tl.num_programs(0) + tl.program_id(0)
     out = Sums + block * (3 * num_experts + num_groups)
