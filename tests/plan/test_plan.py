@@ -149,10 +149,6 @@ def test_stages_are_split_by_what_devices_take(v3: Plan) -> None:
 def test_the_published_job_fits(v3: Plan) -> None:
     """In FP8 with the published recompute, routers in balance: docs/planner.md has the budget by component."""
     assert max(rank.total for rank in v3.ranks) <= 1e9 * v3.cluster.memory.device_gb
-    largest = v3.ranks[7].step.by_label
-    # What a rank keeps for each layer and micro-batch, once: rows and the input of SwiGLU in FP8, attention's output,
-    # two inputs in BF16.
-    assert sum(size for label, size in largest.items() if "quantise" in label) < 0.01 * sum(largest.values())
 
 
 def test_every_figure_of_a_plan_hangs_together(v3: Plan) -> None:
