@@ -6,6 +6,7 @@ The seed of what is drawn is part of a test's name: HALOCLINE_SEED repeats it, H
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -144,13 +145,14 @@ def w_of_another_micro_batch() -> Iterator[None]:
     done: dict[tuple[int, int], list[Any]] = {}
 
     @torch.no_grad()
-    def take(self: Any, micro_batch: int) -> None:
+    def take(self: Any, micro_batch: int, share: float = 1.0) -> int:
         own = done.setdefault((id(self), micro_batch), [])
         before = done.get((id(self), micro_batch - 1), [])
-        waiting = self._waiting[micro_batch]
-        while waiting:
+        waiting = self._waiting.get(micro_batch, [])
+        for _ in range(math.ceil(share * len(waiting))):
             own.append(waiting.pop(0))
             (before[len(own) - 1] if len(own) <= len(before) else own[-1])()
+        return len(waiting)
 
     def begin(self: Any, micro_batch: int, original: Any = WeightGradients.begin) -> None:
         done.pop((id(self), micro_batch), None)

@@ -151,6 +151,12 @@ def test_the_published_job_fits(v3: Plan) -> None:
     assert max(rank.total for rank in v3.ranks) <= 1e9 * v3.cluster.memory.device_gb
 
 
+def test_the_published_job_hides_its_exchanges(v3: Plan) -> None:
+    """As written, hops between nodes and inside of them, and the host's reads: DeepSeek's own trace shows 3.3 %."""
+    totals = v3.step(AS_WRITTEN).pair_totals
+    assert sum(totals.exposed_s.values()) + totals.host_s < 0.02 * totals.length_s
+
+
 def test_every_figure_of_a_plan_hangs_together(v3: Plan) -> None:
     figures = answer.numbers(v3)
     assert json.loads(json.dumps(figures)) == figures
