@@ -116,8 +116,8 @@ def update_events(config: RunConfig, pp_rank: int, kernels: str = "cuda") -> tup
 
 
 def exchanged_sets(config: RunConfig, pp_rank: int) -> list[tuple[int, ...]]:
-    """Of what a rank of a pipeline sums and gathers in an update, in its order, the slices of the model that each set
-    belongs to; none where they are any."""
+    """For each set that a rank of a pipeline sums and gathers in an update, in its order: the slices of the model that
+    it belongs to; none where they are any."""
     shell = _Shell.of(config, pp_rank)
     return [
         each.slices for each, _ in shell.sets() if not each.frozen and shell.num_replicas[each.infos[0].replicas] > 1
