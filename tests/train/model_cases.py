@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.expert.dispatch import LocalDispatch as CodedDispatch
 from tests.bounds import gamma
 from tests.reference import LocalDispatch
 from tests.train.disk_names import from_hf, to_hf
@@ -185,7 +186,9 @@ def build(
 ) -> Transformer:
     """A model with all experts, seeded weights, router biases that matter, norms that are not one."""
     engines = engines or everywhere(TorchEngine())
-    dispatch = LocalDispatch(config.n_routed_experts, codec=row_codec(engines, config.hidden_size))
+    codec = row_codec(engines, config.hidden_size)
+    num_experts = config.n_routed_experts
+    dispatch = LocalDispatch(num_experts) if codec is None else CodedDispatch(num_experts, codec=codec)
     with torch.device("meta"):
         model = Transformer(config, dispatch, engines, kernels, **parts)
     init_weights(model, seed, dtype, "cpu")
