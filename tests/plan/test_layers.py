@@ -190,10 +190,10 @@ def test_fp8_on_a_cpu_is_the_references() -> None:
 def test_weights_follow_the_turns_of_their_backward(kept: Kept) -> None:
     """What the backward of combine lets others compute, comes before what its own end does."""
     moe = layers_of(job(*WAYS["two_hop"], "precision=bf16"), kept=kept).passes["moe"]
-    hops = ["first hop", "last hop"]
+    legs = ["departure", "first hop", "last hop"]
     slots = [event.slot for event in moe.backward if isinstance(event, Turn)]
-    assert slots == [f"{trip} {hop}" for trip in ("combine", "dispatch") for hop in hops]
-    assert [bool(each) for each in moe.weights] == [False, False, True, False, True]
+    assert slots == [f"{trip} {leg}" for trip in ("combine", "dispatch") for leg in legs]
+    assert [bool(each) for each in moe.weights] == [False, False, False, True, False, False, True]
 
 
 # Both stages of the first pipeline rank, which mirrors the last one, and one in the middle.

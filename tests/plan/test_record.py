@@ -196,7 +196,8 @@ def test_a_micro_batch(way: str, precision: str, recompute: str, kernels: str) -
     assert sorted(asked) == sorted(entry.event.number for entry in second if isinstance(entry.event, Answer))
     slots = {entry.event.slot for entry in second if isinstance(entry.event, Turn)}
     hops = {"local": [], "flat": ["last hop"], "two_hop": ["first hop", "last hop"]}[way]
-    assert slots == {"dispatch counts", *(f"{trip} {hop}" for trip in ("dispatch", "combine") for hop in hops)}
+    legs = [f"{trip} {leg}" for trip in ("dispatch", "combine") for leg in ("departure", *hops)]
+    assert slots == {"dispatch counts", *legs}
     if way == "two_hop":
         # Counts of rows, which the dispatch does not count, go over the rail right before those over the node, which
         # the host reads.
