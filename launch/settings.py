@@ -241,7 +241,7 @@ class PlanSettings:
     Attributes:
         cluster: a cluster of `configs/cluster`, a YAML file of one's own, or `here`, which `plan calibrate` measures.
         max_vio: how uneven the routers are taken to be: the fullest expert's load over the mean, less 1. The rank that
-            is shown holds such experts.
+            is shown holds what the fullest one is to be expected to hold then.
         loads: a run's `loads.jsonl`, whose last step says what experts get, instead of `max_vio`.
         json: print one object for scripts instead of a screen for people.
         out: a page to write (`.html`), or a folder for it, with that object beside it; or a picture (`.svg`, `.png`).
@@ -272,7 +272,7 @@ class SearchSettings(PlanSettings):
     Attributes:
         cluster: a cluster of `configs/cluster`, a YAML file of one's own, or `here`, which `plan calibrate` measures.
         max_vio: how uneven the routers are taken to be: the fullest expert's load over the mean, less 1. The rank that
-            is shown holds such experts.
+            is shown holds what the fullest one is to be expected to hold then.
         loads: a run's `loads.jsonl`, whose last step says what experts get, instead of `max_vio`.
         json: print one object for scripts instead of a screen for people.
         out: a page to write (`.html`), or a folder for it, with that object beside it; or a picture (`.svg`, `.png`).

@@ -84,8 +84,8 @@ class Routing:
     def with_max_vio(
         cls, model: ModelConfig, placement: Placement, num_tokens: int, max_vio: float, shown: str = "busiest"
     ) -> Routing:
-        """The fullest expert gets (1 + max_vio) times the mean, and so do all experts of its rank; the others share
-        the rest evenly. That is the worst rank which the MaxVio allows.
+        """The fullest expert of a router gets (1 + max_vio) times the mean, and the fullest rank what it is to be
+        expected to get then: `fullest_rank`. Its experts get that each, the others share the rest evenly.
 
         shown: whether this rank is that one (`busiest`), or one of the `mean` load, when all are even.
         Raises ValueError for a MaxVio that the number of ranks does not allow, or another word.
@@ -101,9 +101,10 @@ class Routing:
             )
         if shown == "mean" or own == num_experts:
             return even
-        rest = (num_experts - own * (1 + max_vio)) / (num_experts - own)
+        fullest = 1 + max_vio * fullest_rank(num_experts, own)
+        rest = (num_experts - own * fullest) / (num_experts - own)
         first = placement.first_expert
-        loads = [1 + max_vio if first <= e < first + own else rest for e in range(num_experts)]
+        loads = [fullest if first <= e < first + own else rest for e in range(num_experts)]
         return replace(even, loads=tuple(loads))
 
     @classmethod
@@ -194,6 +195,20 @@ class Routing:
             by_expert = [place.num_nodes * count for count in self.rows[start : start + own]]
             leaving.append([self.copies(start, own)] * place.num_nodes + by_expert)
         return [leaving, [leaving[place.ep_rank % place.ranks_per_node]] * place.ranks_per_node]
+
+
+def fullest_rank(num_experts: int, num_local: int) -> float:
+    """How far the fullest rank's load is to be expected above the mean, over how far the fullest expert's is.
+
+    For loads that lie around their mean as normal numbers do, and experts that lie on ranks without regard to them: a
+    mean of `num_local` of them strays less than one by the root of their number, and is the largest of fewer. The
+    expected largest of n normal numbers is Blom's (Statistical Estimates and Transformed Beta-Variables, 1958).
+    """
+
+    def largest_of(count: int) -> float:
+        return NormalDist().inv_cdf((count - 0.375) / (count + 0.25))
+
+    return largest_of(num_experts // num_local) / (largest_of(num_experts) * num_local**0.5)
 
 
 def _rounded(exact: Sequence[float]) -> list[int]:
