@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._storages import Storages
-from launch.plan.own_code import job_of, one_step
+from launch.plan.pieces import job_of, one_step
 from launch.ranks import start_ranks
 from train import compose, environment
 from train.config import RunConfig

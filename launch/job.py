@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from launch.ranks import POLITE, Ended, Ranks, forked, program
@@ -56,6 +57,7 @@ class LocalJob:
         config: RunConfig,
         num_neighbours: int = 0,
         console: Path | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self._resolved = tempfile.NamedTemporaryFile("w", prefix="halocline-", suffix=".yaml")  # noqa: SIM115
         self._resolved.write(compose.text(config))
@@ -64,7 +66,7 @@ class LocalJob:
         arguments = ["--config", self._resolved.name]
         command = [sys.executable, "-m", "train", *arguments]
         start = forked("train.__main__", arguments) if warm(config) else program(command)
-        self._ranks = Ranks(start, num_ranks, logs, num_neighbours, console)
+        self._ranks = Ranks(start, num_ranks, logs, num_neighbours, console, variables)
 
     def poll(self) -> Ended | None:
         """How it ended; None while it runs."""

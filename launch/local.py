@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from launch.forecast import Forecast
 from launch.job import LocalJob, check_folders, check_machine, warm
 from launch.ranks import Ended, noted
 from launch.settings import LocalSettings
@@ -54,4 +55,10 @@ def run(config: RunConfig, supervision: LocalSettings) -> Ended:
 
         prepare_run(config)
         stop.honour()
-        return supervised(config, supervision, LocalJob, stop)
+        with Forecast(config, stop) as forecast:
+
+            def job(started: RunConfig) -> LocalJob:
+                """A job of fewer ranks, as some are lost, is another run than the one that was planned."""
+                return LocalJob(started, variables=forecast.variables if started == config else None)
+
+            return supervised(config, supervision, job, stop)

@@ -147,6 +147,7 @@ class Ranks:
         start: starts one of them.
         num_neighbours: other jobs that run on this machine meanwhile and share its cores.
         console: file for what rank 0 prints; None: this process's standard output.
+        variables: more of their environment.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Ranks:
         logs: Path,
         num_neighbours: int = 0,
         console: Path | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._port = HeldPort()
@@ -164,7 +166,7 @@ class Ranks:
         self._insisted = False
         self._failed: list[int] = []  # in the order of their ends
         self._patience = Patience()
-        environment = _shared_environment(num_ranks, self._port.number, num_neighbours)
+        environment = {**_shared_environment(num_ranks, self._port.number, num_neighbours), **(variables or {})}
         try:
             for rank in range(num_ranks):
                 log = logs / f"rank_{rank}.log"

@@ -243,6 +243,8 @@ class PlanSettings:
         max_vio: how uneven the routers are taken to be: the fullest expert's load over the mean, less 1. The rank that
             is shown holds what the fullest one is to be expected to hold then.
         loads: a run's `loads.jsonl`, whose last step says what experts get, instead of `max_vio`.
+        timed: with `cluster=here`, start the run's ranks for some seconds and time its own layers in them; false: what
+            `plan calibrate` has measured says it all. Not of `plan search` and `plan compare`.
         json: print one object for scripts instead of a screen for people.
         out: a page to write (`.html`), or a folder for it, with that object beside it; or a picture (`.svg`, `.png`).
     """
@@ -250,6 +252,7 @@ class PlanSettings:
     cluster: str = "here"
     max_vio: float = 0.0
     loads: Path | None = None
+    timed: bool = True
     json: bool = False
     out: Path | None = None
 
@@ -274,9 +277,11 @@ class SearchSettings(PlanSettings):
         max_vio: how uneven the routers are taken to be: the fullest expert's load over the mean, less 1. The rank that
             is shown holds what the fullest one is to be expected to hold then.
         loads: a run's `loads.jsonl`, whose last step says what experts get, instead of `max_vio`.
+        timed: with `cluster=here`, start the run's ranks for some seconds and time its own layers in them; false: what
+            `plan calibrate` has measured says it all. Not of `plan search` and `plan compare`.
         json: print one object for scripts instead of a screen for people.
         out: a page to write (`.html`), or a folder for it, with that object beside it; or a picture (`.svg`, `.png`).
-            Not of `plan search`.
+            Of `plan search` a page alone, of `plan compare` nothing.
         gpus: of `plan search`, devices; unless it is set as many as the run has ranks.
         memory_gb: of `plan search`, what a device has, instead of the cluster's `memory.device_gb`; in 1e9 bytes,
             the reserve included.

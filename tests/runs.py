@@ -39,7 +39,7 @@ SMALL = [
     *("train.seq_len=24", "train.micro_batch_size=1", "train.global_batch_size=8", "train.max_steps=10"),
     *("lr_scheduler.warmup_steps=4", "evaluate.interval=5", "evaluate.num_sequences=10", "checkpoint.interval=0"),
     # place
-    *("track.wandb=disabled", "zero.engine=native", "run.num_threads=1", "run.device=cpu"),
+    *("track.wandb=disabled", "track.plan=false", "zero.engine=native", "run.num_threads=1", "run.device=cpu"),
 ]
 
 # The same without experts and prediction depths, and with grouped-query attention.

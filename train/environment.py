@@ -7,6 +7,7 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 # Variable -> the smallest and the largest whole number that it may be; None: any.
 _LIMITS: dict[str, tuple[int, int | None]] = {
@@ -20,6 +21,8 @@ _LIMITS: dict[str, tuple[int, int | None]] = {
 # What wandb and Hugging Face's trainers take for "yes" in WANDB_DISABLED, and wandb's words in WANDB_MODE as ours.
 _TRUE = ("1", "true", "yes", "on", "y", "t")
 _WANDB_MODES = {"online": "online", "offline": "offline", "disabled": "disabled", "run": "online", "dryrun": "offline"}
+# Names the file in which a launcher leaves its plan of the run.
+PLAN_VARIABLE = "HALOCLINE_PLAN"
 _LAUNCHER = "start the ranks with torchrun or python -m launch local, which set them"
 
 
@@ -78,6 +81,11 @@ def num_threads(environ: Mapping[str, str] = os.environ) -> int | None:
     if not first.strip():  # an empty one is ignored by OpenMP too
         return None
     return number({"OMP_NUM_THREADS": first}, "OMP_NUM_THREADS")
+
+
+def plan_file(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Where a launcher leaves its plan of this run; None where nobody plans it."""
+    return Path(environ[PLAN_VARIABLE]) if environ.get(PLAN_VARIABLE) else None
 
 
 def fair_threads(num_ranks: int) -> int:

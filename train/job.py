@@ -24,6 +24,7 @@ from parallel.process import Groups
 from parallel.shards import ParamInfo, stacked_experts
 from parallel.watch import Watch
 from parallel.zero.optimizer import StepResult, ZeroOptimizer
+from train import environment
 from train.checkpoint.saver import Checkpoints
 from train.config import RunConfig
 from train.data.rows.ahead import Reader as RowReader
@@ -37,6 +38,8 @@ from train.recipe.recipe import Recipe, StepPlan
 from train.stage import Reader, Stage
 from train.track.gauges import peak_memory_bytes
 from train.track.patience import Patience
+from train.track.planned import planned
+from train.track.sinks import tell
 from train.track.vector import Metrics, Rows
 
 EMBEDDING = "embed_tokens.weight"
@@ -251,6 +254,13 @@ class Job:
             found["perf/exposed_comm_s"] = self.recorder.waited_s("experts")
             found["perf/zero_comm_s"] = self.recorder.waited_s("optimizer")
         return found
+
+    def planned(self) -> dict[str, float]:
+        """What the launcher has planned of this run, as metrics of rank 0's; where it could not, that is told."""
+        figures, reason = planned(environment.plan_file()) if self.is_main else ({}, "")
+        if reason:
+            tell(f"the plan of this run is not whole: {reason}")
+        return figures
 
     def bubble(self, rows: Rows) -> dict[str, float]:
         """The bubble, which all ranks' times make together; nothing where none has measured its own."""

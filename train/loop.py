@@ -71,10 +71,12 @@ def _run(job: Job, tracker: Tracker, peak_flops_per_s: float, stop: StopRequest)
             values |= measured
             stopping = job.any_rank(stop.asked) or stopping
             timer.stop()
+        if ending := stopping or job.is_done:
+            values |= job.planned()
         tracker.write(job.metrics.report(values, totals.loads, found))
         job.checkpoints.poll()
 
-        if stopping or job.is_done or config.checkpoint.due(job.step, recipe.num_steps):
+        if ending or config.checkpoint.due(job.step, recipe.num_steps):
             tracker.checkpoint()
             save(job)
         if stopping and not job.is_done:

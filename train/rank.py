@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -37,6 +37,7 @@ from train.track.console import ConsoleSink
 from train.track.events import OUTCOMES, Events
 from train.track.last_step import METRICS, last_step
 from train.track.metrics_file import JsonlSink, LoadsSink, SamplesSink, read_metrics
+from train.track.planned import sentence as as_planned
 from train.track.sinks import Sink, Tracker
 from train.track.tensorboard import TensorboardSink
 from train.track.wandb import WandbSink
@@ -199,7 +200,7 @@ def _train(job: Job, stop: StopRequest, events: Events) -> None:
         events.add("resume", step=job.step, checkpoint=str(resumed), num_lost_steps=num_lost_steps)
     if job.is_done:
         events.add("end", outcome="done", code=0, reason=f"this run is {_done(job)}")
-        _say_where(job, f"this run is {_done(job)}", {})
+        _say_where(job, f"this run is {_done(job)}", {}, job.step)
         return
     if job.is_main:
         _introduce(job)
@@ -221,7 +222,7 @@ def _train(job: Job, stop: StopRequest, events: Events) -> None:
     events.add("end", outcome="done" if done else "stopped", code=0, reason=said)
     tracker.close()  # which writes the report, with this end in it
     if done or job.step > first:
-        _say_where(job, said, tracker.latest)
+        _say_where(job, said, tracker.latest, first)
     elif job.is_main:
         print(said, flush=True)
 
@@ -287,8 +288,9 @@ def _track(job: Job) -> Tracker:
     return Tracker([*sinks, picture, ReportSink(folder, entropy)])
 
 
-def _say_where(job: Job, what: str, latest: Mapping[str, float]) -> None:
-    """Ends a run for people: how well it predicts, and where everything lies that there is."""
+def _say_where(job: Job, what: str, latest: Mapping[str, float], first: int) -> None:
+    """Ends a run for people: how well it predicts, whether it went as planned since step `first`, and where everything
+    lies that there is."""
     checkpoint = job.checkpoints.latest()
     if job.is_main:
         names = {
@@ -299,16 +301,22 @@ def _say_where(job: Job, what: str, latest: Mapping[str, float]) -> None:
         }
         made = {label: job.folder / name for label, name in names.items() if (job.folder / name).exists()}
         places = [f"  {label:<12} {path}" for label, path in (*made.items(), ("checkpoint", checkpoint))]
-        print("\n".join([f"{what}{_verdict(job, latest)}", *places]), flush=True)
+        rows = _rows(job)
+        plan = as_planned([row for row in rows if row["step"] > first])
+        lines = [f"{what}{_verdict(job, [*rows, latest])}", *([plan] if plan else []), *places]
+        print("\n".join(lines), flush=True)
 
 
-def _verdict(job: Job, latest: Mapping[str, float]) -> str:
+def _rows(job: Job) -> list[dict[str, float]]:
+    path = job.folder / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []
+
+
+def _verdict(job: Job, rows: Sequence[Mapping[str, float]]) -> str:
     """The last validation loss beside what counting tokens alone would reach; empty before there is one.
 
-    latest: metrics of the steps of this start; what an earlier one measured stands in the file.
+    rows: metrics of all starts, those of this one last whatever became of the file.
     """
-    path = job.folder / "metrics.jsonl"
-    rows = [*(read_metrics(path) if path.exists() else []), latest]
     valid = next((row["valid/loss"] for row in reversed(rows) if "valid/loss" in row), math.nan)
     entropy = job.validation.unigram_entropy_nats
     if math.isnan(valid) or entropy is None:

@@ -29,6 +29,7 @@ def numbers(plan: Plan) -> dict[str, Any]:
         "num_micro_batches": plan.num_micro_batches,
         "schedule": plan.schedule.name,
         "device_bytes": int(plan.cluster.memory.device_gb * GB),
+        "timed_layers": _timed(plan),
         "fits": fits(plan),
         "memory": [rank_numbers(rank) for rank in plan.ranks],
         "memory_over_step": breakdown.memory_over_step(plan),
@@ -36,6 +37,13 @@ def numbers(plan: Plan) -> dict[str, Any]:
         "advice": advice(plan),
     }
     return found | {kernels: column(plan, kernels) for kernels in KERNELS}
+
+
+def _timed(plan: Plan) -> dict[str, Any]:
+    """Whether the times of the code as it is written come from the run's own layers, and why not if they were asked
+    for."""
+    times, reason = plan.timed
+    return {"is_used": times is not None, "took_s": times.took_s if times else 0.0, "reason": reason}
 
 
 def fits(plan: Plan) -> bool:
@@ -158,7 +166,18 @@ def heading(plan: Plan) -> list[str]:
         f"{experts if plan.config.model.n_routed_experts else ''}{schedule}",
         f"{plan.config.precision.name}, {plan.num_micro_batches} micro-batches of {train.micro_batch_size} x "
         f"{train.seq_len} tokens, {short(plan.num_tokens)} tokens a step",
+        *_how_timed(plan),
     ]
+
+
+def _how_timed(plan: Plan) -> list[str]:
+    """For people, where it is a question."""
+    times, reason = plan.timed
+    return (
+        [f"the run's own layers, timed here for {times.took_s:.1f} s, say how long it takes"]
+        if times
+        else ([f"{reason}; what was measured of this machine says how long it takes"] if reason else [])
+    )
 
 
 def _count(number: int, name: str) -> str:

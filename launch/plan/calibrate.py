@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -35,19 +33,16 @@ from launch.plan.figures import (
     ProductRate,
     Products,
 )
+from launch.plan.here import found_by
 from launch.plan.own_code import PieceTime, call_times, step_us
-from launch.ranks import POLITE, Ranks, await_end, forked, noted, program
-from launch.warm import may_fork, warm_up
+from launch.plan.unmeasured import CONTEXT_GB, memory_gb
 from train.settings import read
-from train.stopping import end_now, stop_signals
 
 RANK = "launch.plan.measure"
 # A tile of a processor's libraries: what its registers hold of a result.
 TILE_ROWS, TILE_COLUMNS = 16, 64
 # Operations whose rates stand for all that were not measured, and what none of their caches holds.
 USUAL, LARGE_PASS_BYTES = ("mul", "add", "copy_", "sum"), 32 << 20
-# What a process of this program has for itself before it holds any tensor, as `ps` shows it.
-CONTEXT_GB = 0.35
 
 
 @dataclass(frozen=True)
@@ -101,20 +96,10 @@ def ranks_to_measure(most: int) -> list[int]:
 def measured(num_ranks: int) -> dict[str, Any]:
     """What `num_ranks` ranks found, started as those of a job. ValueError with the reason if they failed."""
     print(f"{num_ranks} {'rank' if num_ranks == 1 else 'ranks'}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="halocline-calibrate-") as folder:
-        out = Path(folder) / "found.json"
-        if may_fork("cpu"):
-            warm_up(POLITE)
-            start = forked(RANK, [str(out)])
-        else:
-            start = program([sys.executable, "-c", f"import {RANK} as m; m.program([{str(out)!r}])"])
-        with stop_signals(end_now, insist=noted) as stop, Ranks(start, num_ranks, Path(folder) / "logs") as ranks:
-            ended = await_end(ranks, stop)
-        if ended.code:
-            raise ValueError(f"this machine could not be measured with {num_ranks} ranks: {ended.reason}")
-        found = json.loads(out.read_text())
-        assert isinstance(found, dict)
-        return {"num_ranks": num_ranks, **found}
+    try:
+        return {"num_ranks": num_ranks, **found_by(RANK, [], num_ranks)}
+    except ValueError as error:
+        raise ValueError(f"this machine could not be measured with {num_ranks} ranks: {error}") from None
 
 
 def cluster_of(found: Sequence[dict[str, Any]]) -> Cluster:
@@ -134,12 +119,10 @@ def cluster_of(found: Sequence[dict[str, Any]]) -> Cluster:
         title=f"this machine: {platform.node()}",
         devices_per_node=max(cores, 2),
         memory=DeviceMemory(
-            said["passes"], _memory_gb(), CONTEXT_GB, 0.0, 0.0, fastest, statistics.median(out_of_cache) / fastest
+            said["passes"], memory_gb(), CONTEXT_GB, 0.0, 0.0, fastest, statistics.median(out_of_cache) / fastest
         ),
         compute=Compute(said["products"], **_peaks(products), num_units=cores),
-        products=Products(
-            said["products"], TILE_ROWS, TILE_COLUMNS, products, alone["first_call_us"], _far(alone["far_products"])
-        ),
+        products=Products(said["products"], TILE_ROWS, TILE_COLUMNS, products, _far(alone["far_products"])),
         attention=Attention(said["attention"], [AttentionRate(**row) for row in alone["attention"]]),
         passes=Passes(said["passes"], alone["least_us"], [*passes, *usual(passes)], _far(alone["far_passes"])),
         host=Host(said["overheads"], 0.0, is_device=True),
@@ -200,10 +183,6 @@ def _peaks(products: Sequence[ProductRate]) -> dict[str, float]:
     return {**best, "float8_e4m3fn": best["float32"]}
 
 
-def _memory_gb() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-
-
 def text(cluster: Cluster) -> str:
     """The cluster as YAML that `cluster.load` reads."""
     return str(yaml.safe_dump(_rounded(asdict(cluster)), sort_keys=False))
@@ -222,7 +201,7 @@ def summary(cluster: Cluster, found: Sequence[dict[str, Any]]) -> str:
     peaks = ", ".join(f"{name} {getattr(cluster.compute, name):.3g}" for name in DTYPES[:3])
     spreads = {kind: share for each in found for kind, share in each["spreads"].items()}
     lines = [
-        f"products, best of 1e12 operations/s: {peaks}; the first of a shape {cluster.products.first_call_us:.0f} us",
+        f"products, best of 1e12 operations/s: {peaks}",
         f"memory: {cluster.memory.peak_gb_per_s:.1f} GB/s in cache, {cluster.bytes_per_s / 1e9:.1f} out of it",
         f"an operation: at least {cluster.passes.least_us:.1f} us, and {cluster.host.launch_us:.1f} of our own code",
     ]

@@ -31,7 +31,7 @@ CLUSTERS = CONFIGS / "cluster"
 RESULTS = ("float64", "float32", "bfloat16")
 # Fields that may be 0. All other numbers are above it.
 MAY_BE_ZERO = {"latency_us", "num_units_taken", "communicator_gb", "context_gb", "fragmentation_share", "num_threads"}
-MAY_BE_ZERO |= {"launch_us", "per_rank_us", "first_call_us", "num_bytes", "step_us", "call_us", "ns_per_byte"}
+MAY_BE_ZERO |= {"launch_us", "per_rank_us", "num_bytes", "step_us", "call_us", "ns_per_byte"}
 # A rate that was measured may lie this much above the peak of a data sheet: clocks boost.
 ABOVE_PEAK = 1.02
 
@@ -141,8 +141,15 @@ def load(name: str) -> Cluster:
 
     ValueError, by the figure's key, for an unknown name, a missing file, a missing, unknown or impossible figure.
     """
-    cluster = read_file(Cluster, _path(name), "cluster")
-    cluster.check()
+    path = _path(name)
+    try:
+        cluster = read_file(Cluster, path, "cluster")
+        cluster.check()
+    except ValueError as error:
+        if path != here_path():
+            raise
+        again = "python -m launch plan calibrate measures this machine again"
+        raise ValueError(f"{path} is not of this version, and {again}: {error}") from None
     return cluster
 
 

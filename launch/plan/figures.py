@@ -117,7 +117,6 @@ class Products:
         tile_rows: rows of the piece of a result that one processor makes at a time.
         tile_columns: columns of that piece.
         measured: products with their rates.
-        first_call_us: what the first product of a shape takes besides, in a process.
         far: what far operands cost, where rates are of near ones.
     """
 
@@ -125,7 +124,6 @@ class Products:
     tile_rows: int
     tile_columns: int
     measured: list[ProductRate]
-    first_call_us: float = 0.0
     far: list[FarTime] = field(default_factory=list)
 
 

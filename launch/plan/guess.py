@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from launch.plan.communicators import link_groups, num_groups
 from launch.plan.events import Calls, Enter, Event, Kernel, Launch, LayerPasses, Memory
 from launch.plan.exchange import EXCHANGE
-from launch.plan.job import Plan, link_groups, num_groups
+from launch.plan.job import Plan
 from launch.plan.kernels import AS_WRITTEN
 from launch.plan.layers import small_job
 from launch.plan.memory import book

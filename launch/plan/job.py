@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -11,24 +10,25 @@ from typing import TypeVar
 from launch.plan import memory
 from launch.plan.clock import Clock, Host, Totals
 from launch.plan.cluster import Cluster
+from launch.plan.communicators import link_groups, num_groups
 from launch.plan.events import Event, Launch
 from launch.plan.hidden import Room, exposed, rooms
 from launch.plan.kernels import AS_WRITTEN, Rates
 from launch.plan.layers import Kept, Layers, layers_of
 from launch.plan.outcome import RankMemory, StepTime
+from launch.plan.own_layers import OwnTimes, Timed, few_layers
+from launch.plan.own_scales import OwnScales, all_of, scales_of
 from launch.plan.price import Pricing, priced
 from launch.plan.replay import Passes, passes_of
 from launch.plan.state import StateBytes, exchanged_sets, state_bytes, update_events
 from launch.plan.step import ActionCosts, PipelineStep, layers_of_parts, run_schedule
 from launch.plan.world import MakeRouting, as_drawn, balanced
-from parallel.mesh import Mesh
 from parallel.pipeline.actions import Action, Chunk, Pair
 from parallel.pipeline.links import NUM_POSTED
 from parallel.pipeline.order import Channel, Message, messages
 from parallel.pipeline.rounds import Round, rounds
 from parallel.pipeline.schedule import Schedule
 from parallel.pipeline.simulate import simulate
-from parallel.process import held_groups
 from train import environment
 from train.assemble import DTYPES
 from train.config import RunConfig
@@ -36,6 +36,9 @@ from train.flops import training_flops_per_token
 
 # What the host needs to see a number once the device has it: a copy over PCIe and an event.
 READ_S = 15e-6
+# How often the share of a step in which ranks work is looked up anew: by then it changes by a hundredth.
+_NUM_BESIDE = 3
+NOT_TIMED = Timed()
 
 Found = TypeVar("Found")
 
@@ -44,7 +47,8 @@ class Plan:
     """A run on a cluster. Everything is worked out when it is asked for, and once.
 
     kept: what was traced by what decides it, shared between plans. make_routing: what experts get. On a machine
-    whose host computes `balanced` is in the mean: there a micro-batch has what chance makes of it.
+    whose host computes `balanced` is in the mean: there a micro-batch has what chance makes of it. timed: what the
+    run's own layers took on this machine, which then says how long a step is as written.
     """
 
     def __init__(
@@ -54,8 +58,10 @@ class Plan:
         rates: Rates | None = None,
         make_routing: MakeRouting = balanced,
         kept: Kept | None = None,
+        timed: Timed = NOT_TIMED,
     ) -> None:
         self.config = config
+        self.timed = timed
         self.cluster = cluster.on(threads_of(config)) if cluster.host.is_device else cluster
         self.rates = rates or Rates(self.cluster, value_width=config.model.v_head_dim)
         self._kept: Kept = {} if kept is None else kept
@@ -66,7 +72,8 @@ class Plan:
     def with_layers(self, layers: Sequence[int]) -> Plan:
         """This plan with another number of layers on each stage; nothing is traced again."""
         pipeline = replace(self.config.pipeline, layers=list(layers))
-        return Plan(replace(self.config, pipeline=pipeline), self.cluster, self.rates, self._make_routing, self._kept)
+        config = replace(self.config, pipeline=pipeline)
+        return Plan(config, self.cluster, self.rates, self._make_routing, self._kept, self.timed)
 
     @property
     def device(self) -> str:
@@ -136,8 +143,7 @@ class Plan:
         return messages(self.schedule)
 
     def _quantised_bytes(self, rank: int) -> int:
-        kinds = [kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage)]
-        return sum(self.layers.quantised_bytes.get(kind, 0) for kind in kinds)
+        return sum(self.layers.quantised_bytes.get(kind, 0) for kind in self._kinds_on(rank))
 
     def _reserve(self, rank: int, held: int) -> int:
         """Context, communicators, and fragmentation of what is held."""
@@ -148,6 +154,10 @@ class Plan:
 
     def _kinds(self, stage: int) -> tuple[str, ...]:
         return self.slices[self.config.placement.position(stage)]
+
+    def _kinds_on(self, rank: int) -> list[str]:
+        """The kinds of the layers of all stages of a rank."""
+        return [kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage)]
 
     # --- time
 
@@ -164,8 +174,26 @@ class Plan:
         that shares the machine's cores.
         """
         crosses, precision = self.config.parallel.nodes_per_ep_group > 1, self.config.precision.name
-        slowdown = self._slowdown(busy_share)
-        return Pricing(self.cluster, self.rates, precision, kernels, beside, crosses, slowdown, self._together())
+        slowdown, own, times = self._slowdown(busy_share), OwnScales(), self._own(kernels)
+        if times is not None:
+            slowdown, own = times.slowdown(busy_share), self._scales
+        return Pricing(self.cluster, self.rates, precision, kernels, beside, crosses, slowdown, self._together(), own)
+
+    def _own(self, kernels: str) -> OwnTimes | None:
+        """Times of the run's own layers, which are those of the code as it is written."""
+        return self.timed.times if kernels == AS_WRITTEN else None
+
+    @cached_property
+    def _scales(self) -> OwnScales:
+        """The run's own layers as they were timed, over what the machine's figures say of them."""
+        times = self._own(AS_WRITTEN)
+        assert times is not None
+        crosses, timed = self.config.parallel.nodes_per_ep_group > 1, few_layers(self.config)
+        plain = Pricing(
+            self.cluster, self.rates, self.config.precision.name, AS_WRITTEN, False, crosses, {}, self._together()
+        )
+        update = plain.update(update_events(timed, 0, self.device), 0)
+        return scales_of(times, [*(plain.events(all_of(each)) for each in self.layers.passes.values()), update])
 
     def _slowdown(self, busy_share: float) -> dict[str, float]:
         """How much longer everything takes than on a rank that is alone: ranks of one machine share its cores, and
@@ -195,11 +223,11 @@ class Plan:
     def pipeline(self, kernels: str) -> tuple[ActionCosts, PipelineStep]:
         """What the schedule's actions take in one set of kernels, and the schedule simulated with that."""
         found = self._pipeline_beside(kernels, 1.0)
-        if not self._slowdown(1.0):
-            return found
-        # What share of a step ranks are busy hardly depends on how fast they all are.
-        lengths_s = [totals.length_s for totals in found[1].totals]
-        return self._pipeline_beside(kernels, sum(lengths_s) / len(lengths_s) / found[1].simulation.step)
+        for _ in range(_NUM_BESIDE if self.pricing(kernels, False).slowdown else 0):
+            # Ranks that wait, for neighbours or in exchanges, leave their cores to those that work.
+            worked_s = [sum(totals.busy_s.values()) + totals.host_s for totals in found[1].totals]
+            found = self._pipeline_beside(kernels, sum(worked_s) / len(worked_s) / found[1].simulation.step)
+        return found
 
     def _pipeline_beside(self, kernels: str, busy_share: float) -> tuple[ActionCosts, PipelineStep]:
         pricings = (self.pricing(kernels, each, busy_share) for each in (False, True))
@@ -216,9 +244,21 @@ class Plan:
         pair, totals = _pair(middle), Totals()
         for action in pair:
             totals.add(costs.cost(action).totals)
-        rest_s = self.cluster.host.step_us * 1e-6 * (kernels == AS_WRITTEN) * self._slowdown(1.0).get("calls", 1.0)
-        updates = self._updating(kernels, rooms(pipeline.simulation))
+        updates, rest_s = self._updating(kernels, rooms(pipeline.simulation)), self._rest_s(kernels)
         return StepTime(kernels, costs, pipeline, updates, rest_s, ranks_s, pair, totals)
+
+    def _rest_s(self, kernels: str) -> float:
+        """What a host that is the device does in a step beside its layers and its optimizer."""
+        if kernels != AS_WRITTEN:
+            return 0.0
+        own = self._own(kernels)
+        if own is None:
+            return self.cluster.host.step_us * 1e-6 * self._slowdown(1.0).get("calls", 1.0)
+        once_s = own.once_s
+        quantising_s = (
+            sum(once_s.get(kind, 0.0) for kind in self._kinds_on(rank)) for rank in range(self.config.parallel.pp)
+        )
+        return max(quantising_s) * own.turns + own.of_step_s
 
     def host(self, kernels: str) -> Host:
         """Our own code's host. Fused kernels are few enough for any host to keep ahead. Where the host is the device,
@@ -240,8 +280,9 @@ class Plan:
         found = []
         for rank in range(self.config.parallel.pp):
             clock = Clock(self.host(kernels))
-            kinds = Counter(kind for stage in self.config.placement.stages_on(rank) for kind in self._kinds(stage))
-            again = [each for kind, num in kinds.items() for each in self.layers.quantising.get(kind, ()) * num]
+            # Where the run's own layers were timed, so was what they quantise.
+            kinds = self._kinds_on(rank) if self._own(kernels) is None else []
+            again = [each for kind in kinds for each in self.layers.quantising.get(kind, ())]
             state = self._states[rank]
             # Gradients are zeroed, and those of the shard read; masters and moments read and written, weights written.
             num_bytes = state.main_grad + 3 * state.masters + 2 * state.moments + state.weights
@@ -327,17 +368,6 @@ class Plan:
         """Model FLOPs over bf16's peak, as the published figures have it: a causal mask counts half, or does not."""
         flops = training_flops_per_token(self.config.model, self.config.train.seq_len, causal=causal)
         return self.tokens_per_s_per_gpu(kernels) * flops / self.cluster.compute.peak(PEAK_DTYPE)
-
-
-def link_groups(num_links: int, device: str) -> int:
-    """Communicators of a rank for so many one-way links to its neighbours: on cuda one for all ranks of a pipeline."""
-    return min(num_links, 1) if device == "cuda" else num_links
-
-
-def num_groups(config: RunConfig, device: str, pp_rank: int = 0) -> int:
-    """Communicators of a rank beside its links; the ranks at a pipeline's ends have the most."""
-    mesh = Mesh(config.parallel, pp_rank * config.parallel.dp, config.mirrored, config.shared_ends)
-    return sum(map(len, held_groups(mesh, "nccl" if device == "cuda" else "gloo").values()))
 
 
 def threads_of(config: RunConfig) -> int:

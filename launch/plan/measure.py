@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from launch.plan.calibrate import LARGE_PASS_BYTES, USUAL
 from launch.plan.crowd import contention, measured_messages
 from launch.plan.figures import AttentionRate, FarTime, PassRate, ProductRate
 from launch.plan.own_code import measured_code
-from launch.plan.stopwatch import Stopwatch, block_s
+from launch.plan.stopwatch import Stopwatch
 from train.environment import num_threads, read
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -57,7 +56,6 @@ class Found:
     messages: list[dict[str, Any]]
     contention: dict[str, float]
     least_us: float
-    first_call_us: float
     spreads: dict[str, float]
 
 
@@ -83,7 +81,6 @@ def alone(most_threads: int, say: Callable[[str], object]) -> Found:
     """All that a rank finds by itself, with one thread and with all."""
     watch = Stopwatch()
     products, passes, attention, far_products, far_passes = [], [], [], [], []
-    first = first_call_us()
     for threads in sorted({1, most_threads}):
         torch.set_num_threads(threads)
         say(f"{threads} {'thread' if threads == 1 else 'threads'}: products")
@@ -100,7 +97,7 @@ def alone(most_threads: int, say: Callable[[str], object]) -> Found:
     say("our own code")
     code = [asdict(row) for row in measured_code()]
     least = 1e6 * least_s(watch)
-    return Found(products, passes, attention, far_products, far_passes, code, [], {}, least, first, watch.spreads())
+    return Found(products, passes, attention, far_products, far_passes, code, [], {}, least, watch.spreads())
 
 
 def measured_products(watch: Stopwatch, threads: int) -> Iterator[ProductRate]:
@@ -253,16 +250,6 @@ def measured_attention(watch: Stopwatch, threads: int) -> Iterator[AttentionRate
                 )
 
 
-def first_call_us() -> float:
-    """What the first product of a shape takes besides, in bfloat16, for which a processor's library makes code."""
-    found = []
-    for size in (72, 104, 136, 168, 200):
-        a, b = torch.ones(size, 96, dtype=torch.bfloat16), torch.ones(96, size, dtype=torch.bfloat16)
-        first, second = (block_s(lambda a=a, b=b: a @ b, 1) for _ in range(2))  # type: ignore[misc]
-        found.append(max(first - second, 0.0))
-    return statistics.median(found) * 1e6
-
-
 def least_s(watch: Stopwatch) -> float:
     """Time of the smallest operation."""
     x = torch.ones(8, 8)
@@ -275,4 +262,4 @@ def together() -> Found:
     group = dist.group.WORLD
     assert group is not None
     messages = [asdict(row) for row in measured_messages(group)]
-    return Found([], [], [], [], [], [], messages, contention(group), 0.0, 0.0, watch.spreads())
+    return Found([], [], [], [], [], [], messages, contention(group), 0.0, watch.spreads())

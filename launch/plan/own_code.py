@@ -10,34 +10,21 @@ operations, is the host's time for one operation of such a piece (`call_times`).
 from __future__ import annotations
 
 import statistics
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
 
 from launch.plan.cluster import Cluster
 from launch.plan.events import Calls, Enter, Event, Kernel
 from launch.plan.figures import CallTime
 from launch.plan.kernels import Rates
 from launch.plan.layers import layers_of, small_job
-from launch.plan.names import Listener, Piece, tapes
+from launch.plan.pieces import REST, Pieces, job_of, one_step
 from launch.plan.state import update_events
-from launch.plan.world import FakeRows, as_drawn, nothing
-from parallel import process
-from parallel.pipeline.segments import Name
-from train import compose, loop
-from train.assemble import Files, put_together
+from launch.plan.world import as_drawn
+from train import compose
 from train.config import RunConfig
-from train.data.rows.ahead import AtOnce
-from train.job import Job
 from train.precision.build import settle
-from train.recipe.balance import update_bias
-from train.tally import reduce
-from train.track.gauges import StepTimer
 
 PRECISIONS = ("fp32", "bf16", "fp8")
 # A step has few micro-batches of few tokens, and experts that get some rows each.
@@ -48,8 +35,6 @@ SIZES = (
 )
 # Steps of each precision that are timed, behind those in which memory is found and kernels are made.
 NUM_STEPS, NUM_FIRST = 8, 3
-BEGIN, REST = Enter("step", "begin", "U"), Enter("step", "rest", "U")
-ZERO_GRAD, UPDATE = Enter("optimizer", "zero_grad", "U"), Enter("optimizer", "update", "U")
 
 
 @dataclass(frozen=True)
@@ -75,81 +60,17 @@ def tiny_run(precision: str) -> RunConfig:
     return replace(config, precision=settle(config.precision, "cpu"))
 
 
-class _Pieces:
-    """Hears of pieces as they begin, and books the time on the one before. As `record.Recorder`, it can be asked for
-    the piece that it is in."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[Enter, float] = defaultdict(float)
-        self.piece = Piece(Name("step", 0, "begin"), "U", 0, 0)
-        self.num_turns = 0
-        self._at_s = time.perf_counter()
-
-    def begins(self, name: Name, kind: str, turn: int | None = None) -> None:
-        """What was going on is over."""
-        self._book()
-        self.piece = Piece(name, kind, 0, 0)
-
-    def _book(self) -> None:
-        now_s = time.perf_counter()
-        name = self.piece.name
-        self.seconds[Enter(name.layer, name.node or name.layer, self.piece.kind)] += now_s - self._at_s
-        self._at_s = now_s
-
-    def step(self) -> dict[Enter, float]:
-        """Seconds of each piece since the last call."""
-        self._book()
-        found, self.seconds = dict(self.seconds), defaultdict(float)
-        return found
-
-
-class _Tokens(FakeRows):
-    """Rows of tokens that are drawn."""
-
-    def __init__(self, seq_len: int, vocab_size: int) -> None:
-        super().__init__(seq_len)
-        self._vocab_size = vocab_size
-
-    def rows(self, first: int, count: int) -> Tensor:
-        return torch.randint(2, self._vocab_size, (count, self._seq_len + 1))
-
-
-@contextmanager
-def job_of(config: RunConfig, pieces: Listener | None = None) -> Iterator[Job]:
-    """A job with values over the ranks that have been started, which tells `pieces` what it begins; it has no files."""
-    groups = process.start(config.parallel, "cpu", config.mirrored, config.shared_ends)
-    rows = _Tokens(config.train.seq_len, config.model.vocab_size)
-    files = Files(train_rows=rows, validation=nothing(), prompts=None, checkpoints=nothing(), reader=AtOnce)
-    yield put_together(config, groups, files, tapes=None if pieces is None else tapes(pieces))
-    process.stop(groups)
-
-
-def one_step(job: Job, begins: Callable[[Enter], object] = lambda _: None) -> None:
-    """A step as `loop.run` has it, without reports. begins: hears of the optimizer's piece, and of what follows it."""
-    plan = job.recipe.at(job.step)
-    terms = loop.loss_terms(job, plan)
-    tally = loop.accumulate(job, plan, terms, StepTimer())
-    begins(UPDATE)
-    job.update(plan.lr)
-    begins(REST)
-    reduce(job, plan, tally, False)
-    for model in job.models:
-        update_bias(model, tally.load, plan.bias_update_rate)
-    job.step += 1
-
-
 def step_times(config: RunConfig, num_steps: int, num_first: int = NUM_FIRST) -> dict[Enter, float]:
     """Median seconds of every piece in a step."""
-    pieces, found = _Pieces(), []
-
-    def begins(enter: Enter) -> None:
-        pieces.begins(Name(enter.layer, 0, enter.node), enter.kind)
-
+    pieces, found = Pieces(), list[dict[Enter, float]]()
     with job_of(config, pieces) as job:
         for _ in range(num_first + num_steps):
-            begins(BEGIN)
-            one_step(job, begins)
-            found.append(pieces.step())
+            one_step(job, pieces.enters)
+            of_step, micro_batches = pieces.step()
+            total: Counter[Enter] = Counter()
+            for spent in (of_step, *micro_batches):
+                total.update(spent.work_s)
+            found.append(dict(total))
     kept = found[num_first:]
     return {enter: statistics.median(step.get(enter, 0.0) for step in kept) for enter in kept[-1]}
 

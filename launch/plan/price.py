@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from launch.plan.clock import Priced
 from launch.plan.cluster import Cluster
 from launch.plan.events import Calls, Enter, Event, Kernel, Launch, LayerPasses, Read, Turn
 from launch.plan.exchange import COMBINE, DISPATCH, exchange_seconds
 from launch.plan.kernels import AS_WRITTEN, BOUND, PUBLISHED, Rates
+from launch.plan.own_scales import OwnScales
 from launch.plan.replay import Passes, slots, weight_gradients
 
 # Whose rows DeepEP's combine carries: those on their way home, and the gradients of those that went out.
@@ -29,6 +30,7 @@ class Pricing:
         slowdown: kind of work, or `calls` of the host -> how much longer it takes beside other ranks that share a
             machine's cores.
         ranks_together: kind of group -> how many of its ranks share a machine, where it is not what the cluster says.
+        own: how the run's own layers were timed; matters to as written alone.
     """
 
     cluster: Cluster
@@ -39,6 +41,7 @@ class Pricing:
     crosses: bool
     slowdown: Mapping[str, float]
     ranks_together: Mapping[str, int]
+    own: OwnScales = field(default_factory=OwnScales)
 
     @property
     def num_taken(self) -> int:
@@ -65,7 +68,7 @@ class Pricing:
             found.append((enter, 0.0))
             for event in node:
                 if isinstance(event, Kernel):
-                    found.append((event, self._kernel(event, scale)))
+                    found.append((event, self._kernel(event, scale) * self.own.of_work(enter)))
                 elif isinstance(event, Calls):
                     found.append((event, self._calls(event, enter)))
                 elif isinstance(event, Launch) and not (self.kernels == PUBLISHED and event.number in counts):
@@ -90,7 +93,7 @@ class Pricing:
             elif isinstance(event, Calls):
                 seconds = self._calls(event, enter)
             elif isinstance(event, Kernel):
-                seconds *= scale * self.slowdown.get(event.work, 1.0)
+                seconds *= scale * self.slowdown.get(event.work, 1.0) * self.own.of_work(enter)
             found.append((event, seconds))
         return found
 
@@ -105,7 +108,7 @@ class Pricing:
         if not self.cluster.host.is_device or self.kernels != AS_WRITTEN:
             return 0.0
         us = self.cluster.host.call_us(self.precision, enter.layer, enter.node, enter.kind)
-        return calls.number * us * 1e-6 * self.slowdown.get("calls", 1.0)
+        return calls.number * us * 1e-6 * self.slowdown.get("calls", 1.0) * self.own.of_work(enter)
 
     def _scale(self, enter: Enter, node: Sequence[Event]) -> float:
         """How long the passes over memory of a node are, over what they are as written."""
@@ -123,7 +126,8 @@ class Pricing:
         way = COMBINE if (enter.node, enter.kind) in _HOMEWARD else DISPATCH
         kernel_set = self.rates.kernel_set if self.beside else None
         together = self.ranks_together.get(launch.group)
-        return exchange_seconds(launch, self.cluster, self.kernels, kernel_set, way, together)
+        seconds = exchange_seconds(launch, self.cluster, self.kernels, kernel_set, way, together)
+        return seconds * self.own.of_waits(enter)
 
     def _stretches(self, events: Sequence[Event]) -> Iterator[Priced]:
         found: list[tuple[Event, float]] = []

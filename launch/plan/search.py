@@ -252,34 +252,55 @@ def table(found: Found, figures: Cluster) -> str:
         lines += [f"nothing fits in {device_gb:g} GB; what lacks least:", _HEADER, *_rows(found.too_large)]
     if found.best and found.too_large:
         lines += ["", "quicker, but too large:", *_rows(found.too_large)]
-    for each in found.too_large:
-        freed = relief(each.config, found.guesses.values())
-        over = each.num_bytes / GB - device_gb
-        key = f"{freed[0]} frees most, about {freed[1] / GB:.1f} GB" if freed else "no single setting frees any"
-        lines.append(f"{_short(each)} lacks {over:.1f} GB on pipeline rank {each.rank}: {key}")
+    lines += [lacks(each, found, figures) for each in found.too_large]
     return "\n".join(lines)
 
 
-_HEADER = (
-    f"{'pp':>4}{'dp':>6}{'ep':>5} {'dispatch':<9}{'schedule':<17}{'batch':>5} {'recompute':<15}{'precision':<10}"
-    f"{'step, s':>9}{'tokens/s':>10}{'MFU':>7}{'GB':>7}  slower than the line above by"
+# Headings of the table's columns, and how wide they are in text: below 0 from the left.
+COLUMNS = (
+    *(("pp", 4), ("dp", 6), ("ep", 5), ("dispatch", -10), ("schedule", -18), ("batch", 5), ("recompute", -16)),
+    *(("precision", -11), ("step, s", 8), ("tokens/s", 10), ("MFU", 7), ("GB", 7)),
 )
 # What is recomputed, in a few letters.
 _LETTERS = {"norm": "n", "mla_up_proj": "u", "attention": "attn", "experts": "exp", "dense": "dense"}
 
 
-def _rows(some: Sequence[Planned]) -> Iterator[str]:
+def cells(some: Sequence[Planned]) -> Iterator[list[str]]:
+    """A line of the table for each: its columns, and why it is slower than the line above."""
     for place, each in enumerate(some):
         layout = Layout.of(each.config)
         why = ""
         if place and each.step_s > some[place - 1].step_s:
             why = f"{each.step_s / some[place - 1].step_s - 1:.1%}: {reason(each, some[place - 1])}"
         again = "+".join(_LETTERS[name] for name in layout.recompute.split("+") if name) or "none"
-        yield (
-            f"{layout.pp:>4}{each.config.parallel.dp:>6}{layout.ep:>5} {layout.dispatch:<9}{layout.schedule:<17}"
-            f"{layout.micro_batch_size:>5} {again:<15}{layout.precision:<10}{each.step_s:>9.3f}"
-            f"{each.tokens_per_s_per_gpu:>10,.0f}{each.mfu_causal:>7.1%}{each.num_bytes / GB:>7.1f}  {why}"
-        ).rstrip()
+        places = [layout.pp, each.config.parallel.dp, layout.ep, layout.dispatch, layout.schedule]
+        how = [layout.micro_batch_size, again, layout.precision]
+        figures = [f"{each.step_s:.3f}", f"{each.tokens_per_s_per_gpu:,.0f}", f"{each.mfu_causal:.1%}"]
+        yield [*map(str, [*places, *how]), *figures, f"{each.num_bytes / GB:.1f}", why]
+
+
+def _line(row: Sequence[str]) -> str:
+    """A row of the table as text."""
+    *columns, why = row
+    text = ""
+    for cell, (_, width) in zip(columns, COLUMNS, strict=True):
+        text += f" {cell:<{-width - 1}}" if width < 0 else f"{cell:>{width}}"
+    return f"{text}  {why}".rstrip()
+
+
+def _rows(some: Sequence[Planned]) -> Iterator[str]:
+    return map(_line, cells(some))
+
+
+_HEADER = _line([*(heading for heading, _ in COLUMNS), "slower than the line above by"])
+
+
+def lacks(each: Planned, found: Found, figures: Cluster) -> str:
+    """What a layout lacks that does not fit, and the one setting that frees most."""
+    freed = relief(each.config, found.guesses.values())
+    over = each.num_bytes / GB - figures.memory.device_gb
+    key = f"{freed[0]} frees most, about {freed[1] / GB:.1f} GB" if freed else "no single setting frees any"
+    return f"{_short(each)} lacks {over:.1f} GB on pipeline rank {each.rank}: {key}"
 
 
 def _short(each: Planned) -> str:

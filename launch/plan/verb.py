@@ -21,9 +21,10 @@ from dataclasses import replace
 from typing import TypeVar
 
 from launch.plan import answer, cluster, compare, search
-from launch.plan.job import Plan
+from launch.plan.job import NOT_TIMED, Plan
 from launch.plan.loads import make_routing
 from launch.plan.space import space_of
+from launch.plan.timed import timed
 from launch.settings import PICTURE_SUFFIXES, PlanSettings, SearchSettings
 from train import compose
 from train.config import RunConfig
@@ -47,7 +48,8 @@ def plan(words: Sequence[str]) -> int:
         page.check_can_write(asked.out)
 
     def start(config: RunConfig) -> int:
-        planned = Plan(config, figures, make_routing=make_routing(asked.max_vio, asked.loads))
+        layers = timed(config) if asked.cluster == "here" and asked.timed else NOT_TIMED
+        planned = Plan(config, figures, make_routing=make_routing(asked.max_vio, asked.loads), timed=layers)
         found = answer.numbers(planned) if asked.json or asked.out else {}
         print(json.dumps(found, indent=1) if asked.json else answer.screen(planned))
         if asked.out is not None:
@@ -68,14 +70,23 @@ def _compare(words: Sequence[str]) -> int:
 
 
 def _search(words: Sequence[str]) -> int:
-    asked, others = _apart(SearchSettings, words, "search")
+    asked, others = _apart(SearchSettings, words)
     figures = cluster.load(asked.cluster)
+    if asked.out is not None:
+        from launch.plan.page import search as page
+
+        page.check_can_write_search(asked.out)
     if asked.memory_gb is not None:
         figures = replace(figures, memory=replace(figures.memory, device_gb=asked.memory_gb))
         figures.check()
     space = space_of(others, asked.gpus, figures)
     found = search.search(space, figures, make_routing(asked.max_vio, asked.loads), asked.num_best)
-    print(json.dumps(search.numbers(found, figures), indent=1) if asked.json else search.table(found, figures))
+    numbers = search.numbers(found, figures) if asked.json or asked.out else {}
+    print(json.dumps(numbers, indent=1) if asked.json else search.table(found, figures))
+    if asked.out is not None:
+        written = page.write_search(found, figures, numbers, asked.out)
+        if not asked.json:
+            print(f"\nwritten: {written}")
     return 0 if found.best else 1
 
 

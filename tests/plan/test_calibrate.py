@@ -19,7 +19,7 @@ from launch.plan.exchange import exchange_seconds
 from launch.plan.figures import FarTime, MessageTime
 from launch.plan.job import Plan
 from launch.plan.kernels import AS_WRITTEN, PUBLISHED, Rates
-from launch.plan.measure import Found, first_call_us, least_s
+from launch.plan.measure import Found, least_s
 from launch.plan.own_code import measured_code
 from launch.plan.stopwatch import Stopwatch
 from tests.plan.jobs import job
@@ -57,7 +57,6 @@ def found() -> dict[str, Any]:
         messages=[],
         contention={},
         least_us=least,
-        first_call_us=first_call_us(),
         spreads=spreads,
     )
     return {"num_ranks": 1, **json.loads(json.dumps(dataclasses.asdict(found)))}
@@ -146,6 +145,16 @@ def test_a_calibration_of_an_older_version_is_refused(found: dict[str, Any], tmp
     path.write_text(text(old))
     with pytest.raises(ValueError, match=r"cluster\.host\.calls.* python -m launch plan calibrate measures it again"):
         clusters.load(str(path))
+
+
+def test_figures_of_another_version_say_how_to_measure_again(
+    found: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    clusters.here_path().parent.mkdir()
+    clusters.here_path().write_text(text(cluster_of([found])).replace("tile_rows:", "tile_lines:"))
+    with pytest.raises(ValueError, match=r"plan calibrate measures this machine again: .*tile_lines"):
+        clusters.load("here")
 
 
 def test_far_operands_take_longer(found: dict[str, Any]) -> None:

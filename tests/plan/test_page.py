@@ -263,10 +263,15 @@ def test_what_cannot_be_written_is_refused_before_anything_is_traced(
     assert {each.name for each in tmp_path.iterdir()} == {"file", "folder.html"}
 
 
-@pytest.mark.parametrize("part", ["compare", "search"])
-def test_several_plans_are_not_drawn(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", part, *ALONE, "cluster=h800", "parallel.dp=1,2", f"out={tmp_path / 'plan.html'}"]) == 2
-    assert f"plan {part} draws nothing" in capsys.readouterr().err and not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("part", "out", "sentence"),
+    [("compare", "plan.html", "plan compare draws nothing"), ("search", "plan.svg", "plan search writes a page")],
+)
+def test_several_plans_are_no_picture(
+    part: str, out: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", part, *ALONE, "cluster=h800", "parallel.dp=1,2", f"out={tmp_path / out}"]) == 2
+    assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_a_plan_that_fails_to_be_drawn_leaves_the_old_page(

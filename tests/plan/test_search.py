@@ -6,6 +6,7 @@ import json
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ from launch.plan.guess import Guesses
 from launch.plan.job import Plan
 from launch.plan.kernels import AS_WRITTEN
 from launch.plan.layout import Layout, change, settings
+from launch.plan.page import search as page
 from launch.plan.space import Space, space_of
 from launch.plan.world import balanced
+from tests.train.test_report import parsed
 from train.compose import compose
 
 SMALL = [
@@ -49,6 +52,25 @@ def test_the_best_of_a_space_is_found(found: tuple[Space, search.Found]) -> None
         plan = plans[Layout.of(each.config)]
         assert each.step_s == plan.step(AS_WRITTEN).step_s == pytest.approx(sum(each.parts_s.values()))
         assert each.num_bytes == max(rank.total for rank in plan.ranks)
+
+
+def test_a_search_is_drawn(found: tuple[Space, search.Found], tmp_path: Path) -> None:
+    """Every layout as a point, those that were planned once more, and the table of the terminal."""
+    result = found[1]
+    small = replace(H800, memory=replace(H800.memory, device_gb=result.best[3].num_bytes / 1e9))
+    some = replace(result, best=result.best[:3], too_large=result.best[3:5])
+    numbers = search.numbers(some, small)
+    written = page.write_search(some, small, numbers, tmp_path / "found")
+    assert written.name == "search.html" and json.loads((tmp_path / "found/search.json").read_text()) == numbers
+    tree = parsed(written.read_text())
+    curves = [each for each in tree.iter("path") if each.get("data-name")]
+    points = {each.get("data-name"): str(each.get("d")).count("M") for each in curves}
+    assert points == {"guessed": len(result.guesses), "planned": 3, "planned, too large": 2}
+    text = "".join(tree.itertext())
+    assert all(search.lacks(each, some, small) in text for each in some.too_large)
+    rows = [["".join(cell.itertext()) for cell in row] for row in tree.iter("tr")]
+    assert all(row in rows for row in search.cells(some.best))
+    assert all(cell in search.table(some, small) for row in search.cells(some.best) for cell in row)
 
 
 def test_its_settings_are_the_runs(found: tuple[Space, search.Found]) -> None:

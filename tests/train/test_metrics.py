@@ -36,7 +36,7 @@ NAMES = {
     *("perf/" + name for name in ("tokens_per_s", "step_s", "data_wait_s", "mfu")),
     *("perf/" + name for name in ("bubble_s", "exposed_comm_s", "zero_comm_s")),
     *("moe/" + name for name in ("max_vio", "min_load", "nodes_per_token", "internode_bytes")),
-    "memory/peak_bytes",
+    *("plan/step_s", "plan/peak_bytes", "memory/peak_bytes"),
 }
 
 

@@ -28,6 +28,9 @@ class TrackConfig:
         alert: a command of the shell that is run when a rank hangs or was lost, a number is not finite, a checkpoint
             could not be written, or a run is given up: with the line of `events.jsonl` on its standard input
             (docs/jobs.md). None: no command.
+        plan: on a CPU, plan the run as it starts and say at its end what was planned, a step's time and the fullest
+            rank's memory, and what happened (docs/planner.md). Its layers are timed for about a second before the first
+            step. Of runs that `python -m launch local` starts on Linux; the jobs of a sweep are not planned.
     """
 
     wandb: str = "auto"
@@ -40,6 +43,7 @@ class TrackConfig:
     log_interval: int = 10
     load_interval: int = 10
     alert: str | None = None
+    plan: bool = True
 
     def check(self) -> None:
         """ValueError for an unknown mode or an interval below 1."""

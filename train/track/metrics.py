@@ -108,6 +108,8 @@ METRICS = (
     Metric("moe/min_load", "smallest load / mean, worst router"),
     Metric("moe/nodes_per_token", "nodes", SUM, per="moe/routed_tokens"),
     Metric("moe/internode_bytes", "bytes, all ranks", SUM, is_whole=True),
+    Metric("plan/step_s", "seconds, planned before the run"),
+    Metric("plan/peak_bytes", "bytes, the fullest rank, planned before the run", is_whole=True),
     # What others are made of.
     Metric("moe/routed_tokens", "tokens through MoE layers", SUM, is_reported=False),
     Metric("pipeline/start_s", "seconds", EACH, is_reported=False),

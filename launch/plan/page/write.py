@@ -25,20 +25,21 @@ from train.view.report.bars import draw_bars
 from train.view.report.document import document, escaped, facts, table
 
 # What a folder gets.
-PAGE, FIGURES = "plan.html", "plan.json"
+NAMES = ("plan.html", "plan.json")
 PICTURES = (".svg", ".png")
 
 
-def files_of(out: Path) -> tuple[Path, ...]:
-    """What is written for `out`: a picture alone; the page and the figures; or both of these into a folder."""
+def files_of(out: Path, names: tuple[str, str] = NAMES) -> tuple[Path, ...]:
+    """What is written for `out`: a picture alone; the page and the figures; or both of these into a folder, by `names`
+    there."""
     if out.suffix in PICTURES:
         return (out,)
-    return (out, out.with_suffix(".json")) if out.suffix == ".html" else (out / PAGE, out / FIGURES)
+    return (out, out.with_suffix(".json")) if out.suffix == ".html" else tuple(out / name for name in names)
 
 
-def check_can_write(out: Path) -> None:
+def check_can_write(out: Path, names: tuple[str, str] = NAMES) -> None:
     """ValueError, in a sentence, unless all files can be written. Leaves nothing behind."""
-    files = files_of(out)
+    files = files_of(out, names)
     with refusing(f"out={out}"):
         check_takes_files(files[0].parent)
     for path in files:
@@ -51,13 +52,19 @@ def write(plan: Plan, figures: Mapping[str, Any], out: Path) -> Path:
 
     figures: `answer.numbers` of the plan. ValueError where they cannot be written.
     """
-    first, *others = files_of(out)
-    with refusing(f"out={out}"):
-        if not others:
+    if out.suffix in PICTURES:
+        with refusing(f"out={out}"):
             draw_plan(f"{_title(plan)}: {answer.verdict(plan)}", action_of(plan), figures, out)
-            return out
+        return out
+    return write_files(out, NAMES, page_of(plan, figures), json.dumps(figures, indent=1) + "\n")
+
+
+def write_files(out: Path, names: tuple[str, str], page: str, figures: str) -> Path:
+    """A page and its figures, each aside and then in place; the path of the page. ValueError as `write`."""
+    first, second = files_of(out, names)
+    with refusing(f"out={out}"):
         first.parent.mkdir(parents=True, exist_ok=True)
-        for path, text in ((others[0], json.dumps(figures, indent=1) + "\n"), (first, page_of(plan, figures))):
+        for path, text in ((second, figures), (first, page)):
             with replacing(path, durable=False) as aside:
                 aside.write_text(text, encoding="utf-8")
     return first
@@ -88,13 +95,13 @@ def _heading(plan: Plan, figures: Mapping[str, Any]) -> str:
     written = figures[AS_WRITTEN]
     fullest = max(written["peak_bytes"])
     kind = "" if figures["fits"] else ' class="bad"'
-    what, how = answer.heading(plan)
+    what = "<br/>".join(map(escaped, answer.heading(plan)))
     columns = {kernels: figures[kernels] for kernels in KERNELS}
     rows = [[name, *(row[kernels] for kernels in KERNELS)] for name, row in answer.time_rows(columns)]
     sets = table(["", *WORDS.values()], rows, kind="figures")
     return (
         f"<h1>{escaped(_title(plan))}: <span{kind}>{answer.verdict(plan)}</span></h1>"
-        f'<p class="note">{escaped(what)}<br/>{escaped(how)}</p>'
+        f'<p class="note">{what}</p>'
         + facts(
             [
                 ("fullest rank", f"{fullest / answer.GB:.1f} of {plan.cluster.memory.device_gb:.1f} GB"),

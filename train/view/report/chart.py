@@ -11,6 +11,8 @@ import numpy as np
 
 NUM_COLORS = 8
 MAX_POINTS = 500
+# Styles whose points stand by themselves.
+POINTS = ("dots", "cloud")
 SIDE = 1000.0  # of the square that is stretched over the box
 FOOT = 0.05  # of the side: a short mark
 
@@ -19,7 +21,7 @@ FOOT = 0.05  # of the side: a short mark
 class Curve:
     """One line of a chart: x and y [n], its run (which gives the colour and is toggled) and how it is drawn.
 
-    style: line | faint | dots | dashed.
+    style: line | faint | dots | cloud (small dots) | dashed.
     """
 
     label: str
@@ -50,7 +52,8 @@ class Mark:
 class Chart:
     """A titled panel. `level`: a labelled horizontal line.
 
-    has_key: whether the curves are named above them; not where the page names the runs once for all panels.
+    has_key: whether the curves are named above them; not where the page names the runs once for all panels. across: the
+    unit of x.
     """
 
     title: str
@@ -63,6 +66,7 @@ class Chart:
     level: tuple[float, str] | None = None
     marks: Sequence[Mark] = ()
     has_key: bool = True
+    across: str = "tokens"
 
 
 def thin(x: np.ndarray, y: np.ndarray, count: int = MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -124,7 +128,8 @@ def draw(chart: Chart, x_form: Callable[[float], str], x_end: float) -> str:
     parts = [
         f'<svg viewBox="0 0 {SIDE:.0f} {SIDE:.0f}" preserveAspectRatio="none" role="img" '
         f'aria-label="{html.escape(chart.title, quote=True)}" data-x="{x_end!r}" data-low="{scale.low!r}" '
-        f'data-high="{scale.high!r}" data-log="{int(scale.is_log)}">'
+        f'data-high="{scale.high!r}" data-log="{int(scale.is_log)}" '
+        f'data-across="{html.escape(chart.across, quote=True)}">'
     ]
     y_at = log_ticks(scale.low, scale.high) if scale.is_log else ticks(scale.low, scale.high)
     places = SIDE - scale(np.array(y_at))
@@ -156,7 +161,7 @@ def _y_scale(chart: Chart) -> _Scale | None:
 
 
 def _path(curve: Curve, across: _Scale, scale: _Scale) -> str:
-    x, y = (curve.x, curve.y) if curve.style == "dots" else thin(curve.x, curve.y)
+    x, y = (curve.x, curve.y) if curve.style in POINTS else thin(curve.x, curve.y)
     places = list(zip(across(x), SIDE - scale(y), strict=True))
     color = (curve.run if curve.color is None else curve.color) % NUM_COLORS
     dash = f" dash{(curve.run // NUM_COLORS) % 3}" if curve.style == "line" else ""
@@ -165,7 +170,7 @@ def _path(curve: Curve, across: _Scale, scale: _Scale) -> str:
         if not (math.isfinite(px) and math.isfinite(py)):
             pen_up = True
             continue
-        if curve.style == "dots":
+        if curve.style in POINTS:
             words.append(f"M{px:.2f} {py:.2f}h0")
         else:
             words.append(f"{'M' if pen_up else 'L'}{px:.2f} {py:.2f}")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from train.files import replacing
+from train.track.planned import sentence
 from train.view.curves import column, short_tokens
 from train.view.report import heatmap
 from train.view.report.chart import draw, ticks
@@ -94,7 +95,8 @@ def _facts(run: Run) -> str:
     resumed = f"; resumed after step {', '.join(map(str, run.resumed))}" if run.resumed else ""
     begun = f"; branched off {run.branches[-1].run} after step {run.branches[-1].step}" if run.branches else ""
     said = escaped(run.standing + begun + resumed)
-    return f'<p class="note"><span{kind}>{said}</span></p>{facts(known)}'
+    plan = f"<br/>{escaped(planned)}" if (planned := sentence(run.since_resumed)) else ""
+    return f'<p class="note"><span{kind}>{said}</span>{plan}</p>{facts(known)}'
 
 
 def _toggles(runs: Sequence[Run]) -> str:

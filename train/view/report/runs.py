@@ -65,6 +65,12 @@ class Run:
         return sorted({event.step for event in self.events if event.kind == "resume"})
 
     @property
+    def since_resumed(self) -> list[dict[str, float]]:
+        """The steps since it last went on from a checkpoint, perhaps elsewhere."""
+        start = self.resumed[-1] if self.resumed else -1
+        return [step for step in self.steps if step["step"] > start]
+
+    @property
     def first_dense(self) -> int:
         """Layers before the first with experts."""
         return int(self.settings.get("model.first_k_dense_replace") or 0)

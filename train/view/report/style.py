@@ -47,11 +47,12 @@ path{fill:none;vector-effect:non-scaling-stroke}
 .mark.dashed{stroke-dasharray:7 4}.mark.solid,.mark.short{stroke-dasharray:none}.mark.short{stroke-width:1.6}
 .curve{stroke:var(--c);stroke-width:1.9;stroke-linejoin:round}
 .faint{stroke-width:1;opacity:.3}.dots{stroke-width:7;stroke-linecap:round}
+.cloud{stroke-width:3.5;stroke-linecap:round;opacity:.45}
 .dash1{stroke-dasharray:7 4}.dash2{stroke-dasharray:2 3}
 .key{display:flex;flex-wrap:wrap;gap:2px 14px;font-size:12px;color:var(--faint)}
 .key i,.runs i{display:inline-block;width:16px;height:0;border-top:3px solid var(--c);margin-right:5px;
 vertical-align:4px}
-.key i.dots{width:7px;height:7px;border:0;border-radius:50%;background:var(--c);vertical-align:1px}
+.key i.dots,.key i.cloud{width:7px;height:7px;border:0;border-radius:50%;background:var(--c);vertical-align:1px}
 .key i.level{border-top:2px dashed var(--faint)}
 .key i.mark{width:0;height:12px;border:0;border-left:2px dotted var(--faint);vertical-align:-2px}
 .key i.mark.dashed{border-left-style:dashed}.key i.mark.solid,.key i.mark.short{border-left-style:solid}
