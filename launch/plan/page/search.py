@@ -15,7 +15,7 @@ from launch.plan.page.write import check_can_write, write_files
 from launch.plan.search import COLUMNS, GB, Found, Planned, cells, lacks
 from train.flops import parameter_counts
 from train.track.console import short
-from train.view.report.chart import Chart, Curve, draw
+from train.view.report.chart import Chart, Curve, Mark, draw
 from train.view.report.document import document, escaped, table
 
 # What a folder gets.
@@ -95,7 +95,7 @@ def _scatter(found: Found, figures: Cluster) -> str:
     unit = "tokens/s per device over the fullest rank's memory"
     if left_out:
         unit += f"; {left_out:,} that need more than {MOST_DEVICES:g} devices' memory are left out"
-    mark = (device_gb, f"a device has {device_gb:g} GB", 0, True)
+    mark = Mark(device_gb, f"a device has {device_gb:g} GB", 0, kind="memory of a device", is_bad=True)
     chart = Chart(
         "Every legal layout",
         unit,
