@@ -88,7 +88,8 @@ EXAMPLES: Examples = {
     ],
     "rms_norm_forward": lambda: [(_empty(4096, d), _empty(d), 1e-6) for d in (7168, 1536, 512)],
     "rms_norm_backward": lambda: [
-        (_empty(4096, d), _empty(4096, d), _empty(d), _empty(4096, dtype=FP32)) for d in (7168, 1536, 512)
+        (_empty(4096, d), _empty(4096, d), _empty(d), _empty(4096, dtype=FP32), _empty(4096, d) if d > 4096 else None)
+        for d in (7168, 1536, 512)
     ],
     "swiglu_forward": lambda: [
         (_empty(32768, 4096), _empty(32768, dtype=FP32)),
@@ -128,7 +129,10 @@ EXAMPLES: Examples = {
     "regroup_rows": lambda: [(_COUNTS, 32768, 32768, multiple) for multiple in (1, 128)],
     "pack_routes": lambda: [(_WEIGHTS, _IDS, _empty(14336, dtype=INT32), _empty(8, dtype=INT64), 32, torch.int16)],
     "unpack_routes": lambda: [(_empty(14336, 24, dtype=torch.int16), FP32, torch.int16)],
-    "spread_rows": lambda: [(_empty(4096, 7168, dtype=dtype), _empty(14336, dtype=INT32)) for dtype in (BF16, BYTE)],
+    "spread_rows": lambda: [
+        (rows, _empty(4096, 4, dtype=INT32), 14336)
+        for rows in (_empty(4096, 7168), _empty(4096, 903, dtype=INT64), _empty(4096, 26, dtype=BYTE))
+    ],
     "fold_rows": lambda: [
         (_empty(14336, 7168), _empty(4096, 4, dtype=INT32)),
         (_empty(14336, 8, dtype=FP32), _empty(4096, 4, dtype=INT32)),

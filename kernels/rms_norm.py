@@ -41,10 +41,12 @@ def _backward(
     X,
     Weight,
     Scale,
+    Beside,
     DX,
     Sums,
     dy_stride,
     x_stride,
+    beside_stride,
     num_rows,
     width,
     num_tiles,
@@ -65,6 +67,9 @@ def _backward(
         slope = dy * weight[None, :]
         mean = tl.sum(slope * normed, 1) / width
         dx = (slope - normed * mean[:, None]) * scale[:, None]
+        if Beside is not None:
+            beside = Beside + rows[:, None] * beside_stride + columns[None, :]
+            dx += tl.load(beside, mask=inside, other=0.0).to(wide)
         tl.store(DX + rows[:, None] * width + columns[None, :], dx.to(DX.dtype.element_ty), mask=inside)
         total += tl.sum(dy * normed, 0)
     tl.store(Sums + tl.program_id(0) * width + columns, total, mask=columns < width)
@@ -88,14 +93,17 @@ def _plan_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[tuple[Tensor, 
     return (y, scale), Launch(_forward, grid, arguments, {"EPS": eps, **tile}, num_warps)
 
 
-@operation("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor scale) -> (Tensor, Tensor)")
-def _plan_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[tuple[Tensor, Tensor], Launch]:
+@operation("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor scale, Tensor? beside) -> (Tensor, Tensor)")
+def _plan_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, beside: Tensor | None
+) -> tuple[tuple[Tensor, Tensor], Launch]:
     num_rows, width = x.shape
     tile, num_warps = _tile(width)
     num_tiles = -(-num_rows // tile["ROWS"])
     num_sums = min(num_tiles, _MAX_SUMS)
     dx, sums = x.new_empty(x.shape), scale.new_empty(num_sums, width)
-    arguments = dy, x, weight, scale, dx, sums, dy.stride(0), x.stride(0), num_rows, width, num_tiles
+    strides = dy.stride(0), x.stride(0), 0 if beside is None else beside.stride(0)
+    arguments = dy, x, weight, scale, beside, dx, sums, *strides, num_rows, width, num_tiles
     return (dx, sums), Launch(_backward, (num_sums,), arguments, tile, num_warps)
 
 
@@ -105,7 +113,11 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return y.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(dx [..., d], dweight [d]) from dy, the forward's inputs and its `scale` r [..., 1]."""
-    dx, sums = _plan_backward(as_rows(dy), as_rows(x), weight, scale.view(-1))
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, beside: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(dx [..., d], dweight [d]) from dy, the forward's inputs and its `scale` r [..., 1]. Added to dx is `beside`, the
+    gradient of x as it goes on beside its norm."""
+    beside = None if beside is None else as_rows(beside)
+    dx, sums = _plan_backward(as_rows(dy), as_rows(x), weight, scale.view(-1), beside)
     return dx.view(x.shape), sum_rows(sums, weight.dtype)

@@ -1,7 +1,8 @@
 """Rotary embedding of all heads of a token in one launch: the kernels of `train.model.attention.kernels`.
 
-`join_heads` also puts queries, keys and values together, as latent attention needs them, and sums the gradient of the
-rotary part of the keys, which all heads share, in the order of the heads.
+`join_heads` is what latent attention has between its up-projections and its core. It moves what must move: queries, and
+their gradient, are rotated where they lie, values stay where their projection wrote them, keys alone are put together.
+The gradient of the rotary part of the keys, which all heads share, is summed in the order of the heads.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def _angles(Table, t_batch, t_token, batch, token, half, HALF: tl.constexpr):
 
 @jit
 def _join(
-    Q, KV, KRope, Table, QOut, KOut, VOut,
+    Q, KV, KRope, Table, KOut, VOut,
     q_batch, q_token, q_head, kv_batch, kv_token, kv_head, r_batch, r_token, t_batch, t_token,
     num_tokens, num_heads, nope, rope, v_dim, v_width,
-    HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr,
+    HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, PADS: tl.constexpr,
 ):  # fmt: skip
     batch, token = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
     row = batch * num_tokens + token
@@ -49,32 +50,31 @@ def _join(
     low, turned, values = tl.arange(0, NOPE), tl.arange(0, ROPE), tl.arange(0, VALUE)
     shared = tl.load(KRope + batch * r_batch + token * r_token + turned, mask=turned < rope, other=0.0).to(kind)
     key = _turn(tl.reshape(shared, (1, ROPE)), cos, sin, 1, ROPE).to(narrow)
-    Q += batch * q_batch + token * q_token
+    Q += batch * q_batch + token * q_token + nope
     KV += batch * kv_batch + token * kv_token
-    width = nope + rope
     for first in range(0, num_heads, HEADS):
         heads = first + tl.arange(0, HEADS)
         there = (heads < num_heads)[:, None]
-        out = (row * num_heads + heads)[:, None] * width
+        out = KOut + (row * num_heads + heads)[:, None] * (nope + rope)
         inside = there & (low < nope)[None, :]
-        q = tl.load(Q + heads[:, None] * q_head + low[None, :], mask=inside, other=0.0)
-        tl.store(QOut + out + low[None, :], q, mask=inside)
         k = tl.load(KV + heads[:, None] * kv_head + low[None, :], mask=inside, other=0.0)
-        tl.store(KOut + out + low[None, :], k, mask=inside)
+        tl.store(out + low[None, :], k, mask=inside)
         inside = there & (turned < rope)[None, :]
-        q = tl.load(Q + heads[:, None] * q_head + nope + turned[None, :], mask=inside, other=0.0).to(kind)
-        tl.store(QOut + out + nope + turned[None, :], _turn(q, cos, sin, HEADS, ROPE).to(narrow), mask=inside)
-        tl.store(KOut + out + nope + turned[None, :], tl.broadcast_to(key, (HEADS, ROPE)), mask=inside)
-        inside = there & (values < v_dim)[None, :]
-        v = tl.load(KV + heads[:, None] * kv_head + nope + values[None, :], mask=inside, other=0.0)
-        out = (row * num_heads + heads)[:, None] * v_width + values[None, :]
-        tl.store(VOut + out, v, mask=there & (values < v_width)[None, :])
+        queries = Q + heads[:, None] * q_head + turned[None, :]
+        q = tl.load(queries, mask=inside, other=0.0).to(kind)
+        tl.store(queries, _turn(q, cos, sin, HEADS, ROPE).to(narrow), mask=inside)
+        tl.store(out + nope + turned[None, :], tl.broadcast_to(key, (HEADS, ROPE)), mask=inside)
+        if PADS:
+            inside = there & (values < v_dim)[None, :]
+            v = tl.load(KV + heads[:, None] * kv_head + nope + values[None, :], mask=inside, other=0.0)
+            padded = VOut + (row * num_heads + heads)[:, None] * v_width + values[None, :]
+            tl.store(padded, v, mask=there & (values < v_width)[None, :])
 
 
 @jit
 def _part(
-    DQ, DK, DV, Table, DQIn, DKV, DKRope,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, t_batch, t_token,
+    DQ, DK, DV, Table, DKV, DKRope,
+    k_batch, k_token, k_head, v_batch, v_token, v_head, t_batch, t_token,
     num_tokens, num_heads, nope, rope, v_dim,
     HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,6 @@ def _part(
     narrow = DQ.dtype.element_ty
     cos, sin = _angles(Table, t_batch, t_token, batch, token, rope // 2, ROPE // 2)
     low, turned, values = tl.arange(0, NOPE), tl.arange(0, ROPE), tl.arange(0, VALUE)
-    DQ += batch * q_batch + token * q_token
     DK += batch * k_batch + token * k_token
     DV += batch * v_batch + token * v_token
     total = tl.zeros((ROPE,), kind)
@@ -93,14 +92,12 @@ def _part(
         there = (heads < num_heads)[:, None]
         out = (row * num_heads + heads)[:, None]
         inside = there & (low < nope)[None, :]
-        dq = tl.load(DQ + heads[:, None] * q_head + low[None, :], mask=inside, other=0.0)
-        tl.store(DQIn + out * (nope + rope) + low[None, :], dq, mask=inside)
         dk = tl.load(DK + heads[:, None] * k_head + low[None, :], mask=inside, other=0.0)
         tl.store(DKV + out * (nope + v_dim) + low[None, :], dk, mask=inside)
         inside = there & (turned < rope)[None, :]
-        dq = tl.load(DQ + heads[:, None] * q_head + nope + turned[None, :], mask=inside, other=0.0).to(kind)
-        back = _turn(dq, cos, -sin, HEADS, ROPE).to(narrow)
-        tl.store(DQIn + out * (nope + rope) + nope + turned[None, :], back, mask=inside)
+        queries = DQ + out * (nope + rope) + nope + turned[None, :]
+        dq = tl.load(queries, mask=inside, other=0.0).to(kind)
+        tl.store(queries, _turn(dq, cos, -sin, HEADS, ROPE).to(narrow), mask=inside)
         dk = tl.load(DK + heads[:, None] * k_head + nope + turned[None, :], mask=inside, other=0.0).to(kind)
         total += tl.sum(dk, 0)
         inside = there & (values < v_dim)[None, :]
@@ -160,40 +157,51 @@ def _blocks(**widths: int) -> dict[str, Any]:
 
 
 @operation(
-    "join_heads(Tensor q, Tensor kv, Tensor k_rope, Tensor table, int t_batch, int t_token, int v_width)"
-    " -> (Tensor, Tensor, Tensor)"
+    "join_heads(Tensor(a!) q, Tensor kv, Tensor k_rope, Tensor table, int t_batch, int t_token, int v_width)"
+    " -> Tensor[]"
 )
 def _plan_join(
     q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, t_batch: int, t_token: int, v_width: int
-) -> tuple[tuple[Tensor, Tensor, Tensor], Launch]:
+) -> tuple[list[Tensor], Launch]:
+    """Keys, and values where they are padded."""
     batch, num_tokens, num_heads, width = q.shape
     rope = k_rope.shape[-1]
     nope = width - rope
     v_dim = kv.shape[-1] - nope
-    out = q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(*q.shape[:-1], v_width)
+    pads = v_width != v_dim
+    out = [q.new_empty(q.shape), *([q.new_empty(*q.shape[:-1], v_width)] if pads else [])]
     strides = *q.stride()[:3], *kv.stride()[:3], *k_rope.stride()[:2], t_batch, t_token
-    arguments = q, kv, k_rope, table, *out, *strides, num_tokens, num_heads, nope, rope, v_dim, v_width
-    blocks = _blocks(NOPE=nope, ROPE=rope, VALUE=v_width)
-    return out, Launch(_join, (num_tokens, batch), arguments, blocks)
+    places = *out, *([None] * (2 - len(out)))
+    arguments = q, kv, k_rope, table, *places, *strides, num_tokens, num_heads, nope, rope, v_dim, v_width
+    blocks = _blocks(NOPE=nope, ROPE=rope, VALUE=v_width) | {"PADS": pads}
+    # Of queries only what is rotated is touched, of values nothing unless they are padded.
+    turned = q.nbytes // width * rope
+    read = turned + kv.nbytes // kv.shape[-1] * (nope + pads * v_dim) + k_rope.nbytes + table.nbytes
+    written = turned + sum(made.nbytes for made in out)
+    launch = Launch(_join, (num_tokens, batch), arguments, blocks, read_bytes=read, written_bytes=written)
+    return out, launch
 
 
 @operation(
-    "join_heads_backward(Tensor dq, Tensor dk, Tensor dv, Tensor table, int t_batch, int t_token, int nope, int v_dim)"
-    " -> (Tensor, Tensor, Tensor)"
+    "join_heads_backward(Tensor(a!) dq, Tensor dk, Tensor dv, Tensor table, int t_batch, int t_token, int nope,"
+    " int v_dim) -> (Tensor, Tensor)"
 )
 def _plan_part(
     dq: Tensor, dk: Tensor, dv: Tensor, table: Tensor, t_batch: int, t_token: int, nope: int, v_dim: int
-) -> tuple[tuple[Tensor, Tensor, Tensor], Launch]:
+) -> tuple[tuple[Tensor, Tensor], Launch]:
+    """The gradients of kv and of k_rope; that of queries, which lies densely, is made over dq."""
     batch, num_tokens, num_heads, width = dq.shape
     rope = width - nope
     lead = dq.shape[:-1]
-    out = dq.new_empty(dq.shape), dq.new_empty(*lead, nope + v_dim), dq.new_empty(*lead[:2], rope)
-    strides = *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], t_batch, t_token
+    out = dq.new_empty(*lead, nope + v_dim), dq.new_empty(*lead[:2], rope)
+    strides = *dk.stride()[:3], *dv.stride()[:3], t_batch, t_token
     arguments = dq, dk, dv, table, *out, *strides, num_tokens, num_heads, nope, rope, v_dim
     blocks = _blocks(NOPE=nope, ROPE=rope, VALUE=v_dim)
     # What pads values is not read.
-    read = dq.nbytes + dk.nbytes + dv.nbytes // dv.shape[-1] * v_dim + table.nbytes
-    return out, Launch(_part, (num_tokens, batch), arguments, blocks, read_bytes=read)
+    turned = dq.nbytes // width * rope
+    read = turned + dk.nbytes + dv.nbytes // dv.shape[-1] * v_dim + table.nbytes
+    written = turned + sum(made.nbytes for made in out)
+    return out, Launch(_part, (num_tokens, batch), arguments, blocks, read_bytes=read, written_bytes=written)
 
 
 @operation("rotate_heads(Tensor q, Tensor k, Tensor table, int t_batch, int t_token, bool inverse) -> (Tensor, Tensor)")
@@ -209,15 +217,19 @@ def _plan_rotate(
 
 
 def join_heads(q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `train.model.attention.kernels.join_heads_forward`."""
-    return _plan_join(_dense(q), _dense(kv), _dense(k_rope), *_places(table), v_width)
+    """As `train.model.attention.kernels.join_heads_forward`. Queries are rotated in place, and values are a view of kv
+    unless they are padded: whoever attends to them takes them by their strides."""
+    q = _dense(q)
+    k, *padded = _plan_join(q, _dense(kv), _dense(k_rope), *_places(table), v_width)
+    return q, k, padded[0] if padded else kv[..., q.shape[-1] - k_rope.shape[-1] :]
 
 
 def join_heads_backward(
     dq: Tensor, dk: Tensor, dv: Tensor, table: Tensor, nope: int, v_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `train.model.attention.kernels.join_heads_backward`."""
-    return _plan_part(_dense(dq), _dense(dk), _dense(dv), *_places(table), nope, v_dim)
+    """As `train.model.attention.kernels.join_heads_backward`; dq is overwritten where it lies densely."""
+    dq = dq.contiguous()
+    return dq, *_plan_part(dq, _dense(dk), _dense(dv), *_places(table), nope, v_dim)
 
 
 def rotate_heads(q: Tensor, k: Tensor, table: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

@@ -19,13 +19,17 @@ _TILE, _COLUMNS = 2048, 1024
 
 
 @jit
-def _spread(Rows, Index, Out, row_stride, num_copies, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    copies = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def _spread(
+    Rows, Table, Out, row_stride, num_rows, width, num_each, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = (copies < num_copies)[:, None] & (columns < width)[None, :]
-    source = tl.load(Index + copies, mask=copies < num_copies, other=0).to(tl.int64)
-    row = tl.load(Rows + source[:, None] * row_stride + columns[None, :], mask=inside)
-    tl.store(Out + copies[:, None] * width + columns[None, :], row, mask=inside)
+    inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
+    row = tl.load(Rows + rows[:, None] * row_stride + columns[None, :], mask=inside)
+    for each in range(num_each):
+        copies = tl.load(Table + rows * num_each + each, mask=rows < num_rows, other=-1).to(tl.int64)
+        there = inside & (copies >= 0)[:, None]
+        tl.store(Out + copies[:, None] * width + columns[None, :], row, mask=there)
 
 
 @jit
@@ -59,13 +63,12 @@ def _tile(num_rows: int, width: int) -> tuple[dict[str, Any], tuple[int, int]]:
     return {"ROWS": rows, "BLOCK": block}, (-(-num_rows // rows), -(-width // block))
 
 
-@operation("spread_rows(Tensor rows, Tensor index) -> Tensor")
-def _plan_spread(rows: Tensor, index: Tensor) -> tuple[Tensor, Launch]:
-    num_copies, width = index.shape[0], rows.shape[1]
+@operation("spread_rows(Tensor rows, Tensor table, int num_copies) -> Tensor")
+def _plan_spread(rows: Tensor, table: Tensor, num_copies: int) -> tuple[Tensor, Launch]:
+    (num_rows, num_each), width = table.shape, rows.shape[1]
     out = rows.new_empty(num_copies, width)
-    tile, grid = _tile(num_copies, width)
-    arguments = rows, index, out, rows.stride(0), num_copies, width
-    return out, Launch(_spread, grid, arguments, tile, read_bytes=out.nbytes + index.nbytes)
+    tile, grid = _tile(num_rows, width)
+    return out, Launch(_spread, grid, (rows, table, out, rows.stride(0), num_rows, width, num_each), tile)
 
 
 @operation("fold_rows(Tensor copies, Tensor table) -> Tensor")
@@ -92,9 +95,20 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 
-def spread_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """rows [M, ...], index [C] -> [C, ...]: row `index[c]` for each c."""
-    return _plan_spread(_rows(rows), index).view(index.shape[0], *rows.shape[1:])
+def _words(rows: Tensor) -> Tensor:
+    """Rows of bytes as rows of eight bytes each, where they are made of such: a thread then moves all eight at once,
+    which Triton does with bytes only where it knows of 16 that lie together."""
+    numbers = rows.shape[1], rows.stride(0), rows.storage_offset()
+    return rows.view(torch.int64) if rows.element_size() == 1 and not any(each % 8 for each in numbers) else rows
+
+
+def spread_rows(rows: Tensor, table: Tensor, num_copies: int) -> Tensor:
+    """rows [M, ...], table [M, n] -> [num_copies, ...]: row m at each place that row m of the table names.
+
+    The table names every place once; a number below 0 names none.
+    """
+    copies = _plan_spread(_words(_rows(rows)), table, num_copies)
+    return copies.view(rows.dtype).view(num_copies, *rows.shape[1:])
 
 
 def fold_rows(copies: Tensor, table: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class TabledCopies:
 
     def spread(self, rows: Tensor) -> Tensor:
         """rows [M, ...] -> copies [C, ...]; of copies without empty ones."""
-        return spread_rows(rows, self.source)
+        return spread_rows(rows, self.table, self.source.shape[0])
 
     def fold(self, copies: Tensor) -> Tensor:
         """copies [C, ...] -> the sum of each row's copies [M, ...], in float32 or wider and rounded once."""

@@ -26,8 +26,10 @@ def same_copies(ours: Spread, twin: Spread, num_rows: int, weights: Tensor, dtyp
     assert torch.equal(ours.spread_weights(weights), twin.spread_weights(weights))
     there = ours.source < num_rows
     if there.all():
-        rows = torch.randn(num_rows, 5, 3, dtype=dtype)
-        assert torch.equal(ours.spread(rows), twin.spread(rows))
+        # The last two travel in words of eight bytes and byte by byte.
+        bytes_of_rows = (torch.randint(256, (num_rows, width), dtype=torch.uint8) for width in (40, 26))
+        for rows in (torch.randn(num_rows, 5, 3, dtype=dtype), *bytes_of_rows):
+            assert torch.equal(ours.spread(rows), twin.spread(rows))
     copies = torch.randn(len(ours.source), 33).to(dtype)
     agree(ours.fold(copies), twin.fold(copies), dtype)
     d_weights = torch.randn(twin.spread_weights(weights).shape, dtype=weights.dtype)

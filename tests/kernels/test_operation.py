@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from kernels import rows, sums, swiglu  # noqa: F401
+from kernels import fp8_rows, sums, swiglu  # noqa: F401
 from kernels.operation import Launch
 from launch.plan.events import Enter, Kernel
 from launch.plan.layers import layers_of
@@ -30,11 +30,11 @@ def test_bytes_are_those_of_operands_and_results() -> None:
 
 def test_of_rows_that_an_index_names_only_those_are_read() -> None:
     with FakeTensorMode():
-        given, index = torch.empty(1000, 8, dtype=BF16), torch.empty(3, dtype=INT32)
-        out = torch.ops.halocline.spread_rows(given, index)
-        kernel = kernel_of(torch.ops.halocline.spread_rows.default, (given, index), {}, out)
-    assert kernel is not None and out.shape == (3, 8)
-    assert (kernel.read_bytes, kernel.written_bytes) == (3 * 8 * 2 + 3 * 4, 3 * 8 * 2)
+        arguments = torch.empty(1000, 9, dtype=torch.uint8), torch.empty(3, dtype=INT32), None, [3], 8
+        out = torch.ops.halocline.fp8_take(*arguments)
+        kernel = kernel_of(torch.ops.halocline.fp8_take.default, arguments, {}, out)
+    assert kernel is not None and out[0].shape == (3, 8)
+    assert (kernel.read_bytes, kernel.written_bytes) == (3 * 9 + 3 * 4, 2 * 3 * 8 + 3 * 4 + 8 * 4)
 
 
 def test_nothing_to_do_is_no_launch() -> None:

@@ -21,7 +21,7 @@ from train.model import kernels as eager
 )
 def test_rms_norm(dtype: torch.dtype, num_rows: int, width: int, gap: int) -> None:
     """Rows may be a part of longer ones, as the latents of keys and values are."""
-    x, dy = (torch.randn(1, num_rows, width + gap, dtype=dtype)[..., :width] for _ in range(2))
+    x, dy, beside = (torch.randn(1, num_rows, width + gap, dtype=dtype)[..., :width] for _ in range(3))
     weight = torch.randn(width, dtype=dtype)
     ours, theirs = (module.rms_norm_forward(x, weight, 1e-6) for module in (_OURS, eager))
     agree(ours, theirs, dtype)
@@ -30,6 +30,9 @@ def test_rms_norm(dtype: torch.dtype, num_rows: int, width: int, gap: int) -> No
     ours, theirs = (module.rms_norm_backward(dy, x, weight, scale) for module in (_OURS, eager))
     agree(ours[0], theirs[0], dtype)
     agree(ours[1] / max(1, num_rows), theirs[1].to(dtype) / max(1, num_rows), dtype)
+    # A sum of two, which the twin rounds twice.
+    ours, theirs = (module.rms_norm_backward(dy, x, weight, scale, beside) for module in (_OURS, eager))
+    agree(ours[0], theirs[0], dtype, factor=2)
 
 
 class _OURS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from kernels import rotary as ours
 from tests.kernels.peers import DTYPES, agree
+from train.model import kernels as model
 from train.model.attention import kernels as eager
+from train.model.attention.cores import scaled_dot_product
 
 SIZES = {
     "dtype": st.sampled_from(DTYPES),
@@ -35,18 +38,46 @@ def test_join_heads(
     dtype: torch.dtype, batch: int, num_tokens: int, num_heads: int, half: int, by_row: bool,
     nope: int, v_dim: int, padding: int,
 ) -> None:  # fmt: skip
-    """Gradients of attention come with their heads before their tokens."""
+    """Gradients of attention come with their heads before their tokens. Queries and their gradient, where it lies
+    densely, are rotated where they are; values are not moved unless they are padded."""
     table, lead = table_of(dtype, batch, num_tokens, half, by_row), (batch, num_tokens, num_heads)
     q, kv = torch.randn(*lead, nope + 2 * half, dtype=dtype), torch.randn(*lead, nope + v_dim, dtype=dtype)
     k_rope = torch.randn(batch, num_tokens, 7 + 2 * half, dtype=dtype)[..., 7:]
     inputs = q, kv, k_rope, table, v_dim + padding
-    agree(ours.join_heads(*inputs), eager.join_heads_forward(*inputs), dtype)
+    expected = eager.join_heads_forward(*inputs)
+    joined = ours.join_heads(*inputs)
+    agree(joined, expected, dtype)
+    assert joined[0].data_ptr() == q.data_ptr()
+    assert padding or joined[2].untyped_storage().data_ptr() == kv.untyped_storage().data_ptr()
     dq, dk = (torch.randn(batch, num_heads, num_tokens, nope + 2 * half, dtype=dtype).transpose(1, 2) for _ in "qk")
     dv = torch.randn(*lead, v_dim + padding, dtype=dtype)
-    gradients = dq, dk, dv, table, nope, v_dim
-    found, expected = ours.join_heads_backward(*gradients), eager.join_heads_backward(*gradients)
-    agree(found[:2], expected[:2], dtype)
-    agree(found[2], expected[2], dtype, factor=4)  # a sum over the heads, rounded once
+    for dq in (dq, dq.contiguous()):
+        gradients = dq, dk, dv, table, nope, v_dim
+        expected, place = eager.join_heads_backward(*gradients), dq.data_ptr()
+        found = ours.join_heads_backward(*gradients)
+        agree(found[:2], expected[:2], dtype)
+        agree(found[2], expected[2], dtype, factor=4)  # a sum over the heads, rounded once
+        assert not dq.is_contiguous() or found[0].data_ptr() == place
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+def test_autograd_sees_results_of_one_node(padding: int) -> None:
+    """What is overwritten in place, and what is a view, differentiates as what is written anew: of inputs that are
+    views, as the projections' are, with all three results saved by what reads them."""
+    table, lead = table_of(torch.float64, 2, 3, 2, False), (2, 3, 4)
+    leaves = [torch.randn(2, 3, 4 * width, dtype=torch.float64) for width in (5 + 4, 5 + 6)]
+    leaves.append(torch.randn(2, 3, 4, dtype=torch.float64))
+    weights = torch.randn(*lead, 6, dtype=torch.float64)
+    gradients = []
+    for kernels in (model.triton_kernels("cpu"), model.Kernels()):
+        for leaf in leaves:
+            leaf.requires_grad_().grad = None
+        q, kv = ((leaf * 1.0).unflatten(-1, (4, -1)) for leaf in leaves[:2])
+        q, k, v = kernels.join_heads(q, kv, leaves[2] * 1.0, table, 6 + padding)
+        mixed = scaled_dot_product(q, k, v, 0.3, is_causal=True)[..., :6]
+        (mixed * weights).sum().backward()
+        gradients.append([mixed.detach(), *(leaf.grad for leaf in leaves)])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-12, atol=1e-12)
 
 
 @settings(max_examples=20)

@@ -41,6 +41,22 @@ def test_rms_norm() -> None:
     assert gradcheck(lambda x, w: Kernels().rms_norm(x, w, 1e-3), (x, weight))
     # A strided input, as the latent beside the rotary key is.
     assert gradcheck(lambda x, w: Kernels().rms_norm(x[..., :4], w[:4], 1e-3), (x, weight))
+    assert gradcheck(lambda x, w: Kernels().rms_norm_beside(x, w, 1e-3), (x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_beside_its_input_has_the_bits_of_autograds_sum(dtype: torch.dtype) -> None:
+    """Also where one of the two is not read."""
+    x, weight = random(3, 5, 8, dtype=dtype), random(8, dtype=dtype)
+    d_beside, dy = torch.randn(2, 3, 5, 8).to(dtype)
+    for read in ((True, True), (True, False), (False, True)):
+        found = []
+        for beside, y in (Kernels().rms_norm_beside(x, weight, 1e-3), (x * 1, Kernels().rms_norm(x, weight, 1e-3))):
+            outputs = [each for each, is_read in ((beside, read[0]), (y, read[1])) if is_read]
+            gradients = [each for each, is_read in ((d_beside, read[0]), (dy, read[1])) if is_read]
+            found.append(torch.autograd.grad(outputs, (x, weight), gradients, allow_unused=True))
+        assert torch.equal(found[0][0], found[1][0])
+        assert found[0][1] is found[1][1] is None or torch.equal(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("weighted", [False, True])

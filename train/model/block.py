@@ -29,7 +29,8 @@ class _Block(nn.Module):
 
     def attend(self, x: Tensor, places: Places) -> Tensor:
         """x [B, S, hidden] plus its attention."""
-        return x + self.self_attn(self.input_layernorm(x), places)
+        residual, normed = self.input_layernorm.beside(x)
+        return residual + self.self_attn(normed, places)
 
     def attend_cached(self, x: Tensor, table: Tensor, cache: Cache) -> Tensor:
         """x [1, N, hidden] plus its attention, of tokens behind those of `cache`."""
@@ -57,7 +58,8 @@ class DenseBlock(_Block):
 
     def feed(self, x: Tensor) -> Tensor:
         """x [B, S, hidden] plus the MLP."""
-        return x + self.mlp(self.post_attention_layernorm(x).flatten(0, 1)).view_as(x)
+        residual, normed = self.post_attention_layernorm.beside(x)
+        return residual + self.mlp(normed.flatten(0, 1)).view_as(x)
 
     def decode(self, x: Tensor, table: Tensor, cache: Cache) -> Tensor:
         """The layer for tokens behind those of `cache`: x [1, N, hidden], no gradients."""
@@ -82,7 +84,7 @@ class MoEBlock(_Block):
 
     def choose(self, residual: Tensor) -> tuple[Tensor, ...]:
         """The router's part of `route`: residual [B, S, hidden]."""
-        normed = self.post_attention_layernorm(residual)
+        residual, normed = self.post_attention_layernorm.beside(residual)
         weights, indices, stats = self.mlp.gate(normed)
         return residual, normed.flatten(0, 1), weights, indices, *stats
 

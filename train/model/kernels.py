@@ -28,15 +28,19 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return torch.mul(wide, scale).mul_(weight).to(x.dtype), scale
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """(dx [..., d], dweight [d]) from dy, the forward's inputs and its `scale` r."""
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, beside: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(dx [..., d], dweight [d]) from dy, the forward's inputs and its `scale` r. Added to dx is `beside`, the gradient
+    of x as it goes on beside its norm."""
     width = x.shape[-1]
     dy, wide, weight = dy.to(scale.dtype), x.to(scale.dtype), weight.to(scale.dtype)
     product = (dy * wide).view(-1, width)
     mean = (product @ weight).view_as(scale).mul_(scale.pow(3)).div_(-width)
     dweight = scale.view(1, -1) @ product
     dx = torch.mul(dy, weight).mul_(scale).addcmul_(wide, mean)
-    return dx.to(x.dtype), dweight.view(width)
+    dx = dx.to(x.dtype)
+    return dx if beside is None else dx.add_(beside), dweight.view(width)
 
 
 def swiglu_forward(h: Tensor, row_weights: Tensor | None) -> Tensor:
@@ -94,6 +98,26 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dweight.to(weight.dtype), None, None
 
 
+class _RMSNormBeside(torch.autograd.Function):
+    """x as it goes on, and its norm: so that the gradients of both are added up where the norm's is made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        y, scale = kernels.rms_norm_forward(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.kernels = kernels
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), y
+
+    @staticmethod
+    def backward(ctx: Any, beside: Tensor | None, dy: Tensor | None) -> Any:
+        if dy is None:
+            return beside, None, None, None
+        x, weight, scale = ctx.saved_tensors
+        dx, dweight = ctx.kernels.rms_norm_backward(dy, x, weight, scale, beside)
+        return dx, dweight.to(weight.dtype), None, None
+
+
 @dataclass(frozen=True)
 class Kernels:
     """The element-wise kernels that a model runs; as written unless others are given, which compute the same."""
@@ -115,6 +139,10 @@ class Kernels:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Differentiable x [..., d] -> x / sqrt(mean(x²) + eps) * weight."""
         return _RMSNorm.apply(x, weight, eps, self)
+
+    def rms_norm_beside(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Differentiable x [..., d] -> x itself, to be read further on, and its `rms_norm`."""
+        return _RMSNormBeside.apply(x, weight, eps, self)
 
     def join_heads(
         self, q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: int

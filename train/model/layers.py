@@ -55,6 +55,12 @@ class RMSNorm(nn.Module):
         self.offer(self._rebuild, (y,), (x,))
         return y
 
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x itself, as a residual goes on, and its norm: the gradients of both are one sum, in one pass."""
+        residual, y = self.kernels.rms_norm_beside(x, self.weight, self.eps)
+        self.offer(self._rebuild, (y,), (x,))
+        return residual, y
+
     def _rebuild(self, x: Tensor) -> tuple[Tensor]:
         return (self.kernels.rms_norm_forward(x, self.weight, self.eps)[0],)
 

@@ -2,8 +2,9 @@
 
 The door to the libraries `flash_attn_interface` (FlashAttention-3) and `flash_attn` (2), which nobody needs: torch has
 two kernels of its own. Documents go to a kernel as the places where they begin, so that there is no mask, and no work
-for pairs of positions that see nothing of each other. Signatures are those of the libraries' sources; not yet run on a
-GPU.
+for pairs of positions that see nothing of each other. None wants its inputs dense: cuDNN's graphs, FlashAttention 2 and
+3 and torch's own kernels are told the strides of rows and heads, and ask only that the elements of a head lie together.
+Signatures are those of the libraries' sources; not yet run on a GPU.
 """
 
 from __future__ import annotations

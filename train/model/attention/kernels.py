@@ -43,7 +43,7 @@ def join_heads_forward(
 
     q [B, S, H, nope + rope], kv [B, S, H, nope + v], k_rope [B, S, rope] (shared by the heads), table [S, rope / 2] or
     [B, S, rope / 2] -> q, k [B, S, H, nope + rope] with the rotary parts rotated, v [B, S, H, v_width] padded with
-    zeros.
+    zeros. Kernels of GPUs may overwrite q, and give out values as a view of kv.
     """
     nope = q.shape[-1] - k_rope.shape[-1]
     v_dim = kv.shape[-1] - nope
@@ -73,14 +73,19 @@ def join_heads_backward(
 
 
 class JoinHeads(torch.autograd.Function):
-    """Differentiable `join_heads_forward`, by a model's kernels. Keeps the table alone."""
+    """Differentiable `join_heads_forward`, by a model's kernels. Keeps the table alone.
+
+    Kernels may rotate q, and in the backward pass dq, in place, and give out values that are a view of kv: what the
+    projections have made is nobody else's, and attention alone reads it further on. They are given their inputs
+    detached, so that autograd sees results of this node and neither views nor changes of its inputs.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, kv: Tensor, k_rope: Tensor, table: Tensor, v_width: int, kernels: Any) -> Any:
         ctx.save_for_backward(table)
         ctx.nope = q.shape[-1] - k_rope.shape[-1]
         ctx.v_dim, ctx.kernels = kv.shape[-1] - ctx.nope, kernels
-        return kernels.join_heads_forward(q, kv, k_rope, table, v_width)
+        return kernels.join_heads_forward(q.detach(), kv.detach(), k_rope, table, v_width)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> Any:
