@@ -244,7 +244,7 @@ def reason(loser: Planned, winner: Planned) -> str:
 def table(found: Found, figures: Cluster) -> str:
     """The best layouts, a line each, with the reason why each loses to the one above it; then what does not fit."""
     device_gb = figures.memory.device_gb
-    lines = ["recompute: n norm, u mla_up_proj, and whole nodes"]
+    lines = ["recompute: n norm, u mla_up_proj, e experts_up_proj, and whole nodes"]
     if found.best:
         lines += [_HEADER, *_rows(found.best), "", "the first one's settings:"]
         lines += [" ".join(settings(found.best[0].config))]
@@ -265,7 +265,8 @@ _HEADER = (
     f"{'step, s':>9}{'tokens/s':>10}{'MFU':>7}{'GB':>7}  slower than the line above by"
 )
 # What is recomputed, in a few letters.
-_LETTERS = {"norm": "n", "mla_up_proj": "u", "attention": "attn", "experts": "exp", "dense": "dense"}
+_LETTERS = {"norm": "n", "mla_up_proj": "u", "experts_up_proj": "e"}
+_LETTERS |= {"attention": "attn", "experts": "exp", "dense": "dense"}
 
 
 def _rows(some: Sequence[Planned]) -> Iterator[str]:

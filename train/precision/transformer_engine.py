@@ -185,6 +185,10 @@ class TransformerEngine(Products):
             return rows, rows
         return self._passes.quantise(x, self._round_input)
 
+    def operand_of_kept(self, kept: tuple[Tensor, ...]) -> Rows:
+        assert self._fp8.keep == "e4m3", "columns are no operand of a forward product"
+        return Rows(*kept)
+
     def restore(self, kept: tuple[Tensor, ...]) -> Columns:
         if self._fp8.keep != "e4m3":
             return Columns(*kept)
@@ -235,6 +239,10 @@ class TransformerEngine(Products):
     def activate(self, activation: Activation, h: Tensor, row_weights: Tensor | None) -> tuple[Rows, Rows]:
         kept, rows = self._passes.activate(activation, h, row_weights, self._grouping(h), self._round_input)
         return rows, kept
+
+    def keep_hidden(self, activation: Activation, h: Tensor) -> Rows:
+        # By the pass that made it, for its bits and for one launch; weights of rows have no part in it.
+        return self._passes.activate(activation, h, None, self._grouping(h), self._round_input)[0]
 
     def activate_backward(  # type: ignore[override]
         self,
