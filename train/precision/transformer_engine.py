@@ -49,7 +49,12 @@ class Library(Protocol):
     """What is used of Transformer Engine: the library itself, or what stands for it where nothing is computed."""
 
     def quantise(self, weight: Tensor, power_of_two: bool) -> Any:
-        """weight [n, k] in blocks of 128 x 128, by rows and by columns, as the products take it."""
+        """weight [n, k] in blocks of 128 x 128, by rows, as the forward product takes it."""
+        ...
+
+    def with_columns(self, quantised: Any) -> Any:
+        """A quantised weight by columns as well, as the gradient of an input takes it: the same codes, transposed. What
+        is given is left as it is."""
         ...
 
     def multiply(self, rows: Rows, groups: Groups, weights: Sequence[Any], out: Tensor, transposed: bool) -> None:
@@ -66,7 +71,12 @@ class Installed:
     """The library itself."""
 
     def quantise(self, weight: Tensor, power_of_two: bool) -> Any:
-        return self._quantiser(2, power_of_two)(weight)
+        return self._quantiser(2, power_of_two, columnwise=False)(weight)
+
+    def with_columns(self, quantised: Any) -> Any:
+        found = type(quantised)(**quantised.get_metadata())
+        found.update_usage(rowwise_usage=True, columnwise_usage=True)
+        return found
 
     def multiply(self, rows: Rows, groups: Groups, weights: Sequence[Any], out: Tensor, transposed: bool) -> None:
         operands = [self._storage(each, None) for each in groups.rows(rows)]
@@ -96,15 +106,15 @@ class Installed:
         return gemm
 
     @lru_cache(maxsize=4)  # noqa: B019 - one of it lives as long as the run
-    def _quantiser(self, dim: int, power_of_two: bool) -> Any:
-        """E4M3 without a floor, in tiles of 1 x 128 or, with two dims, blocks of 128 x 128; both sides."""
+    def _quantiser(self, dim: int, power_of_two: bool, columnwise: bool = True) -> Any:
+        """E4M3 without a floor, in tiles of 1 x 128 or, with two dims, blocks of 128 x 128."""
         te = _library()
         from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
 
         quantiser = Float8BlockQuantizer(
             te.DType.kFloat8E4M3,
             rowwise=True,
-            columnwise=True,
+            columnwise=columnwise,
             amax_epsilon=0.0,
             force_pow_2_scales=power_of_two,
             block_scaling_dim=dim,
@@ -131,7 +141,11 @@ class Installed:
 
 
 class LibraryWeights:
-    """What all engines of a run share: the quantised weights, made when first used and until they change."""
+    """What all engines of a run share: the quantised weights, made when first used and until they change.
+
+    They are kept by rows. A block's codes by columns are the same ones transposed, which takes a backward pass less
+    than half a percent of its time, and would take the memory of the rows a second time if they were kept.
+    """
 
     def __init__(self, passes: Passes, power_of_two: bool = False, library: Library | None = None) -> None:
         """power_of_two: for all scales, whatever an engine's own `Fp8` says. library: None is the installed one."""
@@ -155,6 +169,10 @@ class LibraryWeights:
             found = self._quantised[key] = weight, weight._version, quantised
             self._is_current.add(key)
         return found[2]
+
+    def by_columns(self, weight: Tensor) -> list[Any]:
+        """`of`, as the products take it that give gradients of inputs; made anew for each."""
+        return [self.library.with_columns(each) for each in self.of(weight)]
 
 
 class TransformerEngine(Products):
@@ -223,7 +241,8 @@ class TransformerEngine(Products):
         out = weight.new_empty(operand.codes.shape[0], width)
         if operand.codes.shape[0]:
             groups = self._grouping(operand.codes)
-            self._library.multiply(operand, groups, self._weights.of(weight), out, transposed)
+            weights = self._weights.of(weight) if transposed else self._weights.by_columns(weight)
+            self._library.multiply(operand, groups, weights, out, transposed)
         return out
 
     def wgrad_(self, accumulator: Tensor, dy: Rows | Columns, x: Columns) -> None:
