@@ -383,6 +383,6 @@ def test_unknown_choices_are_refused() -> None:
         compose(["recompute.moe_act=true"])
 
 
-def test_the_published_run_recomputes_what_the_report_says() -> None:
-    assert compose(["experiment=v3_h800_2048"]).recompute == BOTH
+def test_the_published_run_recomputes_what_the_report_says_and_experts_first_product() -> None:
+    assert compose(["experiment=v3_h800_2048"]).recompute == replace(BOTH, experts_up_proj=True)
     assert compose([]).recompute == NONE
