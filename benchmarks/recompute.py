@@ -46,6 +46,7 @@ CHOICES = {
     "norm": RecomputeConfig(norm=True),
     "mla_up_proj": RecomputeConfig(mla_up_proj=True),
     "norm, mla_up_proj": RecomputeConfig(norm=True, mla_up_proj=True),
+    "experts_up_proj": RecomputeConfig(experts_up_proj=True),
     "attention": RecomputeConfig(nodes=["attention"]),
     "experts": RecomputeConfig(nodes=["experts"]),
     "all nodes": RecomputeConfig(nodes=list(NODES)),

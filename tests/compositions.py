@@ -83,7 +83,7 @@ class Generator:
         here = dict(setting.split("=", 1) for setting in composition.settings)
         kept = {key: value for key, value in here.items() if not key.startswith(("parallel.", "pipeline."))}
         model: dict[str, Any] = {"model.num_hidden_layers": int(here["model.num_hidden_layers"])}
-        model |= {"model.attention": here["model.attention"]}
+        model |= {key: here[key] for key in ("model.attention", "model.n_routed_experts")}
         while True:
             place = _place(dice, max_ranks, {})
             place |= {**_layers(dice, model, place), "train.micro_batch_size": dice.choice([1, 1, 2, 3])}
@@ -276,10 +276,16 @@ def _layers(dice: random.Random, model: dict[str, Any], place: dict[str, Any]) -
 
 def _recompute(dice: random.Random, model: dict[str, Any]) -> dict[str, Any]:
     """What the backward pass computes again."""
-    return {
+    has_experts = str(model["model.n_routed_experts"]) != "0"
+    fine = {
         "recompute.norm": dice.random() < 0.3,
         "recompute.mla_up_proj": dice.random() < 0.3 and model["model.attention"] == "mla",
-        "recompute.nodes": [node for node in ("attention", "experts", "dense") if dice.random() < 0.3],
+    }
+    nodes = [node for node in ("attention", "experts", "dense") if dice.random() < 0.3]
+    return {
+        **fine,
+        "recompute.nodes": nodes,
+        "recompute.experts_up_proj": dice.random() < 0.3 and has_experts and "experts" not in nodes,
     }
 
 

@@ -208,6 +208,8 @@ MISTAKES = [
     ("parallel.dp=2 parallel.ep=2 parallel.dispatch=local", "parallel.dispatch=local", "parallel.ep=1, not 2"),
     ("model=tiny_dense parallel.dp=2 parallel.ep=2 parallel.dispatch=flat", "parallel.ep=2", "n_routed_experts=0"),
     ("model=tiny_dense recompute.mla_up_proj=true", "recompute.mla_up_proj=true", "model.attention=gqa"),
+    ("model=tiny_dense recompute.experts_up_proj=true", "recompute.experts_up_proj=true", "n_routed_experts=0"),
+    ("recompute.experts_up_proj=true recompute.nodes=[experts]", "recompute.experts_up_proj=true", "runs experts"),
     ("model=tiny_dense recompute.nodes=[attention]", "recompute.nodes=", "no MoE layer"),
     ("recompute.nodes=[dense] model.first_k_dense_replace=0", "recompute.nodes=", "no dense layer"),
     ("model.n_routed_experts=0", "model.first_k_dense_replace=1", "model.num_hidden_layers=8"),

@@ -322,6 +322,8 @@ class RunConfig:
                 f"recompute.mla_up_proj=true needs model.attention={LatentSizes.name}: "
                 f"model.attention={model.attention} projects queries, keys and values straight from the layer's input"
             )
+        if self.recompute.experts_up_proj and not model.num_routers:
+            raise ValueError("recompute.experts_up_proj=true needs a model with experts: model.n_routed_experts=0")
         absent = {"attention", "experts"} if not model.num_routers else set()
         absent |= {"dense"} if model.n_routed_experts and not model.first_k_dense_replace else set()
         for node in self.recompute.nodes:

@@ -1,9 +1,10 @@
 """Transformer Engine as a plan sees it: the kernels that it launches for what a run asks of it, without values.
 
 It stands where `train.precision.transformer_engine` has the library, and answers the same calls: weights quantised in
-blocks of 128 x 128, by rows and by columns, once for all micro-batches; products. Experts are multiplied by one kernel,
-as far as their weights are not: of them each is quantised by itself, and has its own weight gradient. What quantises
-around the products are kernels of our own, which a trace sees as they are (`kernels.operation`).
+blocks of 128 x 128, once for all micro-batches, and transposed for each backward pass; products. Experts are multiplied
+by one kernel, as far as their weights are not: of them each is quantised and transposed by itself, and has its own
+weight gradient. What quantises around the products are kernels of our own, which a trace sees as they are
+(`kernels.operation`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ LIBRARY = "halocline_fp8"
 TILE = 128
 _SCHEMAS = (
     "quantize(Tensor weight) -> Tensor[]",
+    "transpose(Tensor codes) -> Tensor",
     "multiply(Tensor a, Tensor[] b, *, Tensor(a!) out) -> Tensor(a!)",
     "multiply_add(Tensor a, Tensor b, Tensor(a!) into) -> ()",
 )
@@ -53,9 +55,13 @@ class _Shapes:
         _operations()
 
     def quantise(self, weight: Tensor, power_of_two: bool) -> list[Tensor]:
-        """Codes by rows and by columns, and their scales; a plan asks for no other values of scales."""
+        """Codes and their scales; a plan asks for no other values of scales."""
         kept: list[Tensor] = torch.ops.halocline_fp8.quantize(weight)
         return kept
+
+    def with_columns(self, quantised: list[Tensor]) -> list[Tensor]:
+        codes, scales = quantised
+        return [codes, scales, torch.ops.halocline_fp8.transpose(codes), scales.t().contiguous()]
 
     def multiply(self, rows: Rows, groups: Groups, weights: Sequence[Any], out: Tensor, transposed: bool) -> None:
         torch.ops.halocline_fp8.multiply(rows.codes, [each[0] for each in weights], out=out)
@@ -72,16 +78,14 @@ def _operations() -> torch.library.Library:
     for schema in _SCHEMAS:
         library.define(schema)
     library.impl("quantize", _quantize, "Meta")
+    library.impl("transpose", lambda codes: codes.new_empty(tuple(reversed(codes.shape))), "Meta")
     library.impl("multiply", lambda a, b, *, out: out, "Meta")
     library.impl("multiply_add", lambda a, b, into: None, "Meta")
     return library
 
 
 def _quantize(weight: Tensor) -> list[Tensor]:
-    """Values in E4M3 and scales in float32 of weight [n, k] by rows, and of its columns [k, n]."""
-    found = []
-    for height, width in (weight.shape, reversed(weight.shape)):
-        tiles = -(-height // TILE), -(-width // TILE)
-        found += [weight.new_empty((height, width), dtype=torch.float8_e4m3fn)]
-        found += [weight.new_empty(tiles, dtype=torch.float32)]
-    return found
+    """Values in E4M3 and scales in float32 of weight [n, k]."""
+    tiles = -(-weight.shape[0] // TILE), -(-weight.shape[1] // TILE)
+    codes = weight.new_empty(weight.shape, dtype=torch.float8_e4m3fn)
+    return [codes, weight.new_empty(tiles, dtype=torch.float32)]

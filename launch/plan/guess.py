@@ -262,8 +262,17 @@ class _One:
 
     def _again_s(self, kind: str) -> float:
         """What a backward computes again of whole nodes."""
-        forward = self.layers[kind].passes["F"].seconds
-        return sum(forward.get(node, 0.0) for node in _nodes_again(kind, self.config)) * self._ratio
+        forward, model = self.layers[kind].passes["F"].seconds, self.config.model
+        again_s = sum(forward.get(node, 0.0) for node in _nodes_again(kind, self.config))
+        routed = model.num_experts_per_tok or 0
+        # Of the three matrices of an expert the first product has two.
+        share = 2 / 3 * routed / (routed + (model.n_shared_experts or 0)) if routed else 0.0
+        return (again_s + self._hidden_times * share * forward.get("experts", 0.0)) * self._ratio
+
+    @property
+    def _hidden_times(self) -> int:
+        """How many times more than the traced layout this one makes SwiGLU's input of routed experts again."""
+        return self.config.recompute.experts_up_proj - self.plan.config.recompute.experts_up_proj
 
     @property
     def _ratio(self) -> float:
@@ -303,7 +312,17 @@ class _One:
         again = _nodes_again(kind, self.config)
         kept = self.layers[kind].kept_bytes
         own = sum(size for node, size in kept.items() if node not in again) * self._ratio
-        return own + sum(self._border_bytes(node) for node in again)
+        found = own + sum(self._border_bytes(node) for node in again)
+        return found if "experts" in again else found - self._hidden_times * self._hidden_bytes(kind)
+
+    def _hidden_bytes(self, kind: str) -> float:
+        """SwiGLU's input of routed experts, as it is kept."""
+        train, model, precision = self.config.train, self.config.model, self.config.precision
+        element_bytes: float = DTYPES[precision.name].itemsize
+        if precision.is_fp8("experts.down_proj"):
+            element_bytes = 1 + 4 / 128  # a scale in float32 for every 128 codes
+        rows = train.micro_batch_size * train.seq_len * (model.num_experts_per_tok or 0)
+        return rows * 2 * (model.moe_intermediate_size or 0) * element_bytes * _num_routers(kind, self.config)
 
     def _border_bytes(self, node: str) -> float:
         """What lies at the borders of a node whose inside is computed again: its input, and of attention the sum that

@@ -24,7 +24,8 @@ class Layout(NamedTuple):
     def of(cls, config: RunConfig) -> Layout:
         """The layout of a run."""
         mesh, again = config.parallel, config.recompute
-        names = ["norm"] * again.norm + ["mla_up_proj"] * again.mla_up_proj + again.nodes
+        names = ["norm"] * again.norm + ["mla_up_proj"] * again.mla_up_proj
+        names += ["experts_up_proj"] * again.experts_up_proj + again.nodes
         size, precision = config.train.micro_batch_size, config.precision.name
         return cls(mesh.pp, mesh.ep, mesh.dispatch, config.pipeline.schedule, size, "+".join(names), precision)
 
@@ -41,7 +42,8 @@ def settings(config: RunConfig) -> list[str]:
     if pipeline.schedule == "dualpipe" and config.train.batch_ramp.start is not None:
         words += [f"pipeline.short_steps={pipeline.short_steps}"]
     words += [f"train.micro_batch_size={config.train.micro_batch_size}", f"precision={config.precision.name}"]
-    words += [f"recompute.norm={str(again.norm).lower()}", f"recompute.mla_up_proj={str(again.mla_up_proj).lower()}"]
+    for key in ("norm", "mla_up_proj", "experts_up_proj"):
+        words.append(f"recompute.{key}={str(getattr(again, key)).lower()}")
     return [*words, f"recompute.nodes=[{','.join(again.nodes)}]"]
 
 

@@ -244,7 +244,7 @@ def reason(loser: Planned, winner: Planned) -> str:
 def table(found: Found, figures: Cluster) -> str:
     """The best layouts, a line each, with the reason why each loses to the one above it; then what does not fit."""
     device_gb = figures.memory.device_gb
-    lines = ["recompute: n norm, u mla_up_proj, and whole nodes"]
+    lines = ["recompute: n norm, u mla_up_proj, e experts_up_proj, and whole nodes"]
     if found.best:
         lines += [_HEADER, *_rows(found.best), "", "the first one's settings:"]
         lines += [" ".join(settings(found.best[0].config))]
@@ -262,7 +262,8 @@ COLUMNS = (
     *(("precision", -11), ("step, s", 8), ("tokens/s", 10), ("MFU", 7), ("GB", 7)),
 )
 # What is recomputed, in a few letters.
-_LETTERS = {"norm": "n", "mla_up_proj": "u", "attention": "attn", "experts": "exp", "dense": "dense"}
+_LETTERS = {"norm": "n", "mla_up_proj": "u", "experts_up_proj": "e"}
+_LETTERS |= {"attention": "attn", "experts": "exp", "dense": "dense"}
 
 
 def cells(some: Sequence[Planned]) -> Iterator[list[str]]:

@@ -149,7 +149,7 @@ class Space:
         return ["two_hop", "flat"] if nodes > 1 and ep > self.num_ranks // nodes else ["flat"]
 
     def _recomputes(self) -> list[RecomputeConfig]:
-        """Nothing, what the paper recomputes, and whole nodes beside it."""
+        """Nothing, what the paper recomputes, and beside it experts' first product or whole nodes."""
         if "recompute" in self.held:
             return [self.base.recompute]
         model = self.base.model
@@ -158,7 +158,8 @@ class Space:
         if not model.n_routed_experts or model.first_k_dense_replace:
             nodes.append("dense")
         chosen = [[name] for name in nodes if name != "dense"] + [nodes]
-        return [RecomputeConfig(), norms, *(replace(norms, nodes=each) for each in chosen)]
+        hidden = [replace(norms, experts_up_proj=True)] if model.num_routers else []
+        return [RecomputeConfig(), norms, *hidden, *(replace(norms, nodes=each) for each in chosen)]
 
     def _precisions(self) -> Sequence[PrecisionConfig]:
         return [self.base.precision] if "precision" in self.held else self.precisions

@@ -86,6 +86,24 @@ def test_operands_lie_as_the_library_lays_them(num_rows: int) -> None:
     assert torch.equal(ours[1].dequantize(dtype=torch.float32), tiles.round_columns(x, True))
 
 
+@pytest.mark.parametrize("shape", [(256, 384), (144, 272)], ids=str)
+@pytest.mark.parametrize("power_of_two", [True, False])
+def test_columns_of_a_weight_are_made_of_its_rows(shape: tuple[int, int], power_of_two: bool) -> None:
+    """Those that its own quantiser would have made beside the rows, which stay as they are and are not copied."""
+    weight, library = values(*shape, seed=4), Installed()
+    how: dict[str, Any] = {"rowwise": True, "columnwise": True, "block_scaling_dim": 2, "amax_epsilon": 0.0}
+    theirs = Float8BlockQuantizer(te.DType.kFloat8E4M3, force_pow_2_scales=power_of_two, **how)(weight)
+    rows = library.quantise(weight, power_of_two)
+    both = library.with_columns(rows)
+    assert rows._columnwise_data is None and both._rowwise_data is rows._rowwise_data
+    num_scales = -(-shape[0] // 128)  # what pads them is never read
+    for side, width in (("rowwise", None), ("columnwise", num_scales)):
+        assert torch.equal(getattr(both, f"_{side}_data"), getattr(theirs, f"_{side}_data"))
+        scales = (getattr(each, f"_{side}_scale_inv") for each in (both, theirs))
+        mine, its = (each[:, :width] for each in scales)
+        assert torch.equal(mine, its)
+
+
 def test_signatures_of_what_is_left_unused() -> None:
     """docs/fp8.md says why neither serves; should they change, that has to be thought through again."""
     assert list(parameters(moe_permute))[:3] == ["inp", "routing_map", "num_out_tokens"]

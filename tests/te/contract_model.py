@@ -147,8 +147,12 @@ def test_what_the_report_keeps_in_e5m6(single: Step) -> None:
 
 @pytest.mark.parametrize(
     "recompute",
-    [RecomputeConfig(norm=True, mla_up_proj=True), RecomputeConfig(nodes=["attention", "experts", "dense"])],
-    ids=["offers", "nodes"],
+    [
+        RecomputeConfig(norm=True, mla_up_proj=True),
+        RecomputeConfig(norm=True, experts_up_proj=True),
+        RecomputeConfig(nodes=["attention", "experts", "dense"]),
+    ],
+    ids=["offers", "experts", "nodes"],
 )
 def test_recompute_changes_no_bit(single: Step, recompute: RecomputeConfig) -> None:
     again = step(library_engines(), recompute)

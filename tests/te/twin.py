@@ -1,7 +1,7 @@
 """Transformer Engine's own Python on a CPU: a twin of its compiled extension, and the patches that let it be imported.
 
 Real is all of `transformer_engine` that is Python: modules, autograd, recipes, quantiser and tensor classes. Not real
-are the four kernels below, written from the library's own account of its layouts, and a GPU that is claimed to be
+are the five kernels below, written from the library's own account of its layouts, and a GPU that is claimed to be
 there. What runs here is a contract with the library's Python; of its kernels' numerics it says nothing.
 
 `install` changes torch for good: only a process of its own calls it.
@@ -231,6 +231,12 @@ def quantize(tensor: Tensor, quantizer: Any, out: Any = None, noop: Any = None) 
     )
 
 
+def fp8_transpose(data: Tensor, dtype: Any, out: Tensor | None = None) -> Tensor:
+    """data, uint8 [m, n] -> [n, m]."""
+    assert data.dtype == torch.uint8 and data.ndim == 2 and out is None
+    return data.t().contiguous()
+
+
 def split_quantize(
     tensor: Tensor, splits: Sequence[int], quantizers: Sequence[Any], disable_bulk_allocation: bool = False
 ) -> list[Any]:
@@ -339,7 +345,7 @@ def install(capability: tuple[int, int] = CAPABILITY) -> Any:
     except ImportError:
         sys.meta_path.append(_InertTriton())
     extension = Extension("transformer_engine_torch")
-    for kernel in (quantize, split_quantize, generic_gemm, te_general_grouped_gemm):
+    for kernel in (quantize, fp8_transpose, split_quantize, generic_gemm, te_general_grouped_gemm):
         setattr(extension, kernel.__name__, kernel)
     properties = types.SimpleNamespace(
         major=capability[0], minor=capability[1], multi_processor_count=132, name="twin", total_memory=2**36

@@ -136,7 +136,11 @@ def test_grouped_heads_attend_as_repeated_ones(core: Core) -> None:
 @pytest.mark.parametrize("core", CORES, ids=["one by one", "masked"])
 def test_recompute_changes_no_bit(core: Core) -> None:
     rows = torch.cat(documents(TINY, [6, 3, 1, 8, 5, 9, 4, 20], 7)).view(4, 14)
-    choices = [RecomputeConfig(True, True), RecomputeConfig(False, True, ["dense"]), RecomputeConfig(nodes=list(NODES))]
+    choices = [
+        RecomputeConfig(True, True),
+        RecomputeConfig(False, True, True, ["dense"]),
+        RecomputeConfig(nodes=list(NODES)),
+    ]
     results = []
     for choice in (RecomputeConfig(), *choices):
         model = build(TINY, recompute=Recompute(choice), packing=ByDocument(END, core))

@@ -19,23 +19,27 @@ from parallel.pipeline.overlap import HOST_COMPUTES, interleave
 from parallel.pipeline.segments import Segments
 from tests.train.model_cases import TINY, build, random_config, random_dense_config, random_tokens, same_bits
 from train.compose import compose
+from train.model.config import given
 from train.model.loss import LossTerms
 from train.model.recompute import Recompute
 from train.model.recompute_config import NODES, RecomputeConfig
 from train.model.router import Router
 from train.model.tape import Inline
 from train.model.transformer import Findings, Transformer
+from train.precision import engine
 from train.precision.build import build_engines, fp8_weights
 
 TERMS = LossTerms(main=0.1, mtp=0.03, balance=0.01)
 # Every set of choices.
 CHOICES = [
-    RecomputeConfig(norm, mla_up_proj, list(nodes))
-    for norm, mla_up_proj in itertools.product((False, True), repeat=2)
+    RecomputeConfig(norm, mla_up_proj, experts_up_proj, list(nodes))
+    for norm, mla_up_proj, experts_up_proj in itertools.product((False, True), repeat=3)
     for count in range(len(NODES) + 1)
     for nodes in itertools.combinations(NODES, count)
+    if not (experts_up_proj and "experts" in nodes)
 ]
 NONE, NORM, UP, BOTH = (RecomputeConfig(norm, up) for norm, up in ((0, 0), (1, 0), (0, 1), (1, 1)))
+HIDDEN = RecomputeConfig(experts_up_proj=True)
 WHOLE = RecomputeConfig(nodes=list(NODES))
 
 
@@ -113,7 +117,7 @@ def test_gradients_of_a_dense_model_are_the_same_bits(seed: int, run: Any) -> No
         assert_same(model, plain)
 
 
-@pytest.mark.parametrize("choice", [BOTH, WHOLE], ids=["fine", "whole"])
+@pytest.mark.parametrize("choice", [BOTH, HIDDEN, WHOLE], ids=["fine", "hidden", "whole"])
 def test_backward_and_weight_gradients_still_come_apart(choice: RecomputeConfig) -> None:
     sink, tokens = Deferred(), random_tokens(TINY, 2, 9)
     plain, model, record = make(NONE), make(choice, sink=sink), Segments()
@@ -148,7 +152,10 @@ def test_what_is_kept_between_forward_and_backward() -> None:
     """Counted exactly: rebuilt tensors are gone, and nothing else holds them."""
     num_sequences, seq_len, width = 2, 33, 8
     tokens = random_tokens(TINY, num_sequences, seq_len)
-    after = {name: kept(choice, tokens)[0] for name, choice in [("none", NONE), ("norm", NORM), ("up", UP)]}
+    after = {
+        name: kept(choice, tokens)[0]
+        for name, choice in [("none", NONE), ("norm", NORM), ("up", UP), ("hidden", HIDDEN)]
+    }
     after |= {"both": kept(BOTH, tokens)[0], "whole": kept(WHOLE, tokens)[0]}
     depths = range(1, TINY.num_nextn_predict_layers + 1)
     # Tokens seen by main layers, and by the layer of each prediction depth.
@@ -165,6 +172,9 @@ def test_what_is_kept_between_forward_and_backward() -> None:
     assert after["none"] - after["norm"] == width * (norms + joined + read)
     assert after["none"] - after["both"] == (after["none"] - after["up"]) + (after["none"] - after["norm"])
     assert after["whole"] < after["both"]
+    # Gate and up of every expert that a token is sent to, of layers with experts, which those of depths are too.
+    rows = given(TINY.num_experts_per_tok) * (main * TINY.num_moe_layers + sum(rest))
+    assert after["none"] - after["hidden"] == width * rows * 2 * given(TINY.moe_intermediate_size)
 
 
 def in_fp8(choice: RecomputeConfig, model: Any = TINY, **rest: Any) -> Transformer:
@@ -180,7 +190,7 @@ def test_gradients_in_fp8_are_the_same_bits(run: Any) -> None:
     batches = [random_tokens(TINY, 2, 17), random_tokens(TINY, 1, 33)]
     plain = in_fp8(NONE)
     expected = run(plain, batches)
-    for choice in (NORM, UP, BOTH, RecomputeConfig(True, True, ["experts"])):
+    for choice in (NORM, UP, HIDDEN, replace(BOTH, experts_up_proj=True), replace(BOTH, nodes=["experts"])):
         model = in_fp8(choice)
         assert all(same_bits(ours[0], theirs[0]) for ours, theirs in zip(run(model, batches), expected, strict=True))
         assert_same(model, plain)
@@ -212,6 +222,24 @@ def test_codes_of_an_input_that_is_there_anyway_are_not_kept(pads: bool) -> None
     assert found[1] - found[0] == tokens * codes
 
 
+@pytest.mark.parametrize("choice", [BOTH, NORM], ids=["norms and heads", "norms"])
+def test_swiglus_input_of_experts_is_made_again_of_their_codes(choice: RecomputeConfig) -> None:
+    """In FP8 too: its codes are gone, nothing else is kept for it, and each layer makes it once."""
+    found, tokens = [], random_tokens(TINY, 2, 33)
+    with mock.patch("train.precision.engine._hidden_again", wraps=engine._hidden_again) as again:
+        for each in (choice, replace(choice, experts_up_proj=True)):
+            with Storages() as storages:
+                model, record = in_fp8(each, sink=Deferred()), Segments()
+                before = storages.num_bytes()
+                drive(model.steps(tokens, None, TERMS, record))
+                found.append(storages.num_bytes() - before)
+                drive(record.backward(None))
+        assert again.call_count == TINY.num_routers
+    layers = [33] * TINY.num_moe_layers + [33 - k for k in range(1, TINY.num_nextn_predict_layers + 1)]
+    rows = 2 * sum(layers) * given(TINY.num_experts_per_tok)
+    assert found[0] - found[1] == rows * bytes_of_codes(2 * given(TINY.moe_intermediate_size))
+
+
 def bytes_of_codes(width: int) -> int:
     """Of a row in E4M3 with a scale in float32 for every 128 elements."""
     return width + 4 * -(-width // 128)
@@ -225,7 +253,9 @@ def test_without_shared_experts_a_whole_node_keeps_the_received_rows_alone() -> 
     assert found[0] - found[1] == found[0] - found[2] == 2 * sum(layers) * TINY.hidden_size * 8
 
 
-@pytest.mark.parametrize("choice", [NONE, NORM, UP, BOTH, WHOLE], ids=["none", "norm", "up", "both", "whole"])
+@pytest.mark.parametrize(
+    "choice", [NONE, NORM, UP, BOTH, HIDDEN, WHOLE], ids=["none", "norm", "up", "both", "hidden", "whole"]
+)
 def test_all_is_released(choice: RecomputeConfig) -> None:
     _, between, after = kept(choice, random_tokens(TINY, 2, 33))
     assert between > 0
@@ -353,6 +383,6 @@ def test_unknown_choices_are_refused() -> None:
         compose(["recompute.moe_act=true"])
 
 
-def test_the_published_run_recomputes_what_the_report_says() -> None:
-    assert compose(["experiment=v3_h800_2048"]).recompute == BOTH
+def test_the_published_run_recomputes_what_the_report_says_and_experts_first_product() -> None:
+    assert compose(["experiment=v3_h800_2048"]).recompute == replace(BOTH, experts_up_proj=True)
     assert compose([]).recompute == NONE

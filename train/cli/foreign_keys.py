@@ -123,8 +123,9 @@ ANSWERED = {
     "the optimizer's state is always sharded over all replicas (ZeRO-1); zero.engine says by whom": "zero_stage "
     "zero_optimization zero_optimization.stage stage use_distributed_optimizer fsdp fsdp_sharding_strategy "
     "reshard_after_forward",
-    "which parts of a layer are computed again is chosen by recompute.norm, recompute.mla_up_proj and "
-    "recompute.nodes=[attention,experts,dense]": "recompute_granularity recompute_modules recompute_activations "
+    "which parts of a layer are computed again is chosen by recompute.norm, recompute.mla_up_proj, "
+    "recompute.experts_up_proj and recompute.nodes=[attention,experts,dense]": "recompute_granularity "
+    "recompute_modules recompute_activations "
     "recompute_method recompute_num_layers activation_checkpoint activation_checkpoint.mode activation_checkpointing "
     "gradient_checkpointing activations_checkpoint_granularity selective_ac_option",
     "routers have a selection bias under model.topk_method=noaux_tc, which moe.bias_update_rate moves": ""

@@ -111,6 +111,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_local, hidden, inter))
         self.engines = [backend.engines[f"experts.{name}"] for name in ("gate_up_proj", "down_proj")]
         self.kernels, self.sink = backend.kernels, backend.sink
+        self.offer_hidden = backend.recompute.offer_hidden()
 
     def forward(self, rows: Tensor, row_weights: Tensor, rows_per_expert: list[int]) -> Tensor:
         """rows [R, d] sorted by expert, row_weights [R] -> weighted outputs [R, d].
@@ -118,7 +119,9 @@ class Experts(nn.Module):
         The weight is applied before the down projection, so that combining is a plain sum on any route.
         """
         up, down = (engine.grouped(rows_per_expert) for engine in self.engines)
-        return Mlp(self.gate_up_proj, self.down_proj, up, down, self.kernels, self.sink)(rows, row_weights)
+        how = self.kernels, self.sink
+        mlp = Mlp(self.gate_up_proj, self.down_proj, up, down, *how, offer_hidden=self.offer_hidden)
+        return mlp(rows, row_weights)
 
 
 class MoE(nn.Module):

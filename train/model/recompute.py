@@ -206,6 +206,10 @@ class Recompute:
         """What a module calls with outputs of its kind: "norm" or "mla_up_proj"."""
         return self._add if getattr(self._config, kind) else _decline
 
+    def offer_hidden(self) -> Offer:
+        """What an autograd node of routed experts calls with what it keeps of SwiGLU's input, if it keeps anything."""
+        return self._add_kept if self._config.experts_up_proj else _decline
+
     def offer_form(self, rebuild: Rebuild, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         """What an engine calls with what it keeps of an input; declined if the input would be kept for that alone."""
         if self._offers is not None and all(map(self._offers.will_be_there, inputs)):
@@ -217,7 +221,9 @@ class Recompute:
 
     def on(self, tape: Tape) -> Tape:
         """The tape on which to write one forward pass."""
-        return _OfferingTape(self, tape) if self._config.norm or self._config.mla_up_proj else tape
+        config = self._config
+        offers = config.norm or config.mla_up_proj or config.experts_up_proj
+        return _OfferingTape(self, tape) if offers else tape
 
     @contextmanager
     def taking(self, offers: _Offers) -> Iterator[None]:
@@ -232,7 +238,11 @@ class Recompute:
             offers.drop_freed()
 
     def _add(self, rebuild: Rebuild, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-        if self._offers is not None and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            self._add_kept(rebuild, outputs, inputs)
+
+    def _add_kept(self, rebuild: Rebuild, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        if self._offers is not None:
             self._offers.add(rebuild, outputs, inputs)
 
     def _pack(self, tensor: Tensor) -> _Saved:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any, Protocol
@@ -91,14 +91,15 @@ class Activation(Protocol):
 class Mlp:
     """Two maps and the activation between them as one autograd node: activation(x gate_upᵀ, row_weights) downᵀ.
 
-    A forward pass keeps x and the activation's input, each as its engine keeps inputs; the backward pass computes the
-    activation again (technical report, section 3.3.3).
+    A forward pass keeps x and the activation's input h, each as its engine keeps inputs; the backward pass computes the
+    activation again (technical report, section 3.3.3), and h too if whoever `offer_hidden` tells chooses so.
 
     Attributes:
         gate_up, down: weights [2f, d] and [d, f], or stacked [E, 2f, d] and [E, d, f] for engines that are grouped.
         up_engine, down_engine: who multiplies by either; both of one class.
         sink: takes the gradients of both weights.
         offer: as `Engine.project` takes it.
+        offer_hidden: told how what is kept of h is made again of what is kept of x, by one product.
     """
 
     gate_up: Tensor
@@ -108,6 +109,7 @@ class Mlp:
     activation: Activation
     sink: Sink
     offer: Offer = keep_all
+    offer_hidden: Offer = keep_all
 
     def __call__(self, x: Tensor, row_weights: Tensor | None = None) -> Tensor:
         """x [R, d], row_weights [R] or None -> [R, d]."""
@@ -135,6 +137,11 @@ class Products(ABC):
         """x [T, k] as `fprop` takes it, and what is kept of it for the backward pass."""
         return self.operand(x), self.keep(x)
 
+    def operand_of_kept(self, kept: tuple[Tensor, ...]) -> Any:
+        """x [T, k], as far as it was kept, as `fprop` takes it: to the bit what `enter` gave, so that a product can be
+        made again."""
+        return self.operand(kept[0])
+
     def restore(self, kept: tuple[Tensor, ...]) -> Any:
         """x [T, k], as far as it was kept, as `wgrad_` takes it: in its own or a wider type."""
         return kept[0]
@@ -160,6 +167,10 @@ class Products(ABC):
         a = activation.swiglu_forward(h, row_weights)
         return self.operand(a), self.keep(h)
 
+    def keep_hidden(self, activation: Activation, h: Tensor) -> tuple[Tensor, ...]:
+        """What `activate` keeps of h [R, 2f]."""
+        return self.keep(h)
+
     def activate_backward(
         self, up: Products, activation: Activation, da: Tensor, kept: tuple[Tensor, ...], row_weights: Tensor | None
     ) -> tuple[Any, tuple[Any, Any], Tensor | None]:
@@ -183,7 +194,8 @@ class Products(ABC):
 
     def mlp(self, mlp: Mlp, x: Tensor, row_weights: Tensor | None) -> Tensor:
         """`Engine.mlp`, by these products and those of its second map."""
-        return _MlpNode.apply(mlp, x, row_weights, _asked(mlp.offer), mlp.gate_up, mlp.down)
+        asked = replace(mlp, offer=_asked(mlp.offer), offer_hidden=_asked(mlp.offer_hidden))
+        return _MlpNode.apply(asked, x, row_weights, mlp.gate_up, mlp.down)
 
 
 def products_of(engine: Engine) -> Products:
@@ -248,19 +260,24 @@ class _ProjectNode(torch.autograd.Function):
         return dx[: ctx.shape[:-1].numel()].view(ctx.shape), None, None, None, *(None for _ in ctx.weights)
 
 
+def _hidden_again(mlp: Mlp, *kept_x: Tensor) -> tuple[Tensor, ...]:
+    """What is kept of the activation's input, of what is kept of x."""
+    first, second = products_of(mlp.up_engine), products_of(mlp.down_engine)
+    return second.keep_hidden(mlp.activation, first.fprop(first.operand_of_kept(kept_x), mlp.gate_up))
+
+
 class _MlpNode(torch.autograd.Function):
     """Two maps and what is between them; the weights are inputs, so that they alone make autograd record it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, mlp: Mlp, x: Tensor, row_weights: Tensor | None, offer: Offer, gate_up: Tensor, down: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, mlp: Mlp, x: Tensor, row_weights: Tensor | None, gate_up: Tensor, down: Tensor) -> Tensor:
         first, second = products_of(mlp.up_engine), products_of(mlp.down_engine)
-        operand, kept_x = _enter(first, x, offer)
+        operand, kept_x = _enter(first, x, mlp.offer)
         h = first.fprop(operand, gate_up)
         del operand
         operand, kept_h = second.activate(mlp.activation, h, row_weights)
         del h
+        mlp.offer_hidden(partial(_hidden_again, mlp), kept_h, kept_x)
         ctx.save_for_backward(row_weights, *kept_x, *kept_h)
         ctx.mlp, ctx.num_kept, ctx.num_rows = mlp, len(kept_x), x.shape[0]
         return second.fprop(operand, down)[: x.shape[0]]
@@ -279,4 +296,4 @@ class _MlpNode(torch.autograd.Function):
         dx = first.dgrad(dh, mlp.gate_up)
         mlp.sink(partial(second.wgrad_, main_grad(mlp.down), waiting_dy, a))
         mlp.sink(partial(_weight_gradient, first, mlp.gate_up, waiting_dh, kept_x))
-        return None, dx[: ctx.num_rows], d_row_weights, None, None, None
+        return None, dx[: ctx.num_rows], d_row_weights, None, None

@@ -103,6 +103,10 @@ class Fp8Engine(Products):
         # Another format is kept of another rounding; coded rows are kept as they are.
         return self.operand(x), self.keep(x)
 
+    def operand_of_kept(self, kept: Kept) -> Tensor:
+        assert self._fp8.keep == "e4m3", "what is kept in another format was not multiplied"
+        return self._rounding.restore_rows(kept)
+
     def restore(self, kept: Kept) -> Tensor:
         return self._rounding.restore_rows(kept) if self._fp8.keep == "e4m3" else restore_rows_e5m6(kept)
 
@@ -158,6 +162,9 @@ class Fp8Groups(Products):
 
     def enter(self, x: Tensor) -> tuple[Tensor, Kept]:
         return self._engine.enter(x)
+
+    def operand_of_kept(self, kept: Kept) -> Tensor:
+        return self._engine.operand_of_kept(kept)
 
     def restore(self, kept: Kept) -> Tensor:
         return self._engine.restore(kept)

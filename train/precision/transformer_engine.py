@@ -49,7 +49,12 @@ class Library(Protocol):
     """What is used of Transformer Engine: the library itself, or what stands for it where nothing is computed."""
 
     def quantise(self, weight: Tensor, power_of_two: bool) -> Any:
-        """weight [n, k] in blocks of 128 x 128, by rows and by columns, as the products take it."""
+        """weight [n, k] in blocks of 128 x 128, by rows, as the forward product takes it."""
+        ...
+
+    def with_columns(self, quantised: Any) -> Any:
+        """A quantised weight by columns as well, as the gradient of an input takes it: the same codes, transposed. What
+        is given is left as it is."""
         ...
 
     def multiply(self, rows: Rows, groups: Groups, weights: Sequence[Any], out: Tensor, transposed: bool) -> None:
@@ -66,7 +71,12 @@ class Installed:
     """The library itself."""
 
     def quantise(self, weight: Tensor, power_of_two: bool) -> Any:
-        return self._quantiser(2, power_of_two)(weight)
+        return self._quantiser(2, power_of_two, columnwise=False)(weight)
+
+    def with_columns(self, quantised: Any) -> Any:
+        found = type(quantised)(**quantised.get_metadata())
+        found.update_usage(rowwise_usage=True, columnwise_usage=True)
+        return found
 
     def multiply(self, rows: Rows, groups: Groups, weights: Sequence[Any], out: Tensor, transposed: bool) -> None:
         operands = [self._storage(each, None) for each in groups.rows(rows)]
@@ -96,15 +106,15 @@ class Installed:
         return gemm
 
     @lru_cache(maxsize=4)  # noqa: B019 - one of it lives as long as the run
-    def _quantiser(self, dim: int, power_of_two: bool) -> Any:
-        """E4M3 without a floor, in tiles of 1 x 128 or, with two dims, blocks of 128 x 128; both sides."""
+    def _quantiser(self, dim: int, power_of_two: bool, columnwise: bool = True) -> Any:
+        """E4M3 without a floor, in tiles of 1 x 128 or, with two dims, blocks of 128 x 128."""
         te = _library()
         from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
 
         quantiser = Float8BlockQuantizer(
             te.DType.kFloat8E4M3,
             rowwise=True,
-            columnwise=True,
+            columnwise=columnwise,
             amax_epsilon=0.0,
             force_pow_2_scales=power_of_two,
             block_scaling_dim=dim,
@@ -131,7 +141,11 @@ class Installed:
 
 
 class LibraryWeights:
-    """What all engines of a run share: the quantised weights, made when first used and until they change."""
+    """What all engines of a run share: the quantised weights, made when first used and until they change.
+
+    They are kept by rows. A block's codes by columns are the same ones transposed, which takes a backward pass less
+    than half a percent of its time, and would take the memory of the rows a second time if they were kept.
+    """
 
     def __init__(self, passes: Passes, power_of_two: bool = False, library: Library | None = None) -> None:
         """power_of_two: for all scales, whatever an engine's own `Fp8` says. library: None is the installed one."""
@@ -155,6 +169,10 @@ class LibraryWeights:
             found = self._quantised[key] = weight, weight._version, quantised
             self._is_current.add(key)
         return found[2]
+
+    def by_columns(self, weight: Tensor) -> list[Any]:
+        """`of`, as the products take it that give gradients of inputs; made anew for each."""
+        return [self.library.with_columns(each) for each in self.of(weight)]
 
 
 class TransformerEngine(Products):
@@ -185,6 +203,10 @@ class TransformerEngine(Products):
             rows = self._passes.quantise_rows(x, self._round_input)
             return rows, rows
         return self._passes.quantise(x, self._round_input)
+
+    def operand_of_kept(self, kept: tuple[Tensor, ...]) -> Rows:
+        assert self._fp8.keep == "e4m3", "columns are no operand of a forward product"
+        return Rows(*kept)
 
     def restore(self, kept: tuple[Tensor, ...]) -> Columns:
         if self._fp8.keep != "e4m3" or self._splits is not None:
@@ -225,7 +247,8 @@ class TransformerEngine(Products):
         out = weight.new_empty(operand.codes.shape[0], width)
         if operand.codes.shape[0]:
             groups = self._grouping(operand.codes)
-            self._library.multiply(operand, groups, self._weights.of(weight), out, transposed)
+            weights = self._weights.of(weight) if transposed else self._weights.by_columns(weight)
+            self._library.multiply(operand, groups, weights, out, transposed)
         return out
 
     def wgrad_(self, accumulator: Tensor, dy: Columns, x: Columns) -> None:
@@ -239,6 +262,10 @@ class TransformerEngine(Products):
     def activate(self, activation: Activation, h: Tensor, row_weights: Tensor | None) -> tuple[Rows, Rows]:
         kept, rows = self._passes.activate(activation, h, row_weights, self._grouping(h), self._round_input)
         return rows, kept
+
+    def keep_hidden(self, activation: Activation, h: Tensor) -> Rows:
+        # By the pass that made it, for its bits and for one launch; weights of rows have no part in it.
+        return self._passes.activate(activation, h, None, self._grouping(h), self._round_input)[0]
 
     def activate_backward(  # type: ignore[override]
         self,
