@@ -97,7 +97,7 @@ def _rounded_sum(parts: list[Tensor]) -> Tensor:
 def dispatched_alone(config: ParallelConfig) -> Iterator[None]:
     """In the one process of a run alone: order-free products, and sums that are rounded where `config` rounds them."""
 
-    def build(num_experts: int, groups: Any, codec: Any = None) -> SumsByRank:
+    def build(num_experts: int, groups: Any, codec: Any = None, fused: bool = False) -> SumsByRank:
         return SumsByRank(num_experts, config, groups.host)
 
     with order_free_products():

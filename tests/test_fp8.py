@@ -122,8 +122,7 @@ def modules_multiplied_as_the_table_says(watched: Watched, folder: Path) -> set[
                 continue
             key = MODULE_KEYS[module]
             expected = {f"fp8 {FP8_MODULES[module]}" if precision.modules[key] == "fp8" else "torch"}
-            # The head forms its weight gradient while the logits are at hand, and hands it on whole.
-            assert found == [expected, expected, set() if module == "lm_head" else expected], name
+            assert found == [expected] * 3, name
             seen.add(module)
     return seen
 

@@ -399,6 +399,7 @@ def test_verbs_read_their_settings() -> None:
     assert (timeline.pipeline.schedule, timeline.parallel.pp, timeline.has_shape) == ("zbv", 4, True)
     assert [name for name, verb in VERBS.items() if RUN in verb.settings] == [
         "local",
+        "slurm",
         "train",
         "config",
         "prepare",

@@ -162,7 +162,7 @@ def test_every_figure_of_a_plan_hangs_together(v3: Plan) -> None:
     figures = answer.numbers(v3)
     assert json.loads(json.dumps(figures)) == figures
     steps = [figures[kernels]["step_s"] for kernels in KERNELS]
-    assert steps == sorted(steps, reverse=True), "bound is below published is below as written"
+    assert steps[-1] == min(steps), "nothing is quicker than the bound"
     for kernels in KERNELS:
         column = figures[kernels]
         assert sum(column["parts_s"].values()) == pytest.approx(column["step_s"])

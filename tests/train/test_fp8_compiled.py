@@ -18,6 +18,7 @@ from train.precision import tiles
 from train.precision.build import build_engines, fp8_weights, rounding
 from train.precision.compiled_tiles import SOURCE, CompiledTiles, compiled_tiles
 from train.precision.config import PrecisionConfig
+from train.precision.kernel_tiles import KernelTiles
 from train.precision.reference import QuantisedWeights
 from train.settings import group
 
@@ -59,7 +60,7 @@ def test_a_step_has_the_same_bits() -> None:
 @needs_compiler
 def test_who_rounds() -> None:
     assert isinstance(rounding(FP8, "cpu"), CompiledTiles)
-    assert rounding(FP8, "meta") is tiles
+    assert isinstance(rounding(FP8, "cuda"), KernelTiles) and rounding(PrecisionConfig("bf16"), "cuda") is tiles
     assert rounding(PrecisionConfig("bf16"), "cpu") is tiles
 
 

@@ -256,10 +256,11 @@ TINY = replace(model_cases.TINY, hidden_size=136, intermediate_size=144, moe_int
 
 
 def backward(model: Transformer, tokens: Tensor, factor: float) -> dict[str, Tensor]:
-    """Gradients of the loss times a factor, by parameter."""
+    """Gradients of the loss times a factor, by parameter; the head's are formed by the factors of its terms."""
     for parameter in model.parameters():
         parameter.main_grad.zero_()
-    (model(tokens, LossTerms(1 / tokens.numel(), 0.1 / tokens.numel(), 1e-3)).total * factor).backward()
+    terms = LossTerms(factor / tokens.numel(), 0.1 * factor / tokens.numel(), 1e-3 * factor)
+    model(tokens, terms).total.backward()
     return {name: parameter.main_grad.clone() for name, parameter in model.named_parameters()}
 
 
