@@ -64,18 +64,14 @@ def _take(
     Starts,
     Codes,
     Scales,
-    ColumnCodes,
-    ColumnScales,
     num_sent,
     num_rows,
     width,
     num_bytes,
     GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
-    POWER: tl.constexpr,
-    EMULATES: tl.constexpr,
 ):
-    start, length, before, tile = place(Starts, num_rows, tl.program_id(0), GROUPS, BLOCK)
+    start, length, before, _ = place(Starts, num_rows, tl.program_id(0), GROUPS, BLOCK)
     column = tl.program_id(1)
     inner = before + tl.arange(0, 128)
     columns = column * 128 + tl.arange(0, 128)
@@ -89,22 +85,20 @@ def _take(
     # All bits of an exponent are an infinity; here they say that the tile is not a number.
     bits = tl.where(exponent == 255, 0x7FC00000, exponent << 23)
     first = tl.cast(start, tl.int64) * ((width + 127) // 128)
-    scale = bits.to(tl.float32, bitcast=True)
-    tl.store(Scales + first + column * length + inner, scale, mask=inner < length)
-    x = decoded(code) * scale[:, None]
-    store_columns(x, ColumnCodes, ColumnScales, start, length, inner, tile, column, width, POWER, EMULATES)
+    tl.store(Scales + first + column * length + inner, bits.to(tl.float32, bitcast=True), mask=inner < length)
 
 
-@operation("fp8_take(Tensor payload, Tensor source, Tensor? starts, int[] splits, int width) -> Tensor[]")
+@operation("fp8_take(Tensor payload, Tensor source, Tensor? starts, int[] splits, int width) -> (Tensor, Tensor)")
 def _plan_take(
     payload: Tensor, source: Tensor, starts: Tensor | None, splits: Sequence[int], width: int
-) -> tuple[list[Tensor], Launch]:
+) -> tuple[tuple[Tensor, Tensor], Launch]:
     num_rows, num_bytes = sum(splits), payload.shape[1]
-    made = [*new_rows(payload, num_rows, width), *new_columns(payload, splits, width)]
+    codes, scales = new_rows(payload, num_rows, width)
     grid = (num_tiles(splits), tiles_of(width))
-    arguments = payload, source, starts, *made, payload.shape[0], num_rows, width, num_bytes
+    arguments = payload, source, starts, codes, scales, payload.shape[0], num_rows, width, num_bytes
+    chosen = {key: constants(splits, True)[key] for key in ("GROUPS", "BLOCK")}
     read = num_rows * (num_bytes + source.element_size())
-    return made, Launch(_take, grid, arguments, constants(splits, True), _WARPS, read_bytes=read)
+    return (codes, scales), Launch(_take, grid, arguments, chosen, _WARPS, read_bytes=read)
 
 
 @jit
@@ -190,12 +184,11 @@ def _plan_columns(
 
 def take(
     payload: Tensor, source: Tensor, starts: Tensor | None, splits: Sequence[int], width: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Bytes [N, ...] as `encode` makes them, source [P] -> (codes [P, width], scales [tiles P] by group) of those rows,
-    and zeros where source is N; and their `columns`, whose scales are powers of two as well. starts: int32 [E + 1], the
-    first row of each group and the end; None for one group."""
-    codes, scales, column_codes, column_scales = _plan_take(payload, source, starts, splits, width)
-    return codes.view(E4M3), scales, column_codes.view(E4M3), column_scales
+    and zeros where source is N. starts: int32 [E + 1], the first row of each group and the end; None for one group."""
+    codes, scales = _plan_take(payload, source, starts, splits, width)
+    return codes.view(E4M3), scales
 
 
 def quantise_rows(x: Tensor, num_rows: int, power: bool) -> tuple[Tensor, Tensor]:

@@ -68,9 +68,8 @@ def test_rows_on_the_way_have_the_same_bits(lengths: list[int], width: int, num_
         kind = torch.float8_e4m3fn if part.start == 0 else torch.uint8
         assert same(payload[:, part].contiguous().view(kind), EAGER.encode(x)[:, part].contiguous().view(kind))
     source = torch.randint(num_sent + 1, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
-    rows, columns = OURS.take(payload, source, groups, width)
-    expected, expected_columns = EAGER.take(payload, source, groups, width)
-    assert same(rows.codes, expected.codes) and same(columns, expected_columns)
+    rows = OURS.take(payload, source, groups, width)
+    assert same(rows.codes, EAGER.take(payload, source, groups, width).codes)
     plain = torch.nn.functional.pad(tiles.round_rows(x, True), (0, 0, 0, 1))[source]
     back = torch.cat([tiles.restore_rows((each.codes, each.scales.t())) for each in groups.rows(rows)])
     torch.testing.assert_close(back, plain, rtol=0, atol=0, equal_nan=True)

@@ -19,22 +19,16 @@ aten = torch.ops.aten
 class CodedRows(Tensor):
     """Rows [R, d] of a floating type, held as `parts`, which the engine that takes them can read.
 
-    columns: what the engine's weight gradient reads of them, where it was made in the same pass; the engine can make it
-    of `parts` as well.
-
     It can be handed on, asked for its shape, and given a gradient. NotImplementedError from every other operation:
     whoever computes with rows takes their parts.
     """
 
     parts: tuple[Tensor, ...]
-    columns: tuple[Tensor, ...]
 
     @staticmethod
-    def __new__(
-        cls, parts: tuple[Tensor, ...], shape: tuple[int, ...], dtype: torch.dtype, columns: tuple[Tensor, ...] = ()
-    ) -> CodedRows:
+    def __new__(cls, parts: tuple[Tensor, ...], shape: tuple[int, ...], dtype: torch.dtype) -> CodedRows:
         rows: CodedRows = without_memory(cls, shape, dtype, parts[0].device)
-        rows.parts, rows.columns = parts, columns
+        rows.parts = parts
         return rows
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
@@ -44,7 +38,7 @@ class CodedRows(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         (rows, *others), kwargs = args, kwargs or {}
         if func is aten.detach.default or (func is aten.view.default and tuple(others[0]) == tuple(rows.shape)):
-            return cls(rows.parts, rows.shape, rows.dtype, rows.columns)
+            return cls(rows.parts, rows.shape, rows.dtype)
         if func is aten.empty_like.default and kwargs.get("device") == torch.device("meta"):
             return torch.empty(rows.shape, dtype=rows.dtype, device="meta")
         raise NotImplementedError(f"{func} of rows that lie in memory as they were quantised")
@@ -53,13 +47,3 @@ class CodedRows(Tensor):
 def parts_of(rows: Tensor) -> tuple[Tensor, ...] | None:
     """What coded rows lie in memory as; None for rows that are floats."""
     return rows.parts if isinstance(rows, CodedRows) else None
-
-
-def columns_of(rows: Tensor) -> tuple[Tensor, ...]:
-    """The columns that were made beside coded rows; none of other rows."""
-    return rows.columns if isinstance(rows, CodedRows) else ()
-
-
-def without_columns(rows: Tensor) -> Tensor:
-    """What is worth keeping of rows that an engine will be given again: of coded ones their parts alone."""
-    return CodedRows(rows.parts, rows.shape, rows.dtype) if columns_of(rows) else rows  # type: ignore[attr-defined]

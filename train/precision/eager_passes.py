@@ -23,15 +23,13 @@ class EagerPasses:
         """x [N, d] -> bytes, as `codec.Fp8Rows` has them."""
         return Fp8Rows(x.shape[1]).encode(x)
 
-    def take(self, payload: Tensor, source: Tensor, groups: Groups, width: int) -> tuple[Rows, Columns]:
-        """payload, bytes of N rows; source [P] -> those rows, and zeros where source is N, and the columns of them,
-        both with scales that are powers of two."""
+    def take(self, payload: Tensor, source: Tensor, groups: Groups, width: int) -> Rows:
+        """payload, bytes of N rows; source [P] -> those rows, and zeros where source is N."""
         # A row of zeros: scales that are not used may be anything finite.
         payload = torch.nn.functional.pad(payload, (0, 0, 0, 1))
         parts = parts_of(Fp8Rows(width).arrive(payload, source, list(groups.splits), torch.float32))
         assert parts is not None
-        rows = _by_group(parts, groups)
-        return rows, self.columns(rows, groups, True)
+        return _by_group(parts, groups)
 
     def quantise_rows(self, x: Tensor, power_of_two: bool) -> Rows:
         """x [T, k] -> tiles of 1 x 128 of its rows, and rows of zeros up to a multiple."""

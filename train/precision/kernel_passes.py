@@ -17,9 +17,8 @@ class KernelPasses(EagerPasses):
     def encode(self, x: Tensor) -> Tensor:
         return fp8_rows.encode(x if x.stride(-1) == 1 else x.contiguous())
 
-    def take(self, payload: Tensor, source: Tensor, groups: Groups, width: int) -> tuple[Rows, Columns]:
-        codes, scales, *columns = fp8_rows.take(payload, source, groups.starts, groups.splits, width)
-        return Rows(codes, scales), Columns(*columns)
+    def take(self, payload: Tensor, source: Tensor, groups: Groups, width: int) -> Rows:
+        return Rows(*fp8_rows.take(payload, source, groups.starts, groups.splits, width))
 
     def quantise_rows(self, x: Tensor, power_of_two: bool) -> Rows:
         return Rows(*fp8_rows.quantise_rows(x, _filled(x), power_of_two))

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from train.precision.coded import CodedRows, columns_of, parts_of
+from train.precision.coded import CodedRows, parts_of
 from train.precision.config import Fp8
 from train.precision.engine import Activation, Products
 from train.precision.quantised import ROW_MULTIPLE, Columns, Groups, Passes, Rows
@@ -177,8 +177,7 @@ class LibraryWeights:
 
 class TransformerEngine(Products):
     """An engine that multiplies in one way (`Fp8`): inputs kept as E4M3 rows, of which columns are made for the weight
-    gradient, except where more is to be kept of an input than E4M3 has, or where rows have travelled: then columns are
-    made at once, and kept instead of the rows."""
+    gradient, except where more is to be kept of an input than E4M3 has: then columns of it are made at once."""
 
     def __init__(self, fp8: Fp8, weights: LibraryWeights, splits: list[int] | None = None) -> None:
         """splits: rows of each group of stacked weights; None for weights that are not stacked."""
@@ -197,7 +196,7 @@ class TransformerEngine(Products):
     def enter(self, x: Tensor) -> tuple[Rows, tuple[Tensor, ...]]:
         parts = parts_of(x)
         if parts is not None:
-            return Rows(*parts), self._columns(x, Rows(*parts), self._round_input)
+            return Rows(*parts), parts
         self._check_plain()
         if self._fp8.keep == "e4m3":
             rows = self._passes.quantise_rows(x, self._round_input)
@@ -209,22 +208,17 @@ class TransformerEngine(Products):
         return Rows(*kept)
 
     def restore(self, kept: tuple[Tensor, ...]) -> Columns:
-        if self._fp8.keep != "e4m3" or self._splits is not None:
+        if self._fp8.keep != "e4m3":
             return Columns(*kept)
         rows = Rows(*kept)
         return self._passes.columns(rows, self._grouping(rows.codes), self._round_input)
 
-    def enter_gradient(self, dy: Tensor) -> tuple[Rows, Columns]:
+    def enter_gradient(self, dy: Tensor) -> tuple[Rows, Rows | Columns]:
         parts = parts_of(dy)
         if parts is not None:
-            return Rows(*parts), self._columns(dy, Rows(*parts), self._round_gradient)
+            return Rows(*parts), Rows(*parts)
         self._check_plain()
         return self._passes.quantise(dy, self._round_gradient)
-
-    def _columns(self, x: Tensor, rows: Rows, power_of_two: bool) -> Columns:
-        """Those of rows that have travelled, made here only if they were not when the rows arrived."""
-        made = columns_of(x)
-        return Columns(*made) if made else self._passes.columns(rows, self._grouping(rows.codes), power_of_two)
 
     def _grouping(self, rows: Tensor) -> Groups:
         """How rows [P, ...] are divided."""
@@ -251,8 +245,10 @@ class TransformerEngine(Products):
             self._library.multiply(operand, groups, weights, out, transposed)
         return out
 
-    def wgrad_(self, accumulator: Tensor, dy: Columns, x: Columns) -> None:
+    def wgrad_(self, accumulator: Tensor, dy: Rows | Columns, x: Columns) -> None:
         groups = self._grouping(x.codes.view(x.scales.shape[1], -1).t())
+        if isinstance(dy, Rows):
+            dy = self._passes.columns(dy, groups, self._round_gradient)
         parts = zip(groups.columns(dy), groups.columns(x), accumulator.view(-1, *accumulator.shape[-2:]), strict=True)
         found = [each for each in parts if each[0].codes.shape[1]]
         if found:
@@ -297,5 +293,5 @@ class LibraryRows:
 
     def arrive(self, payload: Tensor, source: Tensor, splits: list[int], dtype: torch.dtype) -> Tensor:
         groups = Groups.of(splits, payload.device)
-        rows, columns = self._passes.take(payload, source, groups, self._width)
-        return CodedRows(rows, rows.codes.shape, dtype, columns)
+        rows = self._passes.take(payload, source, groups, self._width)
+        return CodedRows(rows, rows.codes.shape, dtype)
