@@ -130,8 +130,8 @@ EXAMPLES: Examples = {
     "pack_routes": lambda: [(_WEIGHTS, _IDS, _empty(14336, dtype=INT32), _empty(8, dtype=INT64), 32, torch.int16)],
     "unpack_routes": lambda: [(_empty(14336, 24, dtype=torch.int16), FP32, torch.int16)],
     "spread_rows": lambda: [
-        (rows, _empty(4096, 4, dtype=INT32), 14336)
-        for rows in (_empty(4096, 7168), _empty(4096, 903, dtype=INT64), _empty(4096, 26, dtype=BYTE))
+        (given, _empty(4096, 4, dtype=INT32), 14336)
+        for given in (_empty(4096, 7168), _empty(4096, 903, dtype=INT64), _empty(4096, 26, dtype=BYTE))
     ],
     "fold_rows": lambda: [
         (_empty(14336, 7168), _empty(4096, 4, dtype=INT32)),

@@ -51,13 +51,13 @@ def test_join_heads(
     assert padding or joined[2].untyped_storage().data_ptr() == kv.untyped_storage().data_ptr()
     dq, dk = (torch.randn(batch, num_heads, num_tokens, nope + 2 * half, dtype=dtype).transpose(1, 2) for _ in "qk")
     dv = torch.randn(*lead, v_dim + padding, dtype=dtype)
-    for dq in (dq, dq.contiguous()):
-        gradients = dq, dk, dv, table, nope, v_dim
-        expected, place = eager.join_heads_backward(*gradients), dq.data_ptr()
+    for given_dq in (dq, dq.contiguous()):
+        gradients = given_dq, dk, dv, table, nope, v_dim
+        expected = eager.join_heads_backward(*gradients)
         found = ours.join_heads_backward(*gradients)
         agree(found[:2], expected[:2], dtype)
         agree(found[2], expected[2], dtype, factor=4)  # a sum over the heads, rounded once
-        assert not dq.is_contiguous() or found[0].data_ptr() == place
+        assert not given_dq.is_contiguous() or found[0].data_ptr() == given_dq.data_ptr()
 
 
 @pytest.mark.parametrize("padding", [0, 4])

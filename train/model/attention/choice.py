@@ -3,7 +3,7 @@
 A core takes queries, keys and values to what heads mix (`cores`). Which one computes it changes the last bits of
 numbers, and memory and time a lot: a kernel that wants values as wide as keys is given them padded with zeros, and its
 output, as wide, is kept for the backward pass beside the part of it that goes on. All of them take queries, keys and
-values by their strides, of which the last one is 1: values that are a part of wider rows are handed over where they lie.
+values by their strides, of which the last one is 1: values that are a part of wider rows are handed over as they lie.
 """
 
 from __future__ import annotations
