@@ -134,7 +134,10 @@ def test_pieces_of_our_own_code_are_priced_by_their_names(found: dict[str, Any])
     assert host.call_us("fp32", "unheard", "of", "F") == pytest.approx(sum(rows) / len(rows))
     assert host.call_us("fp32", "unheard", "of", "X") == host.launch_us
     kinds = {(row.layer, row.kind) for row in host.calls}
-    assert kinds >= {(layer, kind) for layer in ("dense", "moe", "mtp") for kind in "FBW"} | {("head", "F"), ("head", "B")}
+    assert kinds >= {(layer, kind) for layer in ("dense", "moe", "mtp") for kind in "FBW"} | {
+        ("head", "F"),
+        ("head", "B"),
+    }
     assert ("optimizer", "U") in kinds and host.step_us > 0
 
 

@@ -20,6 +20,7 @@ from parallel.pipeline.segments import Segments
 from tests.train.model_cases import TINY, build, random_config, random_dense_config, random_tokens, same_bits
 from train.compose import compose
 from train.model.config import given
+from train.model.kernels import triton_kernels
 from train.model.loss import LossTerms
 from train.model.recompute import Recompute
 from train.model.recompute_config import NODES, RecomputeConfig
@@ -114,6 +115,22 @@ def test_gradients_of_a_dense_model_are_the_same_bits(seed: int, run: Any) -> No
     for choice in (NORM, WHOLE):
         model = make(choice, config)
         assert all(same_bits(ours[0], theirs[0]) for ours, theirs in zip(run(model, batches), expected, strict=True))
+        assert_same(model, plain)
+
+
+def test_what_is_rotated_in_place_and_what_is_a_view_is_rebuilt() -> None:
+    """Kernels that overwrite queries, and values as wide as keys, which stay where their projection wrote them: the
+    same bits, and up to the order of sums those of kernels that write all anew."""
+    config = replace(TINY, num_hidden_layers=1, num_nextn_predict_layers=0, v_head_dim=13)
+    tokens = [random_tokens(config, 1, 3)]
+    plain, written_anew = make(NONE, config, kernels=triton_kernels("cpu")), make(NONE, config)
+    pieces(plain, tokens)
+    pieces(written_anew, tokens)
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(parameter.main_grad, written_anew.get_parameter(name).main_grad)
+    for choice in (UP, WHOLE):
+        model = make(choice, config, kernels=triton_kernels("cpu"))
+        pieces(model, tokens)
         assert_same(model, plain)
 
 
