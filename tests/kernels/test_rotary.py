@@ -51,13 +51,13 @@ def test_join_heads(
     assert padding or joined[2].untyped_storage().data_ptr() == kv.untyped_storage().data_ptr()
     dq, dk = (torch.randn(batch, num_heads, num_tokens, nope + 2 * half, dtype=dtype).transpose(1, 2) for _ in "qk")
     dv = torch.randn(*lead, v_dim + padding, dtype=dtype)
-    for given in (dq, dq.contiguous()):
-        gradients = given, dk, dv, table, nope, v_dim
-        expected, place = eager.join_heads_backward(*gradients), given.data_ptr()
+    for each in (dq, dq.contiguous()):
+        gradients = each, dk, dv, table, nope, v_dim
+        expected, place = eager.join_heads_backward(*gradients), each.data_ptr()
         found = ours.join_heads_backward(*gradients)
         agree(found[:2], expected[:2], dtype)
         agree(found[2], expected[2], dtype, factor=4)  # a sum over the heads, rounded once
-        assert not given.is_contiguous() or found[0].data_ptr() == place
+        assert not each.is_contiguous() or found[0].data_ptr() == place
 
 
 @pytest.mark.parametrize("padding", [0, 4])

@@ -24,7 +24,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from train.model.recompute_config import RecomputeConfig
 from train.model.tape import Steps, Tape, Trip
-from train.precision.coded import without_columns
 
 Piece = Callable[..., Any]
 Rebuild = Callable[..., tuple[Tensor, ...]]
@@ -250,7 +249,7 @@ class Recompute:
 
     def _kept_by_inputs(self, piece: Piece) -> Piece:
         def node(*inputs: Tensor) -> Any:
-            run = _Run(piece, [self._pack(without_columns(x)) for x in inputs], [x.requires_grad for x in inputs])
+            run = _Run(piece, [self._pack(x) for x in inputs], [x.requires_grad for x in inputs])
             with saved_tensors_hooks(run.save, _get):
                 return piece(*inputs)
 
