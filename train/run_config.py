@@ -19,9 +19,9 @@ class FolderConfig:
         device: `auto` (CUDA where there is a device), `cpu`, `cuda`.
         num_threads: threads per process; None takes `OMP_NUM_THREADS`, or shares the cores among this machine's
             processes.
-        kernels: who computes what is no matrix product: `triton`, kernels of our own for GPUs; `eager`, torch's
-            operations; `compiled`, `torch.compile` of some of them, which needs a C++ compiler. `auto` is `triton` on a
-            GPU where Triton is installed, and else `eager` (docs/kernels.md).
+        kernels: who computes what is no product: `eager`, torch's operations; `triton`, kernels of our own for GPUs;
+            `compiled`, `torch.compile`, which needs a C++ compiler. `auto` is `triton` on a GPU where Triton is
+            installed, and else `eager` (docs/kernels.md).
         deterministic: on GPUs take no kernel whose bits depend on timing, so that a run repeats bit for bit; slower
             (docs/precision.md). On a CPU it changes nothing.
         attention_kernel: who computes attention on a GPU: `cudnn`, `flash_attention_3`, `flash_attention_2`,

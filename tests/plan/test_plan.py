@@ -17,6 +17,7 @@ from launch.plan.clock import Clock
 from launch.plan.events import Event, Launch, Memory
 from launch.plan.job import Plan
 from launch.plan.kernels import AS_WRITTEN, KERNELS, PUBLISHED
+from launch.plan.loads import make_routing
 from launch.plan.record import Recorder, events_of
 from launch.plan.world import world
 from train import loop
@@ -121,20 +122,21 @@ def v3() -> Plan:
 
 
 def test_the_published_step(v3: Plan) -> None:
-    """arXiv 2505.09343, Table 4, and the hours of the technical report's Table 1. Nothing of either was fitted to."""
-    figures = answer.column(v3, PUBLISHED)
-    # Short by what its pairs and lone passes are short of (docs/planner.md): no other error is there to make up for it.
-    assert figures["step_s"] == pytest.approx(19.926, rel=0.12)
-    assert figures["tokens_per_day"] == pytest.approx(272.8e9, rel=0.12)
-    assert figures["mfu_causal"] == pytest.approx(0.3894, rel=0.12)
-    assert figures["mfu_noncausal"] == pytest.approx(0.4373, rel=0.12)
-    assert figures["gpu_hours"] == pytest.approx(2.664e6, rel=0.12)
-    assert figures["parts_s"]["1F"] == pytest.approx(1.13, rel=0.1)
-    assert figures["parts_s"]["1F1B"] == pytest.approx(13.95, rel=0.1)
-    # Ranks that work alike, as theirs did: how they split layers is not published.
-    assert figures["parts_s"]["bubble"] == pytest.approx(2.06, rel=0.1)
-    # Their own trace of a pair (128.98 ms, 3.3 % of it exposed) has nothing of neighbours, whom no pair waits for here.
-    assert figures["pair_s"] == pytest.approx(0.129, rel=0.05)
+    """arXiv 2505.09343, Table 4, and the hours of the technical report's Table 1. Nothing of either was fitted to.
+
+    Their routers' MaxVio is not published: 0.5 is what batches of runs here have. docs/planner.md says what misses.
+    """
+    uneven = Plan(v3.config, v3.cluster, make_routing=make_routing(0.5, None))
+    figures = answer.column(uneven, PUBLISHED)
+    assert figures["step_s"] == pytest.approx(19.926, rel=0.08)
+    assert figures["tokens_per_day"] == pytest.approx(272.8e9, rel=0.08)
+    assert figures["mfu_causal"] == pytest.approx(0.3894, rel=0.08)
+    assert figures["mfu_noncausal"] == pytest.approx(0.4373, rel=0.08)
+    assert figures["gpu_hours"] == pytest.approx(2.664e6, rel=0.08)
+    assert figures["parts_s"]["1F1B"] == pytest.approx(13.95, rel=0.05)
+    assert figures["pair_s"] == pytest.approx(0.1395, rel=0.05)
+    # Their own trace of a pair has routers in balance (128.98 ms, 3.3 % of it exposed).
+    assert answer.column(v3, PUBLISHED)["pair_s"] == pytest.approx(0.129, rel=0.05)
 
 
 def test_stages_are_split_by_what_devices_take(v3: Plan) -> None:
