@@ -240,8 +240,7 @@ class PlanSettings:
 
     Attributes:
         cluster: a cluster of `configs/cluster`, a YAML file of one's own, or `here`, which `plan calibrate` measures.
-        max_vio: how uneven the routers are taken to be: the fullest expert's load over the mean, less 1. The rank that
-            is shown holds what the fullest one is to be expected to hold then.
+        max_vio: how uneven routers are: the fullest expert's load over the mean, less 1. The fullest rank is shown.
         loads: a run's `loads.jsonl`, whose last step says what experts get, instead of `max_vio`.
         timed: with `cluster=here`, start the run's ranks for some seconds and time its own layers in them; false: what
             `plan calibrate` has measured says it all. Not of `plan search` and `plan compare`.
@@ -274,8 +273,7 @@ class SearchSettings(PlanSettings):
 
     Attributes:
         cluster: a cluster of `configs/cluster`, a YAML file of one's own, or `here`, which `plan calibrate` measures.
-        max_vio: how uneven the routers are taken to be: the fullest expert's load over the mean, less 1. The rank that
-            is shown holds what the fullest one is to be expected to hold then.
+        max_vio: how uneven routers are: the fullest expert's load over the mean, less 1. The fullest rank is shown.
         loads: a run's `loads.jsonl`, whose last step says what experts get, instead of `max_vio`.
         timed: with `cluster=here`, start the run's ranks for some seconds and time its own layers in them; false: what
             `plan calibrate` has measured says it all. Not of `plan search` and `plan compare`.
@@ -283,8 +281,7 @@ class SearchSettings(PlanSettings):
         out: a page to write (`.html`), or a folder for it, with that object beside it; or a picture (`.svg`, `.png`).
             Of `plan search` a page alone, of `plan compare` nothing.
         gpus: of `plan search`, devices; unless it is set as many as the run has ranks.
-        memory_gb: of `plan search`, what a device has, instead of the cluster's `memory.device_gb`; in 1e9 bytes,
-            the reserve included.
+        memory_gb: of `plan search`, what a device has in 1e9 bytes, instead of the cluster's `memory.device_gb`.
         num_best: of `plan search`, layouts to show.
     """
 

@@ -1,8 +1,8 @@
 """What a layout needs and how long its step takes, roughly and at once, to choose which ones are worth a plan.
 
-The layers of one layout are traced for each precision and for recomputing little and much. What another layout would
-trace is scaled from there: compute and activations go with the tokens of a micro-batch, weights with the ranks that
-share them, exchanges with the rows that leave a rank. A plan of its own then says what is right.
+The layers of one layout are traced for each precision and for recomputing little and much. Another's are scaled from
+there: compute and activations with the tokens of a micro-batch, weights with the ranks that share them, exchanges with
+the rows that leave a rank. A plan of its own then says what is right.
 """
 
 from __future__ import annotations
@@ -396,6 +396,4 @@ def _exchanges(config: RunConfig) -> list[Launch]:
     rail = sum(routing.copies(node * each, each) * row for node in range(1, place.num_nodes))
     node = sum(ranks[: place.ranks_per_node - 1]) * place.num_nodes
     hops = [("rail", place.num_nodes, rail), ("node", place.ranks_per_node, node)]
-    return [
-        Launch(number, EXCHANGE, group, num, size, size) for number, (group, num, size) in enumerate(hops) if num > 1
-    ]
+    return [Launch(at, EXCHANGE, group, num, size, size) for at, (group, num, size) in enumerate(hops) if num > 1]

@@ -19,8 +19,8 @@ class RecomputeConfig:
             the next two, codes in FP8 of an input that is rebuilt, or kept by others, are made again as well.
         mla_up_proj: rebuild queries, keys and values of all heads from the latents; needs `model.attention=mla`.
             Queries are rebuilt from the hidden state where `model.q_lora_rank` is None.
-        experts_up_proj: multiply the rows of routed experts by their first map again instead of keeping what comes of
-            it, SwiGLU's input; needs a model with experts, and `recompute.nodes` without `experts`.
+        experts_up_proj: SwiGLU's input in routed experts, by their first product of the rows that are kept. Needs a
+            model with experts, and `recompute.nodes` without `experts`.
         nodes: whole nodes that keep only their inputs and run again in the backward pass: `attention`, `experts`,
             `dense`. The first two are of MoE layers, attention with norms and router, experts routed and shared; the
             third is a dense layer. Each is refused where the model has none. They come before the three choices above.
