@@ -141,7 +141,7 @@ class Segments:
         self.begins(name, "F")
         d_inputs: list[Tensor | None] = [None] * len(inputs)
         with torch.enable_grad():
-            anchor = torch.zeros((), requires_grad=True)
+            anchor = torch.empty((), requires_grad=True)  # of which nobody reads a value
             results = piece(*_Entrance.apply(d_inputs, anchor, *(x.detach() for x in inputs)))
         outputs = results if isinstance(results, tuple) else (results,)
         handed_on = tuple(self._number(output.detach()) for output in outputs)

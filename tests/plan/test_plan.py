@@ -160,6 +160,18 @@ def test_the_published_job_hides_its_exchanges(v3: Plan) -> None:
     assert sum(totals.exposed_s.values()) + totals.host_s < 0.02 * totals.length_s
 
 
+def test_the_published_job_within_its_bounds() -> None:
+    """As the experiment stands, with routers out of balance: room in memory for what a plan does not know, ranks that
+    work alike, exchanges that hide, few launches, and a utilisation near DeepSeek's."""
+    uneven = Plan(compose(["experiment=v3_h800_2048"]), cluster.load("h800"), make_routing=make_routing(0.5, None))
+    figures = answer.column(uneven, AS_WRITTEN)
+    assert max(figures["peak_bytes"]) <= 76e9
+    assert figures["end_over_middle"] <= 1.05
+    assert figures["exposed_share_of_pair"] <= 0.02
+    assert figures["launches_per_pair"] <= 800
+    assert figures["mfu_causal"] >= 0.36
+
+
 def test_every_figure_of_a_plan_hangs_together(v3: Plan) -> None:
     figures = answer.numbers(v3)
     assert json.loads(json.dumps(figures)) == figures

@@ -39,8 +39,9 @@ class Findings(NamedTuple):
     def add(self, measured: Mapping[str, Tensor]) -> None:
         """Take in scalars; those of layers and depths that measure the same metric are summed."""
         for name, value in measured.items():
-            wide = value.detach().double()
-            self.metrics[name] = self.metrics[name] + wide if name in self.metrics else wide
+            known = self.metrics.get(name)
+            # A sum with a float64 widens by itself, in one kernel.
+            self.metrics[name] = value.detach().double() if known is None else known + value.detach()
 
 
 class Output(NamedTuple):
