@@ -242,8 +242,8 @@ class PlanSettings:
         cluster: a cluster of `configs/cluster`, a YAML file of one's own, or `here`, which `plan calibrate` measures.
         max_vio: how uneven routers are: the fullest expert's load over the mean, less 1. The fullest rank is shown.
         loads: a run's `loads.jsonl`, whose last step says what experts get, instead of `max_vio`.
-        timed: with `cluster=here`, start the run's ranks for some seconds and time its own layers in them; false: what
-            `plan calibrate` has measured says it all. Not of `plan search` and `plan compare`.
+        timed: with `cluster=here`, start the run's ranks for some seconds and time its own layers in them. Not of
+            `plan search` and `plan compare`.
         json: print one object for scripts instead of a screen for people.
         out: a page to write (`.html`), or a folder for it, with that object beside it; or a picture (`.svg`, `.png`).
     """
@@ -262,9 +262,7 @@ class PlanSettings:
         if self.loads is not None and self.max_vio:
             raise ValueError(f"max_vio={self.max_vio:g} and loads={self.loads} both say what experts get: give one")
         if self.out is not None and self.out.suffix not in ("", *PLAN_SUFFIXES) and not self.out.is_dir():
-            raise ValueError(
-                f"out={self.out} must end in {', '.join(PLAN_SUFFIXES)}, or be a folder, without an ending"
-            )
+            raise ValueError(f"out={self.out} must end in {', '.join(PLAN_SUFFIXES)}, or be a folder without an ending")
 
 
 @dataclass(frozen=True)
@@ -275,8 +273,8 @@ class SearchSettings(PlanSettings):
         cluster: a cluster of `configs/cluster`, a YAML file of one's own, or `here`, which `plan calibrate` measures.
         max_vio: how uneven routers are: the fullest expert's load over the mean, less 1. The fullest rank is shown.
         loads: a run's `loads.jsonl`, whose last step says what experts get, instead of `max_vio`.
-        timed: with `cluster=here`, start the run's ranks for some seconds and time its own layers in them; false: what
-            `plan calibrate` has measured says it all. Not of `plan search` and `plan compare`.
+        timed: with `cluster=here`, start the run's ranks for some seconds and time its own layers in them. Not of
+            `plan search` and `plan compare`.
         json: print one object for scripts instead of a screen for people.
         out: a page to write (`.html`), or a folder for it, with that object beside it; or a picture (`.svg`, `.png`).
             Of `plan search` a page alone, of `plan compare` nothing.
