@@ -25,11 +25,11 @@ class TrackConfig:
         log_interval: steps between two lines in a log.
         load_interval: steps between two lines of `loads.jsonl`, with the tokens that chose each expert; 0: none. The
             first and the last step have one too.
-        alert: a command of the shell that is run when a rank hangs or was lost, a number is not finite, a checkpoint
-            could not be written, or a run is given up: with the line of `events.jsonl` on its standard input
-            (docs/jobs.md). None: no command.
-        plan: on a CPU, plan the run as it starts and say at its end what was planned, a step's time and the fullest
-            rank's memory, and what happened (docs/planner.md). Its layers are timed for about a second before the first
+        alert: a command of the shell that is run when something is lost, told on its standard input (docs/jobs.md). A
+            rank that hangs or ends, a number that is not finite, a checkpoint that could not be written, a run that is
+            given up: it reads the line of `events.jsonl`. None: no command.
+        plan: on a CPU, plan the run as it starts, and say at its end what was planned of time and memory and what
+            happened (docs/planner.md). Its layers are timed for about a second before the first
             step. Of runs that `python -m launch local` starts on Linux; the jobs of a sweep are not planned.
     """
 
