@@ -156,7 +156,7 @@ def test_figures_of_another_version_say_how_to_measure_again(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     clusters.here_path().parent.mkdir()
     clusters.here_path().write_text(text(cluster_of([found])).replace("tile_rows:", "tile_lines:"))
-    with pytest.raises(ValueError, match=r"plan calibrate measures this machine again: .*tile_lines"):
+    with pytest.raises(ValueError, match=r"plan calibrate measures this machine again: .*tile_rows is missing"):
         clusters.load("here")
 
 
