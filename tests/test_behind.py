@@ -28,7 +28,7 @@ RUN = [f"run.hang_timeout_s={LIMIT_S}", "train.max_steps=2", "checkpoint.interva
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[HostAhead], tuple[int, list[str]]]:
     """Runs over such a device; the exit code, and what the watchdog had to say, which ends nothing here."""
     text, said = prepare_text(tmp_path / "tokens"), list[str]()
-    monkeypatch.setattr(rank, "_end_hung", said.append)
+    monkeypatch.setattr(rank, "_end_hung", lambda events, sentence: said.append(sentence))
     torch.set_num_threads(1)
 
     def go(host: HostAhead) -> tuple[int, list[str]]:

@@ -70,7 +70,7 @@ def test_step_refuses(argument: str, sentence: str) -> None:
 
 def test_recompute(capsys: pytest.CaptureFixture[str]) -> None:
     recompute.main(["model=tiny", "seq_len=16", "rounds=2"])
-    table = capsys.readouterr().out.splitlines()[-7:]
+    table = capsys.readouterr().out.splitlines()[-8:]
     assert table[0].startswith("none ") and "100.0%" in table[0]
     assert all("[" in line and "100.0%" not in line for line in table[1:])
 
