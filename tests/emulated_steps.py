@@ -30,6 +30,7 @@ def main(words: Sequence[str]) -> int:
             torch.manual_seed(job.step)  # both ranks draw the same tokens: what one sends to the other it gets back
             before = int(SENT.read_text())
             one_step(job)
+            job.optimizer.settle()  # new weights may still be on their way
             job.groups.world.barrier(job.groups.watch, "the other rank")
             sent.append(int(SENT.read_text()) - before)
     print(json.dumps(sent))

@@ -312,6 +312,7 @@ def test_two_hundred_kills(ranks: Ranks, tmp_path: Path, text: list[str], dice: 
         assert_wandb_has_each_step_once(folder, 60)
 
 
+@pytest.mark.slow
 def test_goes_on_with_fewer_ranks_and_the_same_numbers(tmp_path: Path, text: list[str], dice: random.Random) -> None:
     """In fp64, as design promises it between topologies: 1e-9 against one plain process."""
     settings = [*SMALL, *text, *FOUR, "precision=fp64", "checkpoint.interval=1"]
