@@ -122,9 +122,10 @@ def v3() -> Plan:
 
 
 def test_the_published_step(v3: Plan) -> None:
-    """arXiv 2505.09343, Table 4, and the hours of the technical report's Table 1. Nothing of either was fitted to.
+    """arXiv 2505.09343, Table 4, and the hours of the technical report's Table 1.
 
-    Their routers' MaxVio is not published: 0.5 is what batches of runs here have. docs/planner.md says what misses.
+    Their routers' MaxVio is not published. 0.5 was taken with these figures known, so this holds what is planned where
+    it is, and is no proof; docs/planner.md says what misses.
     """
     uneven = Plan(v3.config, v3.cluster, make_routing=make_routing(0.5, None))
     figures = answer.column(uneven, PUBLISHED)
@@ -137,6 +138,11 @@ def test_the_published_step(v3: Plan) -> None:
     assert figures["pair_s"] == pytest.approx(0.1395, rel=0.05)
     # Their own trace of a pair has routers in balance (128.98 ms, 3.3 % of it exposed).
     assert answer.column(v3, PUBLISHED)["pair_s"] == pytest.approx(0.129, rel=0.05)
+
+
+@pytest.mark.xfail(strict=True, reason="11 % short: our pipeline hides what theirs shows (docs/planner.md)")
+def test_the_published_step_in_balance_within_5_percent(v3: Plan) -> None:
+    assert answer.column(v3, PUBLISHED)["step_s"] == pytest.approx(19.926, rel=0.05)
 
 
 def test_stages_are_split_by_what_devices_take(v3: Plan) -> None:
